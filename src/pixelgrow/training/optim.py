@@ -1,0 +1,75 @@
+"""Optimizers of a module's trainable tensors, and the learning rate as a function of images seen."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from pixelgrow.training.settings import TrainSettings
+
+FUSED = ("cpu", "cuda", "xpu", "mps")  # devices with a fused AdamW (torch.optim.adamw)
+
+
+def rate(images: float, settings: TrainSettings) -> float:
+    """Factor in (0, 1] on the learning rate when `images` have been seen: linear warm-up, then decay.
+
+    cosine falls to 0 at the end of the run, inverse_sqrt as 1 / sqrt(images) from the end of the warm-up.
+    """
+    warmup = settings.warmup or 0
+    up = min(1.0, images / warmup) if warmup else 1.0
+    if settings.decay == "cosine":
+        done = (images - warmup) / max(1, settings.images - warmup)
+        return up * 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, done))))
+    if settings.decay == "inverse_sqrt":
+        return up * math.sqrt(max(1, warmup) / max(images, warmup, 1))
+    return up
+
+
+def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that train, by name, a tied one once."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def optimizers(module: nn.Module, settings: TrainSettings) -> list[torch.optim.Optimizer]:
+    """AdamW over what trains in `module`; with `muon`, Muon over its matrices and AdamW over the rest.
+
+    Frozen tensors get no state. Tensors of one dimension (biases, gains) are not decayed. Muon's updates are scaled to
+    the root mean square of AdamW's, so that one learning rate serves both; embeddings stay with AdamW.
+    """
+    parameters = trainable(module)
+    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    matrices = [
+        p for p in parameters.values() if settings.optimizer == "muon" and p.ndim == 2 and id(p) not in embeddings
+    ]
+    taken = {id(p) for p in matrices}
+    rest = [p for p in parameters.values() if id(p) not in taken]
+    made: list[torch.optim.Optimizer] = []
+    if matrices:
+        made.append(
+            torch.optim.Muon(
+                matrices, lr=settings.lr, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
+        )
+    if rest:
+        groups = [
+            {"params": [p for p in rest if p.ndim >= 2], "weight_decay": settings.weight_decay},
+            {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        made.append(
+            torch.optim.AdamW(
+                [g for g in groups if g["params"]],
+                lr=settings.lr,
+                betas=settings.betas,
+                fused=all(p.device.type in FUSED for p in rest),
+            )
+        )
+    return made
+
+
+def set_rate(opts: list[torch.optim.Optimizer], lr: float) -> None:
+    """Set the learning rate of every group."""
+    for opt in opts:
+        for group in opt.param_groups:
+            group["lr"] = lr
