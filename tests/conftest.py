@@ -60,6 +60,7 @@ def _no_network() -> Iterator[None]:
     def guarded(real: Any) -> Any:
         def call(self: socket.socket, address: Any) -> Any:
             if not _is_local(self.family, address):
+                self.close()
                 raise RuntimeError(f"a test tried to reach the network: {address}")
             return real(self, address)
 
