@@ -23,7 +23,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Spec:
-    """What a picture shows: one group, or two in a relation (the first is `relation` the second), and the background."""
+    """What a picture shows: one group, or two (the first is `relation` the second), and the background."""
 
     groups: tuple[Group, ...]
     relation: str  # "" for one group
@@ -31,7 +31,7 @@ class Spec:
     pattern: str = "plain"
 
     def canonical(self) -> str:
-        """The composition (groups and relation, without size and background), the same for a scene and its inverse wording."""
+        """The composition: groups and relation, without sizes and background; the same for inverse wordings."""
         groups, relation = self.groups, self.relation
         if relation in ("below", "right of"):
             groups, relation = groups[::-1], INVERSE[relation]
@@ -55,10 +55,8 @@ def _article(words: str) -> str:
 def phrase(group: Group, rng: Random) -> str:
     """A noun phrase: "two small blue stars", "a circle in red", "a pair of green rings"."""
     name = noun(group.shape, group.count)
-    if rng.random() < 0.1:
-        words = f"{group.size} {name} in {group.colour}"
-    else:
-        words = f"{group.size} {group.colour} {name}"
+    trailing = rng.random() < 0.1
+    words = f"{group.size} {name} in {group.colour}" if trailing else f"{group.size} {group.colour} {name}"
     words = words.strip()
     u = rng.random()
     if group.count == 1:

@@ -12,7 +12,8 @@ class Question:
     """A yes/no question about a picture and the answer that a faithful picture gives.
 
     `args` by kind: background (name), colour (name), shape (colour, shape), count (colour, number), relation
-    (colour, "above" | "below" | "left of" | "right of", colour). Objects are told apart by colour: no two groups share one.
+    (colour, "above" | "below" | "left of" | "right of", colour). Objects are told apart by colour: no two groups of a
+    scene share one.
     """
 
     kind: str

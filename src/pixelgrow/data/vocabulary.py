@@ -1,7 +1,6 @@
 """The words of the built-in scenes and what they look like: colours, backgrounds, outlines."""
 
 from functools import cache
-from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -120,8 +119,3 @@ def coverage(shape: str, h: int, w: int, cy: float, cx: float, radius: float, sp
     x = ((np.arange(w, dtype=np.float32) + np.float32(0.5 - cx)) / np.float32(radius))[None, :]
     c, s = np.float32(np.cos(spin)), np.float32(np.sin(spin))
     return np.clip(np.float32(0.5) - distance(shape, c * x + s * y, c * y - s * x) * np.float32(radius), 0, 1)
-
-
-def palette_pairs() -> list[tuple[str, str]]:
-    """Every allowed (object colour, background) pair."""
-    return [(c, b) for c, b in product(COLOURS, BACKGROUNDS) if c in contrasting(b)]
