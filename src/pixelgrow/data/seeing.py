@@ -110,7 +110,7 @@ def components(mask: NDArray[np.bool_]) -> NDArray[np.int32]:
 
 
 def _samples(alpha: Floats) -> Floats:
-    """Coverage (h, w) sampled on the normal grid (GRID * GRID,): centred on the mass, scaled by the area; zero mean, unit norm."""
+    """Coverage (h, w) on the normal grid (GRID * GRID,): centred, scaled to equal area, of zero mean and unit norm."""
     h, w = alpha.shape
     mass = max(float(alpha.sum()), 1e-6)
     cy = float(alpha.sum(1) @ np.arange(h)) / mass

@@ -63,14 +63,14 @@ def contrasting(background: str) -> tuple[str, ...]:
 
     def far(name: str) -> bool:
         one, two = np.array(COLOURS[name], float), np.array(BACKGROUNDS[background], float)
-        return float(np.linalg.norm(one - two)) > 100 and float(np.linalg.norm(oklab(one) - oklab(two))) > 0.16
+        return float(np.linalg.norm(one - two)) > 130 and float(np.linalg.norm(oklab(one) - oklab(two))) > 0.16
 
     return tuple(name for name in COLOURS if name != background and far(name))
 
 
 def _reflect(x: Floats, y: Floats, nx: float, ny: float) -> tuple[Floats, Floats]:
     over = np.maximum(x * nx + y * ny, 0) * 2
-    return x - over * nx, y - over * ny
+    return np.asarray(x - over * nx, np.float32), np.asarray(y - over * ny, np.float32)
 
 
 def distance(shape: str, x: Floats, y: Floats) -> Floats:
