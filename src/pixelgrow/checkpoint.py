@@ -1,0 +1,152 @@
+"""A checkpoint: a folder of `model.safetensors`, `config.json` and a model card. Written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import load_file, save_file
+
+from pixelgrow.diffusion import Denoiser, DiffusionConfig
+from pixelgrow.errors import UserError
+from pixelgrow.models.config import NetConfig
+from pixelgrow.models.uvit import UViT
+
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+
+
+class CheckpointConfig(BaseModel):
+    """What `config.json` holds. `objective` says what the weights are for; `text` how captions are encoded; `sampling`
+    the defaults of the `sample` verb; `lineage` the stages that made the checkpoint, oldest first."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: Literal[1] = 1
+    objective: Literal["denoise"] = "denoise"
+    network: NetConfig
+    diffusion: DiffusionConfig
+    text: dict[str, Any] = {}
+    sampling: dict[str, Any] = {}
+    lineage: list[dict[str, Any]] = []
+    sha256: str = ""
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its place when the block ends well, and vanishes when it does not.
+
+    A kill or a full disk at any moment leaves the previous folder usable.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        temporary.chmod(0o755)
+        yield temporary
+        for file in temporary.iterdir():
+            with file.open("rb") as f:
+                os.fsync(f.fileno())
+        if folder.exists():
+            old = folder.with_name(f".{folder.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+            temporary.rename(folder)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def recover(folder: Path) -> None:
+    """Put the previous folder back if a kill fell between the two renames of `replacing`."""
+    old = folder.with_name(f".{folder.name}.old")
+    if old.exists() and not folder.exists():
+        old.rename(folder)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def save(folder: Path, denoiser: Denoiser, config: CheckpointConfig, card: str = "") -> str:
+    """Write a checkpoint folder; returns the SHA-256 of its weights. `config.network` and `.diffusion` are the denoiser's."""
+    tensors = {k: v.detach().cpu().contiguous() for k, v in denoiser.net.state_dict().items()}
+    with replacing(folder) as temporary:
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        digest = file_hash(temporary / WEIGHTS)
+        full = config.model_copy(
+            update={"network": denoiser.net.config, "diffusion": denoiser.config, "sha256": digest}
+        )
+        (temporary / CONFIG).write_text(full.model_dump_json(indent=2) + "\n")
+        (temporary / CARD).write_text(card or model_card(full))
+    return digest
+
+
+def read_config(folder: Path) -> CheckpointConfig:
+    """The validated `config.json` of a checkpoint folder; UserError naming the file where it is missing or not ours."""
+    recover(folder)
+    path = folder / CONFIG
+    try:
+        return CheckpointConfig.model_validate(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise UserError(f"{folder} is not a checkpoint: it has no {CONFIG}; give a folder that a run wrote") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as e:
+        reason = str(e).splitlines()[0]
+        raise UserError(f"{path} is damaged or of another version ({reason}); copy the checkpoint again") from None
+
+
+def read_tensors(folder: Path, digest: str = "") -> dict[str, torch.Tensor]:
+    """The weights of a checkpoint folder, checked against `digest` if one is given."""
+    path = folder / WEIGHTS
+    try:
+        if digest and file_hash(path) != digest:
+            raise UserError(f"{path} is damaged: its bytes are not those that were saved; copy or train it again")
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: the checkpoint is not whole; copy or train it again") from None
+    except safetensors.SafetensorError as e:
+        raise UserError(f"{path} is damaged ({e}); copy or train it again") from None
+
+
+def load(folder: Path | str, device: torch.device | str = "cpu") -> tuple[Denoiser, CheckpointConfig]:
+    """The denoiser in a checkpoint folder, in evaluation mode, and its configuration. Loads are strict."""
+    folder = Path(folder)
+    config = read_config(folder)
+    tensors = read_tensors(folder, config.sha256)
+    with torch.device("meta"):
+        net = UViT(config.network)
+    wanted, got = set(net.state_dict()), set(tensors)
+    if wanted != got:
+        odd = sorted(wanted ^ got)
+        raise UserError(
+            f"{folder / WEIGHTS} does not fit its {CONFIG}: {len(wanted - got)} tensors missing, {len(got - wanted)} "
+            f"unknown, the first is {odd[0]}; copy the checkpoint again"
+        )
+    net.load_state_dict(tensors, strict=True, assign=True)
+    return Denoiser(net, config.diffusion).to(device).eval(), config
+
+
+def model_card(config: CheckpointConfig) -> str:
+    """A short model card in the hub's form: what the model is and the stages that made it."""
+    rungs = ", ".join(f"{r.resolution} px ({r.attach})" for r in config.network.rungs)
+    lines = [
+        "---", "library_name: pixelgrow", "pipeline_tag: text-to-image", "license: apache-2.0", "---", "",
+        f"# A pixelgrow {config.network.size} model at {config.network.resolution} px", "",
+        f"Core trained at {config.network.core_resolution} px; rungs: {rungs}. Text: {config.text.get('encoder', 'none')}.", "",
+        "```python", "import pixelgrow", 'pixelgrow.load("this/folder").sample(["a red circle above two blue stars"])', "```", "",
+        "## Lineage", "",
+    ]  # fmt: skip
+    lines += [f"{i}. " + ", ".join(f"{k}: {v}" for k, v in e.items()) for i, e in enumerate(config.lineage, 1)]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,223 @@
+"""The denoiser D(x, sigma, cond) -> x0, its preconditioning, the distribution of sigma in training, and the loss.
+
+Convention at every boundary: x_sigma = x0 + sigma * eps (variance exploding), sigma in units of the data range [-1, 1].
+VP and cosine processes differ only in the distribution of sigma, the weighting and the preconditioning (EDM, Karras et
+al., arXiv 2206.00364, Table 1).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from pixelgrow.errors import UserError
+from pixelgrow.models.cond import Cond
+from pixelgrow.models.config import Frozen, RungConfig
+from pixelgrow.models.core import Context
+from pixelgrow.models.layers import box_down, up_nearest
+from pixelgrow.models.uvit import UViT
+
+Prediction = Literal["edm", "v", "x"]
+Weighting = Literal["edm", "v", "eps", "sigmoid"]
+MAX_WEIGHT = 1e4  # ours: bounds the loss weight towards clean inputs, where 1/sigma^2 would grow without end
+
+
+class DiffusionConfig(Frozen):
+    """Preconditioning and range of a denoiser. `sigma_min` and `sigma_max` are as the core sees them: a model grown k
+    times works from k*sigma_min to k*sigma_max at its own resolution (arXiv 2301.11093: log-SNR shifts by 2 log k)."""
+
+    prediction: Prediction = "edm"
+    sigma_data: float = Field(0.5, gt=0)
+    sigma_min: float = Field(0.002, gt=0)
+    sigma_max: float = Field(80.0, gt=0)
+
+
+def column(v: Tensor) -> Tensor:
+    """(B,) -> (B, 1, 1, 1)."""
+    return v[:, None, None, None]
+
+
+def coefficients(prediction: Prediction, sigma: Tensor, std: float) -> tuple[Tensor, Tensor, Tensor]:
+    """c_skip, c_out, c_in, each shaped like `sigma`, in D(x) = c_skip x + c_out F(c_in x) for data of deviation `std`.
+
+    `edm`: arXiv 2206.00364, Table 1. `v`: F = alpha eps - sigma' x0 of the VP process with the same signal-to-noise
+    ratio, for data scaled to `std` = 1. `x`: F is the image itself.
+    """
+    s2 = sigma**2
+    if prediction == "v":
+        std = 1.0
+    norm = torch.rsqrt(s2 + std**2)
+    if prediction == "x":
+        return torch.zeros_like(sigma), torch.ones_like(sigma), norm
+    c_skip, c_out = std**2 * norm**2, sigma * std * norm
+    return c_skip, -c_out if prediction == "v" else c_out, norm
+
+
+class Denoiser(nn.Module):
+    """`denoiser(x, sigma, cond) -> x0` around a network of one or more rungs.
+
+    The first rung is preconditioned as usual. A `base` rung adds to the finished image of the rung below:
+
+        D_high(x, sigma) = up(D_low(box_down(x), sigma/k)) + gain * c_skip * (x - up(box_down(x))) + c_out * F
+
+    (ours). Averaging k x k pixels of x + sigma*eps gives box_down(x) + (sigma/k)*eps', so D_low is told sigma/k. F and
+    the gain start at zero, hence box_down(D_high(x, sigma)) == D_low(box_down(x), sigma/k) before the first step.
+    """
+
+    def __init__(self, net: UViT, config: DiffusionConfig | None = None) -> None:
+        super().__init__()
+        self.net = net
+        self.config = config or DiffusionConfig()
+
+    @property
+    def resolution(self) -> int:
+        return self.net.config.resolution
+
+    @property
+    def noise_scale(self) -> float:
+        """sigma at this resolution over sigma as the core sees it."""
+        return self.resolution / self.net.config.core_resolution
+
+    @property
+    def sigma_min(self) -> float:
+        return self.config.sigma_min * self.noise_scale
+
+    @property
+    def sigma_max(self) -> float:
+        return self.config.sigma_max * self.noise_scale
+
+    def forward(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        """x (B, 3, H, W) at noise level sigma (B,) -> the expected clean image (B, 3, H, W)."""
+        *_, image = self.rungs(x, sigma, cond)
+        return image
+
+    def base(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        """What the model said before its last `preserve` growth, up-sampled: a free, weaker guide (autoguidance)."""
+        rungs = self.net.config.rungs
+        if len(rungs) < 2:
+            raise UserError("this model has no base path: it was not grown with init: preserve; give a checkpoint as the guide")
+        images = self.rungs(x, sigma, cond)
+        for _ in rungs[:-1]:
+            image = next(images)
+        return up_nearest(image, x.shape[-1] // image.shape[-1])
+
+    def rungs(self, x: Tensor, sigma: Tensor, cond: Cond) -> Iterator[Tensor]:
+        """The denoised image of each rung at its own resolution, innermost first; the last is the denoiser's."""
+        self.net.config.check_size((x.shape[-2], x.shape[-1]))
+        # Noise level as the core knows it; the same number for every rung. c_noise: arXiv 2206.00364, Table 1.
+        ctx = self.net.embed(torch.log(sigma.float() / self.noise_scale) / 4, cond)
+        features = image = None
+        for rung in self.net.config.rungs:
+            k = self.resolution // rung.resolution
+            x_k = box_down(x, k)
+            if image is None or features is None:
+                image, features = self._first(rung, x_k, sigma / k, ctx)
+            else:
+                image, features = self._refine(rung, x_k, sigma / k, ctx, image, features)
+            yield image
+
+    def _first(self, rung: RungConfig, x: Tensor, sigma: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+        c_skip, c_out, c_in = map(column, coefficients(self.config.prediction, sigma, self.config.sigma_data))
+        out = self.net.rung(rung, c_in * x, ctx)
+        return c_skip * x + c_out * out.image, out.features
+
+    def _refine(
+        self, rung: RungConfig, x: Tensor, sigma: Tensor, ctx: Context, low: Tensor, features: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        _, _, c_in = map(column, coefficients("edm", sigma, self.config.sigma_data))
+        c_skip, c_out, _ = map(column, coefficients("edm", sigma, rung.detail_std))
+        k = x.shape[-1] // low.shape[-1]
+        image = up_nearest(low, k)
+        detail = x - up_nearest(box_down(x, k), k)
+        # Three views of the input, each of about unit variance: the noisy image, its details, the image from below.
+        out = self.net.rung(rung, torch.cat([c_in * x, image / self.config.sigma_data], 1), ctx, features)
+        assert out.gain is not None
+        return image + (out.gain * c_skip) * detail + c_out * out.image, out.features
+
+
+class NoiseConfig(Frozen):
+    """Distribution of sigma in training, as the core sees it (a grown model multiplies it by its growth).
+
+    `lognormal`: ln sigma ~ N(mean, std^2) (arXiv 2206.00364). `cosine`: log-SNR = -2 log tan(pi t / 2), t uniform; for a
+    grown model that is the *shifted* cosine schedule (arXiv 2301.11093, eq. 4). `interpolated`: between the shifted
+    schedule, at the noisy end, and one shifted by `finest` doublings less, at the clean end (eq. 5 there).
+    """
+
+    kind: Literal["lognormal", "cosine", "interpolated"] = "lognormal"
+    mean: float = -1.2
+    std: float = Field(1.2, gt=0)
+    finest: float = 1.0
+
+
+class NoiseSchedule:
+    """`sigma(u)`: the noise level at quantile u in [0, 1) of the training distribution, at the model's resolution."""
+
+    def __init__(self, config: NoiseConfig, denoiser: Denoiser) -> None:
+        self.config = config
+        self.scale = denoiser.noise_scale
+        self.low, self.high = denoiser.sigma_min, denoiser.sigma_max
+
+    def sigma(self, u: Tensor) -> Tensor:
+        """u (B,) float64 -> sigma (B,) float64, rising with u, within [sigma_min, sigma_max]."""
+        u = u.double().clamp(1e-9, 1 - 1e-9)
+        if self.config.kind == "lognormal":
+            sigma = torch.exp(self.config.mean + self.config.std * torch.special.ndtri(u))
+        else:
+            log_sigma = torch.log(torch.tan(math.pi / 2 * u))  # log-SNR = -2 log sigma
+            if self.config.kind == "interpolated":
+                log_sigma = log_sigma - (1 - u) * self.config.finest * math.log(2)
+            sigma = torch.exp(log_sigma)
+        return (sigma * self.scale).clamp(self.low, self.high)
+
+
+def weight(kind: Weighting, sigma: Tensor, sigma_data: float, scale: float = 1.0, bias: float = -3.0) -> Tensor:
+    """Weight of the squared error of x0, (B,) float32; bounded by MAX_WEIGHT towards sigma = 0.
+
+    `edm`: (sigma^2 + sigma_data^2) / (sigma sigma_data)^2. `v`: 1 + 1/sigma^2. `eps`: 1/sigma^2. `sigmoid`:
+    sigmoid(bias - logSNR)/sigma^2 (SiD2, arXiv 2410.19324). All see sigma / scale, the noise level as the core knows it,
+    so that a grown model weighs its noise levels as the core did.
+    """
+    s2 = (sigma.float() / scale) ** 2
+    match kind:
+        case "edm":
+            w = 1 / s2 + 1 / sigma_data**2
+        case "v":
+            w = 1 + 1 / s2
+        case "eps":
+            w = 1 / s2
+        case "sigmoid":
+            w = torch.sigmoid(-bias + torch.log(s2)) / s2
+    return w.clamp(max=MAX_WEIGHT)
+
+
+def loss(
+    denoiser: nn.Module,
+    x0: Tensor,
+    sigma: Tensor,
+    eps: Tensor,
+    cond: Cond,
+    weights: Tensor,
+    multiscale: int = 0,
+) -> Tensor:
+    """Weighted squared error of the denoised image, (B,): mean over pixels, times `weights` (B,).
+
+    `multiscale` > 0 adds the error of box-downed images at so many halvings, each as heavy as the full one (simple
+    diffusion, arXiv 2301.11093, section 3.4, weights ours).
+    """
+    error = denoiser(x0 + column(sigma) * eps, sigma, cond).float() - x0
+    total = error.square().mean(dim=(1, 2, 3))
+    for _ in range(multiscale):
+        error = box_down(error, 2)
+        total = total + error.square().mean(dim=(1, 2, 3))
+    return weights * total / (1 + multiscale)
+
+
+__all__ = [
+    "Denoiser", "DiffusionConfig", "NoiseConfig", "NoiseSchedule", "Prediction", "Weighting", "coefficients", "loss", "weight",
+]  # fmt: skip

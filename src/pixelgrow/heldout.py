@@ -1,0 +1,44 @@
+"""Held-out denoising error by noise level: the number that stages and growth are compared by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from pixelgrow import rng
+from pixelgrow.models.cond import Cond
+
+# Noise levels as the core sees them; a model grown k times is asked at k times these.
+SIGMAS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 20.0)
+
+
+@torch.no_grad()
+def denoising_error(
+    denoise: Callable[[Tensor, Tensor, Cond], Tensor],
+    images: Tensor,
+    cond: Cond,
+    *,
+    scale: float,
+    seed: int = 0,
+    sigmas: Sequence[float] = SIGMAS,
+    batch: int = 64,
+) -> dict[float, float]:
+    """Mean squared error of the denoised image, by noise level: {sigma at the core: error}.
+
+    images (N, 3, H, W) in [-1, 1]; `scale` is sigma at the images' resolution over sigma at the core. The noise is a
+    function of (seed, image's number, noise level), the same for every model that is asked.
+    """
+    errors = {}
+    for sigma in sigmas:
+        total = 0.0
+        for start in range(0, len(images), batch):
+            rows = slice(start, min(start + batch, len(images)))
+            x0 = images[rows]
+            eps = rng.normal(x0.shape[1:], seed, f"heldout {sigma}", range(rows.start, rows.stop)).to(x0)
+            level = torch.full((len(x0),), sigma * scale, device=x0.device)
+            error = denoise(x0 + level[:, None, None, None] * eps, level, cond[rows]) - x0
+            total += error.double().square().mean(dim=(1, 2, 3)).sum().item()
+        errors[sigma] = total / len(images)
+    return errors

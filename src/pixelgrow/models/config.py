@@ -1,0 +1,126 @@
+"""What a network looks like: plain, validated, written into every checkpoint's `config.json`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from pixelgrow.errors import UserError
+
+
+class Frozen(BaseModel):
+    """Base of the configurations: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class CoreConfig(Frozen):
+    """The text-conditioned transformer. `classes` > 0 replaces the text encoder by learned class tokens."""
+
+    width: int
+    depth: int
+    heads: int
+    mlp_ratio: int = 4
+    text_dim: int = 384
+    pooled_dim: int = 384
+    classes: int = 0
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> CoreConfig:
+        if self.width % self.heads or self.width % 4:
+            raise ValueError(f"width {self.width} is not a multiple of 4 and of heads {self.heads}")
+        return self
+
+
+class LevelConfig(Frozen):
+    """One resolution: encoder half and decoder half of `blocks` residual blocks each, `channels` wide."""
+
+    resolution: int
+    channels: int
+    blocks: int = 1
+
+
+class RungConfig(Frozen):
+    """What one training stage added: levels in ascending resolution, the last one at the rung's own resolution.
+
+    The top level works on a map of `resolution / patch`, each lower level on half of the one above.
+    `attach` says what stands below the lowest level: the core's grid (Shallow-UViT; UViT as the paper grows it),
+    or the finished lower-resolution network (`preserve` growth), whose image and features it refines.
+    `detail_std` is the deviation of the training images' details, x - up(box_down(x)), in units of the data range
+    [-1, 1]; it scales the preconditioning of a `base` rung and is measured when the rung is grown.
+    """
+
+    levels: tuple[LevelConfig, ...] = Field(min_length=1)
+    patch: int
+    attach: Literal["core", "base"] = "core"
+    detail_std: float = 0.1
+
+    @property
+    def resolution(self) -> int:
+        return self.levels[-1].resolution
+
+
+class NetConfig(Frozen):
+    """A core with rungs around it, innermost first.
+
+    `core_resolution` is the image side that the core was trained at: a level of noise is told to the core as it would
+    look at that resolution (sigma * core_resolution / resolution). `core_stride` is pixels per core token there.
+    `size` is the row of the size ladder that gives new levels their widths.
+    """
+
+    size: str
+    core: CoreConfig
+    core_resolution: int
+    core_stride: int
+    rungs: tuple[RungConfig, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> NetConfig:
+        if self.core_resolution % self.core_stride:
+            raise ValueError(f"core_resolution {self.core_resolution} is not a multiple of its stride {self.core_stride}")
+        below = 0
+        for i, rung in enumerate(self.rungs):
+            if (rung.attach == "core") != (i == 0):
+                raise ValueError("the first rung, and it alone, attaches to the core")
+            sides = [level.resolution for level in rung.levels]
+            if any(b != 2 * a for a, b in zip(sides, sides[1:], strict=False)) or sides[0] <= below:
+                raise ValueError(f"levels {sides} are not doublings above {below}")
+            if below and sides[0] != 2 * below:
+                raise ValueError(f"the lowest of the levels {sides} is not the double of the resolution below, {below}")
+            stride = self.map_stride(rung)
+            if rung.attach == "core" and self.stride_of(rung) % stride:
+                raise ValueError(f"patch {rung.patch} is too coarse for the core's grid")
+            below = rung.resolution
+        return self
+
+    def checked(self) -> NetConfig:
+        """The same, validated anew (a copy with other fields is not)."""
+        return NetConfig.model_validate(self.model_dump())
+
+    @property
+    def resolution(self) -> int:
+        """Image side that the whole network was made for."""
+        return self.rungs[-1].resolution
+
+    @property
+    def stride(self) -> int:
+        """Pixels of the final image per core token: image sides are multiples of it."""
+        return self.core_stride * self.resolution // self.core_resolution
+
+    def stride_of(self, rung: RungConfig) -> int:
+        """Pixels of a rung's image per core token."""
+        return self.core_stride * rung.resolution // self.core_resolution
+
+    @staticmethod
+    def map_stride(rung: RungConfig) -> int:
+        """Pixels (of the rung's image) per cell of the rung's lowest map."""
+        return rung.patch * 2 ** (len(rung.levels) - 1)
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raise UserError unless images of `size` (h, w) fit the grid."""
+        h, w = size
+        s = self.stride
+        if h <= 0 or w <= 0 or h % s or w % s:
+            up = (max(s, round(h / s) * s), max(s, round(w / s) * s))
+            raise UserError(f"size {h}x{w} does not fit: both sides are multiples of {s}; the nearest is {up[0]}x{up[1]}")

@@ -1,0 +1,106 @@
+"""The core: a deep text-conditioned transformer at a fixed grid. It knows nothing of pixels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pixelgrow.models.cond import Cond
+from pixelgrow.models.config import CoreConfig
+from pixelgrow.models.layers import CrossAttention, NoiseEmbedding, SelfAttention, sincos_positions, zero_
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every layer of one evaluation sees.
+
+    `vec` (B, width): noise level and pooled text; `modulation` (B, 6, width) shared by the core's blocks;
+    `text` (B, L, text_dim) normalised tokens; `bias` (B, 1, 1, L) additive attention mask.
+    """
+
+    vec: Tensor
+    modulation: Tensor
+    text: Tensor
+    bias: Tensor
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention to the text, MLP; noise level and pooled text modulate the first and last.
+
+    One modulation is shared by all blocks and shifted by a table of each block's own (PixArt-alpha, arXiv 2310.00426,
+    "adaLN-single"; our choice: the paper does not say).
+    """
+
+    def __init__(self, config: CoreConfig) -> None:
+        super().__init__()
+        d = config.width
+        self.table = nn.Parameter(torch.zeros(6, d))
+        self.attn = SelfAttention(d, config.heads)
+        self.cross_norm = nn.LayerNorm(d, eps=1e-6)
+        self.cross = CrossAttention(d, config.heads, config.text_dim)
+        self.up = nn.Linear(d, config.mlp_ratio * d)
+        self.out = nn.Linear(config.mlp_ratio * d, d)
+        zero_(self.out)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        shift0, scale0, gate0, shift1, scale1, gate1 = (ctx.modulation + self.table).unsqueeze(2).unbind(1)  # (B, 1, C)
+        norm = x.shape[-1:]
+        x = torch.addcmul(x, gate0 + 1, self.attn(torch.addcmul(shift0, F.layer_norm(x, norm), scale0 + 1)))
+        x = x + self.cross(self.cross_norm(x), ctx.text, ctx.bias)
+        h = torch.addcmul(shift1, F.layer_norm(x, norm), scale1 + 1)
+        return torch.addcmul(x, gate1 + 1, self.out(F.gelu(self.up(h))))
+
+
+class Core(nn.Module):
+    """Tokens (B, h*w, width) -> tokens, with the condition embedded once per evaluation by `embed`."""
+
+    def __init__(self, config: CoreConfig) -> None:
+        super().__init__()
+        self.config = config
+        d = config.width
+        self.noise = NoiseEmbedding(d)
+        self.pooled = nn.Linear(config.pooled_dim, d)
+        self.text_norm = nn.LayerNorm(config.text_dim)
+        self.null_token = nn.Parameter(torch.randn(config.text_dim) * 0.02)
+        self.null_pooled = nn.Parameter(torch.zeros(config.pooled_dim))
+        if config.classes:
+            self.class_token = nn.Embedding(config.classes, config.text_dim)
+            self.class_pooled = nn.Embedding(config.classes, config.pooled_dim)
+        self.modulation = nn.Linear(d, 6 * d)
+        zero_(self.modulation)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+
+    def embed(self, c_noise: Tensor, cond: Cond) -> Context:
+        """Noise level c_noise (B,) and condition -> what the blocks and levels see."""
+        dtype = self.null_token.dtype
+        if self.config.classes:
+            if cond.labels is None:
+                raise ValueError("a class-conditional core got a text condition")
+            tokens, pooled = self.class_token(cond.labels)[:, None], self.class_pooled(cond.labels)
+            mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        else:
+            if cond.tokens is None or cond.mask is None or cond.pooled is None:
+                raise ValueError("a text-conditional core got class labels")
+            tokens, mask, pooled = cond.tokens.to(dtype), cond.mask, cond.pooled.to(dtype)
+        null = cond.null
+        first = torch.arange(mask.shape[1], device=mask.device) == 0
+        tokens = torch.where(null[:, None, None], self.null_token, tokens)
+        mask = torch.where(null[:, None], first, mask)
+        pooled = torch.where(null[:, None], self.null_pooled, pooled)
+        vec = F.silu(self.noise(c_noise) + self.pooled(pooled))
+        bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, float("-inf"))
+        return Context(
+            vec=vec,
+            modulation=self.modulation(vec).unflatten(1, (6, -1)),
+            text=self.text_norm(tokens),
+            bias=bias[:, None, None],
+        )
+
+    def forward(self, x: Tensor, size: tuple[int, int], ctx: Context) -> Tensor:
+        x = x + sincos_positions(size, x.shape[-1], x.device, x.dtype)
+        for block in self.blocks:
+            x = block(x, ctx)
+        return x

@@ -1,0 +1,133 @@
+"""Building blocks: attention, residual convolution, embeddings. Written for few passes over memory.
+
+Token tensors are (B, N, C); maps are (B, C, H, W) in channels-last memory, so that the one is a free view of the other.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def box_down(x: Tensor, k: int) -> Tensor:
+    """Average k x k pixels, k a power of two: (B, C, H, W) -> (B, C, H/k, W/k).
+
+    Halved again and again, so that equal pixels give exactly their value (growth's identity holds bit for bit).
+    """
+    while k > 1:
+        x = ((x[..., ::2, ::2] + x[..., 1::2, 1::2]) + (x[..., ::2, 1::2] + x[..., 1::2, ::2])) * 0.25
+        k //= 2
+    return x
+
+
+def up_nearest(x: Tensor, k: int) -> Tensor:
+    """Repeat every pixel k x k times: (B, C, H, W) -> (B, C, kH, kW)."""
+    return x if k == 1 else F.interpolate(x, scale_factor=k, mode="nearest")
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, H*W, C)."""
+    return x.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+def to_map(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """(B, H*W, C) -> (B, C, H, W) in channels-last memory."""
+    return x.unflatten(1, size).permute(0, 3, 1, 2)
+
+
+def zero_(layer: nn.Linear | nn.Conv2d) -> None:
+    """Set a layer to zero: what it feeds starts as if it were not there."""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+def sincos_positions(size: tuple[int, int], dim: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Fixed sine-cosine positions (H*W, dim), counted from the centre, so that any (h, w) has them."""
+    omega = torch.arange(dim // 4, device=device, dtype=torch.float32) / (dim // 4)
+    omega = 1.0 / 100.0**omega
+    h, w = (torch.arange(n, device=device, dtype=torch.float32) - (n - 1) / 2 for n in size)
+    rows, cols = h[:, None] * omega, w[:, None] * omega
+    rows = torch.cat([rows.sin(), rows.cos()], 1)[:, None].expand(-1, size[1], -1)
+    cols = torch.cat([cols.sin(), cols.cos()], 1)[None].expand(size[0], -1, -1)
+    return torch.cat([rows, cols], 2).flatten(0, 1).to(dtype)
+
+
+class NoiseEmbedding(nn.Module):
+    """A noise level c_noise (B,) as a vector (B, width): cosine features, then two layers."""
+
+    def __init__(self, width: int, features: int = 128) -> None:
+        super().__init__()
+        self.features = features
+        self.up = nn.Linear(features, width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, c_noise: Tensor) -> Tensor:
+        octaves = torch.linspace(-1.0, 5.0, self.features // 2, device=c_noise.device, dtype=torch.float32)
+        angle = c_noise.float()[:, None] * torch.exp2(octaves) * (math.pi / 2)
+        x = torch.cat([angle.sin(), angle.cos()], 1).to(self.up.weight.dtype)
+        return self.out(F.silu(self.up(x)))
+
+
+class SelfAttention(nn.Module):
+    """Self-attention with normalised queries and keys."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = nn.LayerNorm(width // heads, eps=1e-6, bias=False)
+        self.k_norm = nn.LayerNorm(width // heads, eps=1e-6, bias=False)
+        self.out = nn.Linear(width, width)
+        zero_(self.out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # (B, N, heads, C/heads)
+        q, k = self.q_norm(q), self.k_norm(k)
+        h = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return self.out(h.transpose(1, 2).flatten(2))
+
+
+class CrossAttention(nn.Module):
+    """Attention from image tokens to text tokens (B, L, text_dim), masked where the text ends."""
+
+    def __init__(self, width: int, heads: int, text_dim: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(text_dim, 2 * width)
+        self.q_norm = nn.LayerNorm(width // heads, eps=1e-6, bias=False)
+        self.k_norm = nn.LayerNorm(width // heads, eps=1e-6, bias=False)
+        self.out = nn.Linear(width, width)
+        zero_(self.out)
+
+    def forward(self, x: Tensor, text: Tensor, bias: Tensor) -> Tensor:
+        q = self.q_norm(self.q(x).unflatten(-1, (self.heads, -1)))
+        k, v = self.kv(text).unflatten(-1, (2, self.heads, -1)).unbind(2)
+        h = F.scaled_dot_product_attention(
+            q.transpose(1, 2), self.k_norm(k).transpose(1, 2), v.transpose(1, 2), attn_mask=bias
+        )
+        return self.out(h.transpose(1, 2).flatten(2))
+
+
+class ResBlock(nn.Module):
+    """Convolutional residual block: norm over channels, two 3x3 convolutions, the condition added between them.
+
+    The second convolution starts at zero. No dropout (the papers use none at high resolution).
+    """
+
+    def __init__(self, channels: int, cond_dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(channels, eps=1e-6)
+        self.conv0 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.cond = nn.Linear(cond_dim, channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        zero_(self.conv1)
+
+    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
+        h = F.silu(self.norm(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)  # (B, C, H, W)
+        h = self.conv0(h) + self.cond(vec)[:, :, None, None]
+        return x + self.conv1(F.silu(h))

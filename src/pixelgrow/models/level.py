@@ -1,0 +1,64 @@
+"""A level: one doubling of resolution, as an encoder half and a decoder half. Also the ends that touch pixels."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pixelgrow.models.layers import ResBlock, up_nearest, zero_
+
+
+class EncoderHalf(nn.Module):
+    """Residual blocks at one resolution, then a step down to the `below` channels of what comes next.
+
+    `factor` is 2 to the next level, 1 onto a core of the same grid, 0 where nothing is fed (a `base` rung's lowest).
+    """
+
+    def __init__(self, channels: int, blocks: int, cond_dim: int, below: int, factor: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(ResBlock(channels, cond_dim) for _ in range(blocks))
+        self.down = nn.Conv2d(channels, below, factor, stride=factor) if factor else None
+
+    def forward(self, x: Tensor, vec: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, H, W) -> the same for the skip, and what goes down (itself where nothing is fed)."""
+        for block in self.blocks:
+            x = block(x, vec)
+        return x, x if self.down is None else self.down(x)
+
+
+class DecoderHalf(nn.Module):
+    """What comes from below, brought to this level's channels and map, plus the skip; then residual blocks."""
+
+    def __init__(self, channels: int, blocks: int, cond_dim: int, below: int) -> None:
+        super().__init__()
+        self.up = nn.Conv2d(below, channels, 1)
+        self.blocks = nn.ModuleList(ResBlock(channels, cond_dim) for _ in range(blocks))
+
+    def forward(self, below: Tensor, skip: Tensor, vec: Tensor) -> Tensor:
+        """(B, C_below, h, w) and skip (B, C, H, W) -> (B, C, H, W)."""
+        x = up_nearest(self.up(below), skip.shape[-1] // below.shape[-1]) + skip
+        for block in self.blocks:
+            x = block(x, vec)
+        return x
+
+
+class Entry(nn.Conv2d):
+    """Pixels to the top map: a convolution as wide as its stride, so that the image shrinks at once."""
+
+    def __init__(self, in_channels: int, channels: int, patch: int) -> None:
+        super().__init__(in_channels, channels, patch, stride=patch)
+
+
+class Exit(nn.Module):
+    """The top map to pixels, mirrored: norm, 1x1 convolution started at zero, pixels unfolded from channels."""
+
+    def __init__(self, channels: int, patch: int) -> None:
+        super().__init__()
+        self.patch = patch
+        self.norm = nn.LayerNorm(channels, eps=1e-6)
+        self.conv = nn.Conv2d(channels, 3 * patch**2, 1)
+        zero_(self.conv)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.silu(self.norm(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+        return F.pixel_shuffle(self.conv(h), self.patch)

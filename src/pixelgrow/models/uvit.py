@@ -1,0 +1,86 @@
+"""Shallow-UViT, UViT, and what growth makes of them: one network of a core and rungs of levels.
+
+A Shallow-UViT is a rung of one level whose map is the core's grid. A UViT is a rung whose levels go down to that grid
+(arXiv 2405.16759; UViT: arXiv 2301.11093). A rung that is attached to `base` refines a finished lower-resolution network.
+Modules are keyed by absolute resolution, so that growth never renames a weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pixelgrow.models.cond import Cond
+from pixelgrow.models.config import NetConfig, RungConfig
+from pixelgrow.models.core import Context, Core
+from pixelgrow.models.layers import to_map, to_tokens
+from pixelgrow.models.level import DecoderHalf, EncoderHalf, Entry, Exit
+
+
+@dataclass(frozen=True)
+class RungOutput:
+    """`image` (B, 3, H, W): the raw network output F at the rung's resolution; `features` (B, C, h, w): the map before
+    the exit, for the next rung; `gain` (B, 1, 1, 1): how much of the noisy details passes (`base` rungs; else None)."""
+
+    image: Tensor
+    features: Tensor
+    gain: Tensor | None
+
+
+class UViT(nn.Module):
+    """The network. `embed` once per evaluation, then `rung` for each rung, innermost first; a Denoiser does both."""
+
+    def __init__(self, config: NetConfig) -> None:
+        super().__init__()
+        self.config = config
+        d = config.core.width
+        self.core = Core(config.core)
+        self.entry, self.exit = nn.ModuleDict(), nn.ModuleDict()
+        self.encoder, self.decoder = nn.ModuleDict(), nn.ModuleDict()
+        self.gain = nn.ModuleDict()
+        features = 0
+        for rung in config.rungs:
+            base = rung.attach == "base"
+            top = rung.levels[-1]
+            key = str(rung.resolution)
+            self.entry[key] = Entry(6 if base else 3, top.channels, rung.patch)
+            self.exit[key] = Exit(top.channels, rung.patch)
+            if base:
+                self.gain[key] = nn.Linear(d, 1)
+                nn.init.zeros_(self.gain[key].weight)
+                nn.init.zeros_(self.gain[key].bias)
+            for i, level in enumerate(rung.levels):
+                if i:
+                    below, factor = rung.levels[i - 1].channels, 2
+                elif base:
+                    below, factor = features, 0
+                else:
+                    below, factor = d, config.stride_of(rung) // config.map_stride(rung)
+                args = (level.channels, level.blocks, d, below)
+                self.encoder[str(level.resolution)] = EncoderHalf(*args, factor)
+                self.decoder[str(level.resolution)] = DecoderHalf(*args)
+            features = top.channels
+
+    def embed(self, c_noise: Tensor, cond: Cond) -> Context:
+        """Noise level (B,), as the core is told it, and condition -> the context of one evaluation."""
+        return self.core.embed(c_noise, cond)
+
+    def rung(self, rung: RungConfig, x: Tensor, ctx: Context, features: Tensor | None = None) -> RungOutput:
+        """Run one rung on its preconditioned input (B, 3 or 6, H, W); `features` are those of the rung below."""
+        key = str(rung.resolution)
+        h = self.entry[key](x.contiguous(memory_format=torch.channels_last))
+        skips = []
+        for level in reversed(rung.levels):
+            skip, h = self.encoder[str(level.resolution)](h, ctx.vec)
+            skips.append(skip)
+        if features is None:
+            size = (h.shape[-2], h.shape[-1])
+            h = to_map(self.core(to_tokens(h), size, ctx), size)
+        else:
+            h = features
+        for level in rung.levels:
+            h = self.decoder[str(level.resolution)](h, skips.pop(), ctx.vec)
+        gain = self.gain[key](ctx.vec)[:, :, None, None] if key in self.gain else None
+        return RungOutput(self.exit[key](h), h, gain)
