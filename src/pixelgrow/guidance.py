@@ -1,0 +1,90 @@
+"""Guidance: from `denoiser(x, sigma, cond)` to the `denoise(x, sigma) -> x0` that a solver integrates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pixelgrow.errors import UserError
+from pixelgrow.models.cond import Cond
+
+Network = Callable[[Tensor, Tensor, Cond], Tensor]
+"""`(x (B,3,H,W), sigma (B,), cond) -> x0 (B,3,H,W)`: a denoiser, or a grown denoiser's `base`."""
+
+
+class Guided:
+    """`denoise(x, sigma) -> x0` for one batch of conditions, guided by a weaker prediction.
+
+        D = D_weak + guidance * (D_cond - D_weak)
+
+    `guidance` = 1 is no guidance and costs one evaluation. The weak prediction is
+    - the same denoiser under the null condition (classifier-free guidance, Ho & Salimans, arXiv 2207.12598), evaluated
+      with the conditional one in a single call of 2B rows; or
+    - `guide` under the same condition (autoguidance, Karras et al., arXiv 2406.02507): a smaller or earlier denoiser
+      of the same resolution, or a `preserve`-grown denoiser's own `base`.
+    `interval` (lo, hi), in sigma: guide only where lo < sigma <= hi, one evaluation elsewhere (Kynkaanniemi et al.,
+    arXiv 2404.07724). `threshold`: percentile in (0, 1] of `dynamic_threshold`, applied to every prediction.
+    `nfe` counts the network evaluations per image so far, the guide's included.
+
+    Raises UserError for a weight, interval or percentile that means nothing.
+    """
+
+    def __init__(
+        self,
+        denoiser: Network,
+        cond: Cond,
+        *,
+        guidance: float = 1.0,
+        interval: tuple[float, float] | None = None,
+        guide: Network | None = None,
+        threshold: float | None = None,
+    ) -> None:
+        if not (math.isfinite(guidance) and guidance >= 0):
+            raise UserError(f"guidance={guidance}: expected a finite weight >= 0; 1 means none, 1.5 to 5 are usual")
+        if interval is not None and not 0 <= interval[0] < interval[1]:
+            raise UserError(f"interval={interval}: expected (lo, hi) with 0 <= lo < hi, in sigma; swap or drop it")
+        if threshold is not None and not 0 < threshold <= 1:
+            raise UserError(f"threshold={threshold}: expected a percentile in (0, 1]; 0.995 is usual")
+        self._denoiser, self._cond, self._guide = denoiser, cond, guide
+        self._guidance, self._threshold = guidance, threshold
+        self._interval = (0.0, math.inf) if interval is None else interval
+        self._both: Cond | None = None
+        self.nfe = 0
+        if guide is None and guidance != 1:
+            row = torch.arange(2 * len(cond), device=cond.null.device)
+            self._both = cond[row % len(cond)].dropped(row >= len(cond))
+
+    def __call__(self, x: Tensor, sigma: float) -> Tensor:
+        """x (B,3,H,W) at noise level sigma -> x0 (B,3,H,W) in x's dtype."""
+        lo, hi = self._interval
+        if self._guidance == 1 or not lo < sigma <= hi:
+            x0 = self._evaluate(self._denoiser, x, sigma, self._cond)
+        elif self._both is not None:
+            x0_cond, x0_weak = self._evaluate(self._denoiser, torch.cat([x, x]), sigma, self._both).chunk(2)
+            self.nfe += 1  # two evaluations for each image, in one call
+            x0 = torch.lerp(x0_weak, x0_cond, self._guidance)
+        else:
+            assert self._guide is not None
+            x0_cond = self._evaluate(self._denoiser, x, sigma, self._cond)
+            x0_weak = self._evaluate(self._guide, x, sigma, self._cond)
+            x0 = torch.lerp(x0_weak, x0_cond, self._guidance)
+        return x0 if self._threshold is None else dynamic_threshold(x0, self._threshold)
+
+    def _evaluate(self, network: Network, x: Tensor, sigma: float, cond: Cond) -> Tensor:
+        self.nfe += 1
+        return network(x, x.new_full((len(x),), sigma), cond).to(x.dtype)
+
+
+def dynamic_threshold(x0: Tensor, percentile: float) -> Tensor:
+    """Dynamic thresholding, x0 (B,...) -> (B,...) in [-1, 1] (Saharia et al., arXiv 2205.11487, section 2.3).
+
+    Each image is clamped to +-s and divided by s: the percentile, in (0, 1], of its |x0|, but at least 1.
+    """
+    magnitude = x0.abs().flatten(1)  # (B, C*H*W)
+    n = magnitude.shape[1]
+    rank = n - max(1, math.ceil(percentile * n)) + 1  # from the top: topk beats a full sort many times over
+    s = magnitude.topk(rank, dim=1).values[:, -1].clamp_min(1.0).reshape(-1, *[1] * (x0.ndim - 1))  # (B,1,1,1)
+    return x0.clamp(-s, s) / s
