@@ -1,7 +1,8 @@
 """Power-function averages of weights (Karras et al. 2024, EDM2, arXiv 2312.02696, section 3), counted in images.
 
-The average of length gamma at time t weighs the weights at time tau by tau^gamma (eq. 1); the relative standard deviation
-of that profile, sigma_rel, names it. Averages of other lengths are put together afterwards from stored ones (section 3.2).
+The average of exponent gamma at time t weighs the weights at time tau by tau^gamma (eq. 1). The relative standard
+deviation of that profile, sigma_rel, is its length and names it. Averages of other lengths are put together afterwards
+from stored ones (section 3.2).
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class Ema:
 def _dot(t_a: np.ndarray, gamma_a: np.ndarray, t_b: np.ndarray, gamma_b: np.ndarray) -> np.ndarray:
     """Inner products of the profiles (gamma + 1) tau^gamma / t^(gamma + 1) on [0, t], in closed form.
 
-    With a the one that ends first: (gamma_a + 1)(gamma_b + 1) / (gamma_a + gamma_b + 1) * t_a^gamma_b / t_b^(gamma_b + 1).
+    If a ends first: (gamma_a + 1)(gamma_b + 1) / (gamma_a + gamma_b + 1) * t_a^gamma_b / t_b^(gamma_b + 1).
     """
     ratio = np.where(t_a < t_b, t_a / t_b, t_b / t_a)
     later = np.where(t_a < t_b, gamma_b, gamma_a)
@@ -77,7 +78,7 @@ def _dot(t_a: np.ndarray, gamma_a: np.ndarray, t_b: np.ndarray, gamma_b: np.ndar
 
 
 def solve_weights(images: Sequence[int], lengths: Sequence[float], at: int, length: float) -> np.ndarray:
-    """Weights (N,) float64 of N stored averages whose sum is closest, in least squares of the profiles, to a wanted one.
+    """Weights (N,) float64 of N stored averages whose sum comes closest to a wanted one, in squares of the profiles.
 
     images, lengths: when each was stored and its sigma_rel. at, length: the same of the wanted average.
     Times are taken relative to `at`, and near-dependent profiles are resolved by the pseudo-inverse.

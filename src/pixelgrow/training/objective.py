@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor, nn
 
-from pixelgrow.data.loader import Batch
+if TYPE_CHECKING:
+    from pixelgrow.data.loader import Batch
 
 
 @dataclass(frozen=True)

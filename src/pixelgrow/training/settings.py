@@ -12,20 +12,14 @@ Images = int  # a number of images seen, the unit of every schedule
 
 
 class NoiseSettings(BaseModel):
-    """The training distribution of sigma. What is left out (None) follows the denoiser's own resolution.
-
-    lognormal: log(sigma) ~ N(mean, std^2), at `base` pixels (EDM, arXiv 2206.00364, table 1).
-    cosine: logsnr(t) = -2 log tan(pi t / 2) + 2 log(base / resolution), t uniform (simple diffusion, arXiv 2301.11093);
-    `interpolate`: from the shift of `base` at high noise to no shift at low noise (the same paper, section 3.1).
-    """
+    """The training distribution of sigma as the core sees it: the fields of `diffusion.NoiseConfig`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["lognormal", "cosine"] = "cosine"
+    kind: Literal["lognormal", "cosine", "interpolated"] = "lognormal"
     mean: float = -1.2
     std: float = Field(1.2, gt=0)
-    base: int | None = Field(None, ge=1)
-    interpolate: bool = False
+    finest: float = 1.0
 
 
 class TrainSettings(BaseModel):
@@ -51,7 +45,7 @@ class TrainSettings(BaseModel):
     ema: tuple[float, ...] = Field((0.05, 0.10), description="relative lengths (sigma_rel of EDM2); the first is kept")
     cond_dropout: float = Field(0.1, ge=0, le=1)
     noise: NoiseSettings = NoiseSettings()
-    weighting: Literal["edm", "v", "eps", "sigmoid"] = "v"
+    weighting: Literal["edm", "v", "eps", "sigmoid"] = "edm"
     multiscale: bool = False
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = False
@@ -61,7 +55,9 @@ class TrainSettings(BaseModel):
     validate_every: Images | None = Field(None, ge=0)
     sample_every: Images | None = Field(None, ge=0)
     snapshot_every: Images | None = Field(None, ge=0, description="averages kept (fp16) to choose other lengths later")
-    max_bad_steps: int = Field(20, ge=1, description="steps in a row with a non-finite loss or gradient before stopping")
+    max_bad_steps: int = Field(
+        20, ge=1, description="steps in a row with a non-finite loss or gradient before stopping"
+    )
     flip: bool = False
     workers: int = Field(0, ge=0)
     bad_limit: float = Field(0.01, ge=0, le=1, description="share of unreadable images that a run survives")

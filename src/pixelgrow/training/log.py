@@ -1,0 +1,156 @@
+"""What a run says while it goes: a JSONL file, TensorBoard, and a line or a live bar for whoever watches."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import torch
+from torch import Tensor
+
+from pixelgrow.training.state import flush, writing
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+logger = logging.getLogger(__name__)
+
+
+class Averages:
+    """Running means of named numbers; tensors stay on their device until they are read."""
+
+    def __init__(self, stored: Mapping[str, tuple[float, int]] | None = None) -> None:
+        self.sums: dict[str, Tensor | float] = {n: total for n, (total, _) in (stored or {}).items()}
+        self.counts: dict[str, int] = {n: count for n, (_, count) in (stored or {}).items()}
+
+    def add(self, values: Mapping[str, Tensor | float]) -> None:
+        """Take in one set of numbers; a tensor of several counts as its mean."""
+        for name, value in values.items():
+            number = value.detach().double().mean() if isinstance(value, Tensor) else float(value)
+            self.sums[name] = self.sums[name] + number if name in self.sums else number
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def stored(self) -> dict[str, tuple[float, int]]:
+        """Sums and counts since the last reading, in one transfer."""
+        tensors = {n: v for n, v in self.sums.items() if isinstance(v, Tensor)}
+        moved = dict(zip(tensors, torch.stack(list(tensors.values())).tolist() if tensors else [], strict=True))
+        return {n: (moved[n] if n in moved else float(v), self.counts[n]) for n, v in self.sums.items()}
+
+    def read(self) -> dict[str, float]:
+        """The means since the last reading, and start again."""
+        means = {n: total / count for n, (total, count) in self.stored().items()}
+        self.sums, self.counts = {}, {}
+        return means
+
+
+class Log:
+    """`log.jsonl`, one line a record, `images` first; and the same numbers in TensorBoard's files if it is installed.
+
+    keep: how many lines to keep of what is there, those of the state that is gone on from; the rest, written after it
+    by a run that was cut off, is dropped.
+    """
+
+    def __init__(self, folder: Path, keep: int = 0, images: int = 0, tensorboard: bool = True) -> None:
+        self.path = folder / "log.jsonl"
+        with writing(self.path):
+            folder.mkdir(parents=True, exist_ok=True)
+            self.file = self.path.open("a+b", buffering=0)
+            self.file.seek(0)
+            kept = self.file.read().split(b"\n")[:-1][:keep]
+            self.file.truncate(sum(len(line) + 1 for line in kept))
+        self.lines = len(kept)
+        self.board = None
+        if tensorboard and importlib.util.find_spec("tensorboard") is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=images + 1 if images else 0)
+
+    def write(self, images: int, values: Mapping[str, float]) -> None:
+        """One record; a number that is not finite is written as null."""
+        record = {"images": images, "time": round(time.time(), 3)}
+        record |= {n: float(f"{v:.6g}") if math.isfinite(v) else None for n, v in values.items()}
+        with writing(self.path):
+            line = json.dumps(record).encode() + b"\n"
+            while line:
+                line = line[self.file.write(line) or 0 :]
+            if self.board is not None:
+                for name, value in values.items():
+                    self.board.add_scalar(name, value, images)
+        self.lines += 1
+
+    def flush(self) -> None:
+        """Wait until all records are on the disk."""
+        flush(self.path)
+
+    def close(self) -> None:
+        """Close the files."""
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+
+class Display:
+    """Progress for whoever watches: a live bar on a terminal, else a line every `pause` seconds through logging."""
+
+    def __init__(self, name: str, images: int, start: int, console: Console | None = None, pause: float = 15.0) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+        self.name, self.images, self.pause = name, images, pause
+        self.began, self.said, self.start = time.monotonic(), -math.inf, start
+        console = console or Console(stderr=True)
+        self.bar = None
+        if console.is_terminal:
+            self.bar = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(),
+                TextColumn("{task.completed:,.0f}/{task.total:,.0f} images"),
+                TextColumn("{task.fields[note]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=console,
+                speed_estimate_period=120,
+            )
+            self.task = self.bar.add_task(name, total=images, completed=start, note="")
+
+    def update(self, images: int, note: str = "") -> None:
+        """Show where the run is; `note` is a short text such as the loss."""
+        if self.bar is not None:
+            self.bar.update(self.task, completed=images, note=note)
+            return
+        now = time.monotonic()
+        if now - self.said < self.pause and images < self.images:
+            return
+        self.said = now
+        speed = (images - self.start) / max(now - self.began, 1e-9)
+        left = f", {duration((self.images - images) / speed)} left" if speed > 0 else ""
+        logger.info("%s: %s of %s images%s%s", self.name, f"{images:,}", f"{self.images:,}", note and f", {note}", left)
+
+    def __enter__(self) -> Self:
+        if self.bar is not None:
+            self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def duration(seconds: float) -> str:
+    """A length of time for people: 42 s, 3 min 5 s, 2 h 10 min."""
+    s = round(seconds)
+    if s < 60:
+        return f"{s} s"
+    if s < 3600:
+        return f"{s // 60} min {s % 60} s"
+    return f"{s // 3600} h {s % 3600 // 60} min"

@@ -1,0 +1,414 @@
+"""One training loop for every objective: steps, averages, hooks, saving, exact resume.
+
+All progress is in images. What a step does is a function of the weights, the batch and (seed, images); so a run that is
+stopped anywhere and started again ends with the bytes of one that never stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
+
+from pixelgrow.errors import UserError
+from pixelgrow.rng import seed_of
+from pixelgrow.training import cpu, monitor, optim, state
+from pixelgrow.training.ema import Ema
+from pixelgrow.training.log import Averages, Display, Log
+from pixelgrow.training.monitor import Hook
+from pixelgrow.training.objective import Objective, Terms
+from pixelgrow.training.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from pixelgrow.data.loader import Batch
+    from rich.console import Console
+
+logger = logging.getLogger(__name__)
+
+
+class Interrupted(Exception):
+    """The run was asked to stop (SIGTERM or SIGINT), finished its step and saved; `status` is 128 + the signal."""
+
+    def __init__(self, signum: int, images: int) -> None:
+        name = signal.Signals(signum).name
+        super().__init__(f"stopped by {name}, saved at {images:,} images: run the same command again to go on")
+        self.status = 128 + signum
+
+
+@dataclass
+class Counters:
+    """How far a run is; saved with its state."""
+
+    images: int = 0
+    steps: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    lines: int = 0
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished run. averages: by part, one per length of the settings. Speed and share: since the last start."""
+
+    images: int
+    steps: int
+    skipped: int
+    seconds: float
+    images_per_second: float
+    matmul_share: float | None
+    peak_memory: int
+    averages: dict[str, list[Ema]]
+
+
+def train(
+    objective: Objective,
+    batches: Callable[[int], Iterator[Batch]],
+    settings: TrainSettings,
+    folder: Path,
+    *,
+    seed: int = 0,
+    hooks: Sequence[Hook] = (),
+    name: str = "train",
+    flops: float | None = None,
+    console: Console | None = None,
+) -> TrainResult:
+    """Train until `settings.images` have been seen, going on from `folder/state` if there is one.
+
+    batches: the stream of micro-batches (`settings.micro_batch` images each) from a stream position on.
+    folder: gets `state/`, `log.jsonl`, `tensorboard/`, `snapshots/`. The modules hold the last weights at the end.
+    flops: per image, forward and backward; counted on the first batch if None.
+    Raises UserError (damaged state, full disk, too many steps that are not finite) and Interrupted.
+    """
+    run = Training(objective, settings, Path(folder), seed)
+    return run.run(batches, hooks, name, flops, console)
+
+
+class Training:
+    """A run in progress: an objective, its optimizers and averages, and how far they are."""
+
+    def __init__(self, objective: Objective, settings: TrainSettings, folder: Path, seed: int) -> None:
+        self.objective, self.settings, self.folder, self.seed = objective, settings, folder, seed
+        self.device = next(p for m in objective.modules.values() for p in m.parameters()).device
+        if self.device.type == "cpu":
+            cpu.prepare()
+        self.bf16 = settings.precision == "bf16" or (settings.precision == "auto" and self.device.type == "cuda")
+        self.parameters = {part: optim.trainable(m) for part, m in objective.modules.items()}
+        for part, parameters in self.parameters.items():
+            if not parameters:
+                raise UserError(f"nothing to train in {part}: all of its tensors are frozen; unfreeze some")
+        self.optimizers = {part: optim.optimizers(m, settings) for part, m in objective.modules.items()}
+        self.averages = {part: [Ema(m, s) for s in settings.ema] for part, m in objective.modules.items()}
+        self.counters = Counters()
+        self.means = Averages()
+        self.bad = 0  # steps in a row that were not finite; never saved, as no state is while it is not 0
+        self.saved = -1
+        self.resume()
+
+    # --- state -----------------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The live tensors of the state by name. Frozen parameters are not among them: they are the parent's."""
+        named: dict[str, Tensor] = {}
+        for part, module in self.objective.modules.items():
+            kept = module.state_dict().keys()
+            named |= {f"weights/{part}/{n}": p for n, p in self.parameters[part].items()}
+            named |= {f"buffers/{part}/{n}": b for n, b in module.named_buffers() if n in kept}
+            for ema in self.averages[part]:
+                named |= {f"ema/{ema.length}/{part}/{n}": t for n, t in ema.tensors.items()}
+            for n, p in self.parameters[part].items():
+                for opt in self.optimizers[part]:
+                    named |= {f"optimizer/{slot}/{part}/{n}": t for slot, t in opt.state.get(p, {}).items()}
+        return named
+
+    def save(self, log: Log) -> None:
+        """Write the state, unless it was, or the last steps were not finite."""
+        c = self.counters
+        if self.saved == c.images or self.bad:
+            return
+        log.flush()
+        c.lines = log.lines
+        state.save(self.folder / "state", c.images, self.tensors(), asdict(c) | {"means": self.means.stored()})
+        self.saved = c.images
+
+    @torch.no_grad()
+    def resume(self) -> None:
+        """Take up the newest state, if there is one."""
+        found = state.load(self.folder / "state")
+        if found is None:
+            return
+        self.means = Averages(found.counters.pop("means"))
+        self.counters = Counters(**found.counters)
+        self.saved = self.counters.images
+        stored = dict(found.tensors)
+        for part, parameters in self.parameters.items():
+            for opt in self.optimizers[part]:
+                for p_name, p in parameters.items():
+                    owned = any(p is q for group in opt.param_groups for q in group["params"])
+                    slots = [
+                        n
+                        for n in stored
+                        if owned and n.startswith("optimizer/") and n.split("/", 3)[2:] == [part, p_name]
+                    ]
+                    for n in slots:
+                        opt.state[p][n.split("/")[1]] = _like(p, stored.pop(n))
+        live = {n: t for n, t in self.tensors().items() if not n.startswith("optimizer/")}
+        if live.keys() != stored.keys() or any(live[n].shape != stored[n].shape for n in live):
+            odd = sorted(live.keys() ^ stored.keys()) or [n for n in live if live[n].shape != stored[n].shape]
+            raise UserError(
+                f"{self.folder / 'state'} is of another network: {len(odd)} tensors differ, {odd[0]} the first; "
+                "delete that folder to start this stage again"
+            )
+        for n, t in live.items():
+            t.copy_(stored[n])
+
+    # --- one step --------------------------------------------------------------------------------------------------
+
+    def step(self, micro: Sequence[Batch]) -> None:
+        """One update of every part from the micro-batches of one batch."""
+        c, s = self.counters, self.settings
+        torch.manual_seed(seed_of(self.seed, "step", c.images))
+        middle = c.images + s.batch / 2
+        good = True
+        for part in self.objective.modules:
+            optim.set_rate(self.optimizers[part], s.lr * optim.rate(middle, s))
+            terms = self._gradients(micro, part)
+            grads = [p.grad for p in self.parameters[part].values() if p.grad is not None]
+            # the only values a step waits for: whether it is sound, and by how much to clip
+            loss, norm = torch.stack(
+                [torch.stack([t.loss.detach() for t in terms]).double().sum(), get_total_norm(grads, foreach=True)]
+            ).tolist()
+            if math.isfinite(loss) and math.isfinite(norm):
+                if s.clip and norm > s.clip:
+                    torch._foreach_mul_(grads, s.clip / norm)
+                for opt in self.optimizers[part]:
+                    opt.step()
+                for ema in self.averages[part]:
+                    ema.update(c.images, c.images + s.batch)
+                prefix = f"{part}/" if len(self.objective.modules) > 1 else ""
+                self.means.add({f"{prefix}loss": loss / len(terms), f"{prefix}grad_norm": norm})
+                for t in terms:
+                    self.means.add({prefix + n: v for n, v in t.logs.items()})
+            else:
+                good = False
+                self._stumbled(part, loss, norm, terms)
+            for m in self.objective.modules.values():
+                m.zero_grad(set_to_none=True)
+        c.images += s.batch
+        c.steps += 1
+        c.skipped += not good
+        self.bad = 0 if good else self.bad + 1
+
+    def _gradients(self, micro: Sequence[Batch], part: str) -> list[Terms]:
+        terms = []
+        for batch in micro:
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+                one = self.objective.loss(batch, part)
+            (one.loss / len(micro)).backward()
+            terms.append(one)
+        return terms
+
+    def _stumbled(self, part: str, loss: float, norm: float, terms: Sequence[Terms]) -> None:
+        c, limit = self.counters, self.settings.max_bad_steps
+        sigmas = [t.sigma.detach().float() for t in terms if t.sigma is not None]
+        at = ""
+        if sigmas:
+            all_sigmas = torch.cat(sigmas)
+            at = f", noise levels {float(all_sigmas.min()):.3g} to {float(all_sigmas.max()):.3g}"
+        where = f"step {c.steps + 1} ({c.images:,} images) of {part}: loss {loss:.3g}, gradient norm {norm:.3g}{at}"
+        if self.bad + 1 >= limit:
+            raise UserError(
+                f"not finite {limit} times in a row, last at {where}; the last good state is kept in "
+                f"{self.folder / 'state'}: lower lr, or set precision: fp32"
+            )
+        logger.warning("skipped %s", where)
+
+    # --- the loop --------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        batches: Callable[[int], Iterator[Batch]],
+        hooks: Sequence[Hook],
+        name: str,
+        flops: float | None,
+        console: Console | None,
+    ) -> TrainResult:
+        """See `train`."""
+        c, s = self.counters, self.settings
+        log = Log(self.folder, keep=c.lines, images=c.images)
+        before = c.images - s.batch if c.images else 0
+        rate = monitor.matmul_rate(self.device, torch.bfloat16 if self.bf16 else torch.float32)
+        meter = Meter(flops, rate)
+        stream: Iterator[Batch] | None = None
+        try:
+            with asked_to_stop() as stop, Display(name, s.images, c.images, console) as display:
+                while True:
+                    done = c.images >= s.images
+                    if stop or done or (c.images and _crossed(s.save_every, before, c.images)):
+                        self.save(log)
+                    if stop:
+                        raise Interrupted(stop[0], c.images)
+                    self._look(hooks, before, log)
+                    if done:
+                        break
+                    if stream is None:
+                        stream = batches(c.images)
+                    waited = time.perf_counter()
+                    micro = [_next(stream, c.images) for _ in range(s.accumulate)]
+                    began = time.perf_counter()
+                    if meter.flops is None:
+                        meter.flops = monitor.flops_per_image(self.objective, micro[0])
+                        began = time.perf_counter()
+                        self._compile()
+                    before = c.images
+                    self.step(micro)
+                    now = time.perf_counter()
+                    meter.add(s.batch, now - began, began - waited)
+                    c.seconds += now - waited
+                    if _crossed(s.log_every, before, c.images) or c.images >= s.images:
+                        self._report(log, meter)
+                    display.update(c.images, meter.note)
+        finally:
+            if stream is not None and hasattr(stream, "close"):
+                stream.close()
+            log.close()
+        return TrainResult(
+            c.images,
+            c.steps,
+            c.skipped,
+            c.seconds,
+            meter.speed,
+            meter.share,
+            monitor.peak_memory(self.device),
+            self.averages,
+        )
+
+    def _compile(self) -> None:
+        if self.settings.compile:
+            for module in self.objective.modules.values():
+                module.compile()
+
+    def _report(self, log: Log, meter: Meter) -> None:
+        values = self.means.read() | {"lr": self.optimizers[next(iter(self.optimizers))][0].param_groups[0]["lr"]}
+        values |= {"skipped": float(self.counters.skipped), "memory_mib": monitor.peak_memory(self.device) / 2**20}
+        meter.read(values.get("loss"))
+        log.write(self.counters.images, values | meter.values)
+
+    def _look(self, hooks: Sequence[Hook], before: int, log: Log) -> None:
+        """Call the hooks that are due and keep a snapshot of the averages if one is."""
+        c, s = self.counters, self.settings
+        if s.snapshot_every and c.images and (_crossed(s.snapshot_every, before, c.images) or c.images >= s.images):
+            for part, emas in self.averages.items():
+                kept = {f"{e.length}/{n}": t.half() for e in emas for n, t in e.tensors.items()}
+                state.write_tensors(self.folder / "snapshots" / part / f"{c.images:012d}.safetensors", kept)
+        for hook in hooks:
+            if hook.due(before, c.images, s.images):
+                with self.averaged():
+                    values = hook.run(c.images)
+                if values:
+                    log.write(c.images, {f"{hook.name}/{n}": v for n, v in values.items()})
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The modules with the first averages as weights, in eval mode, without gradients, randomness set aside."""
+        modules = self.objective.modules
+        training = [m for module in modules.values() for m in module.modules() if m.training]
+        lent = [emas[0].applied() for emas in self.averages.values() if emas]
+        try:
+            for loan in lent:
+                loan.__enter__()
+            for module in modules.values():
+                module.eval()
+            with torch.random.fork_rng(), torch.no_grad():
+                yield
+        finally:
+            for m in training:
+                m.training = True
+            for loan in lent:
+                loan.__exit__(None, None, None)
+
+
+class Meter:
+    """Images a second, the share of the time spent waiting for data, the share of the matrix-product rate."""
+
+    def __init__(self, flops: float | None, rate: float) -> None:
+        self.flops, self.rate = flops, rate
+        self.window = [0, 0.0, 0.0]
+        self.total = [0, 0.0]
+        self.values: dict[str, float] = {}
+        self.note = ""
+
+    def add(self, images: int, seconds: float, waited: float) -> None:
+        """One step's images, its time and the time before it that no batch was there."""
+        self.window = [self.window[0] + images, self.window[1] + seconds, self.window[2] + waited]
+        self.total = [self.total[0] + images, self.total[1] + seconds + waited]
+
+    def read(self, loss: float | None) -> None:
+        """Numbers of the time since the last reading."""
+        images, seconds, waited = self.window
+        speed = images / (seconds + waited)
+        self.values = {"images_per_second": speed, "waited": waited / (seconds + waited)}
+        if self.flops:
+            self.values["matmul_share"] = self.flops * images / seconds / self.rate
+        self.note = (f"loss {loss:.4g}, " if loss is not None else "") + f"{speed:.3g} images/s"
+        self.window = [0, 0.0, 0.0]
+
+    @property
+    def speed(self) -> float:
+        """Images a second since the start."""
+        return self.total[0] / self.total[1] if self.total[0] else 0.0
+
+    @property
+    def share(self) -> float | None:
+        """Share of the matrix-product rate since the start, waiting included."""
+        return self.flops * self.speed / self.rate if self.flops else None
+
+
+@contextmanager
+def asked_to_stop() -> Iterator[list[int]]:
+    """A list that fills when SIGTERM or SIGINT arrives; a second signal has its usual effect. For the main thread."""
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    usual: dict[int, Any] = {}
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        asked.append(signum)
+        signal.signal(signum, usual[signum])
+
+    for asked_by in (signal.SIGTERM, signal.SIGINT):
+        usual[asked_by] = signal.signal(asked_by, note)
+    try:
+        yield asked
+    finally:
+        for signum, handler in usual.items():
+            signal.signal(signum, handler)
+
+
+def _crossed(every: int | None, before: int, now: int) -> bool:
+    return bool(every) and now // every > before // every  # type: ignore[operator]
+
+
+def _like(p: nn.Parameter, stored: Tensor) -> Tensor:
+    """An optimizer's tensor with memory of its own, laid out as the parameter it belongs to."""
+    if stored.shape != p.shape:
+        return stored.to(p.device, copy=True)
+    return torch.empty_like(p, dtype=stored.dtype, memory_format=torch.preserve_format).copy_(stored)
+
+
+def _next(stream: Iterator[Batch], images: int) -> Batch:
+    batch = next(stream, None)
+    assert batch is not None, f"the stream of batches ended at {images} images; it must be endless"
+    return batch

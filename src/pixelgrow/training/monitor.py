@@ -1,0 +1,133 @@
+"""What is looked at while a network trains: held-out error by noise level, sample grids, seams, speed, memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from pixelgrow.training.objective import Objective
+from pixelgrow.training.state import writing
+
+
+@dataclass(frozen=True)
+class Hook:
+    """Something to do at certain image counts, with the averaged weights, in eval mode, without gradients.
+
+    run: called with the images seen; returns numbers to log under `name/`. It is a pure function of them and of the
+    weights: it may be called again after a resume, and must not touch what trains.
+    every: in images, 0 for never; it is also called at the end, and before the first step if `at_start`.
+    """
+
+    name: str
+    every: int
+    run: Callable[[int], Mapping[str, float]]
+    at_start: bool = False
+
+    def due(self, before: int, now: int, end: int) -> bool:
+        """Whether `every` was crossed by the step from `before` to `now` images."""
+        if not self.every:
+            return False
+        return now >= end or (now == 0 and self.at_start) or now // self.every > before // self.every
+
+
+def grid_hook(sample: Callable[[], Tensor], folder: Path, every: int, columns: int = 8, patch: int = 8) -> Hook:
+    """Write `samples/<images>.png` of `sample() -> (B, 3, H, W)` in [-1, 1] and log the energy ratio at its seams.
+
+    sample: draws the same pictures of the same noise each time. patch: side of the network's patches in pixels.
+    """
+
+    def run(images: int) -> Mapping[str, float]:
+        pictures = sample().float().cpu()
+        save_grid(pictures, folder / "samples" / f"{images:09d}.png", columns)
+        return {"seam_ratio": seam_ratio(pictures, patch)}
+
+    return Hook("samples", every, run)
+
+
+def save_grid(images: Tensor, path: Path, columns: int = 8) -> None:
+    """Write (B, 3, H, W) in [-1, 1] as one PNG, row by row, with a gap of two pixels; whole or not at all."""
+    b, _, h, w = images.shape
+    columns = min(columns, b)
+    rows = -(-b // columns)
+    sheet = torch.full((rows * (h + 2) - 2, columns * (w + 2) - 2, 3), 255, dtype=torch.uint8)
+    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+    for i in range(b):
+        top, left = i // columns * (h + 2), i % columns * (w + 2)
+        sheet[top : top + h, left : left + w] = pixels[i]
+    part = path.with_name(f".{path.name}.part")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(sheet.numpy()).save(part, format="PNG")
+        part.replace(path)
+
+
+def seam_ratio(images: Tensor, patch: int) -> float:
+    """Energy of the differences across patch boundaries over that inside patches; 1 where no seam shows.
+
+    images: (B, C, H, W). Means of squared differences of neighbouring pixels, along both axes together.
+    """
+    across = inside = 0.0
+    n_across = n_inside = 0
+    for axis in (2, 3):
+        energy = images.double().diff(dim=axis).square().mean(dim=[a for a in range(4) if a != axis])
+        seam = (torch.arange(len(energy)) + 1) % patch == 0
+        across, n_across = across + float(energy[seam].sum()), n_across + int(seam.sum())
+        inside, n_inside = inside + float(energy[~seam].sum()), n_inside + int((~seam).sum())
+    if not n_across or not n_inside or inside == 0:
+        return 1.0
+    return (across / n_across) / (inside / n_inside)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """The machine's rate of matrix products in FLOP/s: the best of repeated square products."""
+    n = 1536 if device.type == "cpu" else 8192
+    a, b = (torch.ones(n, n, device=device, dtype=dtype) for _ in range(2))
+    out, best, began = a @ b, float("inf"), time.perf_counter()
+    synchronize(device)
+    while time.perf_counter() - began < seconds:
+        start = time.perf_counter()
+        torch.mm(a, b, out=out)
+        synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def flops_per_image(objective: Objective, batch: Any) -> float:
+    """FLOPs of matrix products and convolutions per image, forward and backward, of all parts; gradients are dropped.
+
+    batch: a frozen dataclass of tensors and tuples over images; its first two are run through.
+    """
+    few = dataclasses.replace(
+        batch, **{f.name: getattr(batch, f.name)[:2] for f in dataclasses.fields(batch) if f.init}
+    )
+    counter = FlopCounterMode(display=False)
+    with counter:
+        for part in objective.modules:
+            objective.loss(few, part).loss.backward()
+    for module in objective.modules.values():
+        module.zero_grad(set_to_none=True)
+    return counter.get_total_flops() / min(2, len(batch.index))
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device, so that a clock can be read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes in use so far: of tensors on a GPU, of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,176 @@
+"""What a run needs to go on exactly: written whole or not at all, checked when read.
+
+`state/<images>/` holds `state.safetensors` (tensors) and `state.json` (counters, checksum). A state is written beside
+under a temporary name, flushed to the disk, and renamed; the one before it is kept, older ones are deleted.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pixelgrow.errors import UserError
+
+FORMAT = 1
+KEPT = 2
+TENSORS, COUNTERS = "state.safetensors", "state.json"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True)
+class State:
+    """A state as read: tensors by name, and what was counted."""
+
+    tensors: dict[str, Tensor]
+    counters: dict[str, Any]
+
+
+@contextmanager
+def writing(what: Path) -> Iterator[None]:
+    """Turn a full disk, or one that cannot be written, into one line that names the file."""
+    try:
+        yield
+    except SafetensorError as error:  # the library words the system's error: "... (os error 28)"
+        if not any(f"(os error {n})" in str(error) for n in (*FULL, errno.EACCES, errno.EROFS)):
+            raise
+        raise UserError(_cannot(what, str(error))) from error
+    except OSError as error:
+        if error.errno not in (*FULL, errno.EACCES, errno.EROFS):
+            raise
+        raise UserError(_cannot(what, error.strerror or str(error))) from error
+
+
+def _cannot(what: Path, reason: str) -> str:
+    return (
+        f"cannot write {what}: {reason}; what was saved before is kept: make room there, "
+        "then run the same command again to go on"
+    )
+
+
+def flush(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({n: t.detach().contiguous() for n, t in tensors.items()}, part)
+            flush(part)
+            part.replace(path)
+            flush(path.parent)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+
+
+def save(folder: Path, images: int, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
+    """Save the state after `images` in `folder`; a state of the same count is replaced.
+
+    Raises UserError if the disk is full: what was there stays as it was.
+    """
+    temporary, final = folder / f".{images}.part", folder / f"{images:012d}"
+    with writing(final):
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            write_tensors(temporary / TENSORS, tensors)
+            record = {
+                "format": FORMAT,
+                "images": images,
+                "bytes": (temporary / TENSORS).stat().st_size,
+                "crc32": _checksum(temporary / TENSORS),
+                "counters": dict(counters),
+            }
+            (temporary / COUNTERS).write_text(json.dumps(record, indent=1) + "\n")
+            flush(temporary / COUNTERS)
+            flush(temporary)
+            if final.exists():
+                _discard(final)
+            temporary.rename(final)
+            flush(folder)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+    for old in _saved(folder)[:-KEPT]:
+        _discard(old)
+
+
+def load(folder: Path) -> State | None:
+    """The newest state in `folder`, None if there is none.
+
+    Raises UserError, naming the file, if it is damaged or missing.
+    """
+    if not folder.is_dir():
+        return None
+    for left in folder.glob(".*.part"):  # a save that was cut off
+        shutil.rmtree(left, ignore_errors=True)
+    saved = _saved(folder)
+    if not saved:
+        return None
+    newest = saved[-1]
+    before = f" to go on from {int(saved[-2].name)} images" if len(saved) > 1 else " to start this stage again"
+    remedy = f"delete the folder {newest}{before}"
+    try:
+        record = json.loads((newest / COUNTERS).read_text())
+        if record["format"] != FORMAT:
+            raise UserError(f"{newest / COUNTERS}: got format {record['format']}, expected {FORMAT}; {remedy}")
+        expected = (record["bytes"], record["crc32"])
+        counters = dict(record["counters"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{newest / COUNTERS} is damaged ({type(error).__name__}); {remedy}") from error
+    try:
+        found = ((newest / TENSORS).stat().st_size, _checksum(newest / TENSORS))
+        if found != expected:
+            raise UserError(
+                f"{newest / TENSORS} is damaged: got {found[0]} bytes, checksum {found[1]:08x}, "
+                f"expected {expected[0]} bytes, {expected[1]:08x}; {remedy}"
+            )
+        return State(load_file(newest / TENSORS), counters)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{newest / TENSORS} cannot be read ({error}); {remedy}") from error
+
+
+def clear(folder: Path) -> None:
+    """Delete the states of a finished stage."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _saved(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.name.isdigit())
+
+
+def _discard(folder: Path) -> None:
+    """Delete a state so that half of it is never taken for a whole one."""
+    gone = folder.with_name(f".{folder.name}.old.part")
+    folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def _checksum(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            crc = zlib.crc32(block, crc)
+    return crc

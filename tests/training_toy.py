@@ -1,0 +1,103 @@
+"""A small real training: a two-layer convolution that denoises patterns. Run as a script, it trains in a folder."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from pixelgrow.errors import UserError
+from pixelgrow.rng import normal, uniform
+from pixelgrow.training.loop import Interrupted, TrainResult, train
+from pixelgrow.training.monitor import Hook
+from pixelgrow.training.objective import Terms
+from pixelgrow.training.settings import TrainSettings
+
+
+@dataclass(frozen=True)
+class ToyBatch:
+    image: Tensor
+    text: tuple[str, ...]
+    index: Tensor
+
+
+class Toy:
+    """x0 from x0 + sigma eps, everything keyed by the index. `poison` holds indices whose loss is not finite."""
+
+    def __init__(self, poison: frozenset[int] = frozenset(), frozen: bool = False) -> None:
+        torch.manual_seed(1)
+        net = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.SiLU(), nn.Dropout(0.1), nn.Conv2d(8, 3, 3, padding=1), nn.BatchNorm2d(3)
+        )
+        net[0].requires_grad_(not frozen)
+        self.modules: dict[str, nn.Module] = {"net": net}
+        self.poison = poison
+        self.seen: list[int] = []
+
+    def loss(self, batch: ToyBatch, part: str) -> Terms:
+        self.seen += batch.index.tolist()
+        sigma = uniform(0, "sigma", batch.index).float() + 0.1
+        x = batch.image + sigma[:, None, None, None] * normal(batch.image.shape[1:], 0, "noise", batch.index)
+        loss = (self.modules[part](x) - batch.image).square().mean()
+        if self.poison & set(batch.index.tolist()):
+            loss = loss * float("nan")
+        return Terms(loss, {"sigma_mean": sigma}, sigma)
+
+
+def stream(batch: int):
+    def batches(start: int) -> Iterator[ToyBatch]:
+        while True:
+            index = torch.arange(start, start + batch)
+            yield ToyBatch(normal((3, 8, 8), 0, "image", index).clamp(-1, 1), ("",) * batch, index)
+            start += batch
+
+    return batches
+
+
+def settings(**changes) -> TrainSettings:
+    base = {"images": 96, "batch": 8, "save_every": 24, "log_every": 16, "validate_every": 32, "sample_every": 0}
+    return TrainSettings(**(base | changes))
+
+
+def run(folder: Path, toy: Toy | None = None, hooks: tuple[Hook, ...] = (), **changes) -> TrainResult:
+    s, toy = settings(**changes), toy or Toy()
+
+    def validate(images: int) -> dict[str, float]:
+        torch.rand(7)  # a hook that draws from the global generator perturbs nothing
+        batch = next(stream(8)(10**6))
+        return {"error": float((toy.modules["net"](batch.image) - batch.image).square().mean())}
+
+    hook = Hook("validation", s.validate_every or 0, validate, at_start=True)
+    return train(toy, stream(s.micro_batch), s, folder, seed=3, hooks=(hook, *hooks), flops=1e6)
+
+
+def weights(toy: Toy, result: TrainResult) -> dict[str, Tensor]:
+    """What a stage keeps: the last weights, buffers and all averages."""
+    kept = {n: t.clone() for n, t in toy.modules["net"].state_dict().items()}
+    for ema in result.averages["net"]:
+        kept |= {f"{ema.length}/{n}": t.clone() for n, t in ema.tensors.items()}
+    return kept
+
+
+def main() -> int:
+    folder, images = Path(sys.argv[1]), int(sys.argv[2])
+    toy = Toy()
+    try:
+        result = run(folder, toy, images=images, save_every=max(8, images // 40), log_every=8, snapshot_every=0)
+    except Interrupted as stop:
+        sys.stderr.write(f"{stop}\n")
+        return stop.status
+    except UserError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    save_file(weights(toy, result), folder / "model.safetensors")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
