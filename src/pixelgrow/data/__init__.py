@@ -1,0 +1,19 @@
+"""Training images: sources of captioned files or drawn scenes, and the loader that streams them."""
+
+from pixelgrow.data.images import BadImage
+from pixelgrow.data.loader import Batch, Loader, take
+from pixelgrow.data.opening import open_mixture, open_source
+from pixelgrow.data.sources import BadFile, Source, Subset, heldout_split
+
+__all__ = [
+    "BadFile",
+    "BadImage",
+    "Batch",
+    "Loader",
+    "Source",
+    "Subset",
+    "heldout_split",
+    "open_mixture",
+    "open_source",
+    "take",
+]

@@ -1,0 +1,248 @@
+"""Folders of images: captions in metadata.jsonl, captions in .txt files beside the images, or one folder per class."""
+
+import hashlib
+import json
+import os
+from array import array
+from collections.abc import Iterator
+from typing import BinaryIO
+
+import numpy as np
+
+from pixelgrow.data.files import contains, has_image_named, is_image, is_other_image, open_regular, suffix, walk
+from pixelgrow.data.images import BadImage
+from pixelgrow.data.index import MAX_CAPTION, FileSource, Strings, caption_of, decode_caption, stamp
+from pixelgrow.errors import UserError
+
+METADATA = "metadata.jsonl"
+_MAX_LINE = 1 << 20
+_UNSUPPORTED = "format not supported (JPEG, PNG and WebP are)"
+
+
+class MetadataFolder(FileSource):
+    """A folder with a metadata.jsonl, one `{"file_name": ..., "text": ...}` a line.
+
+    The index holds where each line stands (20 bytes a sample); the line is read again when it is asked for. A file
+    may have several captions, each a sample; a line that repeats another is bad. Images without a line are ignored.
+    """
+
+    kind = "metadata.jsonl"
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self._root = os.fsencode(path)
+        self._metadata = os.path.join(path, METADATA)
+        self._starts, self._lengths = array("q"), array("i")
+        names, rows, lines = array("Q"), set(), 0  # hashes, so that a million rows stay small
+        for number, start, line in self._read_lines():
+            lines = number
+            key = f"{METADATA}:{number}"
+            try:
+                key, text = self._parse(line)
+                row = _hash(key, text)
+                if row in rows:
+                    key = f"{METADATA}:{number}"
+                    raise BadImage("repeats an earlier line")
+                rows.add(row)
+                with open_regular(os.path.join(self._root, os.fsencode(key))) as file:
+                    self._admit(file, os.fsencode(key), text.encode(), stamp(file))
+            except BadImage as error:
+                self._reject(key, error.reason)
+                continue
+            names.append(_hash(key))
+            self._starts.append(start)
+            self._lengths.append(len(line))
+        del rows
+        if not lines:
+            raise UserError(f"{self._metadata}: empty; expected one line per image with file_name and text")
+        self._finish(distinct=len(np.unique(np.frombuffer(names, np.uint64))) if names else 0)
+
+    def _nothing(self) -> str:
+        return (
+            f"{self._metadata}: none of its lines is usable (line 1: {self.bad[0].reason}); "
+            'expected one {"file_name": "a.jpg", "text": "a caption"} per line'
+        )
+
+    def _read_lines(self) -> Iterator[tuple[int, int, bytes]]:
+        """(number from 1, byte offset, line) of each line that is not blank."""
+        try:
+            file = open_regular(self._metadata)
+        except BadImage as error:
+            raise UserError(f"{self._metadata}: {error.reason}; expected one JSON object per line") from None
+        with file:
+            number, start = 0, 0
+            while line := file.readline(_MAX_LINE):
+                number += 1
+                piece, end = line, start + len(line)
+                while len(piece) == _MAX_LINE and not piece.endswith(b"\n"):  # too long to be a row: skipped, reported
+                    piece = file.readline(_MAX_LINE)
+                    end += len(piece)
+                if not start and line.startswith(b"\xef\xbb\xbf"):
+                    line, start = line[3:], 3
+                if line.strip():
+                    yield number, start, line
+                start = end
+
+    @staticmethod
+    def _parse(line: bytes) -> tuple[str, str]:
+        """(file name, caption) of a line. Raises `BadImage`."""
+        try:
+            row = json.loads(line.decode())
+        except UnicodeDecodeError:
+            raise BadImage("line is not UTF-8") from None
+        except (ValueError, RecursionError):
+            raise BadImage("line is not JSON") from None
+        if not isinstance(row, dict):
+            raise BadImage("line is not a JSON object")
+        name = row.get("file_name")
+        if not isinstance(name, str) or not name:
+            raise BadImage("no file_name")
+        return _inside(name), caption_of(row.get("text"))
+
+    def _row(self, i: int) -> tuple[str, str]:
+        with open_regular(self._metadata, self._starts[i], self._lengths[i]) as file:
+            return self._parse(file.read())
+
+    def key(self, i: int) -> str:
+        return self._row(i)[0]
+
+    def text(self, i: int) -> str:
+        return self._row(i)[1]
+
+    def open(self, i: int) -> BinaryIO:
+        return open_regular(os.path.join(self._root, os.fsencode(self.key(i))))
+
+
+class PairedFolder(FileSource):
+    """A folder, with folders in it or not, where a.jpg has its caption beside it in a.txt."""
+
+    kind = ".txt beside the image"
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self._root = os.fsencode(path)
+        self._keys = Strings()
+        for folder, names in walk(self._root, self._bad):
+            for name in names:
+                key = folder + name
+                try:
+                    if is_image(name):
+                        self._take(key, names, name)
+                    elif is_other_image(name):
+                        raise BadImage(_UNSUPPORTED)
+                    elif suffix(name) == b".txt" and not has_image_named(names, os.path.splitext(name)[0]):
+                        raise BadImage("caption without an image")
+                    elif suffix(name) != b".txt":
+                        self.ignored += 1
+                except BadImage as error:
+                    self._reject(os.fsdecode(key), error.reason)
+        self._finish()
+
+    def _take(self, key: bytes, names: list[bytes], name: bytes) -> None:
+        if not contains(names, _caption_name(name)):
+            raise BadImage("no caption")
+        text = self._caption(key)
+        with open_regular(os.path.join(self._root, key)) as file:
+            self._admit(file, key, text.encode(), stamp(file))
+        self._keys.append(key)
+
+    def _caption(self, key: bytes) -> str:
+        try:
+            with open_regular(os.path.join(self._root, _caption_name(key))) as file:
+                return decode_caption(file.read(MAX_CAPTION + 1))
+        except BadImage as error:
+            raise BadImage(error.reason if "caption" in error.reason else f"caption: {error.reason}") from None
+
+    def key(self, i: int) -> str:
+        return os.fsdecode(self._keys[i])
+
+    def text(self, i: int) -> str:
+        return self._caption(self._keys[i])
+
+    def open(self, i: int) -> BinaryIO:
+        return open_regular(os.path.join(self._root, self._keys[i]))
+
+
+class ClassFolder(FileSource):
+    """A folder with one folder per class. A sample's text is its label, a decimal; `classes[label]` is the name."""
+
+    kind = "class folders"
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self._root = os.fsencode(path)
+        self._keys = Strings()
+        self._labels = array("i")
+        classes: list[bytes] = []
+        for folder, names in walk(self._root, self._bad):
+            top = folder.split(b"/", 1)[0]
+            for name in names:
+                key = folder + name
+                try:
+                    if is_image(name):
+                        if not top:
+                            raise BadImage("not in the folder of a class")
+                        if top not in classes[-1:]:  # the walk is sorted: a class comes once, empty ones never
+                            classes.append(top)
+                        with open_regular(os.path.join(self._root, key)) as file:
+                            self._admit(file, key, stamp(file))
+                        self._keys.append(key)
+                        self._labels.append(len(classes) - 1)
+                    elif is_other_image(name):
+                        raise BadImage(_UNSUPPORTED)
+                    else:
+                        self.ignored += 1
+                except BadImage as error:
+                    self._reject(os.fsdecode(key), error.reason)
+        self.classes = tuple(os.fsdecode(name) for name in classes)
+        self._finish()
+
+    def key(self, i: int) -> str:
+        return os.fsdecode(self._keys[i])
+
+    def text(self, i: int) -> str:
+        return str(self._labels[i])
+
+    def open(self, i: int) -> BinaryIO:
+        return open_regular(os.path.join(self._root, self._keys[i]))
+
+
+def folder_kind(path: str) -> type[FileSource]:
+    """Which of the three kinds a folder is. Raises `UserError` if its captions are in no form that we know."""
+    if os.path.lexists(os.path.join(path, METADATA)):
+        return MetadataFolder
+    loose = nested = 0
+    for folder, names in walk(os.fsencode(path), {}):
+        images = [name for name in names if is_image(name)]
+        if any(contains(names, _caption_name(name)) for name in images):
+            return PairedFolder
+        loose, nested = loose + (0 if folder else len(images)), nested + (len(images) if folder else 0)
+    if nested > loose:
+        return ClassFolder
+    if not loose + nested:
+        raise UserError(f"{path}: no images in it; expected JPEG, PNG or WebP files, or tar shards")
+    raise UserError(
+        f"{path}: {loose + nested} images with captions in no known form; expected a {METADATA} with file_name and "
+        "text, a .txt beside each image, or one folder per class"
+    )
+
+
+def _caption_name(name: bytes) -> bytes:
+    return os.path.splitext(name)[0] + b".txt"
+
+
+def _inside(name: str) -> str:
+    """A file name of the metadata in its plainest form. Raises `BadImage` if it leads out of the folder."""
+    plain = os.path.normpath(name)
+    if os.path.isabs(plain) or plain == ".." or plain.startswith("../"):
+        raise BadImage("path leaves the folder")
+    try:
+        os.fsencode(plain)
+    except UnicodeEncodeError:
+        raise BadImage("file name is not valid Unicode") from None
+    return plain
+
+
+def _hash(*parts: str) -> int:
+    data = "\0".join(parts).encode(errors="surrogatepass")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")

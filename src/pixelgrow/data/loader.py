@@ -1,0 +1,215 @@
+"""Batches of training images: what the order names, decoded, the bad replaced; the same at any number of workers."""
+
+import itertools
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from pixelgrow.data.badfiles import BadFiles
+from pixelgrow.data.images import BadImage
+from pixelgrow.data.order import Order
+from pixelgrow.data.sources import BadFile, Source, large_enough, sizes_of
+from pixelgrow.errors import UserError
+from pixelgrow.rng import uniform
+
+_MAX_ATTEMPTS = 100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """`image` (B, 3, H, W) float32 in [-1, 1]; `text`: B captions (decimal labels for classes); `index` (B,) int64: the
+    position of each in the training stream, the only key of randomness of that sample."""
+
+    image: Tensor
+    text: tuple[str, ...]
+    index: Tensor
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+
+@dataclass(frozen=True)
+class _Raw:
+    """What a worker hands over: uint8 (B, H, W, 3), captions, and the bad files met: (source number, file)."""
+
+    image: np.ndarray
+    text: tuple[str, ...]
+    bad: tuple[tuple[int, BadFile], ...]
+
+
+class Loader:
+    """An endless, exactly resumable stream of batches.
+
+    - `weights`: share of images drawn from each source; None is in proportion to their usable images.
+    - `size` (h, w): pixels; originals smaller than that on either side are left out.
+    - `flip`: mirror half of the images; `random_crop`: crop anywhere along the longer side, else in the centre.
+    - `workers`: processes that decode; 0 decodes in this one. The samples do not depend on it.
+    - `bad_limit`, `bad_path`: as in `BadFiles`.
+
+    A sample that cannot be decoded is replaced by one that (seed, its turn) alone determine, and which files are bad
+    is a property of the files: so every position of the stream has one content, wherever one begins. Raises
+    `UserError` if no image is large enough or too many files are bad.
+    """
+
+    def __init__(
+        self,
+        sources: Source | Sequence[Source],
+        weights: Sequence[float] | None = None,
+        *,
+        size: tuple[int, int],
+        batch: int = 64,
+        seed: int = 0,
+        flip: bool = False,
+        random_crop: bool = True,
+        workers: int = 0,
+        bad_limit: float = 0.01,
+        bad_path: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.sources: list[Source] = list(sources) if isinstance(sources, Sequence) else [sources]
+        if batch < 1 or workers < 0 or min(size) < 1:
+            raise UserError(f"loader: got batch {batch}, workers {workers}, size {size}; expected >= 1, >= 0 and >= 1")
+        if not self.sources:
+            raise UserError("loader: got no sources, expected at least one")
+        self.size, self.batch, self.seed, self.workers = size, batch, seed, workers
+        self.flip, self.random_crop = flip, random_crop
+        self.usable = [_usable(source, size) for source in self.sources]
+        self.order = Order([len(items) for items in self.usable], weights, seed)
+        self.bad = BadFiles(self.sources, bad_limit, bad_path)
+
+    def __len__(self) -> int:
+        """The number of distinct images that are large enough."""
+        return sum(len(items) for items in self.usable)
+
+    def texts(self) -> Iterator[str]:
+        """Each distinct caption of the usable samples, for the text cache."""
+        seen: set[int] = set()
+        for source, items in zip(self.sources, self.usable, strict=True):
+            period = getattr(source, "captions", None)  # scenes: sample i has the caption of i % captions
+            for item in items if period is None else np.unique(items % period):
+                text = source.text(int(item))
+                if hash(text) not in seen:
+                    seen.add(hash(text))
+                    yield text
+
+    def batches(self, start: int = 0) -> Iterator[Batch]:
+        """Batches from stream position `start` (images drawn before) on, without end. Close it to stop the workers."""
+        starts = itertools.count(start, self.batch)
+        raws: Iterator[_Raw | UserError]
+        if self.workers:
+            raws = iter(
+                DataLoader(
+                    _Positions(self),
+                    batch_size=None,
+                    sampler=starts,
+                    num_workers=self.workers,
+                    collate_fn=_as_it_is,
+                    worker_init_fn=_leave_signals_to_the_parent,
+                    generator=torch.Generator(),  # the global generator stays untouched
+                )
+            )
+        else:
+            raws = map(_Positions(self).__getitem__, starts)
+        for at, raw in zip(itertools.count(start, self.batch), raws, strict=True):
+            if isinstance(raw, UserError):
+                raise raw
+            for source, bad in raw.bad:
+                self.bad.add(source, [bad])
+            yield Batch(to_tensor(raw.image), raw.text, torch.arange(at, at + self.batch))
+
+    def load(self, start: int) -> _Raw:
+        """Decode the batch at stream position `start`, here and now."""
+        positions = range(start, start + self.batch)
+        centre = torch.full((self.batch,), 0.5, dtype=torch.float64)
+        y = uniform(self.seed, "crop y", positions) if self.random_crop else centre
+        x = uniform(self.seed, "crop x", positions) if self.random_crop else centre
+        mirror = uniform(self.seed, "flip", positions) < 0.5 if self.flip else centre > 1
+        image = np.empty((self.batch, *self.size, 3), np.uint8)
+        texts: list[str] = []
+        bad: list[tuple[int, BadFile]] = []
+        for row, position in enumerate(positions):
+            picture, text = self._sample(position, (float(y[row]), float(x[row])), bad)
+            image[row] = picture[:, ::-1] if mirror[row] else picture
+            texts.append(text)
+        return _Raw(image, tuple(texts), tuple(bad))
+
+    def _sample(
+        self, position: int, crop: tuple[float, float], bad: list[tuple[int, BadFile]]
+    ) -> tuple[np.ndarray, str]:
+        first = draw = self.order.at(position)
+        for attempt in range(_MAX_ATTEMPTS):
+            source, item = self.sources[draw.source], int(self.usable[draw.source][draw.item])
+            try:
+                return source.image(item, self.size, crop), source.text(item)
+            except BadImage as error:
+                bad.append((draw.source, BadFile(source.key(item), error.reason)))
+                draw = self.order.instead(first, attempt)
+        raise UserError(
+            f"{source.name}: {_MAX_ATTEMPTS} images in a row cannot be decoded (the last: {bad[-1][1].key}: "
+            f"{bad[-1][1].reason}); repair or remove them"
+        )
+
+
+def to_tensor(image: np.ndarray) -> Tensor:
+    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(image).permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1.0)
+
+
+def take(source: Source, count: int, size: tuple[int, int]) -> Batch:
+    """The first `count` samples of a source that decode and are large enough, centre-cropped; `index` counts from 0.
+
+    Fewer if there are fewer. Raises `UserError` if there is none.
+    """
+    pictures: list[np.ndarray] = []
+    texts: list[str] = []
+    for item in _usable(source, size):
+        if len(pictures) == count:
+            break
+        try:
+            picture, text = source.image(int(item), size, (0.5, 0.5)), source.text(int(item))
+        except BadImage:  # the training loader over the same files lists it
+            continue
+        pictures.append(picture)
+        texts.append(text)
+    if not pictures:
+        raise UserError(f"{source.name}: none of its images can be decoded; look at them with: pixelgrow data")
+    return Batch(to_tensor(np.stack(pictures)), tuple(texts), torch.arange(len(pictures)))
+
+
+def _usable(source: Source, size: tuple[int, int]) -> np.ndarray:
+    items = large_enough(source, size)
+    if not len(items):
+        largest = int(sizes_of(source).min(axis=1).max(initial=0))
+        raise UserError(
+            f"{source.name}: none of its {len(source)} images is at least {size[0]}x{size[1]} pixels (the largest "
+            f"has a smaller side of {largest}); lower the stage's resolution or add larger images"
+        )
+    return items
+
+
+class _Positions:
+    """The loader as a map from stream position to what a worker hands over; errors of the user travel as values."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def __getitem__(self, start: int) -> _Raw | UserError:
+        try:
+            return self.loader.load(start)
+        except UserError as error:
+            return error
+
+
+def _as_it_is(raw: _Raw) -> _Raw:
+    return raw
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """A worker stops when its parent says so or has gone; a signal to the whole group is for the parent to act on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,0 +1,64 @@
+"""The order of training samples: a pure function of (seed, epoch, position), whoever asks and from wherever."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+from pixelgrow.errors import UserError
+from pixelgrow.rng import seed_of
+
+_ONE = 1 << 32  # the unit of a share: exact integers, so that position 10^12 is as exact as position 0
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What stands at a position of the stream: sample number `item` of source number `source`."""
+
+    source: int
+    item: int
+    turn: int  # how many images of this source came before
+
+
+class Order:
+    """An endless stream over several sources.
+
+    `counts`: usable samples of each source. `weights`: share of images drawn from each, spread evenly along the
+    stream; None is in proportion to `counts`. A source is shuffled anew in each of its epochs.
+    """
+
+    def __init__(self, counts: Sequence[int], weights: Sequence[float] | None = None, seed: int = 0) -> None:
+        shares = [float(c) for c in counts] if weights is None else [float(w) for w in weights]
+        if len(shares) != len(counts):
+            raise UserError(f"data: got {len(shares)} weights for {len(counts)} sources; give one each")
+        if not all(0 < share < float("inf") for share in shares):
+            raise UserError(f"data: got weights {shares}, expected numbers above 0; leave a source out to not use it")
+        self.counts, self.seed = tuple(counts), seed
+        # Source k takes its share of what sources 0..k-1 have left over.
+        exact = [Fraction(share) for share in shares]
+        self._shares = [int(share / sum(exact[k:]) * _ONE) for k, share in enumerate(exact)]
+        self._shuffled: dict[int, tuple[int, np.ndarray]] = {}  # source -> epoch and its permutation
+
+    def at(self, position: int) -> Draw:
+        """What stands at a position, from 0."""
+        for source, share in enumerate(self._shares):
+            before, after = position * share // _ONE, (position + 1) * share // _ONE
+            if after > before:
+                return Draw(source, self._item(source, before), before)
+            position -= before
+        raise AssertionError("the last source's share is one")
+
+    def instead(self, draw: Draw, attempt: int) -> Draw:
+        """The `attempt`-th (from 0) replacement for a draw that cannot be decoded: any sample of the same source."""
+        key = seed_of(self.seed, "replacement", draw.source, draw.turn, attempt)
+        return Draw(draw.source, key % self.counts[draw.source], draw.turn)
+
+    def _item(self, source: int, turn: int) -> int:
+        epoch, place = divmod(turn, self.counts[source])
+        cached = self._shuffled.get(source)
+        if cached is None or cached[0] != epoch:
+            # Raw bits and a stable sort: unlike numpy's `permutation`, the same in every version of numpy.
+            bits = np.random.PCG64(seed_of(self.seed, "order", source, epoch)).random_raw(self.counts[source])
+            cached = self._shuffled[source] = (epoch, np.argsort(bits, kind="stable"))
+        return int(cached[1][place])

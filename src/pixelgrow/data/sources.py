@@ -1,0 +1,136 @@
+"""What a source of captioned images is, and views of one."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from pixelgrow.errors import UserError
+
+
+class Source(Protocol):
+    """Captioned images by number; every answer is a function of the number alone.
+
+    `name` is for people, `fingerprint` a hex hash of what is in it (names, sizes, times; or the parameters).
+    A source of files also has `sizes` (N, 2) int32 of (h, w), `bad` (what its index had to leave out) and `files` (the
+    number of distinct files, bad ones included); a source of classes has `classes`, the names of its labels.
+    """
+
+    name: str
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def size(self, i: int) -> tuple[int, int]:
+        """(h, w) of the original in pixels, after EXIF orientation, from the header alone."""
+        ...
+
+    def text(self, i: int) -> str:
+        """The caption; the decimal label for a source of classes."""
+        ...
+
+    def image(self, i: int, size: tuple[int, int], crop: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
+        """uint8 (h, w, 3), smallest side scaled to `size` and cropped at fraction `crop` (y, x) of the slack.
+
+        Raises `BadImage`, as a property of the file alone.
+        """
+        ...
+
+    def key(self, i: int) -> str:
+        """File name or tar member."""
+        ...
+
+
+@dataclass(frozen=True)
+class BadFile:
+    """A file that is no sample, and why."""
+
+    key: str
+    reason: str
+
+
+class Subset:
+    """A view of some samples of a source. `indices` (M,) are numbers of the parent, in the order of the view."""
+
+    def __init__(self, parent: Source, indices: np.ndarray, name: str) -> None:
+        self.parent = parent
+        self.indices = np.asarray(indices, dtype=np.int64)
+        self.name = name
+        digest = hashlib.blake2b(self.indices.tobytes(), digest_size=8).hexdigest()
+        self.fingerprint = f"{parent.fingerprint}-{digest}"
+        self.bad: Sequence[BadFile] = bad_of(parent)
+        self.files = files_of(parent)
+        self.classes: tuple[str, ...] = getattr(parent, "classes", ())
+
+    @property
+    def sizes(self) -> np.ndarray:
+        return sizes_of(self.parent)[self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def size(self, i: int) -> tuple[int, int]:
+        return self.parent.size(int(self.indices[i]))
+
+    def text(self, i: int) -> str:
+        return self.parent.text(int(self.indices[i]))
+
+    def image(self, i: int, size: tuple[int, int], crop: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
+        return self.parent.image(int(self.indices[i]), size, crop)
+
+    def key(self, i: int) -> str:
+        return self.parent.key(int(self.indices[i]))
+
+
+def sizes_of(source: Source) -> np.ndarray:
+    """All original sizes, (N, 2) int32 of (h, w)."""
+    sizes = getattr(source, "sizes", None)
+    if isinstance(sizes, np.ndarray):
+        return sizes
+    flat = (side for i in range(len(source)) for side in source.size(i))
+    return np.fromiter(flat, dtype=np.int32, count=2 * len(source)).reshape(-1, 2)
+
+
+def bad_of(source: Source) -> Sequence[BadFile]:
+    """The files that the source's index left out; nothing for a source without files."""
+    return getattr(source, "bad", ())
+
+
+def files_of(source: Source) -> int:
+    """The number of distinct files behind a source, bad ones included."""
+    return getattr(source, "files", len(source))
+
+
+def large_enough(source: Source, size: tuple[int, int]) -> np.ndarray:
+    """Numbers (M,) int64 of the samples whose original is at least `size` (h, w) on both sides."""
+    sizes = sizes_of(source)
+    return np.flatnonzero((sizes[:, 0] >= size[0]) & (sizes[:, 1] >= size[1]))
+
+
+def heldout_split(source: Source, fraction: float = 0.02, seed: int = 0, at_least: int = 16) -> tuple[Subset, Subset]:
+    """(train view, held-out view), disjoint, by a hash of each sample's key.
+
+    Holds out max(`at_least`, `fraction` * N) samples, at most half. Samples with one key (two captions of one
+    file) fall on the same side, and adding files moves few others. Raises `UserError` for fewer than two keys.
+    """
+    if not 0 < fraction < 1:
+        raise UserError(f"held-out fraction: got {fraction}, expected a number between 0 and 1; the default is 0.02")
+    hashes = np.fromiter((_hash(seed, source.key(i)) for i in range(len(source))), dtype=np.uint64, count=len(source))
+    order = np.sort(hashes)
+    if len(order) < 2 or order[0] == order[-1]:
+        raise UserError(f"{source.name}: {len(order)} usable image(s), too few to hold some out; add images")
+    count = min(max(round(fraction * len(order)), at_least), len(order) // 2)
+    held = hashes <= order[count - 1]
+    if held.all():
+        held = hashes < order[-1]
+    return (
+        Subset(source, np.flatnonzero(~held), f"{source.name} (train)"),
+        Subset(source, np.flatnonzero(held), f"{source.name} (held out)"),
+    )
+
+
+def _hash(seed: int, key: str) -> int:
+    data = f"{seed}\0{key}".encode(errors="surrogatepass")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
