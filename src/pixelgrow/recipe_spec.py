@@ -1,0 +1,226 @@
+"""What a recipe says: data, text encoder, and stages in order, as validated settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from pixelgrow.diffusion import DiffusionConfig
+from pixelgrow.models.sizes import SIZES
+from pixelgrow.training.settings import TrainSettings
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of recipes and stages: they become folders
+
+
+class Spec(BaseModel):
+    """Base of a recipe's parts: immutable, unknown keys refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_by_name=True, validate_by_alias=True)
+
+
+class TextSpec(Spec):
+    """The frozen text encoder, or class labels instead: `{classes: N}` is short for `{encoder: "labels:N"}`."""
+
+    encoder: str = "minilm"
+    max_tokens: int = Field(32, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _classes(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and "classes" in given and "encoder" not in given:
+            return {k: v for k, v in given.items() if k != "classes"} | {"encoder": f"labels:{given['classes']}"}
+        return given
+
+    @field_validator("encoder")
+    @classmethod
+    def _labels(cls, encoder: str) -> str:
+        head, _, count = encoder.partition(":")
+        if head == "labels" and not (count.isdigit() and int(count) > 0):
+            raise ValueError(f"got {encoder!r}, expected labels:N with N the number of classes")
+        return encoder
+
+    @property
+    def classes(self) -> int:
+        """Number of classes; 0 for a text encoder."""
+        head, _, count = self.encoder.partition(":")
+        return int(count) if head == "labels" else 0
+
+
+class DataSpec(Spec):
+    """One source of captioned images, or of images in classes.
+
+    `source`: scenes (drawn, with `n`, `captions`, `seed`, `split`) or the path of a folder or of tar shards.
+    `kind` says what a path holds, should looking at it not tell. `weight`: share of the mixture; by size if left out.
+    """
+
+    source: str
+    kind: Literal["auto", "folder", "classes", "tar"] = "auto"
+    weight: float | None = Field(None, gt=0)
+    n: int | None = Field(None, ge=1)
+    captions: int | None = Field(None, ge=1)
+    seed: int | None = None
+    split: Literal["train", "heldout"] | None = None
+
+    @model_validator(mode="after")
+    def _scenes_alone(self) -> DataSpec:
+        extra = [k for k in ("n", "captions", "seed", "split") if getattr(self, k) is not None]
+        if extra and self.source != "scenes":
+            raise ValueError(f"{extra[0]} belongs to `source: scenes`, but the source is {self.source!r}; drop it")
+        return self
+
+    @property
+    def opening(self) -> dict[str, Any]:
+        """What `pixelgrow.data` is asked to open."""
+        return self.model_dump(exclude_none=True, exclude={"weight"})
+
+
+class HeldoutSpec(DataSpec):
+    """What is kept from training: a source of its own, or a `fraction` of the data (at least 16 images)."""
+
+    source: str = ""
+    fraction: float = Field(0.02, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> HeldoutSpec:
+        if self.source and "fraction" in self.model_fields_set:
+            raise ValueError("give a source or a fraction, not both")
+        return self
+
+    @property
+    def opening(self) -> dict[str, Any]:
+        return self.model_dump(exclude_none=True, exclude={"weight", "fraction"})
+
+
+class ModelStage(TrainSettings):
+    """What stages that make a checkpoint share: a name, a parent, data of their own, and the training settings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_by_name=True, validate_by_alias=True)
+
+    name: str = Field(pattern=NAME)
+    parent: str | None = Field(None, alias="from")
+    data: tuple[DataSpec, ...] | None = None
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _listed(cls, data: Any) -> Any:
+        return [data] if isinstance(data, Mapping) else data
+
+    def training(self, images: int | None = None) -> TrainSettings:
+        """The training settings alone; for a phase of `images`, with every length that was left out filled in anew."""
+        given = {k: getattr(self, k) for k in self.model_fields_set if k in TrainSettings.model_fields}
+        return TrainSettings(**given | ({} if images is None else {"images": images}))
+
+
+class TrainStage(ModelStage):
+    """Train a core in its Shallow-UViT from nothing; or, with `from`, go on from a checkpoint on other data or terms."""
+
+    size: str | None = None
+    resolution: int | None = Field(None, ge=1)
+    stride: int = Field(4, ge=1, description="pixels per core token")
+    diffusion: DiffusionConfig = DiffusionConfig()
+
+    @field_validator("size")
+    @classmethod
+    def _size(cls, size: str | None) -> str | None:
+        if size is not None and size not in SIZES:
+            raise ValueError(f"got {size!r}, expected one of {', '.join(SIZES)}")
+        return size
+
+    @model_validator(mode="after")
+    def _new_or_from(self) -> TrainStage:
+        shape = {"size", "resolution", "stride", "diffusion"} & self.model_fields_set
+        if self.parent is not None and shape:
+            raise ValueError(f"{min(shape)} comes from the checkpoint named by `from`; drop one of the two")
+        if self.parent is None and (self.size is None or self.resolution is None):
+            raise ValueError("a stage without `from` needs both `size` and `resolution`")
+        if self.resolution is not None and self.resolution % self.stride:
+            raise ValueError(f"resolution {self.resolution} is not a multiple of the stride {self.stride}")
+        return self
+
+
+class GrowStage(ModelStage):
+    """Grow a checkpoint to a higher resolution, then train.
+
+    `init`: new levels at random around the core (`random`), or so that the function is kept (`preserve`); `scratch`
+    takes the shape of `random` and loads nothing. `core`: `frozen`, `finetune`, or `{unfreeze_after: N}` images.
+    `to`: one resolution, or several in ascending order to grow in steps before training.
+    """
+
+    to: tuple[int, ...] = Field(min_length=1)
+    init: Literal["preserve", "random", "scratch"] = "preserve"
+    core: Literal["frozen", "finetune"] = "frozen"
+    unfreeze_after: int | None = Field(None, ge=1)
+    patch: int | None = Field(None, ge=1, description="pixels per cell of the new top map")
+    blocks: int = Field(1, ge=1, description="residual blocks in each new half level")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        given = dict(given)
+        core = given.get("core")
+        if isinstance(core, Mapping) and set(core) == {"unfreeze_after"} and "unfreeze_after" not in given:
+            given |= {"core": "frozen", "unfreeze_after": core["unfreeze_after"]}
+        if "to" in given and not isinstance(given["to"], list | tuple):
+            given["to"] = [given["to"]]
+        return given
+
+    @model_validator(mode="after")
+    def _regimes(self) -> GrowStage:
+        if self.unfreeze_after is not None:
+            if self.core != "frozen":
+                raise ValueError(f"unfreeze_after goes with core: frozen, not with core: {self.core}")
+            if self.unfreeze_after >= self.images:
+                raise ValueError(f"unfreeze_after ({self.unfreeze_after}) is not below images ({self.images})")
+        if self.init == "scratch" and (self.unfreeze_after or "core" in self.model_fields_set and self.core == "frozen"):
+            raise ValueError("init: scratch trains everything; drop core: frozen")
+        return self
+
+    @property
+    def trains_core(self) -> bool:
+        """Whether the core trains from the first image on."""
+        return self.init == "scratch" or self.core == "finetune"
+
+
+class EvaluateStage(Spec):
+    """Draw held-out prompts, ask the checker (scenes), and measure the held-out error by noise level."""
+
+    name: str = Field(pattern=NAME)
+    parent: str | None = Field(None, alias="from")
+    prompts: int = Field(256, ge=1)
+    steps: int = Field(32, ge=1)
+    guidance: float = Field(2.0, ge=0)
+    sampler: str = "dpm++2m"
+    batch: int = Field(64, ge=1)
+
+
+Stage = TrainStage | GrowStage | EvaluateStage
+VERBS: dict[str, type[Stage]] = {"train": TrainStage, "grow": GrowStage, "evaluate": EvaluateStage}
+
+
+class Head(Spec):
+    """A recipe without its stages."""
+
+    name: str = Field(pattern=NAME)
+    seed: int = 0
+    text: TextSpec = TextSpec()
+    data: tuple[DataSpec, ...] = Field(min_length=1)
+    heldout: HeldoutSpec = HeldoutSpec()
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _listed(cls, data: Any) -> Any:
+        return [data] if isinstance(data, Mapping) else data
+
+
+class Recipe(Head):
+    """A whole recipe; read one with `pixelgrow.recipe.load_recipe`."""
+
+    stages: tuple[Stage, ...] = Field(min_length=1)
+
+    def stage(self, name: str) -> Stage:
+        """The stage of a name."""
+        return next(s for s in self.stages if s.name == name)

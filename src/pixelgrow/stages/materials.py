@@ -1,0 +1,169 @@
+"""What the stages of a run share: opened data, the held-out part, the text cache, the device."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pixelgrow.data.images import BadImage
+from pixelgrow.data.opening import open_mixture, open_source
+from pixelgrow.data.scenes import Scenes
+from pixelgrow.data.sources import Source, heldout_split, large_enough
+from pixelgrow.errors import UserError
+from pixelgrow.models.cond import Cond
+from pixelgrow.recipe_spec import DataSpec, ModelStage, Recipe, Stage
+from pixelgrow.rng import seed_of
+from pixelgrow.text_cache import TextCache
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Sources to train on; `weights` None: in proportion to their sizes."""
+
+    sources: list[Source]
+    weights: list[float] | None
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Names, fingerprints and weights, for `stage.json`."""
+        weights = self.weights or [None] * len(self.sources)
+        return [
+            {"source": s.name, "fingerprint": s.fingerprint, "weight": w}
+            for s, w in zip(self.sources, weights, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A batch kept from training: images (N, 3, h, w) in [-1, 1], their captions, and where each came from."""
+
+    images: Tensor
+    captions: list[str]
+    origins: list[tuple[Source, int]]
+
+
+@dataclass
+class Materials:
+    """Opened once for a run, each part when it is first asked for."""
+
+    recipe: Recipe
+    folder: Path
+    device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+    @cached_property
+    def text(self) -> TextCache:
+        spec = self.recipe.text
+        return TextCache(self.folder / "text", spec.encoder, spec.max_tokens, device=self.device)
+
+    def mixture(self, stage: Stage) -> Mixture:
+        """What a stage trains on: its own data, or the recipe's."""
+        if isinstance(stage, ModelStage) and stage.data is not None:
+            return self._open(stage.data)[0]
+        return self._main[0]
+
+    @cached_property
+    def _main(self) -> tuple[Mixture, list[Source]]:
+        return self._open(self.recipe.data)
+
+    def _open(self, specs: Sequence[DataSpec]) -> tuple[Mixture, list[Source]]:
+        """The mixture without what is held out of it, and what is held out."""
+        sources, weights = open_mixture([spec.opening | _weight(spec) for spec in specs])
+        held: list[Source] = []
+        for i, source in enumerate(sources):
+            if isinstance(source, Scenes):  # their held-out captions are a split of their own
+                held.append(Scenes(n=1024, captions=1024, seed=source.seed, split="heldout"))
+            elif not self.recipe.heldout.source:
+                sources[i], rest = heldout_split(source, self.recipe.heldout.fraction, self.recipe.seed)
+                held.append(rest)
+        return Mixture(sources, weights), held
+
+    @cached_property
+    def heldout_sources(self) -> list[Source]:
+        """The held-out part, the same for every stage of the run."""
+        spec = self.recipe.heldout
+        return [open_source(spec.opening)] if spec.source else self._main[1]
+
+    def heldout(self, n: int, size: tuple[int, int]) -> HeldOut:
+        """Up to `n` held-out images at `size` (h, w), centre crops; the same ones whenever they are asked for.
+
+        Files in order of a hash, scenes in their own; unreadable and too small ones are passed over.
+        """
+        images, captions, origins = [], [], []
+        for source, i in self._order(size):
+            if len(images) == n:
+                break
+            try:
+                pixels = source.image(i, size, (0.5, 0.5))
+            except BadImage as bad:
+                logger.info("held-out %s is passed over: %s", source.key(i), bad)
+                continue
+            images.append(torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1))
+            captions.append(source.text(i))
+            origins.append((source, i))
+        if not images:
+            names = ", ".join(s.name for s in self.heldout_sources)
+            raise UserError(f"held-out data ({names}) has no readable image of {size[0]}x{size[1]} or larger; add some")
+        return HeldOut(torch.stack(images).float() / 127.5 - 1, captions, origins)
+
+    def _order(self, size: tuple[int, int]) -> Iterator[tuple[Source, int]]:
+        """Held-out samples of `size` and above, one source after the other in turn."""
+        turns = []
+        for source in self.heldout_sources:
+            numbers = np.arange(len(source)) if isinstance(source, Scenes) else large_enough(source, size)
+            if not isinstance(source, Scenes):
+                numbers = np.random.default_rng(seed_of(self.recipe.seed, "held-out order")).permutation(numbers)
+            turns.append(((source, int(i)) for i in numbers))
+        while turns:
+            for turn in list(turns):
+                item = next(turn, None)
+                if item is None:
+                    turns.remove(turn)
+                else:
+                    yield item
+
+    def encode(self, mixture: Mixture, size: tuple[int, int]) -> None:
+        """Put every caption that a stage may train on into the text cache."""
+        done = self.text.ensure(c for source in mixture.sources for c in captions_of(source, size))
+        if done:
+            logger.info("encoded %s captions", f"{done:,}")
+
+    def cond(self, captions: Sequence[str]) -> Cond:
+        """The conditions of captions, encoded first where they are not yet."""
+        self.text.ensure(captions)
+        return self.text.cond(captions).to(self.device)
+
+    def describe(self, stage: Stage) -> dict[str, Any]:
+        """All that decides what a stage does, but its parents: for `stage.json`."""
+        spec = self.recipe.text
+        settings = stage.model_dump(mode="json", by_alias=True, exclude={"data"})
+        settings |= {"seed": self.recipe.seed}
+        settings["text"] = {
+            "encoder": spec.encoder,
+            "max_tokens": spec.max_tokens,
+            "fingerprint": self.text.fingerprint,
+        }
+        settings["heldout"] = [{"source": s.name, "fingerprint": s.fingerprint} for s in self.heldout_sources]
+        if isinstance(stage, ModelStage):
+            settings["data"] = self.mixture(stage).describe()
+        return settings
+
+
+def captions_of(source: Source, size: tuple[int, int]) -> Iterator[str]:
+    """The captions of a source's images of `size` (h, w) and above; of scenes each of the distinct ones once."""
+    if isinstance(source, Scenes):
+        yield from (source.text(i) for i in range(min(len(source), source.captions)))
+    else:
+        yield from (source.text(int(i)) for i in large_enough(source, size))
+
+
+def _weight(spec: DataSpec) -> dict[str, float]:
+    return {} if spec.weight is None else {"weight": spec.weight}
