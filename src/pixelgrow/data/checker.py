@@ -47,22 +47,26 @@ def accuracy(views: Iterable[View], questions: Iterable[Sequence[Question]]) -> 
 
     Kinds that nobody asked about are left out. Raises UserError when the two are not equally many.
     """
+    seen, asked = list(views), list(questions)
+    if len(seen) != len(asked):
+        raise UserError(
+            f"checker: got {len(seen)} images and {len(asked)} lists of questions, unequal; expected one list an image"
+        )
     right: dict[str, list[bool]] = {}
     whole = []
-    try:
-        for view, asked in zip(views, questions, strict=True):
-            answers = [answer(view, q) is q.expected for q in asked]
-            whole.append(all(answers))
-            for q, a in zip(asked, answers, strict=True):
-                right.setdefault(q.kind, []).append(a)
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            "checker: got unequal numbers of images and of question lists, expected one list an image"
-        ) from error
+    for view, claims in zip(seen, asked, strict=True):
+        answers = [answer(view, q) is q.expected for q in claims]
+        whole.append(all(answers))
+        for q, a in zip(claims, answers, strict=True):
+            right.setdefault(q.kind, []).append(a)
     found = {kind: float(np.mean(right[kind])) for kind in KINDS if kind in right}
     return found | ({"all": float(np.mean(whole))} if whole else {})
+
+
+def chance(views: Sequence[View], questions: Sequence[Sequence[Question]]) -> dict[str, float]:
+    """`accuracy` of every picture under every other caption: what a model that ignores its prompt would score."""
+    pairs = [(v, q) for i, v in enumerate(views) for j, q in enumerate(questions) if i != j]
+    return accuracy((v for v, _ in pairs), [q for _, q in pairs])
 
 
 def score(images: Iterable[NDArray[np.uint8]], questions: Iterable[Sequence[Question]]) -> dict[str, float]:

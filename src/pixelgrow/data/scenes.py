@@ -12,6 +12,7 @@ from pixelgrow.data import captions as text
 from pixelgrow.data.captions import Group, Spec, pick
 from pixelgrow.data.layout import canvas, layout
 from pixelgrow.data.questions import Question, questions
+from pixelgrow.data.seeing import Seen, View
 from pixelgrow.data.vocabulary import BACKGROUNDS, COLOURS, PATTERNS, RELATIONS, SHAPES, TONE, contrasting, coverage
 from pixelgrow.errors import UserError
 
@@ -102,7 +103,7 @@ class Scene:
 
     @property
     def questions(self) -> tuple[Question, ...]:
-        """What the caption claims, as questions for `pixelgrow.data.checker`."""
+        """What the caption claims, as questions for `pixelgrow.data.checker`; a background left unsaid is white."""
         return questions(self.spec)
 
     def render(self, h: int, w: int) -> Image:
@@ -115,9 +116,10 @@ class Scene:
                 f"scenes: got a size of {h}x{w}, expected at least 16 pixels a side; ask for a larger picture"
             )
         rng = _rng("layout", VERSION, *self.key)
+        placed = layout(self.spec, *canvas(h, w), rng)
         picture = _backdrop(self.spec, h, w, rng)
         short = min(h, w)
-        for group, places in zip(self.spec.groups, layout(self.spec, *canvas(h, w), rng), strict=True):
+        for group, places in zip(self.spec.groups, placed, strict=True):
             ink = np.array([c + 8 * (2 * rng.random() - 1) for c in COLOURS[group.colour]], np.float32)
             for place in places:
                 cy, cx, r = place.y * short, place.x * short, place.radius * short
@@ -128,6 +130,13 @@ class Scene:
                 patch = picture[y0:y1, x0:x1]
                 patch += alpha * (ink - patch)
         return np.asarray(np.clip(picture + 0.5, 0, 255), np.uint8)
+
+    def view(self) -> View:
+        """What a faultless observer sees in the square picture: the truth that `checker.look` is tested against."""
+        placed = layout(self.spec, 1.0, 1.0, _rng("layout", VERSION, *self.key))
+        groups = zip(self.spec.groups, placed, strict=True)
+        objects = (Seen(g.colour, g.shape, p.y, p.x) for g, places in groups for p in places)
+        return View(self.spec.background, tuple(objects))
 
 
 class Scenes:

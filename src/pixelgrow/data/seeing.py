@@ -21,13 +21,12 @@ SPAN = 1.9  # of half-width SPAN, in units of the radius of a disc of equal area
 
 @dataclass(frozen=True)
 class Seen:
-    """One object: names of its colour and shape, its centre in units of height and width, its share of the picture."""
+    """One object: names of its colour and shape, its centre in units of height and width."""
 
     colour: str
     shape: str
     y: float
     x: float
-    area: float
 
 
 @dataclass(frozen=True)
@@ -38,10 +37,11 @@ class View:
     objects: tuple[Seen, ...]
 
 
-def _nearest(rgb: NDArray[np.generic], palette: dict[str, tuple[int, int, int]]) -> str:
-    names = list(palette)
-    away = oklab(np.array([palette[n] for n in names])) - oklab(np.asarray(rgb))
-    return names[int((away**2).sum(-1).argmin())]
+_INKS, _GROUNDS = oklab(np.array(list(COLOURS.values()))), oklab(np.array(list(BACKGROUNDS.values())))
+
+
+def _nearest(rgb: NDArray[np.generic], palette: NDArray[np.float64]) -> int:
+    return int(((palette - oklab(rgb)) ** 2).sum(-1).argmin())
 
 
 def _reduce(image: Floats) -> Floats:
@@ -50,7 +50,8 @@ def _reduce(image: Floats) -> Floats:
     if k == 1:
         return image
     h, w = h // k * k, w // k * k
-    return np.asarray(image[:h, :w].reshape(h // k, k, w // k, k, 3).mean((1, 3), dtype=np.float32))
+    rows = image[:h, :w].reshape(h // k, k, w, 3).mean(1)
+    return np.asarray(rows.reshape(h // k, w // k, k, 3).mean(2))
 
 
 def _around(image: Floats) -> Floats:
@@ -68,7 +69,8 @@ def _off_background(image: Floats, around: Floats) -> Floats:
     low, high = np.percentile(around, (10, 90), axis=0).astype(np.float32)
     axis = high - low
     along = np.clip((image - low) @ axis / max(float(axis @ axis), 1e-6), 0, 1)
-    return np.asarray(np.linalg.norm(image - low - along[..., None] * axis, axis=-1))
+    rest = image - low - along[..., None] * axis
+    return np.asarray(np.sqrt(np.einsum("hwc,hwc->hw", rest, rest)))
 
 
 def _spread_max(a: Floats, r: int) -> Floats:
@@ -166,16 +168,18 @@ def look(image: NDArray[np.uint8]) -> View:
     reach = max(1, round(min(h, w) / 32))
     labels = components(away > np.maximum(LEAST_CONTRAST, 0.5 * _spread_max(away, reach)))
     objects = []
-    for k in np.flatnonzero(np.bincount(labels.ravel())[1:] >= SPECK * h * w) + 1:
-        ys, xs = np.nonzero(labels == k)
+    all_ys, all_xs = np.nonzero(labels)
+    owner = labels[all_ys, all_xs]
+    for k in np.flatnonzero(np.bincount(owner) >= SPECK * h * w):
+        ys, xs = all_ys[owner == k], all_xs[owner == k]
         inside = pixels[ys, xs]
         far = away[ys, xs]
-        ink = np.median(inside[far >= np.quantile(far, 0.6)], axis=0)
+        ink = np.median(inside[far >= np.partition(far, len(far) * 3 // 5)[len(far) * 3 // 5]], axis=0)
         y0, y1, x0, x1 = max(0, ys.min() - 1), ys.max() + 2, max(0, xs.min() - 1), xs.max() + 2
         axis = ink - ground
         alpha = np.clip((pixels[y0:y1, x0:x1] - ground) @ axis / max(float(axis @ axis), 1.0), 0, 1)
         own = _spread_max((labels[y0:y1, x0:x1] == k).astype(np.float32), 1)
         shape = name_shape(np.asarray(alpha * own, np.float32))
         place = float(ys.mean() + 0.5) / h, float(xs.mean() + 0.5) / w
-        objects.append(Seen(_nearest(ink, COLOURS), shape, *place, len(ys) / (h * w)))
-    return View(_nearest(ground, BACKGROUNDS), tuple(objects))
+        objects.append(Seen(tuple(COLOURS)[_nearest(ink, _INKS)], shape, *place))
+    return View(tuple(BACKGROUNDS)[_nearest(ground, _GROUNDS)], tuple(objects))
