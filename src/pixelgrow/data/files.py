@@ -5,9 +5,12 @@ import os
 import stat
 from bisect import bisect_left
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from pixelgrow.data.images import OUR_FAULT, BadImage
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
 
 IMAGE_SUFFIXES = {b".jpg", b".jpeg", b".png", b".webp"}
 OTHER_IMAGE_SUFFIXES = {
@@ -33,7 +36,7 @@ class Span(io.RawIOBase):
         self._at = max(0, offset + (0, self._at, self._length)[whence])
         return self._at
 
-    def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def,override]
+    def readinto(self, buffer: "WriteableBuffer") -> int:
         view = memoryview(buffer)[: max(0, self._length - self._at)]
         got = os.preadv(self._fd, [view], self._start + self._at) if view else 0
         self._at += got
@@ -111,7 +114,8 @@ def walk(root: bytes, bad: dict[str, str]) -> Iterator[tuple[bytes, list[bytes]]
 def _walk(
     root: bytes, folder: bytes, above: tuple[tuple[int, int], ...], bad: dict[str, str]
 ) -> Iterator[tuple[bytes, list[bytes]]]:
-    files, folders = [], []
+    files: list[bytes] = []
+    folders: list[bytes] = []
     path = os.path.join(root, folder)
     try:
         status = os.stat(path)

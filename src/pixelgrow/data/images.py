@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
 FORMATS = (
     JpegImagePlugin.JpegImageFile.format,
@@ -130,7 +130,7 @@ def _as_bad_image() -> Iterator[None]:
             yield
         except (BadImage, MemoryError):
             raise
-        except Image.UnidentifiedImageError:
+        except UnidentifiedImageError:
             raise BadImage("not a JPEG, PNG or WebP image, or its header is damaged") from None
         except OSError as error:
             if error.errno in OUR_FAULT:

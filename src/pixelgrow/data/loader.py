@@ -5,11 +5,12 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from pixelgrow.data.badfiles import BadFiles
 from pixelgrow.data.images import BadImage
@@ -192,7 +193,7 @@ def _usable(source: Source, size: tuple[int, int]) -> np.ndarray:
     return items
 
 
-class _Positions:
+class _Positions(Dataset[_Raw | UserError]):
     """The loader as a map from stream position to what a worker hands over; errors of the user travel as values."""
 
     def __init__(self, loader: Loader) -> None:
@@ -205,7 +206,7 @@ class _Positions:
             return error
 
 
-def _as_it_is(raw: _Raw) -> _Raw:
+def _as_it_is(raw: Any) -> Any:
     return raw
 
 

@@ -30,7 +30,7 @@ def open_source(spec: Spec | str) -> Source:
         _known(settings, SCENE_KEYS, "scenes")
         from pixelgrow.data.scenes import Scenes
 
-        return Scenes(**settings)  # type: ignore[arg-type]
+        return Scenes(**settings)
     path = os.path.expanduser(os.fspath(where))
     _known(settings, ("kind",), path)
     kind = settings.get("kind", "auto")

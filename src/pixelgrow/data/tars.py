@@ -69,10 +69,13 @@ class TarShards(FileSource):
         seen: set[str] = set()
         with tarfile.open(fileobj=raw, mode="r:") as tar:
             while (member := tar.next()) is not None:
-                tar.members.clear()  # tarfile keeps every member it has seen
+                tar.members = []  # type: ignore[attr-defined]  # it keeps every member it has seen
                 folder, base = os.path.split(member.name)
-                if not member.isfile() or base.startswith("."):
-                    self.ignored += 0 if member.isdir() else 1
+                if base.startswith("."):
+                    continue
+                if not member.isreg() or member.sparse is not None:
+                    if is_image(os.fsencode(base)):
+                        self._reject(f"{name}/{member.name}", "not a regular file")
                     continue
                 stem, _, suffix = base.partition(".")
                 key = os.path.join(folder, stem)

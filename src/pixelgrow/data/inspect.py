@@ -1,0 +1,139 @@
+"""What is in a source: counts, resolutions, captions, bad files, a contact sheet."""
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from pixelgrow.data.images import BadImage
+from pixelgrow.data.sources import BadFile, Source, bad_of, files_of, large_enough, sizes_of
+
+SHEET = (4, 8)  # rows, columns of the contact sheet
+TILE = 128  # pixels
+_LABEL = 30  # pixels below a tile
+_MAX_CAPTIONS = 20_000
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Spread of a count."""
+
+    least: int
+    median: int
+    p95: int
+    most: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect_source` found. Sizes are (h, w) in pixels."""
+
+    name: str
+    kind: str  # how its captions come
+    fingerprint: str
+    files: int  # distinct files, bad ones included
+    samples: int  # usable (image, caption) pairs
+    ignored: int  # files that claim to be neither image nor caption
+    decoded: int  # samples that were decoded to look for damage
+    bad: tuple[BadFile, ...]  # found by the index and by decoding
+    sides: tuple[tuple[int, int], ...]  # (from this smaller side on, up to twice that: number of samples)
+    stages: tuple[tuple[tuple[int, int], int], ...]  # (a stage's size, number of samples it would see)
+    words: Lengths  # of the captions looked at
+    characters: Lengths
+    captions: int  # how many captions were looked at
+    distinct: int  # distinct ones among them
+    classes: tuple[tuple[str, int], ...]  # (name, number of samples), by label
+    sheet: Path | None
+
+    def reasons(self) -> list[tuple[str, int]]:
+        """(reason, number of bad files), the most frequent first."""
+        return Counter(bad.reason for bad in self.bad).most_common()
+
+
+def inspect_source(
+    source: Source,
+    stages: Sequence[tuple[int, int]] = ((64, 64), (128, 128), (256, 256), (512, 512)),
+    decode: int | None = 1000,
+    sheet: str | os.PathLike[str] | None = None,
+) -> Inspection:
+    """Look into an open source.
+
+    `stages`: sizes (h, w) to count the usable samples for. `decode`: how many samples, evenly spaced, to decode in
+    search of damage that headers do not show; None is all. `sheet`: where to write a contact sheet (PNG).
+    """
+    bad = list(bad_of(source))
+    decoded = _spread(len(source), len(source) if decode is None else decode)
+    broken = {bad.key for bad in bad}
+    for item in decoded:
+        try:
+            source.image(item, (TILE, TILE), (0.5, 0.5))
+        except BadImage as error:
+            if source.key(item) not in broken:
+                broken.add(source.key(item))
+                bad.append(BadFile(source.key(item), error.reason))
+    classes: tuple[str, ...] = getattr(source, "classes", ())
+    looked_at = _spread(len(source), len(source) if classes else _MAX_CAPTIONS)
+    texts = [source.text(item) for item in looked_at]
+    labels = Counter(texts) if classes else Counter[str]()
+    return Inspection(
+        name=source.name,
+        kind=getattr(source, "kind", type(source).__name__.lower()),
+        fingerprint=source.fingerprint,
+        files=files_of(source),
+        samples=len(source),
+        ignored=getattr(source, "ignored", 0),
+        decoded=len(decoded),
+        bad=tuple(bad),
+        sides=_histogram(sizes_of(source).min(axis=1)),
+        stages=tuple((size, len(large_enough(source, size))) for size in stages),
+        words=_lengths([len(text.split()) for text in texts]),
+        characters=_lengths([len(text) for text in texts]),
+        captions=len(texts),
+        distinct=len(set(texts)),
+        classes=tuple((name, labels[str(label)]) for label, name in enumerate(classes)),
+        sheet=None if sheet is None else contact_sheet(source, sheet),
+    )
+
+
+def contact_sheet(source: Source, path: str | os.PathLike[str]) -> Path:
+    """Write a PNG of samples spread over the source, each with the start of its caption."""
+    rows, columns = SHEET
+    page = Image.new("RGB", (columns * TILE, rows * (TILE + _LABEL)), "white")
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default()
+    classes: tuple[str, ...] = getattr(source, "classes", ())
+    for place, item in enumerate(_spread(len(source), rows * columns)):
+        x, y = place % columns * TILE, place // columns * (TILE + _LABEL)
+        text = source.text(item)
+        text = classes[int(text)] if classes else text
+        try:
+            page.paste(Image.fromarray(source.image(item, (TILE, TILE), (0.5, 0.5))), (x, y))
+        except BadImage as error:
+            text = f"BAD: {error.reason}"
+        text = text.encode("latin-1", "replace").decode("latin-1")  # all that the built-in font is sure to draw
+        for line in range(2):
+            draw.text((x + 2, y + TILE + 1 + 13 * line), text[20 * line : 20 * (line + 1)], "black", font)
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    page.save(target, "PNG")
+    return target
+
+
+def _spread(total: int, count: int) -> list[int]:
+    """At most `count` numbers below `total`, evenly spaced."""
+    count = min(total, count)
+    return [i * total // count for i in range(count)]
+
+
+def _histogram(sides: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """(power of two, how many of `sides` lie from it to below its double), without the empty ends."""
+    octaves = np.bincount(np.frexp(np.maximum(sides, 1).astype(np.float64))[1] - 1)
+    return tuple((1 << octave, int(count)) for octave, count in enumerate(octaves) if octave >= octaves.nonzero()[0][0])
+
+
+def _lengths(values: Sequence[int]) -> Lengths:
+    least, median, p95, most = np.percentile(values, [0, 50, 95, 100], method="nearest")
+    return Lengths(int(least), int(median), int(p95), int(most))
