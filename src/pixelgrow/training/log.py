@@ -40,8 +40,11 @@ class Averages:
     def stored(self) -> dict[str, tuple[float, int]]:
         """Sums and counts since the last reading, in one transfer."""
         tensors = {n: v for n, v in self.sums.items() if isinstance(v, Tensor)}
-        moved = dict(zip(tensors, torch.stack(list(tensors.values())).tolist() if tensors else [], strict=True))
-        return {n: (moved[n] if n in moved else float(v), self.counts[n]) for n, v in self.sums.items()}
+        moved: dict[str, float] = dict(
+            zip(tensors, torch.stack(list(tensors.values())).tolist() if tensors else [], strict=True)
+        )
+        numbers = {n: v for n, v in self.sums.items() if not isinstance(v, Tensor)} | moved
+        return {n: (numbers[n], self.counts[n]) for n in self.sums}
 
     def read(self) -> dict[str, float]:
         """The means since the last reading, and start again."""
@@ -74,7 +77,7 @@ class Log:
 
     def write(self, images: int, values: Mapping[str, float]) -> None:
         """One record; a number that is not finite is written as null."""
-        record = {"images": images, "time": round(time.time(), 3)}
+        record: dict[str, float | None] = {"images": images, "time": round(time.time(), 3)}
         record |= {n: float(f"{v:.6g}") if math.isfinite(v) else None for n, v in values.items()}
         with writing(self.path):
             line = json.dumps(record).encode() + b"\n"

@@ -32,8 +32,9 @@ from pixelgrow.training.objective import Objective, Terms
 from pixelgrow.training.settings import TrainSettings
 
 if TYPE_CHECKING:
-    from pixelgrow.data.loader import Batch
     from rich.console import Console
+
+    from pixelgrow.data.loader import Batch
 
 logger = logging.getLogger(__name__)
 
@@ -330,7 +331,8 @@ class Training:
                 loan.__enter__()
             for module in modules.values():
                 module.eval()
-            with torch.random.fork_rng(), torch.no_grad():
+            bf16 = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
+            with torch.random.fork_rng(), torch.no_grad(), bf16:
                 yield
         finally:
             for m in training:

@@ -36,13 +36,11 @@ def optimizers(module: nn.Module, settings: TrainSettings) -> list[torch.optim.O
     """AdamW over what trains in `module`; with `muon`, Muon over its matrices and AdamW over the rest.
 
     Frozen tensors get no state. Tensors of one dimension (biases, gains) are not decayed. Muon's updates are scaled to
-    the root mean square of AdamW's, so that one learning rate serves both; embeddings stay with AdamW.
+    the root mean square of AdamW's, so that one learning rate serves both. Its matrices are those of linear layers.
     """
     parameters = trainable(module)
-    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    matrices = [
-        p for p in parameters.values() if settings.optimizer == "muon" and p.ndim == 2 and id(p) not in embeddings
-    ]
+    linear = {id(m.weight) for m in module.modules() if isinstance(m, nn.Linear)}
+    matrices = [p for p in parameters.values() if settings.optimizer == "muon" and id(p) in linear]
     taken = {id(p) for p in matrices}
     rest = [p for p in parameters.values() if id(p) not in taken]
     made: list[torch.optim.Optimizer] = []

@@ -6,20 +6,11 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from pixelgrow.diffusion import NoiseConfig, Weighting
+
 MAX_EMA_LENGTH = 12**-0.5  # of a plain average over the whole run (gamma = 0; EDM2, arXiv 2312.02696, section 3.1)
 
 Images = int  # a number of images seen, the unit of every schedule
-
-
-class NoiseSettings(BaseModel):
-    """The training distribution of sigma as the core sees it: the fields of `diffusion.NoiseConfig`."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    kind: Literal["lognormal", "cosine", "interpolated"] = "lognormal"
-    mean: float = -1.2
-    std: float = Field(1.2, gt=0)
-    finest: float = 1.0
 
 
 class TrainSettings(BaseModel):
@@ -44,8 +35,8 @@ class TrainSettings(BaseModel):
     clip: float = Field(1.0, ge=0, description="limit of the gradient's global norm; 0: none")
     ema: tuple[float, ...] = Field((0.05, 0.10), description="relative lengths (sigma_rel of EDM2); the first is kept")
     cond_dropout: float = Field(0.1, ge=0, le=1)
-    noise: NoiseSettings = NoiseSettings()
-    weighting: Literal["edm", "v", "eps", "sigmoid"] = "edm"
+    noise: NoiseConfig = NoiseConfig()
+    weighting: Weighting = "edm"
     multiscale: bool = False
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = False

@@ -1,0 +1,92 @@
+"""The denoising objective: noise an image, ask for it back."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from pixelgrow import diffusion, rng
+from pixelgrow.diffusion import Denoiser, NoiseSchedule
+from pixelgrow.heldout import denoising_error
+from pixelgrow.models.cond import Cond
+from pixelgrow.training.monitor import Hook
+from pixelgrow.training.objective import Terms
+from pixelgrow.training.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pixelgrow.data.loader import Batch
+
+
+class Conditions(Protocol):
+    """Where captions' encodings come from: `text_cache.TextCache`."""
+
+    def cond(self, texts: Sequence[str]) -> Cond:
+        """The conditions of captions, on the CPU."""
+        ...
+
+
+class DenoiseObjective:
+    """Weighted squared error of the denoised image; noise level, noise and dropped conditions keyed by (seed, index).
+
+    What trains is the denoiser's `requires_grad` tensors, part "denoiser". Logs the loss of each third of the training
+    distribution of noise levels as `loss_low`, `loss_middle`, `loss_high`.
+    """
+
+    def __init__(self, denoiser: Denoiser, text: Conditions, settings: TrainSettings, seed: int) -> None:
+        self.modules: dict[str, nn.Module] = {"denoiser": denoiser}
+        self.denoiser, self.text, self.settings, self.seed = denoiser, text, settings, seed
+        self.schedule = NoiseSchedule(settings.noise, denoiser)
+        self.device = next(denoiser.parameters()).device
+        # simple diffusion, arXiv 2301.11093, section 3.4: down to 32 px
+        self.halvings = max(0, (denoiser.resolution // 32).bit_length() - 1) if settings.multiscale else 0
+        denoiser.train()
+        if settings.activation_checkpointing:
+            recompute_blocks(denoiser)
+
+    def loss(self, batch: Batch, part: str = "denoiser") -> Terms:
+        """The mean weighted error of a batch; see the class."""
+        s, seed, device = self.settings, self.seed, self.device
+        u = rng.uniform(seed, "sigma", batch.index)
+        sigma = self.schedule.sigma(u).float().to(device)  # (B,)
+        x0 = batch.image.to(device, non_blocking=True)  # (B, 3, H, W)
+        eps = rng.normal(x0.shape[1:], seed, "noise", batch.index, device)
+        cond = self.text.cond(batch.text).to(device)
+        cond = cond.dropped(rng.uniform(seed, "dropout", batch.index) < s.cond_dropout)
+        weights = diffusion.weight(s.weighting, sigma, self.denoiser.config.sigma_data, self.denoiser.noise_scale)
+        losses = diffusion.loss(self.denoiser, x0, sigma, eps, cond, weights, self.halvings)  # (B,)
+        logs: dict[str, Tensor | float] = {}
+        for i, name in enumerate(("loss_low", "loss_middle", "loss_high")):
+            rows = ((u * 3).long() == i).nonzero()[:, 0]
+            if len(rows):
+                logs[name] = losses.detach()[rows.to(device)]
+        return Terms(losses.mean(), logs, sigma)
+
+
+def recompute_blocks(denoiser: Denoiser) -> None:
+    """Keep of each transformer block and level half its input alone, and compute the rest again going backward."""
+    net = denoiser.net
+    for block in (*net.core.blocks, *net.encoder.values(), *net.decoder.values()):
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def validation_hook(
+    denoiser: Denoiser, images: Tensor, cond: Cond, every: int, *, seed: int = 0, batch: int = 64
+) -> Hook:
+    """Log the error of held-out images (N, 3, H, W) by noise level at the core (`validation/0.5`), and its mean.
+
+    The same images, noise levels and noise each time: `heldout.denoising_error`. Also before the first step.
+    """
+    device = next(denoiser.parameters()).device
+    images, cond = images.to(device), cond.to(device)
+
+    def run(_: int) -> Mapping[str, float]:
+        errors = denoising_error(denoiser, images, cond, scale=denoiser.noise_scale, seed=seed, batch=batch)
+        return {"mean": sum(errors.values()) / len(errors)} | {f"{sigma:g}": e for sigma, e in errors.items()}
+
+    return Hook("validation", every, run, at_start=True)
