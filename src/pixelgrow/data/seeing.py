@@ -75,16 +75,20 @@ def _off_background(image: Floats, around: Floats) -> Floats:
 
 def _spread_max(a: Floats, r: int) -> Floats:
     """The largest value within r rows and columns."""
-    for axis in (0, 1):
-        padded = np.pad(a, [(r, r) if k == axis else (0, 0) for k in (0, 1)])
-        a = np.lib.stride_tricks.sliding_window_view(padded, 2 * r + 1, axis=axis).max(-1)
+    for _ in range(r):
+        wide = a.copy()
+        np.maximum(wide[1:], a[:-1], out=wide[1:])
+        np.maximum(wide[:-1], a[1:], out=wide[:-1])
+        a = wide.copy()
+        np.maximum(a[:, 1:], wide[:, :-1], out=a[:, 1:])
+        np.maximum(a[:, :-1], wide[:, 1:], out=a[:, :-1])
     return a
 
 
 def components(mask: NDArray[np.bool_]) -> NDArray[np.int32]:
     """Labels (h, w) of the 4-connected parts of a mask, 0 outside, by union of horizontal runs."""
     h, w = mask.shape
-    edge = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+    edge = np.diff(mask.astype(np.int8), axis=1, prepend=0, append=0)
     rows, starts = np.nonzero(edge == 1)
     _, stops = np.nonzero(edge == -1)
     parent = list(range(len(rows)))
@@ -118,7 +122,8 @@ def _samples(alpha: Floats) -> Floats:
     cy = float(alpha.sum(1) @ np.arange(h)) / mass
     cx = float(alpha.sum(0) @ np.arange(w)) / mass
     unit = np.linspace(-SPAN, SPAN, GRID) * np.sqrt(mass / np.pi)
-    padded = np.pad(alpha, 2)
+    padded = np.zeros((h + 4, w + 4), np.float32)
+    padded[2:-2, 2:-2] = alpha
 
     def taps(centre: float, size: int) -> tuple[NDArray[np.int64], Floats]:
         at = np.clip(centre + unit, -1.5, size + 0.5) + 2
