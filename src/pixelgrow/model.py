@@ -1,0 +1,162 @@
+"""A trained model as people use it: load it, ask for pictures, save it, share it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from pixelgrow import checkpoint
+from pixelgrow.checkpoint import CheckpointConfig
+from pixelgrow.diffusion import Denoiser
+from pixelgrow.errors import UserError
+from pixelgrow.guidance import Network
+from pixelgrow.models.cond import Cond
+from pixelgrow.sampling import Samples, sample
+from pixelgrow.text import LabelEncoder, TextEncoder, load_encoder
+
+WEIGHTS = Path(__file__).parent / "weights"
+# What `sample` does where neither the caller nor the checkpoint says.
+DEFAULTS: dict[str, Any] = {"steps": 32, "sampler": "dpm++2m", "guidance": 2.0}
+
+
+def builtin() -> list[str]:
+    """Names of the models that come with the package."""
+    return sorted(p.parent.name for p in WEIGHTS.glob("*/config.json"))
+
+
+def find(name: str | Path) -> Path:
+    """The checkpoint folder that a name means: a folder, a run's stage, a model of the package, or one of the hub.
+
+    `owner/name` is looked up on the hub (or in its local cache) where no such folder exists. Raises UserError.
+    """
+    folder = Path(name)
+    for candidate in (folder, folder / "checkpoint", WEIGHTS / str(name)):
+        if (candidate / checkpoint.CONFIG).is_file():
+            return candidate
+    if str(name).count("/") == 1 and not folder.exists():
+        return _from_hub(str(name))
+    known = ", ".join(builtin()) or "none"
+    raise UserError(f"{name} is not a checkpoint: expected a folder with {checkpoint.CONFIG}, or a built-in model ({known})")
+
+
+def _from_hub(repo: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "README.md"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
+        reason = str(e).splitlines()[0]
+        raise UserError(f"{repo} is no folder here and cannot be fetched from the hub ({reason}); check the name") from None
+
+
+class Model:
+    """A denoiser with its text encoder. `pixelgrow.load("tiny").sample(["a red circle above two blue stars"], seed=0)`."""
+
+    def __init__(self, denoiser: Denoiser, config: CheckpointConfig) -> None:
+        self.denoiser, self.config = denoiser, config
+        self._encoder: TextEncoder | LabelEncoder | None = None
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, device: torch.device | str | None = None) -> Model:
+        """Load a checkpoint folder, a built-in model ("tiny") or a repository of the hub; raises UserError."""
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        return cls(*checkpoint.load(find(name), device))
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
+
+    @property
+    def resolution(self) -> int:
+        """Image side in pixels that the model was made for."""
+        return self.denoiser.resolution
+
+    def encode(self, prompts: Sequence[str]) -> Cond:
+        """Prompts (or class labels as text) as conditions on the model's device."""
+        if self._encoder is None:
+            text = self.config.text
+            self._encoder = load_encoder(text["encoder"], max_tokens=text["max_tokens"], device=self.device)
+        return self._encoder.encode(list(prompts)).to(self.device)
+
+    def sample(
+        self,
+        prompts: Sequence[str] | str,
+        *,
+        seed: int = 0,
+        index: Sequence[int] | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        sampler: str | None = None,
+        size: tuple[int, int] | None = None,
+        interval: tuple[float, float] | None = None,
+        threshold: float | None = None,
+        guide: Network | Model | None = None,
+        batch: int = 64,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Image.Image]:
+        """A picture for each prompt; see `sampling.sample` for the settings. Left out, they are the checkpoint's own.
+
+        `size` is (h, w); the same (seed, index, prompt, settings) give the same picture at any batch size.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not prompts:
+            raise UserError("no prompt was given: expected at least one")
+        settings = self.settings(steps=steps, guidance=guidance, sampler=sampler, interval=interval, threshold=threshold)
+        if isinstance(guide, Model):
+            if guide.config.text != self.config.text or guide.resolution != self.resolution:
+                raise UserError(
+                    f"the guide is a {guide.resolution} px model with text {guide.config.text}: expected "
+                    f"{self.resolution} px and {self.config.text}, an earlier or smaller model of the same recipe"
+                )
+            guide = guide.denoiser
+        size = size or (self.resolution, self.resolution)
+        self.denoiser.net.config.check_size(size)
+        samples = sample(
+            self.denoiser,
+            self.encode(prompts),
+            size=size,
+            seed=seed,
+            index=index,
+            guide=guide,
+            batch=batch,
+            progress=progress,
+            **settings,
+        )
+        return to_pil(samples)
+
+    def settings(self, **given: Any) -> dict[str, Any]:
+        """Sampling settings: what is given, else the checkpoint's, else the library's."""
+        return DEFAULTS | self.config.sampling | {k: v for k, v in given.items() if v is not None}
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write the checkpoint folder."""
+        checkpoint.save(Path(folder), self.denoiser, self.config)
+
+    def push_to_hub(self, repo: str, *, private: bool = False) -> str:
+        """Upload the checkpoint to `owner/name` on the hub; returns its address."""
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi()
+        url = api.create_repo(repo, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "checkpoint"
+            self.save_pretrained(folder)
+            api.upload_folder(repo_id=repo, folder_path=folder)
+        return str(url)
+
+
+def to_pil(samples: Samples) -> list[Image.Image]:
+    """Images in [-1, 1] as 8-bit pictures."""
+    pixels = ((samples.images.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(p) for p in pixels]
+
+
+load = Model.from_pretrained
