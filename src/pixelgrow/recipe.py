@@ -52,7 +52,9 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value:
             if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} stands twice", key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands twice", key.start_mark
+                )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -135,7 +137,9 @@ def _validate(raw: dict[str, Any], where: str) -> Recipe:
     entries = raw.get("stages")
     head = _build(Head, {k: v for k, v in raw.items() if k != "stages"}, [], where, also=["stages"])
     if not isinstance(entries, list) or not entries:
-        raise UserError(f"{where}: stages: got {_kind(entries)}, expected a list such as [train: {{...}}, grow: {{...}}]")
+        raise UserError(
+            f"{where}: stages: got {_kind(entries)}, expected a list such as [train: {{...}}, grow: {{...}}]"
+        )
     stages: list[Stage] = []
     for i, entry in enumerate(entries):
         at = ["stages", i]
@@ -209,7 +213,9 @@ def _unknown(got: str, known: Iterable[str], what: str) -> str:
     """`unknown key 'imagess'; did you mean 'images'?`, or all that there are."""
     known = list(known)
     near = difflib.get_close_matches(got, known, n=1, cutoff=0.5)
-    return f"unknown {what} {got!r}; " + (f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}")
+    return f"unknown {what} {got!r}; " + (
+        f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
+    )
 
 
 def _kind(value: Any) -> str:
@@ -238,7 +244,9 @@ def _check_place(stages: Sequence[Stage], where: str) -> None:
     parent = stage.parent
     if parent is None:
         if not isinstance(stage, TrainStage) and not models:
-            raise UserError(f"{where}: {at} has no model to start from: put a train stage before it, or name a checkpoint")
+            raise UserError(
+                f"{where}: {at} has no model to start from: put a train stage before it, or name a checkpoint"
+            )
     elif parent not in models and not is_folder(parent):
         known = _unknown(parent, models, "stage") if models else f"no stage before it makes a model, got {parent!r}"
         raise UserError(f"{where}: {at}: from: {known} (a checkpoint folder is written with a slash)")
@@ -246,7 +254,9 @@ def _check_place(stages: Sequence[Stage], where: str) -> None:
         low = resolution_of(stages, stage.parent or models[-1])
         for to in stage.to:
             if low and (to <= low or to % low or (to // low) & (to // low - 1)):
-                raise UserError(f"{where}: {at}: to: got {to}, expected {low} doubled once or more: {2 * low}, {4 * low}, ...")
+                raise UserError(
+                    f"{where}: {at}: to: got {to}, expected {low} doubled once or more: {2 * low}, {4 * low}, ..."
+                )
             low = to
 
 

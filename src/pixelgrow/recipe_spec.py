@@ -11,6 +11,7 @@ from pixelgrow.diffusion import DiffusionConfig
 from pixelgrow.models.sizes import SIZES
 from pixelgrow.training.settings import TrainSettings
 
+SCENES = ("n", "captions", "seed", "split")  # what the built-in scenes are told
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of recipes and stages: they become folders
 
 
@@ -65,7 +66,7 @@ class DataSpec(Spec):
 
     @model_validator(mode="after")
     def _scenes_alone(self) -> DataSpec:
-        extra = [k for k in ("n", "captions", "seed", "split") if getattr(self, k) is not None]
+        extra = [k for k in SCENES if getattr(self, k) is not None]
         if extra and self.source != "scenes":
             raise ValueError(f"{extra[0]} belongs to `source: scenes`, but the source is {self.source!r}; drop it")
         return self
@@ -73,7 +74,9 @@ class DataSpec(Spec):
     @property
     def opening(self) -> dict[str, Any]:
         """What `pixelgrow.data` is asked to open."""
-        return self.model_dump(exclude_none=True, exclude={"weight"})
+        return self.model_dump(
+            exclude_none=True, include={"source", *(SCENES if self.source == "scenes" else ["kind"])}
+        )
 
 
 class HeldoutSpec(DataSpec):
@@ -87,10 +90,6 @@ class HeldoutSpec(DataSpec):
         if self.source and "fraction" in self.model_fields_set:
             raise ValueError("give a source or a fraction, not both")
         return self
-
-    @property
-    def opening(self) -> dict[str, Any]:
-        return self.model_dump(exclude_none=True, exclude={"weight", "fraction"})
 
 
 class ModelStage(TrainSettings):
@@ -175,7 +174,9 @@ class GrowStage(ModelStage):
                 raise ValueError(f"unfreeze_after goes with core: frozen, not with core: {self.core}")
             if self.unfreeze_after >= self.images:
                 raise ValueError(f"unfreeze_after ({self.unfreeze_after}) is not below images ({self.images})")
-        if self.init == "scratch" and (self.unfreeze_after or "core" in self.model_fields_set and self.core == "frozen"):
+        if self.init == "scratch" and (
+            self.unfreeze_after or "core" in self.model_fields_set and self.core == "frozen"
+        ):
             raise ValueError("init: scratch trains everything; drop core: frozen")
         return self
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pixelgrow.data.images import BadImage
+from pixelgrow.data.loader import to_tensor
 from pixelgrow.data.opening import open_mixture, open_source
 from pixelgrow.data.scenes import Scenes
 from pixelgrow.data.sources import Source, heldout_split, large_enough
@@ -106,13 +107,13 @@ class Materials:
             except BadImage as bad:
                 logger.info("held-out %s is passed over: %s", source.key(i), bad)
                 continue
-            images.append(torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1))
+            images.append(pixels)
             captions.append(source.text(i))
             origins.append((source, i))
         if not images:
             names = ", ".join(s.name for s in self.heldout_sources)
             raise UserError(f"held-out data ({names}) has no readable image of {size[0]}x{size[1]} or larger; add some")
-        return HeldOut(torch.stack(images).float() / 127.5 - 1, captions, origins)
+        return HeldOut(to_tensor(np.stack(images)), captions, origins)
 
     def _order(self, size: tuple[int, int]) -> Iterator[tuple[Source, int]]:
         """Held-out samples of `size` and above, one source after the other in turn."""
@@ -130,9 +131,9 @@ class Materials:
                 else:
                     yield item
 
-    def encode(self, mixture: Mixture, size: tuple[int, int]) -> None:
+    def encode(self, captions: Iterable[str]) -> None:
         """Put every caption that a stage may train on into the text cache."""
-        done = self.text.ensure(c for source in mixture.sources for c in captions_of(source, size))
+        done = self.text.ensure(captions)
         if done:
             logger.info("encoded %s captions", f"{done:,}")
 
@@ -155,14 +156,6 @@ class Materials:
         if isinstance(stage, ModelStage):
             settings["data"] = self.mixture(stage).describe()
         return settings
-
-
-def captions_of(source: Source, size: tuple[int, int]) -> Iterator[str]:
-    """The captions of a source's images of `size` (h, w) and above; of scenes each of the distinct ones once."""
-    if isinstance(source, Scenes):
-        yield from (source.text(i) for i in range(min(len(source), source.captions)))
-    else:
-        yield from (source.text(int(i)) for i in large_enough(source, size))
 
 
 def _weight(spec: DataSpec) -> dict[str, float]:

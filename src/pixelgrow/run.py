@@ -1,0 +1,102 @@
+"""Running a recipe: what is missing is done, what was cut off goes on, what changed is refused."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pixelgrow import checkpoint
+from pixelgrow.errors import UserError
+from pixelgrow.recipe import Recipe, is_folder
+from pixelgrow.recipe_spec import GrowStage, Stage, TrainStage
+from pixelgrow.report import write_report
+from pixelgrow.stages.evaluate import evaluate_stage
+from pixelgrow.stages.grow import grow_stage
+from pixelgrow.stages.materials import Materials
+from pixelgrow.stages.record import Record
+from pixelgrow.stages.train import CHECKPOINT, Parent, read_parent, train_stage
+from pixelgrow.training import state
+from pixelgrow.training.log import duration
+
+logger = logging.getLogger(__name__)
+
+
+def run(recipe: Recipe, root: Path = Path("runs")) -> Path:
+    """Run every stage of a recipe in `root/<name>/` that is not done; returns the path of the report.
+
+    Raises UserError for whatever the user can mend, and `training.loop.Interrupted` where it was asked to stop.
+    """
+    folder = root / recipe.name
+    with locked(folder):
+        materials = Materials(recipe, folder)
+        records = {stage.name: Record(folder / stage.name) for stage in recipe.stages}
+        for stage in recipe.stages:  # before any work: a change in the last stage is no surprise after the first
+            records[stage.name].check(materials.describe(stage))
+        for number, stage in enumerate(recipe.stages, 1):
+            record = records[stage.name]
+            where = f"stage {number} of {len(recipe.stages)}, {stage.name}"
+            parent = _parent(stage, folder, materials)
+            settings = materials.describe(stage)
+            parents = {} if parent is None else {str(stage.parent): parent.config.sha256}
+            record.check(settings, parents)
+            if record.done:
+                logger.info("%s: done before", where)
+                continue
+            logger.info("%s: %s", where, "going on" if record.values else "starting")
+            record.begin(settings, parents)
+            began = time.monotonic()
+            result = _execute(stage, parent, folder / stage.name, materials)
+            state.clear(folder / stage.name / "state")
+            record.finish(result=result, wall_seconds=_wall(record, began))
+            logger.info("%s: done in %s", where, duration(time.monotonic() - began))
+            if report := result.get("bad_files") and result.get("bad_report"):
+                logger.warning("%s: %s", where, report)
+        return write_report(recipe, folder)
+
+
+def _execute(stage: Stage, parent: Parent | None, folder: Path, materials: Materials) -> dict[str, Any]:
+    if isinstance(stage, TrainStage):
+        return train_stage(stage, parent, folder, materials)
+    assert parent is not None
+    if isinstance(stage, GrowStage):
+        return grow_stage(stage, parent, folder, materials)
+    return evaluate_stage(stage, parent, folder, materials)
+
+
+def _parent(stage: Stage, folder: Path, materials: Materials) -> Parent | None:
+    if stage.parent is None:
+        return None
+    path = Path(stage.parent) if is_folder(stage.parent) else folder / stage.parent / CHECKPOINT
+    checkpoint.recover(path)
+    return read_parent(path, materials)
+
+
+def _wall(record: Record, began: float) -> float:
+    """Seconds by the clock of the last start alone; what training took in all is in the result."""
+    return round(time.monotonic() - began, 1)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run's folder against a second run; the lock goes with the process, however that ends."""
+    with state.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a+")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            raise UserError(
+                f"{folder} is in use by process {file.read().strip() or '?'}: wait for it, or give the recipe another name"
+            ) from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

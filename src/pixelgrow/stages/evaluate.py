@@ -1,0 +1,79 @@
+"""The `evaluate` stage: held-out prompts drawn and, for scenes, looked at by the checker; held-out error by noise level."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pixelgrow import checkpoint
+from pixelgrow.data.checker import score
+from pixelgrow.data.scenes import Scenes
+from pixelgrow.heldout import denoising_error
+from pixelgrow.recipe_spec import EvaluateStage
+from pixelgrow.sampling import sample
+from pixelgrow.stages.materials import HeldOut, Materials
+from pixelgrow.stages.record import write_json
+from pixelgrow.stages.train import Parent
+from pixelgrow.training.monitor import peak_memory, save_grid, seam_ratio
+
+SHOWN = 64  # pictures of the grid
+logger = logging.getLogger(__name__)
+
+
+def evaluate_stage(stage: EvaluateStage, parent: Parent, folder: Path, materials: Materials) -> dict[str, Any]:
+    """Run an `evaluate` stage: writes `metrics.json`, `samples/grid.png` and `samples/prompts.txt`; returns the metrics."""
+    denoiser, _ = checkpoint.load(parent.folder, materials.device)
+    size = (denoiser.resolution, denoiser.resolution)
+    held = materials.heldout(stage.prompts, size)
+    cond = materials.cond(held.captions)
+    drawn = sample(
+        denoiser,
+        cond,
+        size=size,
+        seed=materials.recipe.seed,
+        steps=stage.steps,
+        guidance=stage.guidance,
+        sampler=stage.sampler,
+        batch=stage.batch,
+        progress=_note,
+    )
+    images = drawn.images.cpu()
+    errors = denoising_error(
+        denoiser, held.images.to(materials.device), cond, scale=denoiser.noise_scale, seed=materials.recipe.seed
+    )
+    metrics: dict[str, Any] = {
+        "prompts": len(held.captions),
+        "nfe": drawn.nfe,
+        "error": {f"{sigma:g}": error for sigma, error in errors.items()},
+        "seam_ratio": seam_ratio(images, denoiser.net.config.rungs[-1].patch),
+        "peak_memory": peak_memory(materials.device),
+    }
+    if questions := _questions(held):
+        metrics["accuracy"] = score(to_uint8(images), questions)
+        logger.info("checker: %s", ", ".join(f"{k} {100 * v:.1f}%" for k, v in metrics["accuracy"].items()))
+    save_grid(images[:SHOWN], folder / "samples" / "grid.png")
+    (folder / "samples" / "prompts.txt").write_text("\n".join(held.captions[:SHOWN]) + "\n")
+    write_json(folder / "metrics.json", metrics)
+    return metrics
+
+
+def to_uint8(images: Tensor) -> list[np.ndarray]:
+    """(N, 3, H, W) in [-1, 1] -> N arrays (H, W, 3) of uint8."""
+    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
+    return list(pixels.numpy())
+
+
+def _questions(held: HeldOut) -> list[Any]:
+    """The checker's questions for each prompt; none unless all of them are scenes."""
+    found = [source.scene(i).questions for source, i in held.origins if isinstance(source, Scenes)]
+    return found if len(found) == len(held.captions) else []
+
+
+def _note(done: int, total: int) -> None:
+    if done == total or done % max(1, total // 4) == 0:
+        logger.info("drawing: %d of %d steps", done, total)

@@ -1,0 +1,124 @@
+"""The `grow` stage: a parent checkpoint becomes a larger one (`start/`, `growth.json`), which is then trained."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pixelgrow import checkpoint
+from pixelgrow.diffusion import Denoiser
+from pixelgrow.growth import freeze, grow
+from pixelgrow.recipe_spec import GrowStage
+from pixelgrow.sampling import sample
+from pixelgrow.stages.materials import Materials
+from pixelgrow.stages.record import write_json
+from pixelgrow.stages.train import CHECKPOINT, GRID, GRID_GUIDANCE, GRID_STEPS, WATCHED, Parent, fit, save
+from pixelgrow.training.monitor import save_grid
+
+START, REPORT, FROZEN = "start", "growth.json", "frozen"
+logger = logging.getLogger(__name__)
+
+
+def grow_stage(stage: GrowStage, parent: Parent, folder: Path, materials: Materials) -> dict[str, Any]:
+    """Run a `grow` stage; returns the numbers of its run. What is there already is not done again."""
+    if not (folder / REPORT).exists():
+        make_start(stage, parent, folder, materials)
+    growth = json.loads((folder / REPORT).read_text())
+    loaded = [] if stage.trains_core else list(growth["loaded"])
+    entry = {
+        "stage": stage.name,
+        "verb": "grow",
+        "recipe": materials.recipe.name,
+        "init": stage.init,
+        "from": parent.config.network.resolution,
+        "to": stage.to[-1],
+        "tensors": {k: len(growth[k]) for k in ("loaded", "new", "dropped")} | {"frozen": len(loaded)},
+        "images": stage.images,
+        "parent": parent.config.sha256,
+    }
+    lineage = [*parent.config.lineage, entry]
+    denoiser, _ = checkpoint.load(folder / START)
+    if stage.unfreeze_after is None:
+        freeze(denoiser, loaded)
+        return fit(denoiser, stage, stage.training(), folder, materials, lineage)
+    # Two phases, each a fresh model built from a checkpoint: nothing that a frozen phase set up outlives it.
+    warm = folder / FROZEN
+    first: dict[str, Any] = {}
+    if not (warm / CHECKPOINT).exists():
+        freeze(denoiser, loaded)
+        first = fit(denoiser, stage, stage.training(stage.unfreeze_after), warm, materials, lineage, FROZEN)
+        write_json(warm / "result.json", first)
+    first = json.loads((warm / "result.json").read_text())
+    denoiser, _ = checkpoint.load(warm / CHECKPOINT)
+    lineage = [*parent.config.lineage, entry | {"unfrozen_after": stage.unfreeze_after}]
+    second = fit(denoiser, stage, stage.training(stage.images - stage.unfreeze_after), folder, materials, lineage)
+    both = {k: first[k] + second[k] for k in ("images", "seconds", "skipped_steps")}
+    return second | both | {"phases": [first, second]}
+
+
+def make_start(stage: GrowStage, parent: Parent, folder: Path, materials: Materials) -> None:
+    """Write `start/`, the grown model before its first step, `growth.json`, and samples of both models."""
+    before, _ = checkpoint.load(parent.folder, materials.device)
+    side = stage.to[-1]
+    held = materials.heldout(WATCHED, (side, side))
+    cond = materials.cond(held.captions)
+    images = held.images.to(materials.device)
+    model, reports = before, []
+    for to in stage.to:
+        small = torch.nn.functional.avg_pool2d(images, side // to) if to < side else images
+        init = stage.init
+        model, report = grow(
+            model, to, init, images=small, cond=cond, seed=materials.recipe.seed, patch=stage.patch, blocks=stage.blocks
+        )
+        reports.append(report)
+    last = reports[-1]
+    kept = set(last.loaded).intersection(*(r.loaded for r in reports)) if stage.init != "scratch" else set()
+    names = list(model.net.state_dict())
+    summary = last.to_dict() | {
+        "resolution": [before.resolution, side],
+        "loaded": [n for n in names if n in kept],
+        "new": [n for n in names if n not in kept],
+        "dropped": [n for n in before.net.state_dict() if n not in kept],
+        "before": reports[0].before,
+        "parameters": _counted(model, kept),
+    }
+    for name, denoiser in (("before", before), ("after", model)):
+        size = (denoiser.resolution, denoiser.resolution)
+        drawn = sample(
+            denoiser, cond[:GRID], size=size, seed=materials.recipe.seed, steps=GRID_STEPS, guidance=GRID_GUIDANCE
+        )
+        save_grid(drawn.images.cpu(), folder / f"{name}.png")
+    save(folder / START, model, materials, parent.config.lineage)
+    write_json(folder / REPORT, summary)
+    logger.info("%s", describe(summary))
+
+
+def describe(growth: dict[str, Any]) -> str:
+    """The growth in a few lines, for the terminal."""
+    low, high = growth["resolution"]
+    counts = ", ".join(f"{len(growth[k])} {k}" for k in ("loaded", "new", "dropped"))
+    size = growth["parameters"]
+    lines = [
+        f"grown from {low} to {high} px ({growth['init']}): {counts} tensors; "
+        f"{size['loaded']:,} parameters loaded, {size['new']:,} new",
+        "held-out error by noise level at the core:",
+    ]
+    after = {float(k): v for k, v in growth["after"].items()}
+    for sigma, error in growth["before"].items():
+        lines.append(f"  sigma {float(sigma):<6g} before {error:.5f}  after {after[float(sigma)]:.5f}")
+    return "\n".join(lines)
+
+
+def _counted(model: Denoiser, kept: set[str]) -> dict[str, int]:
+    sizes = {n: t.numel() for n, t in model.net.state_dict().items()}
+    return {
+        "loaded": sum(s for n, s in sizes.items() if n in kept),
+        "new": sum(s for n, s in sizes.items() if n not in kept),
+    }
+
+
+__all__ = ["describe", "grow_stage", "make_start"]

@@ -1,0 +1,164 @@
+"""The `train` stage, and the training that follows a growth: from a denoiser to a checkpoint in the stage's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pixelgrow import checkpoint, rng
+from pixelgrow.checkpoint import CheckpointConfig
+from pixelgrow.data.loader import Loader
+from pixelgrow.diffusion import Denoiser
+from pixelgrow.errors import UserError
+from pixelgrow.models.sizes import core_config, shallow_uvit
+from pixelgrow.models.uvit import UViT
+from pixelgrow.recipe_spec import ModelStage, TrainStage
+from pixelgrow.sampling import sample
+from pixelgrow.stages.materials import Materials
+from pixelgrow.training import loop
+from pixelgrow.training.denoise import DenoiseObjective, validation_hook
+from pixelgrow.training.monitor import grid_hook
+from pixelgrow.training.settings import TrainSettings
+
+CHECKPOINT = "checkpoint"
+WATCHED = 64  # held-out images of the validation loss
+GRID = 16  # pictures of a sample grid
+GRID_STEPS, GRID_GUIDANCE = 16, 2.0
+
+
+@dataclass(frozen=True)
+class Parent:
+    """The checkpoint that a stage starts from."""
+
+    folder: Path
+    config: CheckpointConfig
+
+
+def read_parent(folder: Path, materials: Materials) -> Parent:
+    """The parent's configuration; UserError if it was trained with another text encoder than the recipe's."""
+    config = checkpoint.read_config(folder)
+    theirs, ours = config.text.get("fingerprint"), materials.text.fingerprint
+    if theirs and theirs != ours:
+        spec = materials.recipe.text
+        raise UserError(
+            f"{folder} was trained with the text encoder {config.text.get('encoder')!r} "
+            f"(max_tokens {config.text.get('max_tokens')}), the recipe says {spec.encoder!r} ({spec.max_tokens}): "
+            "write the recipe's text: as the checkpoint's"
+        )
+    return Parent(folder, config)
+
+
+def new_denoiser(stage: TrainStage, materials: Materials) -> Denoiser:
+    """A fresh Shallow-UViT, its weights a function of the recipe's seed and the stage's name."""
+    assert stage.size is not None and stage.resolution is not None
+    text = materials.text
+    classes = materials.recipe.text.classes
+    core = core_config(stage.size, text_dim=text.dim or None, pooled_dim=text.pooled_dim or None, classes=classes)
+    config = shallow_uvit(stage.size, stage.resolution, stride=stage.stride, core=core)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng.seed_of(materials.recipe.seed, "weights", stage.name))
+        return Denoiser(UViT(config), stage.diffusion)
+
+
+def train_stage(stage: TrainStage, parent: Parent | None, folder: Path, materials: Materials) -> dict[str, Any]:
+    """Run a `train` stage; returns the numbers of its run."""
+    entry = {"stage": stage.name, "verb": "train", "recipe": materials.recipe.name, "images": stage.images}
+    if parent is None:
+        denoiser = new_denoiser(stage, materials)
+        return fit(denoiser, stage, stage.training(), folder, materials, [entry])
+    denoiser, config = checkpoint.load(parent.folder)
+    lineage = [*config.lineage, entry | {"parent": config.sha256}]
+    return fit(denoiser, stage, stage.training(), folder, materials, lineage)
+
+
+def fit(
+    denoiser: Denoiser,
+    stage: ModelStage,
+    settings: TrainSettings,
+    folder: Path,
+    materials: Materials,
+    lineage: list[dict[str, Any]],
+    phase: str = "",
+) -> dict[str, Any]:
+    """Train what requires gradients and write `folder/checkpoint`, of the first average. Goes on where it was cut off."""
+    recipe = materials.recipe
+    denoiser = denoiser.to(materials.device)
+    side = denoiser.resolution
+    # Each stage and phase draws a stream of its own, so that a grown model does not meet the core's images and noise again.
+    seed = rng.seed_of(recipe.seed, "stage", stage.name, phase)
+    mixture = materials.mixture(stage)
+    loader = Loader(
+        mixture.sources,
+        mixture.weights,
+        size=(side, side),
+        batch=settings.micro_batch,
+        seed=seed,
+        flip=settings.flip,
+        workers=settings.workers,
+        bad_limit=settings.bad_limit,
+        bad_path=folder / "bad_files.jsonl",
+    )
+    materials.encode(loader.texts())
+    held = materials.heldout(WATCHED, (side, side))
+    cond = materials.cond(held.captions)
+
+    def pictures() -> Tensor:
+        few = cond[:GRID]
+        return sample(
+            denoiser, few, size=(side, side), seed=recipe.seed, steps=GRID_STEPS, guidance=GRID_GUIDANCE
+        ).images
+
+    patch = denoiser.net.config.rungs[-1].patch
+    hooks = [
+        validation_hook(denoiser, held.images, cond, settings.validate_every or 0, seed=recipe.seed),
+        grid_hook(pictures, folder, settings.sample_every or 0, columns=8, patch=patch),
+    ]
+    result = loop.train(
+        DenoiseObjective(denoiser, materials.text, settings, seed),
+        loader.batches,
+        settings,
+        folder,
+        seed=seed,
+        hooks=hooks,
+        name=f"{recipe.name}/{stage.name}" + (f" ({phase})" if phase else ""),
+    )
+    averages = result.averages["denoiser"]
+    with averages[0].applied() if averages else nullcontext():
+        digest = save(folder / CHECKPOINT, denoiser, materials, lineage)
+    return {
+        "sha256": digest,
+        "images": result.images,
+        "skipped_steps": result.skipped,
+        "seconds": round(result.seconds, 1),
+        "images_per_second": result.images_per_second,
+        "matmul_share": result.matmul_share,
+        "peak_memory": result.peak_memory,
+        "parameters": parameters_of(denoiser),
+        "bad_files": len(loader.bad),
+        "bad_report": loader.bad.report(),
+        "usable_images": len(loader),
+    }
+
+
+def save(folder: Path, denoiser: Denoiser, materials: Materials, lineage: list[dict[str, Any]]) -> str:
+    """Write a checkpoint of the run; returns the hash of its weights."""
+    text = materials.recipe.text
+    config = CheckpointConfig(
+        network=denoiser.net.config,
+        diffusion=denoiser.config,
+        text={"encoder": text.encoder, "max_tokens": text.max_tokens, "fingerprint": materials.text.fingerprint},
+        lineage=lineage,
+    )
+    return checkpoint.save(folder, denoiser, config)
+
+
+def parameters_of(denoiser: Denoiser) -> Mapping[str, int]:
+    """Parameters in all, and how many of them train."""
+    sizes = [(p.numel(), p.requires_grad) for p in denoiser.parameters()]
+    return {"all": sum(n for n, _ in sizes), "training": sum(n for n, trains in sizes if trains)}
