@@ -201,6 +201,16 @@ class ShiftedCosine:
         return 2 * torch.tan(math.pi * u / 2)  # log-SNR = -2 log tan(pi u / 2) + 2 log(1 / 2)
 
 
+class Clamped(ShiftedCosine):
+    """As a schedule that keeps within its denoiser's limits."""
+
+    def __init__(self, lo: float, hi: float) -> None:
+        self.lo, self.hi = lo, hi
+
+    def sigma(self, u: Tensor) -> Tensor:
+        return super().sigma(u).clamp(self.lo, self.hi)
+
+
 def test_karras_grid_is_the_formula() -> None:
     sigmas = karras_grid(18, 0.002, 80.0)
     assert sigmas.shape == (19,)
@@ -223,6 +233,8 @@ def test_native_grid_is_even_in_the_time_of_a_cosine_schedule() -> None:
 def test_native_grid_falls_strictly_within_its_limits(schedule: Any, lo: float, hi: float, steps: int) -> None:
     sigmas = native_grid(schedule, steps, lo, hi)
     assert len(sigmas) == steps + 1
+    if isinstance(schedule, ShiftedCosine):
+        torch.testing.assert_close(native_grid(Clamped(lo, hi), steps, lo, hi), sigmas)
     assert sigmas.isfinite().all()
     assert (sigmas.diff() < 0).all()
     assert sigmas[0] == hi

@@ -69,23 +69,24 @@ def native_grid(schedule: Schedule, steps: int, sigma_min: float, sigma_max: flo
 
     For a (shifted) cosine schedule u is its time, so these are the evenly spaced times of ancestral DDPM; for a
     log-normal one, steps are dense where training was. The distribution is cut at both limits before it is divided,
-    so no two levels coincide however much of it lies outside.
+    so no two levels coincide however much of it lies outside, or was clamped to the limits already.
     """
     _check_grid(steps, sigma_min, sigma_max)
-    low, high = _cdf(schedule, sigma_min), _cdf(schedule, sigma_max)
+    low = _crossing(lambda u: schedule.sigma(u) <= sigma_min)
+    high = _crossing(lambda u: schedule.sigma(u) < sigma_max)
     u = torch.linspace(high, low, steps + 1, dtype=torch.float64)
-    sigmas = schedule.sigma(u[:-1]).to(torch.float64).clamp(sigma_min, sigma_max)
+    sigmas = schedule.sigma(u[:-1]).to("cpu", torch.float64).clamp(sigma_min, sigma_max)
     sigmas[0] = sigma_max
     return torch.cat([sigmas, sigmas.new_zeros(1)])
 
 
-def _cdf(schedule: Schedule, sigma: float) -> float:
-    """The u in [0, 1) at which schedule.sigma(u) passes `sigma`, by bisection."""
+def _crossing(below: Callable[[Tensor], Tensor]) -> float:
+    """The u in [0, 1) up to which below(u) is true, both (N,): a search by N-section."""
     low, high = 0.0, 1 - 2**-53
-    for _ in range(60):
-        middle = (low + high) / 2
-        below = float(schedule.sigma(torch.tensor([middle], dtype=torch.float64))[0]) < sigma
-        low, high = (middle, high) if below else (low, middle)
+    for _ in range(5):  # 4096^5 = 2^60 cells
+        u = torch.linspace(low, high, 4097, dtype=torch.float64)
+        n = int(below(u).sum())
+        low, high = float(u[max(n - 1, 0)]), float(u[min(n, 4096)])
     return low
 
 
