@@ -435,6 +435,7 @@ class NoLimits(ConvDenoiser):
         (ConvDenoiser, {"grid": "exponential"}, "expected 'karras'"),
         (ConvDenoiser, {"grid": [1.0]}, "two or more"),
         (ConvDenoiser, {"grid": [0.1, 1.0]}, "that fall"),
+        (ConvDenoiser, {"grid": [1.0, 0.1]}, "the last of them 0"),
         (ConvDenoiser, {"grid": [1.0, 1.0, 0.0]}, "only fall"),
         (ConvDenoiser, {"grid": [math.inf, 1.0, 0.0]}, "finite"),
         (ConvDenoiser, {"steps": 0}, "steps=0"),

@@ -235,7 +235,7 @@ def sample(
     index     N sample numbers, the key of each image's noise; 0 .. N-1 if None
     steps     solver steps; `heun` evaluates 2*steps - 1 times, the others `steps` times; guidance doubles that
     sampler   "dpm++2m", "heun", "ddim" or "ddpm"
-    grid      "karras"; a training schedule (see `native_grid`); or falling sigmas, in place of `steps`
+    grid      "karras"; a training schedule (see `native_grid`); or sigmas that fall to 0, in place of `steps`
     guidance, interval, guide, threshold   see `guidance.Guided`
     batch     images at a time; classifier-free guidance evaluates twice as many rows in one call
     device    where the denoiser is; that of `cond` if None
@@ -289,7 +289,7 @@ def _grid(grid: str | Schedule | Tensor | Sequence[float], steps: int, denoiser:
         return karras_grid(steps, denoiser.sigma_min, denoiser.sigma_max)
     if isinstance(grid, Tensor | Sequence):
         sigmas = torch.as_tensor(grid, dtype=torch.float64, device="cpu")
-        if len(sigmas) < 2 or sigmas[0] < sigmas[-1]:
+        if len(sigmas) < 2 or sigmas[-1] != 0:
             raise UserError(f"grid of {len(sigmas)} sigmas: expected two or more that fall, the last of them 0")
         return sigmas
     return native_grid(grid, steps, denoiser.sigma_min, denoiser.sigma_max)
