@@ -188,19 +188,20 @@ def load_spec(spec: EncoderSpec, device: torch.device | str = "cpu") -> TextEnco
 
 
 def assemble(items: Sequence[tuple[NDArray[Any], NDArray[Any]]], dim: int, pooled_dim: int) -> Cond:
-    """A padded batch from rows of (tokens (l, dim), pooled (pooled_dim,)); padding is zero and masked out."""
+    """A padded batch from rows of (tokens (l, dim), pooled (pooled_dim,)); padding is zero and masked out; float32."""
     count = len(items)
     longest = max((len(tokens) for tokens, _ in items), default=0)
     width = max(_ROUND, -(-longest // _ROUND) * _ROUND)
-    tokens = np.zeros((count, width, dim), np.float32)
-    pooled = np.zeros((count, pooled_dim), np.float32)
+    dtype = items[0][0].dtype if items else np.float32  # torch widens float16 faster than numpy does
+    tokens = np.zeros((count, width, dim), dtype)
+    pooled = np.zeros((count, pooled_dim), dtype)
     mask = np.zeros((count, width), np.bool_)
     for row, (one, whole) in enumerate(items):
         tokens[row, : len(one)] = one
         pooled[row] = whole
         mask[row, : len(one)] = True
     null = torch.zeros(count, dtype=torch.bool)
-    return Cond(torch.from_numpy(tokens), torch.from_numpy(mask), torch.from_numpy(pooled), null)
+    return Cond(torch.from_numpy(tokens).float(), torch.from_numpy(mask), torch.from_numpy(pooled).float(), null)
 
 
 def label_cond(texts: Sequence[str], spec: EncoderSpec) -> Cond:
