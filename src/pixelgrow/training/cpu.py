@@ -4,26 +4,42 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from pathlib import Path
 
 import torch
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4  # malloc.h of glibc
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h of glibc
 
 
 def tune_allocator() -> bool:
     """Let glibc keep freed memory instead of handing each large tensor's pages back to the kernel.
 
-    By default every tensor over 32 MiB (at first over 128 KiB) is mapped, faulted in page by page, and unmapped at each
-    step. Returns whether the allocator took the settings (False where there is no glibc).
+    By default a large tensor is mapped, faulted in page by page and unmapped again at every step: a sixth of the
+    processor's time when training `tiny` at 32 px, a quarter at 64 px. The peak of memory grows by a few per cent.
+    Returns whether the allocator took the settings (False where there is no glibc).
     """
     if platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)
-    limit = 2**31 - 1
-    return bool(libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, limit))
+    return bool(libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def flush_denormals() -> int:
+    """Flush denormal numbers to zero in every thread that computes; returns in how many it was done.
+
+    torch sets the calling thread alone, and a pool that has started keeps what it had: results would then depend on
+    what ran before. So each thread of torch's OpenMP pool is asked to set itself.
+    """
+    done = [torch.set_flush_denormal(True)]
+    library = next(iter(sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*"))), None)
+    if library is not None:
+        each = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: done.append(torch.set_flush_denormal(True)))
+        ctypes.CDLL(str(library)).GOMP_parallel(each, None, torch.get_num_threads(), 0)
+        done.pop(0)
+    return sum(done)
 
 
 def prepare() -> None:
-    """Allocator settings, and denormal numbers flushed to zero in every thread."""
+    """Both of the above."""
     tune_allocator()
-    torch.set_flush_denormal(True)
+    flush_denormals()

@@ -7,14 +7,22 @@ from stored ones (section 3.2).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
+from pixelgrow.errors import UserError
 from pixelgrow.training.optim import trainable
+from pixelgrow.training.settings import MAX_EMA_LENGTH
+
+logger = logging.getLogger(__name__)
 
 
 def gamma_of(length: float) -> float:
@@ -77,15 +85,56 @@ def _dot(t_a: np.ndarray, gamma_a: np.ndarray, t_b: np.ndarray, gamma_b: np.ndar
     return (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1) * ratio**later / np.maximum(t_a, t_b)
 
 
-def solve_weights(images: Sequence[int], lengths: Sequence[float], at: int, length: float) -> np.ndarray:
-    """Weights (N,) float64 of N stored averages whose sum comes closest to a wanted one, in squares of the profiles.
+@dataclass(frozen=True)
+class Mixture:
+    """Weights (N,) float64 of N stored averages, and the relative error of the profile they add up to."""
+
+    weights: np.ndarray
+    error: float
+
+
+def solve_weights(images: Sequence[int], lengths: Sequence[float], at: int, length: float) -> Mixture:
+    """The mixture of stored averages closest to a wanted one, in least squares of their profiles (section 3.2).
 
     images, lengths: when each was stored and its sigma_rel. at, length: the same of the wanted average.
-    Times are taken relative to `at`, and near-dependent profiles are resolved by the pseudo-inverse.
+    Times are taken relative to `at`; profiles that nearly depend on each other are resolved by the pseudo-inverse.
     """
-    t = np.asarray(images, dtype=np.float64) / at
-    gamma = np.array([gamma_of(s) for s in lengths])
-    a = _dot(t[:, None], gamma[:, None], t[None], gamma[None])
-    b = _dot(t, gamma, np.ones(1), np.array([gamma_of(length)]))
-    scale = 1 / np.sqrt(np.diag(a))
-    return np.asarray(scale * np.linalg.lstsq(a * scale[:, None] * scale, b * scale, rcond=1e-12)[0])
+    t, gamma = np.asarray(images, dtype=np.float64) / at, np.array([gamma_of(s) for s in lengths])
+    one, wanted = np.ones(1), np.array([gamma_of(length)])
+    a, b = _dot(t[:, None], gamma[:, None], t[None], gamma[None]), _dot(t, gamma, one, wanted)
+    norm = np.sqrt(np.diag(a))
+    w = np.linalg.lstsq(a / norm[:, None] / norm, b / norm, rcond=1e-12)[0] / norm
+    whole = _dot(one, wanted, one, wanted)[0]
+    return Mixture(w, float(np.sqrt(max(0.0, whole - 2 * w @ b + w @ a @ w) / whole)))
+
+
+def reconstruct(folder: Path, length: float, images: int | None = None) -> dict[str, Tensor]:
+    """The average of another length after a run, by parameter name, float32, from the snapshots it left in `folder`.
+
+    images: when it is taken, the last snapshot by default. Averages of half the shortest stored length and less, or
+    between snapshots, have profiles that the stored ones do not span: a warning tells by how much.
+    Raises UserError if there are no snapshots, or the length is out of range.
+    """
+    if not 0 < length < MAX_EMA_LENGTH:
+        raise UserError(f"ema length: got {length:g}, expected a number between 0 and {MAX_EMA_LENGTH:.3f}")
+    files = {int(p.stem): p for p in sorted(folder.glob("*.safetensors")) if p.stem.isdigit()}
+    at = max(files, default=0) if images is None else images
+    files = {t: p for t, p in files.items() if t <= at}
+    if not files:
+        raise UserError(f"no snapshots of averages up to {at:,} images in {folder}; train with snapshot_every above 0")
+    stored = []
+    for t, path in files.items():
+        with safe_open(path, framework="pt") as file:
+            stored += [(t, float(s)) for s in sorted({key.split("/", 1)[0] for key in file.keys()})]  # noqa: SIM118
+    mixture = solve_weights([t for t, _ in stored], [s for _, s in stored], at, length)
+    if mixture.error > 0.05:
+        logger.warning("the stored averages make up length %g only to %.0f%%", length, 100 * mixture.error)
+    total: dict[str, Tensor] = {}
+    for (t, s), w in zip(stored, mixture.weights.tolist(), strict=True):
+        with safe_open(files[t], framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                kept, name = key.split("/", 1)
+                if float(kept) == s:
+                    part = file.get_tensor(key).float() * w
+                    total[name] = total[name].add_(part) if name in total else part
+    return total
