@@ -17,6 +17,7 @@ OTHER_IMAGE_SUFFIXES = {
     *(b".gif", b".bmp", b".tif", b".tiff", b".heic", b".heif", b".avif", b".jp2", b".jxl", b".psd", b".svg"),
     *(b".ppm", b".pgm", b".tga", b".ico", b".jfif", b".raw", b".dng", b".cr2", b".nef", b".exr"),
 }
+MAX_FILE = 1 << 30  # bytes read at once
 _MAX_DEPTH = 64
 
 
@@ -49,10 +50,32 @@ class Span(io.RawIOBase):
 
 
 def open_regular(path: str | bytes, start: int = 0, length: int | None = None) -> BinaryIO:
-    """Open a regular file, or `length` bytes of it from `start`, for reading.
+    """Open a regular file, or `length` bytes of it from `start`, for reading piece by piece.
 
     Anything else (absent, unreadable, a folder, a pipe, a loop of links) raises `BadImage` with the reason.
     """
+    fd, _ = _open_fd(path)
+    return open(fd, "rb") if length is None else io.BufferedReader(Span(fd, start, length))
+
+
+def read_regular(path: str | bytes, start: int = 0, length: int | None = None) -> bytes:
+    """The bytes of a regular file, or `length` of them from `start`. Raises `BadImage` like `open_regular`."""
+    fd, size = _open_fd(path)
+    try:
+        length = size if length is None else length
+        if length > MAX_FILE:
+            raise BadImage(f"{length} bytes, more than the limit of {MAX_FILE}")
+        return os.pread(fd, length, start)
+    except OSError as error:
+        if error.errno in OUR_FAULT:
+            raise
+        raise BadImage((error.strerror or str(error)).lower()) from None
+    finally:
+        os.close(fd)
+
+
+def _open_fd(path: str | bytes) -> tuple[int, int]:
+    """(descriptor, size in bytes) of a regular file."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # O_NONBLOCK: a pipe must not block us
     except FileNotFoundError:
@@ -63,13 +86,11 @@ def open_regular(path: str | bytes, start: int = 0, length: int | None = None) -
         raise BadImage((error.strerror or str(error)).lower()) from None
     except ValueError as error:  # a NUL in the name
         raise BadImage(str(error)) from None
-    mode = os.fstat(fd).st_mode
-    if not stat.S_ISREG(mode):
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode):
         os.close(fd)
-        raise BadImage("is a directory" if stat.S_ISDIR(mode) else "not a regular file")
-    if length is None:
-        return open(fd, "rb")
-    return io.BufferedReader(Span(fd, start, length))
+        raise BadImage("is a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file")
+    return fd, status.st_size
 
 
 def suffix(name: bytes) -> bytes:

@@ -5,11 +5,19 @@ import json
 import os
 from array import array
 from collections.abc import Iterator
-from typing import BinaryIO
 
 import numpy as np
 
-from pixelgrow.data.files import contains, has_image_named, is_image, is_other_image, open_regular, suffix, walk
+from pixelgrow.data.files import (
+    contains,
+    has_image_named,
+    is_image,
+    is_other_image,
+    open_regular,
+    read_regular,
+    suffix,
+    walk,
+)
 from pixelgrow.data.images import BadImage
 from pixelgrow.data.index import MAX_CAPTION, FileSource, Strings, caption_of, decode_caption, stamp
 from pixelgrow.errors import UserError
@@ -33,6 +41,7 @@ class MetadataFolder(FileSource):
         self._root = os.fsencode(path)
         self._metadata = os.path.join(path, METADATA)
         self._starts, self._lengths = array("q"), array("i")
+        self._last = -1, ("", "")  # the row read last: image and caption of a sample are asked for in turn
         names, rows, lines = array("Q"), set(), 0  # hashes, so that a million rows stay small
         for number, start, line in self._read_lines():
             lines = number
@@ -100,8 +109,10 @@ class MetadataFolder(FileSource):
         return _inside(name), caption_of(row.get("text"))
 
     def _row(self, i: int) -> tuple[str, str]:
-        with open_regular(self._metadata, self._starts[i], self._lengths[i]) as file:
-            return self._parse(file.read())
+        if i != self._last[0]:
+            line = read_regular(self._metadata, self._starts[i], self._lengths[i])
+            self._last = i, self._parse(line)
+        return self._last[1]
 
     def key(self, i: int) -> str:
         return self._row(i)[0]
@@ -109,8 +120,8 @@ class MetadataFolder(FileSource):
     def text(self, i: int) -> str:
         return self._row(i)[1]
 
-    def open(self, i: int) -> BinaryIO:
-        return open_regular(os.path.join(self._root, os.fsencode(self.key(i))))
+    def read(self, i: int) -> bytes:
+        return read_regular(os.path.join(self._root, os.fsencode(self.key(i))))
 
 
 class PairedFolder(FileSource):
@@ -159,8 +170,8 @@ class PairedFolder(FileSource):
     def text(self, i: int) -> str:
         return self._caption(self._keys[i])
 
-    def open(self, i: int) -> BinaryIO:
-        return open_regular(os.path.join(self._root, self._keys[i]))
+    def read(self, i: int) -> bytes:
+        return read_regular(os.path.join(self._root, self._keys[i]))
 
 
 class ClassFolder(FileSource):
@@ -203,8 +214,8 @@ class ClassFolder(FileSource):
     def text(self, i: int) -> str:
         return str(self._labels[i])
 
-    def open(self, i: int) -> BinaryIO:
-        return open_regular(os.path.join(self._root, self._keys[i]))
+    def read(self, i: int) -> bytes:
+        return read_regular(os.path.join(self._root, self._keys[i]))
 
 
 def folder_kind(path: str) -> type[FileSource]:

@@ -1,6 +1,7 @@
 """What every source of files shares: a compact index filled by one scan of the headers."""
 
 import hashlib
+import io
 import logging
 import os
 from array import array
@@ -67,13 +68,12 @@ class FileSource:
     def key(self, i: int) -> str:
         raise NotImplementedError
 
-    def open(self, i: int) -> BinaryIO:
-        """The bytes of image i. Raises `BadImage` if they have gone since the scan."""
+    def read(self, i: int) -> bytes:
+        """The bytes of image i, undecoded. Raises `BadImage` if they have gone since the scan."""
         raise NotImplementedError
 
     def image(self, i: int, size: tuple[int, int], crop: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
-        with self.open(i) as file:
-            return read_image(file, size, crop)
+        return read_image(io.BytesIO(self.read(i)), size, crop)
 
     def _admit(self, file: BinaryIO, *about: bytes) -> None:
         """Read the header of a candidate and take its size into the index. Raises `BadImage`, then nothing is taken.

@@ -126,16 +126,16 @@ class Loader:
     def load(self, start: int) -> _Raw:
         """Decode the batch at stream position `start`, here and now."""
         positions = range(start, start + self.batch)
-        centre = torch.full((self.batch,), 0.5, dtype=torch.float64)
-        y = uniform(self.seed, "crop y", positions) if self.random_crop else centre
-        x = uniform(self.seed, "crop x", positions) if self.random_crop else centre
-        mirror = uniform(self.seed, "flip", positions) < 0.5 if self.flip else centre > 1
+        centre = [0.5] * self.batch
+        y = uniform(self.seed, "crop y", positions).tolist() if self.random_crop else centre
+        x = uniform(self.seed, "crop x", positions).tolist() if self.random_crop else centre
+        mirror = uniform(self.seed, "flip", positions).tolist() if self.flip else centre
         image = np.empty((self.batch, *self.size, 3), np.uint8)
         texts: list[str] = []
         bad: list[tuple[int, BadFile]] = []
         for row, position in enumerate(positions):
-            picture, text = self._sample(position, (float(y[row]), float(x[row])), bad)
-            image[row] = picture[:, ::-1] if mirror[row] else picture
+            picture, text = self._sample(position, (y[row], x[row]), bad)
+            image[row] = picture[:, ::-1] if mirror[row] < 0.5 else picture
             texts.append(text)
         return _Raw(image, tuple(texts), tuple(bad))
 
@@ -158,7 +158,9 @@ class Loader:
 
 def to_tensor(image: np.ndarray) -> Tensor:
     """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]."""
-    return torch.from_numpy(image).permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1.0)
+    batch, h, w, _ = image.shape
+    out = torch.empty(batch, 3, h, w)  # the one large allocation: fresh memory costs more than the arithmetic
+    return out.copy_(torch.from_numpy(image).permute(0, 3, 1, 2)).div_(127.5).sub_(1.0)
 
 
 def take(source: Source, count: int, size: tuple[int, int]) -> Batch:

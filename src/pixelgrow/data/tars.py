@@ -7,7 +7,7 @@ from array import array
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
-from pixelgrow.data.files import is_image, is_other_image, open_regular
+from pixelgrow.data.files import is_image, is_other_image, open_regular, read_regular
 from pixelgrow.data.images import BadImage
 from pixelgrow.data.index import MAX_CAPTION, FileSource, Strings, caption_of, decode_caption, stamp
 from pixelgrow.errors import UserError
@@ -140,8 +140,7 @@ class TarShards(FileSource):
     def _caption(shard: str, is_json: bool, start: int, length: int) -> str:
         if length > (_MAX_JSON if is_json else MAX_CAPTION):
             raise BadImage("caption file is too long")
-        with open_regular(shard, start, length) as file:
-            raw = file.read()
+        raw = read_regular(shard, start, length)
         if not is_json:
             return decode_caption(raw)
         try:
@@ -161,9 +160,9 @@ class TarShards(FileSource):
         length, is_json = self._what[2 * i : 2 * i + 2]
         return self._caption(self._shards[self._shard[i]], bool(is_json), self._where[3 * i + 2], length)
 
-    def open(self, i: int) -> BinaryIO:
+    def read(self, i: int) -> bytes:
         start, length = self._where[3 * i : 3 * i + 2]
-        return open_regular(self._shards[self._shard[i]], start, length)
+        return read_regular(self._shards[self._shard[i]], start, length)
 
 
 def shard_paths(path: str) -> list[str]:
