@@ -192,7 +192,7 @@ def weight(kind: Weighting, sigma: Tensor, sigma_data: float, scale: float = 1.0
         case "eps":
             w = 1 / s2
         case "sigmoid":
-            w = torch.sigmoid(-bias + torch.log(s2)) / s2
+            w = torch.sigmoid(bias + torch.log(s2)) / s2
     return w.clamp(max=MAX_WEIGHT)
 
 

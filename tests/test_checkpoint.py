@@ -1,0 +1,130 @@
+"""Checkpoints: strict, whole or not at all, and one line for what is damaged."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from pixelgrow import checkpoint
+from pixelgrow.checkpoint import CheckpointConfig
+from pixelgrow.diffusion import Denoiser
+from pixelgrow.errors import UserError
+from pixelgrow.models.config import CoreConfig
+from pixelgrow.models.sizes import shallow_uvit
+from pixelgrow.models.uvit import UViT
+
+
+def model(seed: int = 0) -> Denoiser:
+    torch.manual_seed(seed)
+    core = CoreConfig(width=32, depth=1, heads=2, text_dim=8, pooled_dim=8)
+    return Denoiser(UViT(shallow_uvit("tiny", 16, core=core)))
+
+
+def config_of(d: Denoiser) -> CheckpointConfig:
+    return CheckpointConfig(network=d.net.config, diffusion=d.config, text={"encoder": "minilm", "max_tokens": 8})
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    d = model()
+    checkpoint.save(tmp_path / "c", d, config_of(d))
+    return tmp_path / "c"
+
+
+def test_round_trip_is_exact(saved: Path) -> None:
+    back, config = checkpoint.load(saved)
+    want = model().net.state_dict()
+    assert all(torch.equal(t, want[n]) for n, t in back.net.state_dict().items())
+    assert config.sha256 == checkpoint.file_hash(saved / checkpoint.WEIGHTS)
+    assert "pipeline_tag: text-to-image" in (saved / checkpoint.CARD).read_text()
+    assert sorted(p.name for p in saved.parent.iterdir()) == ["c"]
+
+
+def damage_truncate(folder: Path) -> str:
+    path = folder / checkpoint.WEIGHTS
+    path.write_bytes(path.read_bytes()[:1000])
+    return "model.safetensors is damaged"
+
+
+def damage_flip(folder: Path) -> str:
+    path = folder / checkpoint.WEIGHTS
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    return "model.safetensors is damaged"
+
+
+def damage_missing(folder: Path) -> str:
+    (folder / checkpoint.WEIGHTS).unlink()
+    return "model.safetensors is missing"
+
+
+def damage_json(folder: Path) -> str:
+    (folder / checkpoint.CONFIG).write_text('{"format": 1, "netw')
+    return "config.json is damaged"
+
+
+def damage_bytes(folder: Path) -> str:
+    (folder / checkpoint.CONFIG).write_bytes(b"\xff\xfe\x00garbage")
+    return "config.json is damaged"
+
+
+def damage_shape(folder: Path) -> str:
+    raw = json.loads((folder / checkpoint.CONFIG).read_text())
+    raw["network"]["core"]["depth"] = 2
+    (folder / checkpoint.CONFIG).write_text(json.dumps(raw))
+    return "does not fit its config.json"
+
+
+def damage_none(folder: Path) -> str:
+    (folder / checkpoint.CONFIG).unlink()
+    return "is not a checkpoint"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [damage_truncate, damage_flip, damage_missing, damage_json, damage_bytes, damage_shape, damage_none],
+)
+def test_damage_is_one_line_that_names_the_file(saved: Path, damage) -> None:  # type: ignore[no-untyped-def]
+    message = damage(saved)
+    with pytest.raises(UserError, match=message) as caught:
+        checkpoint.load(saved)
+    assert "\n" not in str(caught.value) and str(saved) in str(caught.value)
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    other = model(1)
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save(saved, other, config_of(other))
+    back, _ = checkpoint.load(saved)
+    assert torch.equal(back.net.core.blocks[0].up.weight, model().net.core.blocks[0].up.weight)  # type: ignore[union-attr]
+    assert sorted(p.name for p in saved.parent.iterdir()) == ["c"]
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_kill_between_the_renames_is_recovered(saved: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """Die before the at-th rename of replacing a checkpoint: the folder still loads, old or new, never a mixture."""
+    real, seen = Path.rename, []
+
+    def rename(self: Path, target: Path) -> Path:
+        if len(seen) == at:
+            raise KeyboardInterrupt
+        seen.append(target)
+        return real(self, target)
+
+    other = model(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(saved, other, config_of(other))
+    back, _ = checkpoint.load(saved)
+    weight = back.net.core.blocks[0].up.weight  # type: ignore[union-attr]
+    assert torch.equal(weight, model().net.core.blocks[0].up.weight)  # type: ignore[union-attr]
