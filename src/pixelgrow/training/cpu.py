@@ -24,16 +24,16 @@ def tune_allocator() -> bool:
     return bool(libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
-def flush_denormals() -> int:
-    """Flush denormal numbers to zero in every thread that computes; returns in how many it was done.
+def flush_denormals(on: bool = True) -> int:
+    """Flush denormal numbers to zero, or not, in every thread that computes; returns in how many it was done.
 
     torch sets the calling thread alone, and a pool that has started keeps what it had: results would then depend on
     what ran before. So each thread of torch's OpenMP pool is asked to set itself.
     """
-    done = [torch.set_flush_denormal(True)]
+    done = [torch.set_flush_denormal(on)]
     library = next(iter(sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*"))), None)
     if library is not None:
-        each = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: done.append(torch.set_flush_denormal(True)))
+        each = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: done.append(torch.set_flush_denormal(on)))
         ctypes.CDLL(str(library)).GOMP_parallel(each, None, torch.get_num_threads(), 0)
         done.pop(0)
     return sum(done)

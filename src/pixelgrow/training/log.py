@@ -94,9 +94,10 @@ class Log:
 
     def close(self) -> None:
         """Close the files."""
-        self.file.close()
-        if self.board is not None:
-            self.board.close()
+        with writing(self.path):
+            self.file.close()
+            if self.board is not None:
+                self.board.close()
 
 
 class Display:

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +27,7 @@ from pixelgrow.training.log import Averages, Display, Log
 from pixelgrow.training.monitor import Hook
 from pixelgrow.training.objective import Objective, Terms
 from pixelgrow.training.settings import TrainSettings
+from pixelgrow.training.stopping import Interrupted, asked_to_stop
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,15 +35,6 @@ if TYPE_CHECKING:
     from pixelgrow.data.loader import Batch
 
 logger = logging.getLogger(__name__)
-
-
-class Interrupted(Exception):
-    """The run was asked to stop (SIGTERM or SIGINT), finished its step and saved; `status` is 128 + the signal."""
-
-    def __init__(self, signum: int, images: int) -> None:
-        name = signal.Signals(signum).name
-        super().__init__(f"stopped by {name}, saved at {images:,} images: run the same command again to go on")
-        self.status = 128 + signum
 
 
 @dataclass
@@ -250,7 +239,7 @@ class Training:
         log = Log(self.folder, keep=c.lines, images=c.images)
         before = c.images - s.batch if c.images else 0
         rate = monitor.matmul_rate(self.device, torch.bfloat16 if self.bf16 else torch.float32)
-        meter = Meter(flops, rate)
+        meter = monitor.Meter(flops, rate)
         stream: Iterator[Batch] | None = None
         try:
             with asked_to_stop() as stop, Display(name, s.images, c.images, console) as display:
@@ -300,7 +289,7 @@ class Training:
             for module in self.objective.modules.values():
                 module.compile()
 
-    def _report(self, log: Log, meter: Meter) -> None:
+    def _report(self, log: Log, meter: monitor.Meter) -> None:
         values = self.means.read() | {"lr": self.optimizers[next(iter(self.optimizers))][0].param_groups[0]["lr"]}
         values |= {"skipped": float(self.counters.skipped), "memory_mib": monitor.peak_memory(self.device) / 2**20}
         meter.read(values.get("loss"))
@@ -339,64 +328,6 @@ class Training:
                 m.training = True
             for loan in lent:
                 loan.__exit__(None, None, None)
-
-
-class Meter:
-    """Images a second, the share of the time spent waiting for data, the share of the matrix-product rate."""
-
-    def __init__(self, flops: float | None, rate: float) -> None:
-        self.flops, self.rate = flops, rate
-        self.window = [0, 0.0, 0.0]
-        self.total = [0, 0.0]
-        self.values: dict[str, float] = {}
-        self.note = ""
-
-    def add(self, images: int, seconds: float, waited: float) -> None:
-        """One step's images, its time and the time before it that no batch was there."""
-        self.window = [self.window[0] + images, self.window[1] + seconds, self.window[2] + waited]
-        self.total = [self.total[0] + images, self.total[1] + seconds + waited]
-
-    def read(self, loss: float | None) -> None:
-        """Numbers of the time since the last reading."""
-        images, seconds, waited = self.window
-        speed = images / (seconds + waited)
-        self.values = {"images_per_second": speed, "waited": waited / (seconds + waited)}
-        if self.flops:
-            self.values["matmul_share"] = self.flops * images / seconds / self.rate
-        self.note = (f"loss {loss:.4g}, " if loss is not None else "") + f"{speed:.3g} images/s"
-        self.window = [0, 0.0, 0.0]
-
-    @property
-    def speed(self) -> float:
-        """Images a second since the start."""
-        return self.total[0] / self.total[1] if self.total[0] else 0.0
-
-    @property
-    def share(self) -> float | None:
-        """Share of the matrix-product rate since the start, waiting included."""
-        return self.flops * self.speed / self.rate if self.flops else None
-
-
-@contextmanager
-def asked_to_stop() -> Iterator[list[int]]:
-    """A list that fills when SIGTERM or SIGINT arrives; a second signal has its usual effect. For the main thread."""
-    asked: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    usual: dict[int, Any] = {}
-
-    def note(signum: int, frame: FrameType | None) -> None:
-        asked.append(signum)
-        signal.signal(signum, usual[signum])
-
-    for asked_by in (signal.SIGTERM, signal.SIGINT):
-        usual[asked_by] = signal.signal(asked_by, note)
-    try:
-        yield asked
-    finally:
-        for signum, handler in usual.items():
-            signal.signal(signum, handler)
 
 
 def _crossed(every: int | None, before: int, now: int) -> bool:

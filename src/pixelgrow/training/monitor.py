@@ -131,3 +131,39 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Meter:
+    """Images a second, the share of the time spent waiting for data, the share of the matrix-product rate."""
+
+    def __init__(self, flops: float | None, rate: float) -> None:
+        self.flops, self.rate = flops, rate
+        self.window = [0, 0.0, 0.0]
+        self.total = [0, 0.0]
+        self.values: dict[str, float] = {}
+        self.note = ""
+
+    def add(self, images: int, seconds: float, waited: float) -> None:
+        """One step's images, its time and the time before it that no batch was there."""
+        self.window = [self.window[0] + images, self.window[1] + seconds, self.window[2] + waited]
+        self.total = [self.total[0] + images, self.total[1] + seconds + waited]
+
+    def read(self, loss: float | None) -> None:
+        """Numbers of the time since the last reading."""
+        images, seconds, waited = self.window
+        speed = images / (seconds + waited)
+        self.values = {"images_per_second": speed, "waited": waited / (seconds + waited)}
+        if self.flops:
+            self.values["matmul_share"] = self.flops * images / seconds / self.rate
+        self.note = (f"loss {loss:.4g}, " if loss is not None else "") + f"{speed:.3g} images/s"
+        self.window = [0, 0.0, 0.0]
+
+    @property
+    def speed(self) -> float:
+        """Images a second since the start."""
+        return self.total[0] / self.total[1] if self.total[0] else 0.0
+
+    @property
+    def share(self) -> float | None:
+        """Share of the matrix-product rate since the start, waiting included."""
+        return self.flops * self.speed / self.rate if self.flops else None

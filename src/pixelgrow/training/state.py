@@ -74,13 +74,17 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     with writing(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({n: t.detach().contiguous() for n, t in tensors.items()}, part)
-            flush(part)
+            _store(part, tensors)
             part.replace(path)
             flush(path.parent)
         except BaseException:
             part.unlink(missing_ok=True)
             raise
+
+
+def _store(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    save_file({n: t.detach().contiguous() for n, t in tensors.items()}, path)
+    flush(path)
 
 
 def save(folder: Path, images: int, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
@@ -93,7 +97,7 @@ def save(folder: Path, images: int, tensors: Mapping[str, Tensor], counters: Map
         try:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
-            write_tensors(temporary / TENSORS, tensors)
+            _store(temporary / TENSORS, tensors)
             record = {
                 "format": FORMAT,
                 "images": images,
