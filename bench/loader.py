@@ -3,7 +3,8 @@
     python -m bench.loader [--images 400] [--resolution 64] [--workers 0 1 2] [--repeats 3] [--output loader.json]
 
 The bare loop does what the loader must do at least: read, decode at the reduced DCT scale, filter, crop, make an array;
-no captions, no order, no batches, no tensors, nothing sent between processes. The two take turns; the best of each counts.
+no captions, no order, no batches, no tensors, nothing sent between processes. The two take turns; the best of each is
+compared.
 """
 
 import argparse

@@ -4,6 +4,7 @@ import json
 import os
 import tarfile
 from array import array
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
@@ -59,48 +60,51 @@ class TarShards(FileSource):
                 self._reject(name, "shard: empty file")
                 return
             raw.seek(0)
-            try:
-                self._members(number, name, raw, size)
-            except (tarfile.TarError, OSError, ValueError, EOFError) as error:
-                self._reject(name, f"shard: {str(error) or type(error).__name__}")
+            self._groups(number, name, raw, size)
 
-    def _members(self, number: int, name: str, raw: BinaryIO, size: int) -> None:
+    def _groups(self, number: int, name: str, raw: BinaryIO, size: int) -> None:
+        """Take the neighbouring members of a shard together, key by key."""
         group: _Group | None = None
         seen: set[str] = set()
-        with tarfile.open(fileobj=raw, mode="r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # it keeps every member it has seen
-                folder, base = os.path.split(member.name)
-                if base.startswith("."):
-                    continue
-                if not member.isreg() or member.sparse is not None:
-                    if is_image(os.fsencode(base)):
+        for member in self._members(name, raw, size):
+            folder, base = os.path.split(member.name)
+            stem, _, suffix = base.partition(".")
+            key = os.path.join(folder, stem)
+            if group is None or key != group.key:
+                if group is not None:
+                    self._close(number, name, group)
+                if key in seen:
+                    raise UserError(
+                        f"{name}: the members of key {key!r} are not neighbours; expected key.jpg and key.txt one after "
+                        "the other: write the shard again, sorted by name"
+                    )
+                seen.add(key)
+                group = _Group(key)
+            self._sort_in(group, member.name, suffix.lower(), member.offset_data, member.size)
+        if group is not None:
+            self._close(number, name, group)
+
+    def _members(self, name: str, raw: BinaryIO, size: int) -> Iterator[tarfile.TarInfo]:
+        """The visible regular files of a shard, in order; where the shard is damaged it ends, and is listed."""
+        try:
+            with tarfile.open(fileobj=raw, mode="r:") as tar:
+                while (member := tar.next()) is not None:
+                    tar.members = []  # type: ignore[attr-defined]  # it keeps every member it has seen
+                    base = os.path.basename(member.name)
+                    if member.offset_data + member.size > size:
+                        raise tarfile.ReadError(f"ends within {member.name}")
+                    if member.isreg() and member.sparse is None and not base.startswith("."):
+                        yield member
+                    elif is_image(os.fsencode(base)) and not base.startswith("."):
                         self._reject(f"{name}/{member.name}", "not a regular file")
-                    continue
-                stem, _, suffix = base.partition(".")
-                key = os.path.join(folder, stem)
-                if group is None or key != group.key:
-                    if group is not None:
-                        self._close(number, name, group)
-                    if key in seen:
-                        raise UserError(
-                            f"{name}: the members of key {key!r} are not neighbours; expected key.jpg and key.txt one "
-                            "after the other: write the shard again, sorted by name"
-                        )
-                    seen.add(key)
-                    group = _Group(key)
-                if member.offset_data + member.size > size:
-                    self._reject(f"{name}/{member.name}", "shard ends within it")
-                    continue
-                self._sort_in(group, member.name, suffix.lower(), member.offset_data, member.size)
-            if group is not None:
-                self._close(number, name, group)
-            raw.seek(tar.offset)
-            if raw.read(512).strip(b"\0"):
-                self._reject(name, f"shard: damaged from byte {tar.offset} on, the members behind are lost")
+                raw.seek(tar.offset)
+                if raw.read(512).strip(b"\0"):
+                    raise tarfile.ReadError(f"damaged from byte {tar.offset} on")
+        except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+            self._reject(name, f"shard: {str(error) or type(error).__name__}, what follows is lost")
 
     def _sort_in(self, group: _Group, member: str, suffix: str, start: int, length: int) -> None:
-        name = b"x." + suffix.encode(errors="surrogateescape")
+        name = b"x." + suffix.replace(".", "_").encode(errors="surrogateescape")  # seg.png is no picture of the sample
         if is_image(name):
             group.images.append((member, start, length))
         elif is_other_image(name):
