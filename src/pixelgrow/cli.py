@@ -1,4 +1,4 @@
-"""The command line: verbs, options, and every user's mistake in one line. Torch is imported late."""
+"""The command line: verbs, options, and every user's mistake in one line. Slow imports wait inside the verbs."""
 
 from __future__ import annotations
 
@@ -7,49 +7,226 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
-Runs = Annotated[Path, typer.Option("--runs", help="Folder of all runs.")]
+from pixelgrow.errors import UserError
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+Set = Annotated[list[str] | None, typer.Option("--set", help="a.b=value, such as stages.core.images=1000; repeatable.")]
+Runs = Annotated[Path, typer.Option("--runs", help="The folder of all runs.")]
+Rate = Annotated[float | None, typer.Option("--rate", help="FLOP/s that training achieves; else measured here.")]
+Checkpoint = Annotated[str, typer.Argument(help="A folder of a checkpoint or stage, a built-in model, a hub name.")]
+Recipe = Annotated[str, typer.Argument(help="A recipe's file, or the name of one that the package carries.")]
+
+
+PICTURES = Path("samples.png")
 
 
 @app.callback()
-def _root() -> None:
+def _about() -> None:
     """Grow a pixel-space image generator from a small one."""
 
 
 @app.command()
+def demo(settings: Set = None, runs: Runs = Path("runs")) -> None:
+    """Train a core, grow it, and write a report: a quarter of an hour on two CPU cores."""
+    _run("demo", settings, runs)
+
+
+@app.command()
 def run(
-    recipe: Annotated[str, typer.Argument(help="A recipe's file, or the name of one that the package carries.")],
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="a.b=value, such as stages.core.images=1000")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, touch nothing.")] = False,
+    recipe: Recipe,
+    settings: Set = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done; touch nothing.")] = False,
+    rate: Rate = None,
     runs: Runs = Path("runs"),
 ) -> None:
     """Run a recipe: do what is missing, go on with what was cut off."""
+    if dry_run:
+        _plan_recipe(recipe, settings, rate, runs)
+    else:
+        _run(recipe, settings, runs)
+
+
+def _run(recipe: str, settings: list[str] | None, runs: Path) -> None:
     from pixelgrow.recipe import load_recipe
 
     read = load_recipe(recipe, settings or [])
     from pixelgrow.run import run as run_recipe
 
-    typer.echo(run_recipe(read, runs))
+    report = run_recipe(read, runs)
+    typer.echo(f"report: {report}")
+
+
+@app.command()
+def sample(
+    checkpoint: Checkpoint,
+    prompts: Annotated[list[str] | None, typer.Argument(help="What to draw.")] = None,
+    file: Annotated[Path | None, typer.Option("--prompts", help="More prompts, one a line.")] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="A PNG (a grid), or a folder (single files).")] = PICTURES,
+    n: Annotated[int, typer.Option("-n", min=1, help="Pictures of each prompt.")] = 1,
+    seed: Annotated[int, typer.Option("--seed", help="Picture i of a call is a function of the seed and i.")] = 0,
+    steps: Annotated[int | None, typer.Option("--steps", min=1)] = None,
+    guidance: Annotated[float | None, typer.Option("--guidance", min=0, help="1: none.")] = None,
+    sampler: Annotated[str | None, typer.Option("--sampler", help="dpm++2m, heun, ddim or ddpm.")] = None,
+    size: Annotated[str | None, typer.Option("--size", help="HxW in pixels, such as 64x96.")] = None,
+    grid: Annotated[bool | None, typer.Option("--grid/--single", help="One grid, or a file for each picture.")] = None,
+    threshold: Annotated[float | None, typer.Option("--threshold", help="Dynamic thresholding's percentile.")] = None,
+    guide: Annotated[str | None, typer.Option("--guide", help="A weaker checkpoint to be guided by.")] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1)] = 64,
+) -> None:
+    """Draw pictures of prompts; the settings are in the PNGs' metadata."""
+    from pixelgrow.drawing import Request, draw
+
+    request = Request(
+        checkpoint=checkpoint, prompts=list(prompts or []), file=file, out=out, n=n, seed=seed, size=size, grid=grid,
+        guide=guide, batch=batch,
+        settings={"steps": steps, "guidance": guidance, "sampler": sampler, "threshold": threshold},
+    )  # fmt: skip
+    for path in draw(request):
+        typer.echo(path)
+
+
+@app.command()
+def data(
+    source: Annotated[str, typer.Argument(help="A folder, tar shards, or the word scenes.")],
+    recipe: Annotated[str | None, typer.Option("--recipe", help="Count what each of its stages would see.")] = None,
+    kind: Annotated[str, typer.Option("--kind", help="auto, folder, classes or tar.")] = "auto",
+    decode: Annotated[int, typer.Option("--decode", min=0, help="Images to decode, to find damage; 0: all.")] = 1000,
+    sheet: Annotated[Path, typer.Option("--sheet", help="Where to write a contact sheet.")] = Path("contact-sheet.png"),
+) -> None:
+    """Look into a source of images: counts, sizes, captions, bad files, a contact sheet."""
+    from pixelgrow.data.inspect import inspect_source
+    from pixelgrow.data.opening import open_source
+    from pixelgrow.tables import inspection_tables
+
+    opened = open_source({"source": source} | ({} if source == "scenes" else {"kind": kind}))
+    sizes = {"stages": _sizes(recipe)} if recipe is not None else {}
+    _show(inspection_tables(inspect_source(opened, decode=decode or None, sheet=sheet, **sizes)))
+
+
+def _sizes(recipe: str) -> list[tuple[int, int]]:
+    from pixelgrow.recipe import load_recipe, resolution_of
+
+    stages = load_recipe(recipe).stages
+    sides = dict.fromkeys(resolution_of(stages, stage.name) for stage in stages)
+    return [(side, side) for side in sides if side is not None]
+
+
+@app.command()
+def grow(
+    checkpoint: Annotated[str, typer.Argument(help="What to grow.")],
+    to: Annotated[int, typer.Option("--to", help="Pixels: a power of two times what it has.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The grown checkpoint's folder.")],
+    source: Annotated[str, typer.Option("--data", help="What to measure on: a folder, shards, or scenes.")] = "scenes",
+    init: Annotated[str, typer.Option("--init", help="preserve or random.")] = "preserve",
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+) -> None:
+    """Grow a checkpoint, without training: prints what became of its tensors and the error before and after."""
+    from pixelgrow.growing import grow_checkpoint
+
+    typer.echo(grow_checkpoint(checkpoint, to, out, source=source, init=init, seed=seed))
+
+
+@app.command()
+def info(
+    checkpoint: Checkpoint,
+) -> None:
+    """Show a checkpoint: configuration, parameters by part, lineage."""
+    from pixelgrow.checkpoint import read_config
+    from pixelgrow.model import find
+    from pixelgrow.plan import parts_of
+    from pixelgrow.tables import checkpoint_tables
+
+    folder = find(checkpoint)
+    config = read_config(folder)
+    _show(checkpoint_tables(folder, config, parts_of(config.network)))
+
+
+@app.command()
+def plan(
+    recipe: Annotated[str | None, typer.Argument(help="A recipe; or use --size.")] = None,
+    settings: Set = None,
+    size: Annotated[str | None, typer.Option("--size", help="tiny to huge, in place of a recipe.")] = None,
+    resolution: Annotated[int, typer.Option("--resolution", help="With --size: pixels in the end.")] = 64,
+    core: Annotated[int | None, typer.Option("--core", help="With --size: pixels of the core's training.")] = None,
+    stride: Annotated[int, typer.Option("--stride", help="With --size: pixels per core token.")] = 4,
+    images: Annotated[int, typer.Option("--images", help="With --size: images of each stage.")] = 1_000_000,
+    batch: Annotated[int, typer.Option("--batch", help="With --size: images per micro-batch.")] = 8,
+    rate: Rate = None,
+) -> None:
+    """Parameters, FLOPs, memory and time, with nothing allocated."""
+    if (recipe is None) == (size is None):
+        raise UserError("plan: expected a recipe or --size, one of the two")
+    if recipe is not None:
+        _plan_recipe(recipe, settings, rate, Path("runs"))
+        return
+    from pixelgrow.plan import plan_recipe, plan_size
+    from pixelgrow.tables import plan_tables
+
+    assert size is not None
+    sized = plan_size(size, resolution, core=core, stride=stride, images=images, batch=batch)
+    _show(plan_tables(plan_recipe(sized), *_rate(rate)))
+
+
+def _plan_recipe(recipe: str, settings: list[str] | None, rate: float | None, runs: Path) -> None:
+    from pixelgrow.plan import plan_recipe
+    from pixelgrow.recipe import load_recipe
+    from pixelgrow.tables import plan_tables, recipe_heading
+
+    read = load_recipe(recipe, settings or [])
+    _show(recipe_heading(read, runs / read.name), plan_tables(plan_recipe(read), *_rate(rate)))
+
+
+def _rate(given: float | None) -> tuple[float, str]:
+    """FLOP/s achieved, and how that is known."""
+    if given is not None:
+        return given, "as given"
+    from pixelgrow.plan import SHARE, measured_rate
+
+    return measured_rate(), f"{100 * SHARE:.0f}% of the matrix-product rate measured here"
+
+
+def _show(*parts: object) -> None:
+    from rich.console import Console
+
+    console = Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 200)
+    for part in parts:
+        console.print(part)
 
 
 def main() -> None:
-    """The entry point: runs a verb; a user's mistake is one line on stderr and status 2."""
-    from pixelgrow.errors import UserError
-
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+    """The entry point. A mistake is one line on stderr and status 2; a stop says how to go on, status 128 + signal."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("pixelgrow").setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        app()
+        app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except UserError as error:
-        typer.echo(f"pixelgrow: {error}", err=True)
-        sys.exit(2)
+        _stop(str(error), 2)
+    except (KeyboardInterrupt, typer.Abort):
+        _stop("stopped by SIGINT: run the same command again to go on", 130)
+    except _Terminated:
+        _stop("stopped by SIGTERM: run the same command again to go on", 143)
+    except Exception as error:
+        if hasattr(error, "format_message"):  # click's, which typer has under a name of its own
+            _stop(error.format_message(), 2)
+        if type(error).__name__ != "Interrupted":  # of training; its import would bring torch along
+            raise
+        _stop(str(error), getattr(error, "status", 1))
+
+
+def _stop(message: str, status: int) -> NoReturn:
+    typer.echo(f"pixelgrow: {message}", err=True)
+    sys.exit(status)
+
+
+class _Terminated(BaseException):
+    """SIGTERM outside of training."""
 
 
 def _terminated(signum: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + signum)
+    raise _Terminated

@@ -1,4 +1,4 @@
-"""Reading a recipe: YAML and `a.b=c` overrides to a `Recipe`, and every mistake to one line that says where it stands."""
+"""Reading a recipe: YAML and `a.b=c` overrides to a `Recipe`, and every mistake to a line that says where it is."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pixelgrow.errors import UserError
 from pixelgrow.recipe_spec import VERBS, GrowStage, Head, ModelStage, Recipe, Stage, TrainStage
 
 FOLDER = Path(__file__).parent / "recipes"
-Path_ = Sequence[str | int]
+Where = Sequence[str | int]
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -39,7 +39,7 @@ def load_recipe(recipe: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     raw = _mapping(path, where)
     for override in overrides:
         _override(raw, override)
-    return _validate(raw, where)
+    return read_recipe(raw, where)
 
 
 # --- YAML -------------------------------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ _Loader.add_implicit_resolver(
 
 def _mapping(path: Path, where: str) -> dict[str, Any]:
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # noqa: S506 - a SafeLoader
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
@@ -92,7 +92,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
     if not equals or not all(keys):
         raise UserError(f"--set {override!r}: expected a.b=value, such as stages.core.images=1000")
     try:
-        value = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise UserError(f"--set {override!r}: the value is not readable as YAML") from error
     here: Any = raw
@@ -101,17 +101,19 @@ def _override(raw: dict[str, Any], override: str) -> None:
         if isinstance(here, list):
             stages = depth == 1 and keys[0] == "stages"
             item = _item(here, key, override, stages)
-            if stages and not last and isinstance(here[item], dict) and len(here[item]) == 1:
-                (verb,) = here[item]
-                here = here[item][verb]
-                continue
-            key = item
-        elif not isinstance(here, dict):
+            if last:
+                here[item] = value
+                return
+            here = here[item]
+            if stages and isinstance(here, dict) and len(here) == 1:
+                (here,) = here.values()
+            continue
+        if not isinstance(here, dict):
             raise UserError(f"--set {override!r}: {'.'.join(keys[:depth])} is {_kind(here)} and has no {key!r}")
         if last:
             here[key] = value
         else:
-            here = here[key] if isinstance(here, list) else here.setdefault(key, {})
+            here = here.setdefault(key, {})
 
 
 def _item(items: list[Any], key: str, override: str, stages: bool) -> int:
@@ -133,7 +135,8 @@ def _stage_name(entry: Any) -> str:
 # --- validation -------------------------------------------------------------------------------------------------------
 
 
-def _validate(raw: dict[str, Any], where: str) -> Recipe:
+def read_recipe(raw: dict[str, Any], where: str) -> Recipe:
+    """The recipe that a mapping says; `where` it comes from, for messages. Raises UserError."""
     entries = raw.get("stages")
     head = _build(Head, {k: v for k, v in raw.items() if k != "stages"}, [], where, also=["stages"])
     if not isinstance(entries, list) or not entries:
@@ -142,7 +145,7 @@ def _validate(raw: dict[str, Any], where: str) -> Recipe:
         )
     stages: list[Stage] = []
     for i, entry in enumerate(entries):
-        at = ["stages", i]
+        at: Where = ("stages", i)
         if not isinstance(entry, dict) or len(entry) != 1:
             raise UserError(f"{where}: {_dotted(at)}: got {_kind(entry)}, expected one of train:, grow:, evaluate:")
         ((verb, body),) = entry.items()
@@ -154,7 +157,7 @@ def _validate(raw: dict[str, Any], where: str) -> Recipe:
     return Recipe(**{f: getattr(head, f) for f in head.model_fields_set}, stages=tuple(stages))
 
 
-def _build(model: type[M], body: Any, at: Path_, where: str, also: Sequence[str] = ()) -> M:
+def _build(model: type[M], body: Any, at: Where, where: str, also: Sequence[str] = ()) -> M:
     if not isinstance(body, Mapping):
         raise UserError(f"{where}: {_dotted(at)}: got {_kind(body)}, expected its settings, such as {{name: ...}}")
     try:
@@ -165,7 +168,7 @@ def _build(model: type[M], body: Any, at: Path_, where: str, also: Sequence[str]
         raise UserError(f"{where}: {_message(model, first, at, also)}{more}") from error
 
 
-def _message(model: type[BaseModel], error: Any, at: Path_, also: Sequence[str]) -> str:
+def _message(model: type[BaseModel], error: Any, at: Where, also: Sequence[str]) -> str:
     loc = [*at, *error["loc"]]
     if error["type"] == "extra_forbidden":
         owner = _model_at(model, error["loc"][:-1])
@@ -223,7 +226,7 @@ def _kind(value: Any) -> str:
     return names.get(type(value), repr(value))
 
 
-def _dotted(loc: Path_) -> str:
+def _dotted(loc: Where) -> str:
     return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc).lstrip(".")
 
 
@@ -286,4 +289,4 @@ def _with_parents(stages: Sequence[Stage]) -> list[Stage]:
     return done
 
 
-__all__ = ["Recipe", "builtin", "is_folder", "load_recipe", "resolution_of"]
+__all__ = ["Recipe", "builtin", "is_folder", "load_recipe", "read_recipe", "resolution_of"]

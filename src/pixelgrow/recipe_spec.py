@@ -113,7 +113,7 @@ class ModelStage(TrainSettings):
 
 
 class TrainStage(ModelStage):
-    """Train a core in its Shallow-UViT from nothing; or, with `from`, go on from a checkpoint on other data or terms."""
+    """Train a core in its Shallow-UViT from nothing; or, with `from`, a checkpoint on other data or other terms."""
 
     size: str | None = None
     resolution: int | None = Field(None, ge=1)
@@ -175,7 +175,7 @@ class GrowStage(ModelStage):
             if self.unfreeze_after >= self.images:
                 raise ValueError(f"unfreeze_after ({self.unfreeze_after}) is not below images ({self.images})")
         if self.init == "scratch" and (
-            self.unfreeze_after or "core" in self.model_fields_set and self.core == "frozen"
+            self.unfreeze_after or ("core" in self.model_fields_set and self.core == "frozen")
         ):
             raise ValueError("init: scratch trains everything; drop core: frozen")
         return self

@@ -1,11 +1,229 @@
-"""The report of a run."""
+"""The report of a run: one HTML file with everything in it, read from what the stages left in their folders."""
 
 from __future__ import annotations
 
+import base64
+import json
+import platform
+import time
+from collections.abc import Iterable, Sequence
+from html import escape
 from pathlib import Path
+from typing import Any
 
-from pixelgrow.recipe_spec import Recipe
+import torch
+
+from pixelgrow import __version__
+from pixelgrow.recipe_spec import EvaluateStage, GrowStage, Recipe, Stage, TrainStage
+from pixelgrow.report_page import PAGE
+from pixelgrow.report_svg import Curve, chart
+from pixelgrow.stages.record import Record
+from pixelgrow.tables import count, size_of
+from pixelgrow.training.log import duration
+from pixelgrow.training.state import writing
+
+FILE = "report.html"
 
 
 def write_report(recipe: Recipe, folder: Path) -> Path:
-    return folder / "report.html"
+    """Write `report.html` into a run's folder; returns its path."""
+    records = {s.name: Record(folder / s.name) for s in recipe.stages}
+    sections = [_overview(recipe, records)]
+    for stage in recipe.stages:
+        sections.append(_stage(stage, folder / stage.name, records[stage.name].values))
+    sections.append(_details("The recipe, with every setting filled in", json.dumps(_settings(recipe), indent=2)))
+    seconds = sum(r.values.get("wall_seconds", 0) for r in records.values())
+    page = PAGE.substitute(
+        title=escape(f"{recipe.name}: a pixelgrow run"),
+        name=escape(recipe.name),
+        subtitle=escape(
+            f"{len(recipe.stages)} stages in {duration(seconds)}, finished {time.strftime('%Y-%m-%d %H:%M')} "
+            f"by pixelgrow {__version__} on {_machine()}"
+        ),
+        body="\n".join(sections),
+    )
+    path = folder / FILE
+    part = path.with_name(f".{FILE}.part")
+    with writing(path):
+        part.write_text(page, encoding="utf-8")
+        part.replace(path)
+    return path
+
+
+def _machine() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} threads of {platform.machine()}, torch {torch.__version__}"
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    return recipe.model_dump(mode="json", by_alias=True, exclude_none=True)
+
+
+def _overview(recipe: Recipe, records: dict[str, Record]) -> str:
+    rows = []
+    for stage in recipe.stages:
+        values = records[stage.name].values
+        result = values.get("result", {})
+        parameters = result.get("parameters", {})
+        speed, share = result.get("images_per_second"), result.get("matmul_share")
+        rows.append(
+            [
+                f'<a href="#{escape(stage.name)}">{escape(stage.name)}</a>',
+                escape(_what(stage)),
+                f"{result['images']:,}" if "images" in result else "",
+                count(parameters["all"]) if parameters else "",
+                count(parameters["training"]) if parameters else "",
+                f"{speed:.3g}" if speed else "",
+                f"{100 * share:.0f}%" if share else "",
+                duration(values.get("wall_seconds", 0)),
+                size_of(result["peak_memory"]) if "peak_memory" in result else "",
+                f"{result['bad_files']:,}" if "bad_files" in result else "",
+            ]
+        )
+    head = ["stage", "what", "images", "parameters", "training", "images/s", "of matmul rate", "time", "peak memory",
+            "bad files"]  # fmt: skip
+    return f"<section><h2>Stages</h2>{_table(head, rows)}</section>"
+
+
+def _what(stage: Stage) -> str:
+    if isinstance(stage, TrainStage):
+        return f"train on {stage.parent}" if stage.parent else f"train {stage.size} at {stage.resolution} px"
+    if isinstance(stage, GrowStage):
+        core = "all trains" if stage.trains_core else "frozen"
+        core = f"unfrozen after {stage.unfreeze_after:,}" if stage.unfreeze_after else core
+        return f"grow {stage.parent} to {stage.to[-1]} px, {stage.init}, {core}"
+    return f"evaluate {stage.parent}"
+
+
+def _stage(stage: Stage, folder: Path, values: dict[str, Any]) -> str:
+    parts = [f'<section id="{escape(stage.name)}"><h2>{escape(stage.name)} <small>{escape(_what(stage))}</small></h2>']
+    if isinstance(stage, EvaluateStage):
+        parts.append(_evaluation(folder, values.get("result", {})))
+    else:
+        if isinstance(stage, GrowStage):
+            parts.append(_growth(folder))
+        for phase in (folder / "frozen", folder):
+            if (phase / "log.jsonl").exists():
+                parts.append(_training(phase, "Frozen phase" if phase != folder else ""))
+        result = values.get("result", {})
+        notes = [result.get("bad_report", ""), _skipped(result.get("skipped_steps", 0))]
+        parts += [f"<p>{escape(n[0].upper() + n[1:])}.</p>" for n in notes if n]
+    return "\n".join(parts) + "</section>"
+
+
+def _skipped(steps: int) -> str:
+    return f"{steps} steps were skipped because they were not finite" if steps else ""
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+def _training(folder: Path, title: str) -> str:
+    lines = _log(folder / "log.jsonl")
+    held = [
+        Curve(f"sigma {name.partition('/')[2]}", _series(lines, name))
+        for name in ("validation/0.2", "validation/1", "validation/5")
+    ]
+    charts = [
+        chart("Training loss", [Curve("loss", _series(lines, "loss"))]),
+        chart("Held-out error", [Curve("mean", _series(lines, "validation/mean")), *held]),
+    ]
+    grids = sorted((folder / "samples").glob("*.png"))
+    shown = [(grids[len(grids) // 2], "half-way"), (grids[-1], "at the end")] if len(grids) > 1 else []
+    pictures = "".join(_picture(path, f"{int(path.stem):,} images, {when}") for path, when in shown)
+    heading = f"<h3>{title}</h3>" if title else ""
+    prompts = folder / "samples" / "prompts.txt"
+    return f'{heading}<div class="row">{"".join(charts)}</div><div class="row">{pictures}</div>{_prompts(prompts)}'
+
+
+def _growth(folder: Path) -> str:
+    path = folder / "growth.json"
+    if not path.exists():
+        return ""
+    growth = json.loads(path.read_text())
+    low, high = growth["resolution"]
+    tensors = [
+        ["loaded", f"{len(growth['loaded'])}", f"{growth['parameters']['loaded']:,}"],
+        ["new", f"{len(growth['new'])}", f"{growth['parameters']['new']:,}"],
+        ["dropped", f"{len(growth['dropped'])}", ""],
+    ]
+    before, after = ({float(k): v for k, v in growth[k].items()} for k in ("before", "after"))
+    trained = {float(k.partition("/")[2]): v for k, v in _last_validation(folder / "log.jsonl").items()}
+    rows = [
+        [f"{s:g}", f"{before[s]:.5f}", f"{after[s]:.5f}", f"{trained[s]:.5f}" if s in trained else ""] for s in before
+    ]
+    head = ["noise level at the core", f"parent, {low} px up-sampled", "grown, no step yet", "trained"]
+    pictures = [("before.png", f"the parent, {low} px"), ("after.png", f"grown, {high} px, before its first step")]
+    images = "".join(_picture(folder / name, what) for name, what in pictures if (folder / name).exists())
+    return (
+        f"<h3>Growth from {low} to {high} px ({escape(growth['init'])})</h3>"
+        f'<div class="row">{_table(["tensors", "", "parameters"], tensors)}'
+        f'<div><p class="note">Held-out squared error of the denoised image at {high} px:</p>'
+        f"{_table(head, rows)}</div></div>"
+        f'<div class="row">{images}</div>'
+    )
+
+
+def _evaluation(folder: Path, metrics: dict[str, Any]) -> str:
+    parts = []
+    if accuracy := metrics.get("accuracy"):
+        bars = "".join(
+            f'<tr><th>{escape(kind)}</th><td class="bar"><i style="width:{100 * share:.1f}%"></i></td>'
+            f"<td>{100 * share:.1f}%</td></tr>"
+            for kind, share in accuracy.items()
+        )
+        parts.append(
+            f'<div><p class="note">The checker\'s accuracy on {metrics["prompts"]:,} held-out captions</p>'
+            f'<table class="bars">{bars}</table></div>'
+        )
+    if error := metrics.get("error"):
+        points = [(float(k), v) for k, v in error.items()]
+        parts.append(chart("Held-out error by noise level at the core", [Curve("error", points)], "sigma", log_x=True))
+    grid = folder / "samples" / "grid.png"
+    picture = (
+        _picture(grid, f"held-out prompts, {metrics.get('nfe', '?')} network evaluations each") if grid.exists() else ""
+    )
+    return f'<div class="row">{"".join(parts)}</div>{picture}{_prompts(folder / "samples" / "prompts.txt")}'
+
+
+def _picture(path: Path, caption: str) -> str:
+    data = base64.b64encode(path.read_bytes()).decode()
+    return (
+        f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    )
+
+
+def _prompts(path: Path) -> str:
+    if not path.exists():
+        return ""
+    return _details("Prompts, row by row", path.read_text(encoding="utf-8"))
+
+
+def _details(title: str, text: str) -> str:
+    return f"<details><summary>{escape(title)}</summary><pre>{escape(text.strip())}</pre></details>"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """`rows` are HTML already."""
+    top = "".join(f"<th>{escape(h)}</th>" for h in head)
+    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+# --- logs -------------------------------------------------------------------------------------------------------------
+
+
+def _log(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _series(lines: Iterable[dict[str, Any]], name: str) -> list[tuple[float, float]]:
+    return [(line["images"], line[name]) for line in lines if line.get(name) is not None]
+
+
+def _last_validation(path: Path) -> dict[str, float]:
+    found = [line for line in _log(path) if "validation/mean" in line] if path.exists() else []
+    last = found[-1] if found else {}
+    return {k: v for k, v in last.items() if k.startswith("validation/") and not k.endswith("mean")}

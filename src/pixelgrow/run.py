@@ -51,10 +51,15 @@ def run(recipe: Recipe, root: Path = Path("runs")) -> Path:
             logger.info("%s: %s", where, "going on" if record.values else "starting")
             record.begin(settings, parents)
             began = time.monotonic()
-            result = _execute(stage, parent, folder / stage.name, materials)
+            before = float(record.values.get("wall_seconds", 0))
+            try:
+                result = _execute(stage, parent, folder / stage.name, materials)
+            finally:  # also of a start that is stopped
+                seconds = before + time.monotonic() - began
+                record.write({**record.values, "wall_seconds": round(seconds, 1)})
+            record.finish(result=result)
             state.clear(folder / stage.name / "state")
-            record.finish(result=result, wall_seconds=_wall(record, began))
-            logger.info("%s: done in %s", where, duration(time.monotonic() - began))
+            logger.info("%s: done in %s", where, duration(seconds))
             if report := result.get("bad_files") and result.get("bad_report"):
                 logger.warning("%s: %s", where, report)
         return write_report(recipe, folder)
@@ -77,11 +82,6 @@ def _parent(stage: Stage, folder: Path, materials: Materials) -> Parent | None:
     return read_parent(path, materials)
 
 
-def _wall(record: Record, began: float) -> float:
-    """Seconds by the clock of the last start alone; what training took in all is in the result."""
-    return round(time.monotonic() - began, 1)
-
-
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold a run's folder against a second run; the lock goes with the process, however that ends."""
@@ -94,7 +94,7 @@ def locked(folder: Path) -> Iterator[None]:
         except OSError as error:
             file.seek(0)
             raise UserError(
-                f"{folder} is in use by process {file.read().strip() or '?'}: wait for it, or give the recipe another name"
+                f"{folder} is in use by process {file.read().strip() or '?'}: wait, or give the recipe another name"
             ) from error
         file.truncate(0)
         file.write(str(os.getpid()))

@@ -1,4 +1,4 @@
-"""The `evaluate` stage: held-out prompts drawn and, for scenes, looked at by the checker; held-out error by noise level."""
+"""The `evaluate` stage: held-out prompts drawn, scenes looked at by the checker, held-out error by noise level."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pixelgrow.recipe_spec import EvaluateStage
 from pixelgrow.sampling import sample
 from pixelgrow.stages.materials import HeldOut, Materials
 from pixelgrow.stages.record import write_json
-from pixelgrow.stages.train import Parent
+from pixelgrow.stages.train import Parent, write_prompts
 from pixelgrow.training.monitor import peak_memory, save_grid, seam_ratio
 
 SHOWN = 64  # pictures of the grid
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def evaluate_stage(stage: EvaluateStage, parent: Parent, folder: Path, materials: Materials) -> dict[str, Any]:
-    """Run an `evaluate` stage: writes `metrics.json`, `samples/grid.png` and `samples/prompts.txt`; returns the metrics."""
+    """Run an `evaluate` stage: writes `metrics.json` and `samples/grid.png`; returns the metrics."""
     denoiser, _ = checkpoint.load(parent.folder, materials.device)
     size = (denoiser.resolution, denoiser.resolution)
     held = materials.heldout(stage.prompts, size)
@@ -57,7 +57,7 @@ def evaluate_stage(stage: EvaluateStage, parent: Parent, folder: Path, materials
         metrics["accuracy"] = score(to_uint8(images), questions)
         logger.info("checker: %s", ", ".join(f"{k} {100 * v:.1f}%" for k, v in metrics["accuracy"].items()))
     save_grid(images[:SHOWN], folder / "samples" / "grid.png")
-    (folder / "samples" / "prompts.txt").write_text("\n".join(held.captions[:SHOWN]) + "\n")
+    write_prompts(folder, held.captions[:SHOWN])
     write_json(folder / "metrics.json", metrics)
     return metrics
 

@@ -36,7 +36,7 @@ class Mixture:
 
     def describe(self) -> list[dict[str, Any]]:
         """Names, fingerprints and weights, for `stage.json`."""
-        weights = self.weights or [None] * len(self.sources)
+        weights: Sequence[float | None] = self.weights or [None] * len(self.sources)
         return [
             {"source": s.name, "fingerprint": s.fingerprint, "weight": w}
             for s, w in zip(self.sources, weights, strict=True)
@@ -65,9 +65,9 @@ class Materials:
         spec = self.recipe.text
         return TextCache(self.folder / "text", spec.encoder, spec.max_tokens, device=self.device)
 
-    def mixture(self, stage: Stage) -> Mixture:
+    def mixture(self, stage: ModelStage) -> Mixture:
         """What a stage trains on: its own data, or the recipe's."""
-        if isinstance(stage, ModelStage) and stage.data is not None:
+        if stage.data is not None:
             return self._open(stage.data)[0]
         return self._main[0]
 
@@ -98,7 +98,9 @@ class Materials:
 
         Files in order of a hash, scenes in their own; unreadable and too small ones are passed over.
         """
-        images, captions, origins = [], [], []
+        images: list[np.ndarray] = []
+        captions: list[str] = []
+        origins: list[tuple[Source, int]] = []
         for source, i in self._order(size):
             if len(images) == n:
                 break
@@ -122,7 +124,7 @@ class Materials:
             numbers = np.arange(len(source)) if isinstance(source, Scenes) else large_enough(source, size)
             if not isinstance(source, Scenes):
                 numbers = np.random.default_rng(seed_of(self.recipe.seed, "held-out order")).permutation(numbers)
-            turns.append(((source, int(i)) for i in numbers))
+            turns.append(_each(source, numbers))
         while turns:
             for turn in list(turns):
                 item = next(turn, None)
@@ -156,6 +158,10 @@ class Materials:
         if isinstance(stage, ModelStage):
             settings["data"] = self.mixture(stage).describe()
         return settings
+
+
+def _each(source: Source, numbers: np.ndarray) -> Iterator[tuple[Source, int]]:
+    return ((source, int(i)) for i in numbers)
 
 
 def _weight(spec: DataSpec) -> dict[str, float]:

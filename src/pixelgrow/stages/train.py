@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from pixelgrow.training import loop
 from pixelgrow.training.denoise import DenoiseObjective, validation_hook
 from pixelgrow.training.monitor import grid_hook
 from pixelgrow.training.settings import TrainSettings
+from pixelgrow.training.state import writing
 
 CHECKPOINT = "checkpoint"
 WATCHED = 64  # held-out images of the validation loss
@@ -86,11 +87,11 @@ def fit(
     lineage: list[dict[str, Any]],
     phase: str = "",
 ) -> dict[str, Any]:
-    """Train what requires gradients and write `folder/checkpoint`, of the first average. Goes on where it was cut off."""
+    """Train what requires gradients, going on where it was cut off; write `folder/checkpoint`, of the first average."""
     recipe = materials.recipe
     denoiser = denoiser.to(materials.device)
     side = denoiser.resolution
-    # Each stage and phase draws a stream of its own, so that a grown model does not meet the core's images and noise again.
+    # A stream of each stage's and phase's own, so that a grown model does not meet the core's images and noise again.
     seed = rng.seed_of(recipe.seed, "stage", stage.name, phase)
     mixture = materials.mixture(stage)
     loader = Loader(
@@ -114,6 +115,7 @@ def fit(
             denoiser, few, size=(side, side), seed=recipe.seed, steps=GRID_STEPS, guidance=GRID_GUIDANCE
         ).images
 
+    write_prompts(folder, held.captions[:GRID])
     patch = denoiser.net.config.rungs[-1].patch
     hooks = [
         validation_hook(denoiser, held.images, cond, settings.validate_every or 0, seed=recipe.seed),
@@ -144,6 +146,14 @@ def fit(
         "bad_report": loader.bad.report(),
         "usable_images": len(loader),
     }
+
+
+def write_prompts(folder: Path, captions: Sequence[str]) -> None:
+    """`samples/prompts.txt`: what the pictures of a grid were asked to be, one a line."""
+    path = folder / "samples" / "prompts.txt"
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(captions) + "\n", encoding="utf-8")
 
 
 def save(folder: Path, denoiser: Denoiser, materials: Materials, lineage: list[dict[str, Any]]) -> str:

@@ -1,0 +1,131 @@
+"""The `sample` verb: prompts to PNG files that carry their settings."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, PngImagePlugin
+
+from pixelgrow import __version__
+from pixelgrow.errors import UserError
+from pixelgrow.model import Model, find
+from pixelgrow.training.state import writing
+
+GAP = 2  # pixels between the pictures of a grid
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to draw and where to. `settings`: None where the checkpoint's own hold; `grid` None: as `out` suggests."""
+
+    checkpoint: str
+    prompts: list[str]
+    out: Path
+    file: Path | None = None
+    n: int = 1
+    seed: int = 0
+    size: str | None = None
+    grid: bool | None = None
+    guide: str | None = None
+    batch: int = 64
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def draw(request: Request) -> list[Path]:
+    """Draw a request's pictures; returns the files written. Raises UserError."""
+    prompts = request.prompts + _read(request.file)
+    if not prompts:
+        raise UserError("no prompt was given: write one after the checkpoint, or name a file with --prompts")
+    size = None if request.size is None else parse_size(request.size)
+    single = request.grid is False or (request.grid is None and request.out.suffix.lower() != ".png")
+    if not single and request.out.suffix.lower() != ".png":
+        raise UserError(f"--out {request.out}: a grid is one PNG; expected a name that ends in .png, or --single")
+    folder = request.out if request.out.suffix.lower() != ".png" else request.out.parent
+    model = Model.from_pretrained(request.checkpoint)
+    guide = None if request.guide is None else Model.from_pretrained(request.guide)
+    each = [p for p in prompts for _ in range(request.n)]
+    pictures = model.sample(
+        each, seed=request.seed, size=size, guide=guide, batch=request.batch, progress=_progress, **request.settings
+    )
+    facts = {
+        "checkpoint": str(find(request.checkpoint)),
+        "sha256": model.config.sha256,
+        "seed": request.seed,
+        "size": list(reversed(pictures[0].size)),
+        **({"guide": request.guide} if request.guide else {}),
+        **model.settings(**request.settings),
+    }
+    with writing(request.out):
+        if not single:
+            folder.mkdir(parents=True, exist_ok=True)
+            sheet = contact(pictures, columns=request.n if request.n > 1 else math.ceil(math.sqrt(len(pictures))))
+            _save(sheet, request.out, facts | {"prompts": each})
+            return [request.out]
+        folder.mkdir(parents=True, exist_ok=True)
+        stem = request.out.stem + "-" if request.out.suffix.lower() == ".png" else ""
+        paths = []
+        for i, (picture, prompt) in enumerate(zip(pictures, each, strict=True)):
+            path = folder / f"{stem}{i:04d}-{_slug(prompt)}.png"
+            _save(picture, path, facts | {"prompt": prompt, "index": i})
+            paths.append(path)
+        return paths
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`64x96` -> (64, 96), height first; UserError for anything else."""
+    found = re.fullmatch(r"(\d+)[xX](\d+)", text)
+    if not found:
+        raise UserError(f"--size {text!r}: expected HEIGHTxWIDTH in pixels, such as 64x96")
+    return int(found[1]), int(found[2])
+
+
+def contact(pictures: list[Image.Image], columns: int) -> Image.Image:
+    """One picture of many, row by row."""
+    w, h = pictures[0].size
+    columns = min(columns, len(pictures))
+    rows = -(-len(pictures) // columns)
+    sheet = Image.new("RGB", (columns * (w + GAP) - GAP, rows * (h + GAP) - GAP), "white")
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % columns * (w + GAP), i // columns * (h + GAP)))
+    return sheet
+
+
+def _save(picture: Image.Image, path: Path, facts: dict[str, Any]) -> None:
+    """Write a PNG whole or not at all, its settings as JSON in the text chunk `pixelgrow`."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Software", f"pixelgrow {__version__}")
+    info.add_text("pixelgrow", json.dumps(facts))
+    part = path.with_name(f".{path.name}.part")
+    picture.save(part, format="PNG", pnginfo=info)
+    part.replace(path)
+
+
+def _read(file: Path | None) -> list[str]:
+    if file is None:
+        return []
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--prompts {file}: cannot be read ({error}); expected a text file, one prompt a line"
+        ) from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _slug(prompt: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "picture"
+
+
+def _progress(done: int, total: int) -> None:
+    if sys.stderr.isatty():
+        end = "\n" if done == total else ""
+        sys.stderr.write(f"\r{done} of {total} steps{end}")
+        sys.stderr.flush()

@@ -1,0 +1,44 @@
+"""The `grow` verb: a checkpoint on disk to a larger one beside it, with no training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast, get_args
+
+import torch
+
+from pixelgrow import checkpoint
+from pixelgrow.data.loader import take
+from pixelgrow.data.opening import open_source
+from pixelgrow.errors import UserError
+from pixelgrow.growth import Init, grow
+from pixelgrow.model import Model, find
+from pixelgrow.stages.grow import describe
+
+WATCHED = 64  # images that both models are measured on
+
+
+def grow_checkpoint(name: str, to: int, out: Path, *, source: str, init: str, seed: int = 0) -> str:
+    """Grow a checkpoint to `to` pixels and write it to `out`; returns the report in words. Raises UserError."""
+    if init not in get_args(Init):
+        raise UserError(f"--init {init!r}: expected one of {', '.join(get_args(Init))}")
+    if (out / checkpoint.CONFIG).exists():
+        raise UserError(f"{out} holds a checkpoint already: name another folder, or delete it")
+    model = Model.from_pretrained(name)
+    spec = {"source": source} | ({"split": "heldout"} if source == "scenes" else {})
+    batch = take(open_source(spec), WATCHED, (to, to))
+    with torch.no_grad():
+        child, report = grow(
+            model.denoiser,
+            to,
+            cast("Init", init),
+            images=batch.image.to(model.device),
+            cond=model.encode(batch.text),
+            seed=seed,
+        )
+    counts = {k: len(getattr(report, k)) for k in ("loaded", "new", "dropped")}
+    entry = {"verb": "grow", "init": init, "from": model.resolution, "to": to, "tensors": counts}
+    entry |= {"parent": model.config.sha256, "of": str(find(name))}
+    config = model.config.model_copy(update={"lineage": [*model.config.lineage, entry]})
+    checkpoint.save(out, child, config)
+    return describe(report.to_dict()) + f"\nwritten to {out}"

@@ -1,0 +1,315 @@
+"""What a stage will need, before anything is allocated: parameters, FLOPs, memory, time.
+
+Networks are run, forward and backward, on fake tensors: every operation happens, none of them on data. The core's
+blocks are all alike, so two shallow cores are run and the rest follows by proportion.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from pixelgrow.diffusion import Denoiser, loss
+from pixelgrow.growth import grown_config
+from pixelgrow.models.cond import Cond
+from pixelgrow.models.config import CoreConfig, NetConfig
+from pixelgrow.models.sizes import core_config, shallow_uvit
+from pixelgrow.models.uvit import UViT
+from pixelgrow.recipe import Recipe, is_folder, read_recipe
+from pixelgrow.recipe_spec import GrowStage, ModelStage, TextSpec, TrainStage
+from pixelgrow.training.denoise import recompute_blocks
+from pixelgrow.training.settings import TrainSettings
+
+REFERENCE = "the size's reference"  # a text encoder that is nowhere: the width of the size's table row stands in
+SHARE = 0.5  # of the matrix-product rate that training is taken to achieve, where a time is told
+# Attention as the CPU has it, which torch's counter leaves out.
+ATTENTION: dict[Any, Callable[..., int]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes. `activations`: what a micro-batch keeps for the way back; `peak`: everything at the worst moment."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    averages: int
+    activations: int
+    peak: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A network in training: parameters by part (`core`, `levels`, `training`), FLOPs per image, memory of a step."""
+
+    parameters: dict[str, int]
+    forward: float
+    backward: float
+    memory: Memory
+
+    @property
+    def flops(self) -> float:
+        """FLOPs per training image."""
+        return self.forward + self.backward
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One phase of one stage: what it trains, at `resolution`, on `images` in micro-batches of `batch`."""
+
+    name: str
+    what: str
+    resolution: int
+    images: int
+    batch: int
+    cost: Cost
+
+    def seconds(self, rate: float) -> float:
+        """Time at `rate` FLOP/s achieved."""
+        return self.images * self.cost.flops / rate
+
+
+# --- one network ------------------------------------------------------------------------------------------------------
+
+
+def network_cost(
+    config: NetConfig, settings: TrainSettings, *, frozen: NetConfig | None = None, tokens: int = 32, bf16: bool = False
+) -> Cost:
+    """The cost of training a network of `config`, the tensors of `frozen` (what it grew out of) not training.
+
+    tokens: of a caption. bf16: under autocast, as on a GPU; weights, gradients and optimizer stay fp32.
+    """
+    depth = config.core.depth
+    low, high = (_measure(_shallow(config, d), settings, frozen and _shallow(frozen, d), tokens, bf16) for d in (1, 2))
+
+    def at(value: Callable[[_Measured], float]) -> int:
+        return round(value(low) + (depth - 1) * (value(high) - value(low)))
+
+    weights, training = at(lambda m: m.weights), at(lambda m: m.training)
+    state = at(lambda m: m.optimizer)
+    activations = at(lambda m: m.activations)
+    transient = max(m.peak - max(m.activations, m.training) for m in (low, high))
+    averages = training * len(settings.ema)
+    peak = weights + state + averages + max(activations, training) + transient
+    core = at(lambda m: m.core)
+    return Cost(
+        parameters={"core": core, "levels": weights // 4 - core, "training": training // 4},
+        forward=at(lambda m: m.forward) / settings.micro_batch,
+        backward=at(lambda m: m.backward) / settings.micro_batch,
+        memory=Memory(weights, training, state, averages, activations, peak),
+    )
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Of one network: parameters of the core; bytes of all weights, of those that train, of optimizer, live; FLOPs."""
+
+    core: int
+    weights: int
+    training: int
+    optimizer: int
+    activations: int
+    peak: int
+    forward: float
+    backward: float
+
+
+def _shallow(config: NetConfig, depth: int) -> NetConfig:
+    return config.model_copy(update={"core": config.core.model_copy(update={"depth": depth})})
+
+
+def _measure(
+    config: NetConfig, settings: TrainSettings, frozen: NetConfig | None, tokens: int, bf16: bool
+) -> _Measured:
+    with FakeTensorMode():
+        denoiser = Denoiser(UViT(config))
+        if frozen is not None:
+            kept = {n: t.shape for n, t in UViT(frozen).state_dict().items()}
+            for name, p in denoiser.net.named_parameters():
+                p.requires_grad_(kept.get(name) != p.shape)
+        if settings.activation_checkpointing:
+            recompute_blocks(denoiser)
+        cond = _cond(config.core, settings.micro_batch, tokens)
+        run = step_cost(denoiser, cond, settings.micro_batch, bf16=bf16)
+        trained = [p for p in denoiser.parameters() if p.requires_grad]
+        slots = [1 if settings.optimizer == "muon" and p.ndim == 2 else 2 for p in trained]
+        return _Measured(
+            core=sum(p.numel() for p in denoiser.net.core.parameters()),
+            weights=4 * sum(p.numel() for p in denoiser.parameters()),
+            training=4 * sum(p.numel() for p in trained),
+            optimizer=4 * sum(n * p.numel() for n, p in zip(slots, trained, strict=True)),
+            **run,
+        )
+
+
+def step_cost(denoiser: Denoiser, cond: Cond, batch: int, *, bf16: bool = False) -> dict[str, Any]:
+    """Run one loss forward and backward: FLOPs of both ways, bytes live between them and at the peak.
+
+    Works on fake tensors and on real ones alike. Bytes are of tensors made on the way, gradients included.
+    """
+    side = denoiser.resolution
+    x = torch.zeros(batch, 3, side, side)
+    sigma, weights = torch.ones(batch), torch.ones(batch)
+    counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
+    with Live() as live, counter:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            error = loss(denoiser, x, sigma, torch.zeros_like(x), cond, weights).mean()
+        activations, forward = live.now, counter.get_total_flops()
+        error.backward()
+        backward = counter.get_total_flops() - forward
+    return {"activations": activations, "peak": live.peak, "forward": forward, "backward": backward}
+
+
+def _cond(core: CoreConfig, batch: int, tokens: int) -> Cond:
+    null = torch.zeros(batch, dtype=torch.bool)
+    if core.classes:
+        return Cond(None, None, None, null, torch.zeros(batch, dtype=torch.long))
+    mask = torch.ones(batch, tokens, dtype=torch.bool)
+    return Cond(torch.zeros(batch, tokens, core.text_dim), mask, torch.zeros(batch, core.pooled_dim), null)
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the tensors made while it is on and still there: `now`, and at the most, `peak`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {id(t.untyped_storage()) for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(out):
+            if isinstance(tensor, Tensor):
+                self._note(tensor.untyped_storage(), given)
+        return out
+
+    def _note(self, storage: Any, given: set[int]) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key in self._seen or key in given:  # counted, or a view of what was there before
+            return
+        self._seen[key] = weakref.ref(storage, lambda _: self._gone(key, size))
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def _gone(self, key: int, size: int) -> None:
+        del self._seen[key]
+        self.now -= size
+
+
+# --- a recipe ---------------------------------------------------------------------------------------------------------
+
+
+def plan_recipe(recipe: Recipe, *, gpu: bool | None = None) -> list[StagePlan]:
+    """Every training phase of a recipe, in order. `gpu`: plan for one, by default where there is one."""
+    gpu = torch.cuda.is_available() if gpu is None else gpu
+    nets: dict[str, NetConfig] = {}
+    plans = []
+    for stage in recipe.stages:
+        if isinstance(stage, ModelStage):
+            for plan, net in _phases(stage, nets, recipe.text, gpu):
+                plans.append(plan)
+                nets[stage.name] = net
+    return plans
+
+
+def _phases(
+    stage: TrainStage | GrowStage, nets: dict[str, NetConfig], text: TextSpec, gpu: bool
+) -> Iterator[tuple[StagePlan, NetConfig]]:
+    """The phases of a stage, with the network it makes."""
+    if isinstance(stage, TrainStage) and stage.parent is None:
+        assert stage.size is not None and stage.resolution is not None
+        core = planned_core(stage.size, text)
+        config = shallow_uvit(stage.size, stage.resolution, stride=stage.stride, core=core)
+        phases: Sequence[tuple[str, int, NetConfig | None]] = [(f"train {stage.size}", stage.images, None)]
+    else:
+        assert stage.parent is not None
+        parent = _network(stage.parent, nets)
+        config = parent
+        phases = [("train on", stage.images, None)]
+        if isinstance(stage, GrowStage):
+            for to in stage.to:
+                config = grown_config(config, to, stage.init, patch=stage.patch, blocks=stage.blocks)
+            grown = f"grow {stage.init}"
+            if stage.unfreeze_after is not None:
+                rest = stage.images - stage.unfreeze_after
+                phases = [(f"{grown}, frozen", stage.unfreeze_after, parent), (f"{grown}, unfrozen", rest, None)]
+            elif stage.trains_core:
+                phases = [(grown if stage.init == "scratch" else f"{grown}, finetune", stage.images, None)]
+            else:
+                phases = [(f"{grown}, frozen", stage.images, parent)]
+    for what, images, frozen in phases:
+        settings = stage.training(images)
+        bf16 = settings.precision == "bf16" or (settings.precision == "auto" and gpu)
+        cost = network_cost(config, settings, frozen=frozen, tokens=text.max_tokens, bf16=bf16)
+        yield StagePlan(stage.name, what, config.resolution, images, settings.micro_batch, cost), config
+
+
+def planned_core(size: str, text: TextSpec) -> CoreConfig:
+    """The core of a size for an encoder on this machine; for one that is not, the size's reference width stands in."""
+    from pixelgrow.text_spec import describe
+
+    if text.classes or text.encoder == "minilm" or Path(text.encoder).expanduser().is_dir():
+        spec = describe(text.encoder, text.max_tokens)
+        return core_config(size, text_dim=spec.dim or None, pooled_dim=spec.pooled_dim or None, classes=text.classes)
+    return core_config(size)
+
+
+def _network(parent: str, nets: dict[str, NetConfig]) -> NetConfig:
+    if not is_folder(parent):
+        return nets[parent]
+    from pixelgrow.checkpoint import read_config
+    from pixelgrow.model import find
+
+    return read_config(find(parent)).network
+
+
+def plan_size(size: str, resolution: int, *, core: int | None, stride: int, images: int, batch: int) -> Recipe:
+    """A recipe in memory for a size of the ladder: a core, grown to `resolution` if that is more than the core's.
+
+    `core`: pixels of the core's training; by default 64, or `resolution` if that is less.
+    """
+    low = min(64, resolution) if core is None else core
+    stages: list[dict[str, Any]] = [
+        {"train": {"name": "core", "size": size, "resolution": low, "stride": stride, "images": images, "batch": batch}}
+    ]
+    if resolution != low:
+        stages.append({"grow": {"name": "grown", "to": resolution, "images": images, "batch": batch}})
+    text = {"encoder": REFERENCE}
+    return read_recipe({"name": size, "text": text, "data": {"source": "scenes"}, "stages": stages}, "plan")
+
+
+def parts_of(config: NetConfig) -> dict[str, int]:
+    """Parameters of a network by part: the core, and each resolution's levels with what goes with them."""
+    with torch.device("meta"):
+        net = UViT(config)
+    parts: dict[str, int] = {}
+    for name, p in net.named_parameters():
+        head, _, rest = name.partition(".")
+        key = "core" if head == "core" else f"{rest.partition('.')[0]} px"
+        parts[key] = parts.get(key, 0) + p.numel()
+    return parts
+
+
+def measured_rate() -> float:
+    """FLOP/s that training may achieve here: `SHARE` of the rate of matrix products, measured now."""
+    from pixelgrow.training.monitor import matmul_rate
+
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda" if gpu else "cpu")
+    return SHARE * matmul_rate(device, torch.bfloat16 if gpu else torch.float32)
