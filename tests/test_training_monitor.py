@@ -135,6 +135,20 @@ def test_flops_are_those_of_the_products_forward_and_backward() -> None:
     assert objective.modules["net"].weight.grad is None
 
 
+class Attention:
+    modules = {"net": nn.Linear(8, 8, bias=False)}  # noqa: RUF012
+
+    def loss(self, batch: Rows, part: str) -> Terms:
+        q = self.modules["net"](torch.ones(len(batch.index), 1, 16, 8))
+        return Terms(nn.functional.scaled_dot_product_attention(q, q, q).sum())
+
+
+def test_flops_of_attention_are_counted() -> None:
+    products = 2 * 16 * 8 * 8 * 2  # forward, and the weight's gradient
+    forward, backward = 2 * 2 * 16 * 16 * 8, 5 * 2 * 16 * 16 * 8  # backward computes the scores once more
+    assert monitor.flops_per_image(Attention(), Rows(torch.arange(4))) == products + forward + backward
+
+
 def test_meter() -> None:
     meter = Meter(flops=1e6, rate=1e9)
     assert meter.speed == 0
@@ -154,13 +168,12 @@ def test_rates_and_memory_are_plausible() -> None:
 
 
 def test_denormals_are_flushed_in_every_thread() -> None:
+    cpu.flush_denormals(False)
     x = torch.full((1 << 20,), 1e-40)
-    try:
-        assert cpu.flush_denormals() >= 1
-        assert int((x * 1.0).count_nonzero()) == 0
-    finally:
-        cpu.flush_denormals(False)
     assert int((x * 1.0).count_nonzero()) == len(x)
+    assert cpu.flush_denormals() >= 1
+    assert int((x * 1.0).count_nonzero()) == 0
+    cpu.flush_denormals(False)
 
 
 def test_the_allocator_takes_its_settings() -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import random
+import signal
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,8 +88,8 @@ def weights(toy: Toy, result: TrainResult) -> dict[str, Tensor]:
     return kept
 
 
-def main() -> int:
-    folder, images = Path(sys.argv[1]), int(sys.argv[2])
+def finish(folder: Path, images: int) -> int:
+    """A whole run of its own process; returns its exit status."""
     toy = Toy()
     try:
         result = run(folder, toy, images=images, save_every=max(8, images // 40), log_every=8, snapshot_every=0)
@@ -97,6 +101,32 @@ def main() -> int:
         return 2
     save_file(weights(toy, result), folder / "model.safetensors")
     return 0
+
+
+def fork(folder: Path, images: int) -> int:
+    """Start a run in a child (nothing has computed here yet, so a fork is safe); returns its process number."""
+    child = os.fork()
+    if not child:
+        os._exit(finish(folder, images))
+    return child
+
+
+def main() -> int:
+    """`FOLDER IMAGES`: run. `FOLDER IMAGES KILLS`: run in FOLDER/whole, then in FOLDER/cut with that many SIGKILLs."""
+    folder, images = Path(sys.argv[1]), int(sys.argv[2])
+    if len(sys.argv) == 3:
+        return finish(folder, images)
+    began = time.monotonic()
+    if os.waitstatus_to_exitcode(os.waitpid(fork(folder / "whole", images), 0)[1]):
+        return 1
+    seconds, chance, kills = time.monotonic() - began, random.Random(5), 0
+    for _ in range(int(sys.argv[3])):
+        child = fork(folder / "cut", images)
+        time.sleep(chance.uniform(0, 0.5 * seconds))
+        os.kill(child, signal.SIGKILL)
+        kills += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    sys.stdout.write(f"{kills}\n")
+    return os.waitstatus_to_exitcode(os.waitpid(fork(folder / "cut", images), 0)[1])
 
 
 if __name__ == "__main__":

@@ -111,6 +111,8 @@ def solve_weights(images: Sequence[int], lengths: Sequence[float], at: int, leng
 def reconstruct(folder: Path, length: float, images: int | None = None) -> dict[str, Tensor]:
     """The average of another length after a run, by parameter name, float32, from the snapshots it left in `folder`.
 
+    `module.load_state_dict(module.state_dict() | reconstruct(folder, 0.07))` puts it in a module.
+
     images: when it is taken, the last snapshot by default. Averages of half the shortest stored length and less, or
     between snapshots, have profiles that the stored ones do not span: a warning tells by how much.
     Raises UserError if there are no snapshots, or the length is out of range.

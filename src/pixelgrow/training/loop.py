@@ -1,7 +1,7 @@
 """One training loop for every objective: steps, averages, hooks, saving, exact resume.
 
 All progress is in images. What a step does is a function of the weights, the batch and (seed, images); so a run that is
-stopped anywhere and started again ends with the bytes of one that never stopped.
+stopped anywhere and started again ends with the bytes of one that never stopped (on a CPU, with as many threads).
 """
 
 from __future__ import annotations
@@ -241,6 +241,7 @@ class Training:
         rate = monitor.matmul_rate(self.device, torch.bfloat16 if self.bf16 else torch.float32)
         meter = monitor.Meter(flops, rate)
         stream: Iterator[Batch] | None = None
+        fresh = True
         try:
             with asked_to_stop() as stop, Display(name, s.images, c.images, console) as display:
                 while True:
@@ -256,16 +257,18 @@ class Training:
                         stream = batches(c.images)
                     waited = time.perf_counter()
                     micro = [_next(stream, c.images) for _ in range(s.accumulate)]
-                    began = time.perf_counter()
-                    if meter.flops is None:
-                        meter.flops = monitor.flops_per_image(self.objective, micro[0])
-                        began = time.perf_counter()
+                    waited = time.perf_counter() - waited
+                    if fresh:
+                        fresh = False
+                        if meter.flops is None:
+                            meter.flops = monitor.flops_per_image(self.objective, micro[0])
                         self._compile()
+                    began = time.perf_counter()
                     before = c.images
                     self.step(micro)
-                    now = time.perf_counter()
-                    meter.add(s.batch, now - began, began - waited)
-                    c.seconds += now - waited
+                    worked = time.perf_counter() - began
+                    meter.add(s.batch, worked, waited)
+                    c.seconds += worked + waited
                     if _crossed(s.log_every, before, c.images) or c.images >= s.images:
                         self._report(log, meter)
                     display.update(c.images, meter.note)
@@ -320,8 +323,9 @@ class Training:
                 loan.__enter__()
             for module in modules.values():
                 module.eval()
+            devices = [self.device] if self.device.type == "cuda" else []
             bf16 = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
-            with torch.random.fork_rng(), torch.no_grad(), bf16:
+            with torch.random.fork_rng(devices), torch.no_grad(), bf16:
                 yield
         finally:
             for m in training:
