@@ -105,7 +105,7 @@ def main() -> None:
     args = parser.parse_args()
     folder = args.folder or Path(tempfile.mkdtemp(prefix="resume-"))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pixelgrow.run"])  # what is timed is work, not imports
+    context.set_forkserver_preload(["pixelgrow.run", "torch._dynamo", "torch.utils.tensorboard"])  # what is timed is work, not imports
     work_time = 0.0
     for name in ("warm", "whole"):  # the first starts the server too
         shutil.rmtree(folder / name, ignore_errors=True)
