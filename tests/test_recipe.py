@@ -1,0 +1,136 @@
+"""Recipes: what is read, and the one line that each mistake gets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pixelgrow.errors import UserError
+from pixelgrow.recipe import builtin, load_recipe, resolution_of
+from pixelgrow.recipe_spec import GrowStage, TrainStage
+
+GOOD = """
+name: mine
+data: {source: scenes, n: 200_000, captions: 1e3}
+stages:
+  - train: {name: core, size: tiny, resolution: 32, images: 1e4, lr: 1e-3}
+  - grow: {name: grown, to: 64, images: 3_000}
+  - evaluate: {name: eval}
+"""
+
+
+def write(folder: Path, text: str = GOOD) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def mistake(path: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_recipe(path, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message.replace(str(path), "recipe.yaml")
+
+
+def test_numbers_and_defaults(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path))
+    core, grown, evaluation = recipe.stages
+    assert recipe.data[0].n == 200_000
+    assert recipe.data[0].captions == 1000
+    assert isinstance(core, TrainStage)
+    assert (core.images, core.lr, core.warmup) == (10_000, 1e-3, 500)
+    assert isinstance(grown, GrowStage)
+    assert (grown.parent, grown.to, grown.init, grown.core) == ("core", (64,), "preserve", "frozen")
+    assert evaluation.parent == "grown"
+    assert [resolution_of(recipe.stages, n) for n in ("core", "grown")] == [32, 64]
+
+
+@pytest.mark.parametrize("name", builtin())
+def test_the_package_s_recipes_are_valid(name: str) -> None:
+    assert load_recipe(name).name == name
+
+
+def test_overrides(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    recipe = load_recipe(
+        path,
+        ["seed=7", "stages.core.images=1e3", "stages.1.core={unfreeze_after: 100}", "text.max_tokens=8", "data.n=5"],
+    )
+    core, grown, _ = recipe.stages
+    assert recipe.seed == 7
+    assert recipe.text.max_tokens == 8
+    assert recipe.data[0].n == 5
+    assert isinstance(core, TrainStage)
+    assert core.images == 1000
+    assert isinstance(grown, GrowStage)
+    assert (grown.core, grown.unfreeze_after) == ("frozen", 100)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("stages.core.imagess=3", "recipe.yaml: stages[0].train: unknown key 'imagess'; did you mean 'images'?"),
+        ("stages.grown.noise.kin=1", "recipe.yaml: stages[1].grow.noise: unknown key 'kin'; did you mean 'kind'?"),
+        ("sead=1", "recipe.yaml: unknown key 'sead'; did you mean 'seed'?"),
+        ("data.sorce=x", "recipe.yaml: data[0]: unknown key 'sorce'; did you mean 'source'?"),
+        ("stages.core.size=tinny", "recipe.yaml: stages[0].train.size: got 'tinny', expected one of tiny, small"),
+        ("stages.core.images=abc", "recipe.yaml: stages[0].train.images: got 'abc', expected to be a valid integer"),
+        ("stages.core.images=0", "recipe.yaml: stages[0].train.images: got 0, expected to be greater than or equal to 1"),
+        ("stages.grown.to=96", "recipe.yaml: stage 'grown': to: got 96, expected 32 doubled once or more: 64, 128"),
+        ("stages.grown.from=cor", "recipe.yaml: stage 'grown': from: unknown stage 'cor'; did you mean 'core'?"),
+        ("stages.grown.name=core", "recipe.yaml: two stages are called 'core'"),
+        ("stages.nope.images=1", "--set 'stages.nope.images=1': got 'nope', expected one of core, grown, eval"),
+        ("stages=[{trian: {}}]", "recipe.yaml: stages[0]: unknown stage 'trian'; did you mean 'train'?"),
+        ("stages=[{grow: {name: a, to: 64, images: 1}}]", "recipe.yaml: stage 'a' has no model to start from"),
+        ("stages=3", "recipe.yaml: stages: got 3, expected a list"),
+        ("data.split=train", None),
+        ("data={source: folder, split: train}", "recipe.yaml: data[0]: split belongs to `source: scenes`"),
+        ("text={classes: 0}", "recipe.yaml: text.encoder: got 'labels:0', expected labels:N"),
+        ("text.encoder=labels:ten", "recipe.yaml: text.encoder: got 'labels:ten', expected labels:N"),
+        ("stages.core.resolution=30", "recipe.yaml: stages[0].train: resolution 30 is not a multiple of the stride 4"),
+        ("stages.core.from=grown", "recipe.yaml: stages[0].train: resolution comes from the checkpoint"),
+        ("stages.grown.unfreeze_after=5000", "recipe.yaml: stages[1].grow: unfreeze_after (5000) is not below images"),
+        ("stages.grown.core=melted", "recipe.yaml: stages[1].grow.core: got 'melted', expected to be 'frozen' or"),
+        ("name=../up", "recipe.yaml: name: got '../up', expected letters, digits"),
+        ("seed", "--set 'seed': expected a.b=value"),
+        ("seed.deep=1", "--set"),
+    ],
+)
+def test_one_line_for_each_mistake(tmp_path: Path, override: str, expected: str | None) -> None:
+    path = write(tmp_path, GOOD.replace("name: mine", "name: mine\nseed: 0"))
+    if expected is None:
+        load_recipe(path, [override])
+    else:
+        assert mistake(path, override).startswith(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("name: [", "recipe.yaml:1: not readable as YAML: "),
+        ("name: a\nname: b", "recipe.yaml:2: not readable as YAML: the key 'name' stands twice"),
+        ("- 1", "recipe.yaml: got a list, expected a mapping with name, data and stages"),
+        ("", "recipe.yaml: got nothing, expected a mapping"),
+        (GOOD.replace("name: mine", ""), "recipe.yaml: name is missing"),
+        (GOOD.replace("{name: eval}", "eval"), "recipe.yaml: stages[2].evaluate: got the text 'eval', expected its settings"),
+    ],
+)
+def test_files_that_are_no_recipes(tmp_path: Path, text: str, expected: str) -> None:
+    assert mistake(write(tmp_path, text)).startswith(expected)
+
+
+def test_words_stay_words(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, GOOD.replace("name: mine", "name: no")))
+    assert recipe.name == "no"
+
+
+def test_a_name_that_is_nowhere() -> None:
+    with pytest.raises(UserError, match="neither a file nor one of demo, huge, photos, smoke"):
+        load_recipe("dmo")
+
+
+def test_a_phase_fills_in_its_own_lengths() -> None:
+    stage = TrainStage(name="a", size="tiny", resolution=32, images=10_000, save_every=64)
+    assert (stage.warmup, stage.training(1000).warmup, stage.training(1000).save_every) == (500, 50, 64)
