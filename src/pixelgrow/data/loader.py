@@ -1,21 +1,20 @@
 """Batches of training images: what the order names, decoded, the bad replaced; the same at any number of workers."""
 
+import contextlib
 import itertools
 import os
-import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from pixelgrow.data.badfiles import BadFiles
 from pixelgrow.data.images import BadImage
 from pixelgrow.data.order import Order
 from pixelgrow.data.sources import BadFile, Source, large_enough, sizes_of
+from pixelgrow.data.workers import in_processes
 from pixelgrow.errors import UserError
 from pixelgrow.rng import uniform
 
@@ -98,30 +97,24 @@ class Loader:
                     seen.add(hash(text))
                     yield text
 
-    def batches(self, start: int = 0) -> Iterator[Batch]:
+    def batches(self, start: int = 0) -> Generator[Batch, None, None]:
         """Batches from stream position `start` (images drawn before) on, without end. Close it to stop the workers."""
         starts = itertools.count(start, self.batch)
-        raws: Iterator[_Raw | UserError]
-        if self.workers:
-            raws = iter(
-                DataLoader(
-                    _Positions(self),
-                    batch_size=None,
-                    sampler=starts,
-                    num_workers=self.workers,
-                    collate_fn=_as_it_is,
-                    worker_init_fn=_leave_signals_to_the_parent,
-                    generator=torch.Generator(),  # the global generator stays untouched
-                )
-            )
-        else:
-            raws = map(_Positions(self).__getitem__, starts)
-        for at, raw in zip(itertools.count(start, self.batch), raws, strict=True):
-            if isinstance(raw, UserError):
-                raise raw
-            for source, bad in raw.bad:
-                self.bad.add(source, [bad])
-            yield Batch(to_tensor(raw.image), raw.text, torch.arange(at, at + self.batch))
+        here = (self._try_load(start) for start in starts)
+        decoded = in_processes(self._try_load, starts, self.workers) if self.workers else here
+        with contextlib.closing(decoded):
+            for at, raw in zip(itertools.count(start, self.batch), decoded, strict=True):
+                if isinstance(raw, UserError):
+                    raise raw
+                for source, bad in raw.bad:
+                    self.bad.add(source, [bad])
+                yield Batch(to_tensor(raw.image), raw.text, torch.arange(at, at + self.batch))
+
+    def _try_load(self, start: int) -> "_Raw | UserError":
+        try:
+            return self.load(start)
+        except UserError as error:  # travels from a worker as a value: raised there it would lose its one line
+            return error
 
     def load(self, start: int) -> _Raw:
         """Decode the batch at stream position `start`, here and now."""
@@ -193,26 +186,3 @@ def _usable(source: Source, size: tuple[int, int]) -> np.ndarray:
             f"has a smaller side of {largest}); lower the stage's resolution or add larger images"
         )
     return items
-
-
-class _Positions(Dataset[_Raw | UserError]):
-    """The loader as a map from stream position to what a worker hands over; errors of the user travel as values."""
-
-    def __init__(self, loader: Loader) -> None:
-        self.loader = loader
-
-    def __getitem__(self, start: int) -> _Raw | UserError:
-        try:
-            return self.loader.load(start)
-        except UserError as error:
-            return error
-
-
-def _as_it_is(raw: Any) -> Any:
-    return raw
-
-
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """A worker stops when its parent says so or has gone; a signal to the whole group is for the parent to act on."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

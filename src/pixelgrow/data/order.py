@@ -9,8 +9,6 @@ import numpy as np
 from pixelgrow.errors import UserError
 from pixelgrow.rng import seed_of
 
-_ONE = 1 << 32  # the unit of a share: exact integers, so that position 10^12 is as exact as position 0
-
 
 @dataclass(frozen=True)
 class Draw:
@@ -35,15 +33,15 @@ class Order:
         if not all(0 < share < float("inf") for share in shares):
             raise UserError(f"data: got weights {shares}, expected numbers above 0; leave a source out to not use it")
         self.counts, self.seed = tuple(counts), seed
-        # Source k takes its share of what sources 0..k-1 have left over.
+        # Source k takes its share of what sources 0..k-1 have left over; exact, so position 10^12 is no worse than 0.
         exact = [Fraction(share) for share in shares]
-        self._shares = [int(share / sum(exact[k:]) * _ONE) for k, share in enumerate(exact)]
+        self._shares = [(share / sum(exact[k:])).as_integer_ratio() for k, share in enumerate(exact)]
         self._shuffled: dict[int, tuple[int, np.ndarray]] = {}  # source -> epoch and its permutation
 
     def at(self, position: int) -> Draw:
         """What stands at a position, from 0."""
-        for source, share in enumerate(self._shares):
-            before, after = position * share // _ONE, (position + 1) * share // _ONE
+        for source, (share, whole) in enumerate(self._shares):
+            before, after = position * share // whole, (position + 1) * share // whole
             if after > before:
                 return Draw(source, self._item(source, before), before)
             position -= before

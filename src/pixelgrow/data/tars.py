@@ -75,8 +75,8 @@ class TarShards(FileSource):
                     self._close(number, name, group)
                 if key in seen:
                     raise UserError(
-                        f"{name}: the members of key {key!r} are not neighbours; expected key.jpg and key.txt one after "
-                        "the other: write the shard again, sorted by name"
+                        f"{name}: the members of key {key!r} are not neighbours; expected key.jpg and key.txt one "
+                        "after the other: write the shard again, sorted by name"
                     )
                 seen.add(key)
                 group = _Group(key)
