@@ -113,8 +113,25 @@ class CrossAttention(nn.Module):
         return self.out(h.transpose(1, 2).flatten(2))
 
 
+class Modulation(nn.Linear):
+    """The condition (B, cond_dim) as a scale and a shift of each channel of a map; neither at the start.
+
+    The network's output is of unit size at every noise level while what it is told apart by shrinks with sigma, so that
+    gains which depend on sigma must be cheap to learn: this is what denoises small noise early in training.
+    """
+
+    def __init__(self, cond_dim: int, channels: int) -> None:
+        super().__init__(cond_dim, 2 * channels)
+        zero_(self)
+
+    def modulate(self, x: Tensor, vec: Tensor) -> Tensor:
+        """(B, C, H, W) -> x * (1 + scale) + shift."""
+        scale, shift = self(vec)[:, :, None, None].chunk(2, 1)
+        return torch.addcmul(shift, x, scale + 1)
+
+
 class ResBlock(nn.Module):
-    """Convolutional residual block: norm over channels, two 3x3 convolutions, the condition added between them.
+    """Convolutional residual block: norm over channels, two 3x3 convolutions, the condition modulating between them.
 
     The second convolution starts at zero. No dropout (the papers use none at high resolution).
     """
@@ -122,12 +139,11 @@ class ResBlock(nn.Module):
     def __init__(self, channels: int, cond_dim: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(channels, eps=1e-6)
-        self.conv0 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.cond = nn.Linear(cond_dim, channels)
+        self.conv0 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.cond = Modulation(cond_dim, channels)
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         zero_(self.conv1)
 
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
         h = F.silu(self.norm(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)  # (B, C, H, W)
-        h = self.conv0(h) + self.cond(vec)[:, :, None, None]
-        return x + self.conv1(F.silu(h))
+        return x + self.conv1(F.silu(self.cond.modulate(self.conv0(h), vec)))

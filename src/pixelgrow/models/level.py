@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pixelgrow.models.layers import ResBlock, up_nearest, zero_
+from pixelgrow.models.layers import Modulation, ResBlock, up_nearest, zero_
 
 
 class EncoderHalf(nn.Module):
@@ -50,15 +50,16 @@ class Entry(nn.Conv2d):
 
 
 class Exit(nn.Module):
-    """The top map to pixels, mirrored: norm, 1x1 convolution started at zero, pixels unfolded from channels."""
+    """The top map to pixels, mirrored: norm, modulation, 1x1 convolution started at zero, pixels unfolded from channels."""
 
-    def __init__(self, channels: int, patch: int) -> None:
+    def __init__(self, channels: int, patch: int, cond_dim: int) -> None:
         super().__init__()
         self.patch = patch
         self.norm = nn.LayerNorm(channels, eps=1e-6)
+        self.cond = Modulation(cond_dim, channels)
         self.conv = nn.Conv2d(channels, 3 * patch**2, 1)
         zero_(self.conv)
 
-    def forward(self, x: Tensor) -> Tensor:
-        h = F.silu(self.norm(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
-        return F.pixel_shuffle(self.conv(h), self.patch)
+    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
+        h = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return F.pixel_shuffle(self.conv(F.silu(self.cond.modulate(h, vec))), self.patch)

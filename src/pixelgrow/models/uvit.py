@@ -46,7 +46,7 @@ class UViT(nn.Module):
             top = rung.levels[-1]
             key = str(rung.resolution)
             self.entry[key] = Entry(6 if base else 3, top.channels, rung.patch)
-            self.exit[key] = Exit(top.channels, rung.patch)
+            self.exit[key] = Exit(top.channels, rung.patch, d)
             if base:
                 self.gain[key] = nn.Linear(d, 1)
                 nn.init.zeros_(self.gain[key].weight)
@@ -83,4 +83,4 @@ class UViT(nn.Module):
         for level in rung.levels:
             h = self.decoder[str(level.resolution)](h, skips.pop(), ctx.vec)
         gain = self.gain[key](ctx.vec)[:, :, None, None] if key in self.gain else None
-        return RungOutput(self.exit[key](h), h, gain)
+        return RungOutput(self.exit[key](h, ctx.vec), h, gain)
