@@ -2,7 +2,7 @@
 
     python -m bench.resume [--trials 20] [--kills 1] [--seed 0] [--folder FOLDER]
 
-Each trial runs a small recipe (a core at 8 px, grown to 16 px, both on scenes) in a process of its own, kills it at a
+Each trial runs a small recipe (a core at 16 px, grown to 32 px, both on scenes) in a process of its own, kills it at a
 moment drawn uniformly from the time an undisturbed run takes, `--kills` times over, and lets it finish. Weights,
 configurations, growth reports, sample grids and logged losses are compared byte for byte. One JSON line a trial.
 """
@@ -32,8 +32,8 @@ def recipe() -> Recipe:
     """A core and a growth of a few seconds, saved and logged often."""
     often: dict[str, Any] = {"batch": 8, "save_every": 16, "log_every": 8, "sample_every": 0, "validate_every": 120}
     stages = [
-        {"train": {"name": "core", "size": "tiny", "resolution": 8, "images": 240} | often},
-        {"grow": {"name": "grown", "from": "core", "to": 16, "images": 160} | often},
+        {"train": {"name": "core", "size": "tiny", "resolution": 16, "stride": 8, "images": 240} | often},
+        {"grow": {"name": "grown", "from": "core", "to": 32, "images": 160} | often},
     ]
     data = {"source": "scenes", "n": 10_000, "captions": 64}
     held = {"source": "scenes", "split": "heldout", "n": 16, "captions": 16}
