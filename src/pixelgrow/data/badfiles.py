@@ -84,8 +84,8 @@ class BadFiles:
                 log.warning("%s: a line cut off in writing is ignored", self.path)
 
     def _list(self, name: str, found: list[BadFile]) -> None:
-        for bad in found:
-            log.warning("%s: bad file %s: %s", name, bad.key, bad.reason)
+        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+        log.warning("%s: bad file %s (%s)%s", name, found[0].key, found[0].reason, more)
         if self.path is None:
             return
         self._read_list()  # another loader (held-out data, say) may list the same source

@@ -144,4 +144,5 @@ def _as_bad_image() -> Iterator[None]:
 
 def _one_line(error: BaseException) -> str:
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return re.sub(r"\s+", " ", re.sub(r"<[^>]* object at 0x[0-9a-f]+>", "file", text))[:200].lower()
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]* object at 0x[0-9a-f]+>", "file", text))[:200]
+    return text[:1].lower() + text[1:]
