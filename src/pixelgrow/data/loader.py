@@ -120,14 +120,15 @@ class Loader:
         """Decode the batch at stream position `start`, here and now."""
         positions = range(start, start + self.batch)
         centre = [0.5] * self.batch
-        y = uniform(self.seed, "crop y", positions).tolist() if self.random_crop else centre
-        x = uniform(self.seed, "crop x", positions).tolist() if self.random_crop else centre
+        crop = (
+            uniform(self.seed, "crop", positions).tolist() if self.random_crop else centre
+        )  # one side alone has slack
         mirror = uniform(self.seed, "flip", positions).tolist() if self.flip else centre
         image = np.empty((self.batch, *self.size, 3), np.uint8)
         texts: list[str] = []
         bad: list[tuple[int, BadFile]] = []
         for row, position in enumerate(positions):
-            picture, text = self._sample(position, (y[row], x[row]), bad)
+            picture, text = self._sample(position, (crop[row], crop[row]), bad)
             image[row] = picture[:, ::-1] if mirror[row] < 0.5 else picture
             texts.append(text)
         return _Raw(image, tuple(texts), tuple(bad))

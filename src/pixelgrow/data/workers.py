@@ -5,9 +5,12 @@ stops them only when its last reference goes, which a traceback may hold until t
 """
 
 import atexit
+import contextlib
 import multiprocessing
 import os
+import queue
 import signal
+import threading
 import traceback
 import weakref
 from collections.abc import Callable, Generator, Iterator
@@ -78,14 +81,23 @@ def _serve(pipe: Connection, work: Callable[[int], object]) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
     parent = os.getppid()
+    outbox: queue.SimpleQueue[object] = queue.SimpleQueue()
+    threading.Thread(target=_send, args=(pipe, outbox), daemon=True).start()
     try:
         while True:
             while not pipe.poll(_WATCH):
                 if os.getppid() != parent:
                     return
-            pipe.send(_attempt(work, pipe.recv()))
+            outbox.put(_attempt(work, pipe.recv()))
     except (EOFError, ConnectionError):
         return  # the parent has gone or wants no more
+
+
+def _send(pipe: Connection, outbox: "queue.SimpleQueue[object]") -> None:
+    """Hand over results while the next is computed: a large one waits until the parent takes it."""
+    with contextlib.suppress(ConnectionError):
+        while True:
+            pipe.send(outbox.get())
 
 
 def _attempt(work: Callable[[int], object], task: int) -> tuple[object, str]:
