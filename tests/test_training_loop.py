@@ -19,6 +19,7 @@ from pixelgrow.errors import UserError
 from pixelgrow.training import monitor, state
 from pixelgrow.training.loop import Interrupted
 from pixelgrow.training.monitor import Hook
+from pixelgrow.training.objective import Terms
 
 TOY = Path(__file__).with_name("training_toy.py")
 
@@ -218,6 +219,41 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path: Path, signum: int) -> No
     assert saved.counters["images"] == 40
     rest = toy.Toy()
     same(toy.weights(rest, toy.run(tmp_path / "cut", rest)), expected)
+
+
+def test_stopping_amid_bad_steps_tells_what_is_saved(tmp_path: Path) -> None:
+    def shout(now: int) -> dict[str, float]:
+        if now == 56:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    with pytest.raises(Interrupted, match="saved at 48 images"):
+        toy.run(tmp_path, toy.Toy(poison=frozenset(range(48, 96))), hooks=(Hook("shout", 8, shout),))
+
+
+def test_two_networks_in_turn(tmp_path: Path) -> None:
+    """As an adversarial objective has: each part descends its own loss, and no gradient leaks into the other's step."""
+
+    class Pair(toy.Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.modules |= {"second": torch.nn.Conv2d(3, 3, 1)}
+
+        def loss(self, batch, part: str) -> Terms:
+            first = self.modules["net"](batch.image)
+            second = self.modules["second"](first if part == "net" else first.detach())
+            loss = (second - batch.image).square().mean()
+            assert all(p.grad is None for m in self.modules.values() for p in m.parameters())
+            return Terms(loss if part == "net" else -loss.neg())
+
+    pair = Pair()
+    result = toy.run(tmp_path, pair)
+    assert set(result.averages) == {"net", "second"}
+    assert {"net/loss", "second/loss", "second/grad_norm"} <= lines(tmp_path)[-2].keys()
+    again = Pair()
+    toy.run(tmp_path, again)
+    for part in pair.modules:
+        same(pair.modules[part].state_dict(), again.modules[part].state_dict())
 
 
 def test_killed_at_random_moments_ends_with_the_same_bytes(tmp_path: Path) -> None:

@@ -142,17 +142,18 @@ class Training:
         self.counters = Counters(**found.counters)
         self.saved = self.counters.images
         stored = dict(found.tensors)
-        for part, parameters in self.parameters.items():
-            for opt in self.optimizers[part]:
-                for p_name, p in parameters.items():
-                    owned = any(p is q for group in opt.param_groups for q in group["params"])
-                    slots = [
-                        n
-                        for n in stored
-                        if owned and n.startswith("optimizer/") and n.split("/", 3)[2:] == [part, p_name]
-                    ]
-                    for n in slots:
-                        opt.state[p][n.split("/")[1]] = _like(p, stored.pop(n))
+        owners = {
+            id(p): opt
+            for opts in self.optimizers.values()
+            for opt in opts
+            for g in opt.param_groups
+            for p in g["params"]
+        }
+        for key in [k for k in stored if k.startswith("optimizer/")]:
+            _, slot, part, name = key.split("/", 3)
+            p = self.parameters.get(part, {}).get(name)
+            if p is not None:
+                owners[id(p)].state[p][slot] = _like(p, stored.pop(key))
         live = {n: t for n, t in self.tensors().items() if not n.startswith("optimizer/")}
         if live.keys() != stored.keys() or any(live[n].shape != stored[n].shape for n in live):
             odd = sorted(live.keys() ^ stored.keys()) or [n for n in live if live[n].shape != stored[n].shape]
@@ -249,14 +250,14 @@ class Training:
                     if stop or done or (c.images and _crossed(s.save_every, before, c.images)):
                         self.save(log)
                     if stop:
-                        raise Interrupted(stop[0], c.images)
+                        raise Interrupted(stop[0], max(self.saved, 0))
                     self._look(hooks, before, log)
                     if done:
                         break
                     if stream is None:
                         stream = batches(c.images)
                     waited = time.perf_counter()
-                    micro = [_next(stream, c.images) for _ in range(s.accumulate)]
+                    micro = [_next(stream, c.images + i * s.micro_batch) for i in range(s.accumulate)]
                     waited = time.perf_counter() - waited
                     if fresh:
                         fresh = False
@@ -348,4 +349,5 @@ def _like(p: nn.Parameter, stored: Tensor) -> Tensor:
 def _next(stream: Iterator[Batch], images: int) -> Batch:
     batch = next(stream, None)
     assert batch is not None, f"the stream of batches ended at {images} images; it must be endless"
+    assert int(batch.index[0]) == images, f"got a batch of index {int(batch.index[0])} on, expected {images}"
     return batch
