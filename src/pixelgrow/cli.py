@@ -200,11 +200,14 @@ def _show(*parts: object) -> None:
 
 def main() -> None:
     """The entry point. A mistake is one line on stderr and status 2; a stop says how to go on, status 128 + signal."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr, force=True)
-    logging.getLogger("pixelgrow").setLevel(logging.INFO)
+    log = logging.getLogger("pixelgrow")
+    log.setLevel(logging.INFO)
+    log.handlers = [_Stderr()]
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        if status == 130:  # typer has caught a KeyboardInterrupt
+            raise KeyboardInterrupt
     except UserError as error:
         _stop(str(error), 2)
     except (KeyboardInterrupt, typer.Abort):
@@ -217,6 +220,13 @@ def main() -> None:
         if type(error).__name__ != "Interrupted":  # of training; its import would bring torch along
             raise
         _stop(str(error), getattr(error, "status", 1))
+
+
+class _Stderr(logging.Handler):
+    """Messages to what stderr is now: a live progress bar puts itself in its place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stderr.write(self.format(record) + "\n")
 
 
 def _stop(message: str, status: int) -> NoReturn:

@@ -130,7 +130,7 @@ def _training(folder: Path, title: str) -> str:
         chart("Held-out error", [Curve("mean", _series(lines, "validation/mean")), *held]),
     ]
     grids = sorted((folder / "samples").glob("*.png"))
-    shown = [(grids[len(grids) // 2], "half-way"), (grids[-1], "at the end")] if len(grids) > 1 else []
+    shown = [(grids[(len(grids) - 1) // 2], "on the way"), (grids[-1], "at the end")][-len(grids) :] if grids else []
     pictures = "".join(_picture(path, f"{int(path.stem):,} images, {when}") for path, when in shown)
     heading = f"<h3>{title}</h3>" if title else ""
     prompts = folder / "samples" / "prompts.txt"

@@ -13,6 +13,7 @@ from typing import Any
 
 from pixelgrow import checkpoint
 from pixelgrow.errors import UserError
+from pixelgrow.model import find
 from pixelgrow.recipe import Recipe, is_folder
 from pixelgrow.recipe_spec import GrowStage, Stage, TrainStage
 from pixelgrow.report import write_report
@@ -77,7 +78,7 @@ def _execute(stage: Stage, parent: Parent | None, folder: Path, materials: Mater
 def _parent(stage: Stage, folder: Path, materials: Materials) -> Parent | None:
     if stage.parent is None:
         return None
-    path = Path(stage.parent) if is_folder(stage.parent) else folder / stage.parent / CHECKPOINT
+    path = find(stage.parent) if is_folder(stage.parent) else folder / stage.parent / CHECKPOINT
     checkpoint.recover(path)
     return read_parent(path, materials)
 

@@ -1,0 +1,171 @@
+"""The command line: every verb, one line for a mistake, and torch only where it is needed."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pixelgrow import checkpoint
+from pixelgrow.checkpoint import CheckpointConfig
+from pixelgrow.diffusion import Denoiser
+from pixelgrow.models.sizes import core_config, shallow_uvit
+from pixelgrow.models.uvit import UViT
+
+
+class CliResult(Protocol):
+    """What `run_cli` returns; see conftest.py."""
+
+    code: int
+    out: str
+    err: str
+
+
+class RunCli(Protocol):
+    """The `run_cli` fixture; see conftest.py."""
+
+    def __call__(self, *args: str | Path, cwd: Path | None = None) -> CliResult: ...
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained checkpoint of three classes."""
+    folder = tmp_path_factory.mktemp("model") / "checkpoint"
+    torch.manual_seed(0)
+    net = UViT(shallow_uvit("tiny", 16, core=core_config("tiny", classes=3)))
+    torch.nn.init.normal_(net.exit["16"].conv.weight, std=0.1)
+    denoiser = Denoiser(net)
+    text = {"encoder": "labels:3", "max_tokens": 1}
+    config = CheckpointConfig(
+        network=net.config, diffusion=denoiser.config, text=text, lineage=[{"stage": "core", "images": 12345}]
+    )
+    checkpoint.save(folder, denoiser, config)
+    return folder
+
+
+def test_help_is_quick_and_leaves_torch_alone() -> None:
+    code = (
+        "import sys, time\nfrom pixelgrow.cli import main\nsys.argv = ['pixelgrow', '--help']\n"
+        "main()\nprint('torch' in sys.modules, 'pydantic' in sys.modules, time.process_time())"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    *helped, last = out.splitlines()
+    assert {"demo", "run", "sample", "data", "grow", "info", "plan"} <= {line.split()[0] for line in helped if line}
+    loaded_torch, loaded_pydantic, seconds = last.split()
+    assert (loaded_torch, loaded_pydantic) == ("False", "False")
+    assert float(seconds) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["rnu"], "No such command 'rnu'"),
+        (["run"], "Missing argument"),
+        (["run", "nowhere.yaml"], "recipe 'nowhere.yaml' is neither a file nor one of demo"),
+        (["run", "demo", "--set", "stages.core.imagess=1"], "unknown key 'imagess'; did you mean 'images'?"),
+        (["sample", "nowhere"], "no prompt was given"),
+        (["sample", "nowhere", "a"], "nowhere is not a checkpoint"),
+        (["info", "nowhere"], "nowhere is not a checkpoint"),
+        (["plan"], "expected a recipe or --size"),
+        (["plan", "--size", "giant"], "got 'giant', expected one of tiny, small"),
+        (["data", "nowhere"], "nowhere: no such folder or file"),
+        (["sample", "MODEL", "1", "--size", "16"], "--size '16': expected HEIGHTxWIDTH"),
+        (["sample", "MODEL", "1", "--size", "16x15"], "size 16x15 does not fit"),
+        (["sample", "MODEL", "1", "--sampler", "euler"], "sampler 'euler' does not exist"),
+        (["sample", "MODEL", "1", "-o", "picture.jpg", "--grid"], "a grid is one PNG"),
+        (["sample", "MODEL", "--prompts", "nowhere.txt"], "--prompts nowhere.txt: cannot be read"),
+        (["grow", "MODEL", "--to", "24", "-o", "out"], "cannot grow from 16 to 24 px"),
+        (["grow", "MODEL", "--to", "32", "-o", "MODEL"], "holds a checkpoint already"),
+        (["grow", "MODEL", "--to", "32", "-o", "out", "--init", "magic"], "expected one of preserve, random, scratch"),
+    ],
+)
+def test_a_mistake_is_one_line(words: list[str], expected: str, model: Path, run_cli: RunCli, tmp_path: Path) -> None:
+    if words[0] == "grow":  # class labels: scenes' captions are none
+        words = [*words, "--data", str(class_folder(tmp_path))]
+    result = run_cli(*(str(model) if w == "MODEL" else w for w in words), cwd=tmp_path)
+    assert result.code == 2
+    assert result.err.startswith("pixelgrow: ")
+    assert expected in result.err
+    assert len(result.err.strip().splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def class_folder(root: Path) -> Path:
+    folder = root / "images"
+    for label in range(3):
+        (folder / str(label)).mkdir(parents=True)
+        pixels = np.full((32, 32, 3), 80 * label, np.uint8)
+        Image.fromarray(pixels).save(folder / str(label) / "a.png")
+    return folder
+
+
+def test_sample_writes_a_grid_with_its_settings(model: Path, run_cli: RunCli, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("1\n\n2\n")
+    words = ["sample", str(model), "0", "--prompts", "prompts.txt", "-n", "2", "--steps", "2", "--seed", "3"]
+    result = run_cli(*words, "-o", "out/grid.png", cwd=tmp_path)
+    assert result.out.strip() == "out/grid.png"
+    picture = Image.open(tmp_path / "out/grid.png")
+    assert picture.size == (2 * 16 + 2, 3 * 16 + 4)
+    facts = json.loads(picture.text["pixelgrow"])  # type: ignore[attr-defined]
+    assert facts["prompts"] == ["0", "0", "1", "1", "2", "2"]
+    assert (facts["seed"], facts["steps"], facts["guidance"]) == (3, 2, 2.0)
+    assert facts["sha256"] == checkpoint.read_config(model).sha256
+
+
+def test_sample_writes_single_files_that_the_grid_holds(model: Path, run_cli: RunCli, tmp_path: Path) -> None:
+    words = ["sample", str(model), "0", "1", "--steps", "2", "--size", "16x24"]
+    assert run_cli(*words, "-o", "grid.png", cwd=tmp_path).code == 0
+    result = run_cli(*words, "-o", "singles", cwd=tmp_path)
+    assert result.out.split() == ["singles/0000-0.png", "singles/0001-1.png"]
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    for i, name in enumerate(result.out.split()):
+        single = np.asarray(Image.open(tmp_path / name))
+        assert single.shape == (16, 24, 3)
+        assert (grid[:, 26 * i : 26 * i + 24] == single).all()
+
+
+def test_info(model: Path, run_cli: RunCli) -> None:
+    out = run_cli("info", model).out
+    for words in ("16 px; sides are multiples of 4", "tiny: 4 blocks", "labels:3", "stage core, images 12,345"):
+        assert words in out
+
+
+def test_grow_writes_a_checkpoint(model: Path, run_cli: RunCli, tmp_path: Path) -> None:
+    result = run_cli("grow", model, "--to", "32", "-o", tmp_path / "big", "--data", class_folder(tmp_path))
+    assert result.code == 0, result.err
+    assert "grown from 16 to 32 px (preserve)" in result.out
+    assert "0 dropped" in result.out
+    assert checkpoint.read_config(tmp_path / "big").lineage[-1]["to"] == 32
+
+
+def test_data(run_cli: RunCli, tmp_path: Path) -> None:
+    class_folder(tmp_path)
+    result = run_cli("data", "images", "--recipe", "smoke", cwd=tmp_path)
+    assert result.code == 0, result.err
+    assert (tmp_path / "contact-sheet.png").exists()
+    assert [line.split() for line in result.out.splitlines() if line.startswith("16x16")] == [["16x16", "3"]]
+
+
+def test_dry_run_touches_nothing(run_cli: RunCli, tmp_path: Path) -> None:
+    result = run_cli("run", "smoke", "--dry-run", "--rate", "1e9", cwd=tmp_path)
+    assert result.code == 0, result.err
+    for words in ("core: train tiny", "grown: grow preserve, frozen", "activations", "as given"):
+        assert words in result.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_control_c_says_how_to_go_on(run_cli: RunCli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pixelgrow.run.run", interrupted)
+    result = run_cli("run", "smoke", cwd=tmp_path)
+    assert result.code == 130
+    assert result.err == "pixelgrow: stopped by SIGINT: run the same command again to go on\n"

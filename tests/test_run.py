@@ -1,0 +1,252 @@
+"""Runs of recipes: every stage end to end, exact resume after a kill, refusal of what changed, regimes of growth."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+import pixelgrow.training.state
+from pixelgrow.errors import UserError
+from pixelgrow.recipe import load_recipe
+from pixelgrow.run import locked, run
+
+WEIGHTS = "checkpoint/model.safetensors"
+
+
+class CliResult(Protocol):
+    """What `run_cli` returns; see conftest.py."""
+
+    code: int
+    out: str
+    err: str
+
+
+class RunCli(Protocol):
+    """The `run_cli` fixture; see conftest.py."""
+
+    def __call__(self, *args: str | Path, cwd: Path | None = None) -> CliResult: ...
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of the smoke recipe."""
+    root = tmp_path_factory.mktemp("runs")
+    assert run(load_recipe("smoke"), root) == root / "smoke" / "report.html"
+    return root / "smoke"
+
+
+def record(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "stage.json").read_text())
+
+
+def test_every_stage_leaves_its_result(smoke: Path) -> None:
+    assert all(record(smoke / s)["done"] for s in ("core", "grown", "eval"))
+    assert (smoke / "core" / WEIGHTS).exists()
+    assert not (smoke / "core" / "state").exists()
+    growth = json.loads((smoke / "grown" / "growth.json").read_text())
+    assert growth["dropped"] == []
+    assert list(growth["after"].values()) == pytest.approx(list(growth["before"].values()))
+    config = json.loads((smoke / "grown" / "checkpoint" / "config.json").read_text())
+    assert [entry["stage"] for entry in config["lineage"]] == ["core", "grown"]
+    assert config["lineage"][1]["unfrozen_after"] == 16
+    metrics = json.loads((smoke / "eval" / "metrics.json").read_text())
+    assert metrics["prompts"] == 8
+    assert set(metrics["accuracy"]) >= {"background", "colour", "shape", "count"}
+
+
+def test_a_frozen_phase_keeps_the_core_to_the_bit(smoke: Path) -> None:
+    core, warm = (load_file(smoke / p / WEIGHTS) for p in ("core", "grown/frozen"))
+    final = load_file(smoke / "grown" / WEIGHTS)
+    assert all(warm[name].equal(core[name]) for name in core)
+    assert not all(final[name].equal(core[name]) for name in core)
+
+
+class Page(HTMLParser):
+    """Counts elements and sees that they are closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: dict[str, int] = {}
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen[tag] = self.seen.get(tag, 0) + 1
+        if tag not in ("meta", "img", "line", "polyline", "circle"):
+            self.open.append(tag)
+        for name, value in attrs:
+            assert name not in ("src", "href") or str(value).startswith(("data:", "#")), "the page loads something"
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in ("line", "polyline", "circle"):
+            assert self.open.pop() == tag
+
+
+def test_the_report_is_whole(smoke: Path) -> None:
+    text = (smoke / "report.html").read_text()
+    page = Page()
+    page.feed(text)
+    assert page.open == []
+    assert page.seen["svg"] >= 5
+    assert page.seen["img"] >= 5
+    for words in ("Growth from 16 to 32 px", "The checker", "peak memory", "bad files", "Frozen phase"):
+        assert words in text
+
+
+def test_what_is_done_is_not_done_again(smoke: Path) -> None:
+    before = {
+        p: p.stat().st_mtime_ns for p in smoke.rglob("*") if p.is_file() and p.suffix in (".safetensors", ".json")
+    }
+    run(load_recipe("smoke"), smoke.parent)
+    assert before == {p: p.stat().st_mtime_ns for p in before}
+
+
+def test_a_changed_stage_is_refused(smoke: Path) -> None:
+    for override, words in (
+        ("stages.core.images=80", r"stage 'core': images changed since it was begun \(was 64, now 80\)"),
+        ("stages.eval.prompts=7", r"stage 'eval': prompts changed"),
+        ("data.captions=25", r"stage 'core': data\[0\].fingerprint changed"),
+        ("seed=1", r"stage 'core': seed changed"),
+    ):
+        with pytest.raises(UserError, match=words):
+            run(load_recipe("smoke", [override]), smoke.parent)
+    run(load_recipe("smoke", ["stages.core.workers=1", "stages.core.log_every=16"]), smoke.parent)
+
+
+def only_core(folder: Path) -> Path:
+    """The smoke recipe without what follows its core."""
+    from pixelgrow.recipe import FOLDER
+
+    text = (FOLDER / "smoke.yaml").read_text()
+    path = folder / "smoke.yaml"
+    path.write_text(text[: text.index("  - grow")])
+    return path
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(smoke: Path, tmp_path: Path) -> None:
+    recipe = only_core(tmp_path)
+    command = [sys.executable, "-c", "from pixelgrow.cli import main; main()", "run", str(recipe)]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    state = tmp_path / "runs" / "smoke" / "core" / "state"
+    deadline = time.monotonic() + 90
+    while not list(state.glob("0*")):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    run(load_recipe(recipe), tmp_path / "runs")
+    assert (state.parent / WEIGHTS).read_bytes() == (smoke / "core" / WEIGHTS).read_bytes()
+
+
+def test_sigterm_saves_and_says_how_to_go_on(
+    smoke: Path, tmp_path: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = pixelgrow.training.state.save
+
+    def save(folder: Path, images: int, *rest: Any) -> None:
+        real(folder, images, *rest)
+        signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pixelgrow.training.state.save", save)
+        stopped = run_cli("run", only_core(tmp_path), cwd=tmp_path)
+    assert stopped.code == 143
+    assert stopped.err.splitlines()[-1].endswith("saved at 16 images: run the same command again to go on")
+    assert "Traceback" not in stopped.err
+    assert run_cli("run", "smoke.yaml", cwd=tmp_path).code == 0
+    assert (tmp_path / "runs/smoke/core" / WEIGHTS).read_bytes() == (smoke / "core" / WEIGHTS).read_bytes()
+
+
+def test_two_runs_in_one_folder(tmp_path: Path) -> None:
+    with locked(tmp_path / "a"), pytest.raises(UserError, match="in use by process"), locked(tmp_path / "a"):
+        pass
+    with locked(tmp_path / "a"):
+        pass
+
+
+def test_nothing_is_trained_before_the_data_is_there(tmp_path: Path) -> None:
+    recipe = load_recipe("photos", [f"data.source={tmp_path / 'nowhere'}"])
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        run(recipe, tmp_path)
+    assert not (tmp_path / "photos" / "core").exists()
+
+
+# --- the regimes of growth, on class folders --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def regimes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that grows one core in four ways, from a folder of two classes."""
+    root = tmp_path_factory.mktemp("classes")
+    rng = np.random.default_rng(0)
+    for label in ("dark", "light"):
+        folder = root / "images" / label
+        folder.mkdir(parents=True)
+        for i in range(12):
+            pixels = rng.integers(0, 100, (64, 64, 3)) + (150 if label == "light" else 0)
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    small = "images: 8, batch: 8, sample_every: 0, validate_every: 0, snapshot_every: 0"
+    (root / "recipe.yaml").write_text(f"""
+name: classes
+text: {{classes: 2}}
+data: {{source: {root / "images"}}}
+heldout: {{fraction: 0.2}}
+stages:
+  - train: {{name: core, size: tiny, resolution: 16, {small}}}
+  - grow: {{name: frozen, from: core, to: 32, init: random, core: frozen, {small}}}
+  - grow: {{name: finetune, from: core, to: 32, init: random, core: finetune, {small}}}
+  - grow: {{name: scratch, from: core, to: 32, init: scratch, {small}}}
+  - grow: {{name: twice, from: core, to: [32, 64], {small}}}
+  - train: {{name: tuned, from: twice, {small}}}
+""")
+    run(load_recipe(root / "recipe.yaml"), root)
+    return root / "classes"
+
+
+def core_of(folder: Path) -> dict[str, Any]:
+    return {n: t for n, t in load_file(folder / WEIGHTS).items() if n.startswith("core.")}
+
+
+def test_regimes_of_growth(regimes: Path) -> None:
+    core = core_of(regimes / "core")
+
+    def kept(stage: str) -> list[bool]:
+        grown = core_of(regimes / stage)
+        assert grown.keys() == core.keys()
+        return [grown[n].equal(core[n]) for n in core]
+
+    assert all(kept("frozen"))
+    assert not all(kept("finetune"))
+    assert not all(kept("scratch"))
+    assert all(kept("twice"))
+    assert not all(kept("tuned"))
+    growth = json.loads((regimes / "scratch" / "growth.json").read_text())
+    assert growth["loaded"] == []
+    parameters = record(regimes / "frozen")["result"]["parameters"]
+    assert parameters["all"] - parameters["training"] == sum(t.numel() for t in core.values())
+
+
+def test_growth_in_steps_is_one_identity(regimes: Path) -> None:
+    growth = json.loads((regimes / "twice" / "growth.json").read_text())
+    assert growth["resolution"] == [16, 64]
+    assert len(growth["loaded"]) == len(load_file(regimes / "core" / WEIGHTS))
+
+
+def test_a_parent_of_another_text_encoder_is_refused(regimes: Path) -> None:
+    recipe = load_recipe(
+        "smoke",
+        ["name=other", f"stages=[{{grow: {{name: g, from: {regimes / 'core'}, to: 32, images: 8, batch: 8}}}}]"],
+    )
+    with pytest.raises(UserError, match="was trained with the text encoder 'labels:2'"):
+        run(recipe, regimes.parent)
