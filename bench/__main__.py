@@ -1,0 +1,45 @@
+"""Run the benchmarks, one after the other: python -m bench [--list] [NAME ...]"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+
+BENCHES = {
+    "throughput": "share of the matrix-product rate, images/s and memory: training and sampling at 16 to 256 px",
+    "loader": "images/s of the loader against a bare decode-and-resize loop over the same files",
+    "sampling_overhead": "what sampling costs beyond the network's evaluations",
+    "resume": "twenty runs killed at random moments and gone on with: the same bytes as one left alone",
+    "growth": "six ways to a 64 px model at equal training compute, three seeds (about 50 minutes on two cores)",
+}
+OPTIONS = {
+    "throughput": ["--output", "runs/bench/throughput.jsonl", "--figures", "docs/figures"],
+    "growth": ["--root", "runs/bench/growth", "--figures", "docs/figures"],
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(f"  {name:<18} {what}" for name, what in BENCHES.items()),
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="all of those below if none is given")
+    parser.add_argument("--list", action="store_true", help="print the commands, run nothing")
+    args = parser.parse_args(argv)
+    if unknown := [name for name in args.names if name not in BENCHES]:
+        parser.error(f"{unknown[0]!r} is none of {', '.join(BENCHES)}")
+    failed = []
+    for name in args.names or BENCHES:
+        command = [sys.executable, "-m", f"bench.{name}", *OPTIONS.get(name, [])]
+        print(f"\n$ python {shlex.join(command[1:])}", flush=True)
+        if not args.list and subprocess.run(command, check=False).returncode:
+            failed.append(name)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

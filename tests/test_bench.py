@@ -1,0 +1,164 @@
+"""The benchmarks at their smallest: that they run, and that their arithmetic is right."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pixelgrow.stages import grow, train
+from text_models import save_t5
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+# --- throughput -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["core", "preserve", "sample"])
+def test_throughput_measures_a_case(kind: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from bench import throughput
+
+    case = f"tiny:{kind}:{16 if kind == 'core' else 64}"
+    throughput.main(["--only", case, "--here", "--batch", "1", "--rounds", "2", "--gemm", "64", "--seconds", "0.001"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["case"] == case
+    assert len(result["shares"]) == 2 and 0 < result["share"] < 10
+    assert result["images_per_s"] > 0 and result["gemm_gflops"] > 0
+    assert case.split(":")[1] in throughput.table([result])
+
+
+def test_throughput_counts_attention_and_not_what_is_frozen() -> None:
+    from bench import throughput
+
+    def flops(kind: str) -> float:
+        under = throughput.Conditions("cpu", "fp32", False, batch=1, rounds=1, gemm=64, seconds=1e-3)
+        return float(throughput.measure(throughput.Case("tiny", kind, 64), under)["gflop_per_image"])
+
+    assert flops("preserve") < 0.75 * flops("random")
+
+
+def test_throughput_refuses_what_is_no_case(capsys: pytest.CaptureFixture[str]) -> None:
+    from bench import throughput
+
+    with pytest.raises(SystemExit):
+        throughput.main(["--only", "tiny:random:32"])
+    assert "grown ones above 32 px" in capsys.readouterr().err
+
+
+def test_throughput_plots_cost_by_resolution(tmp_path: Path) -> None:
+    from bench import throughput
+
+    results: list[dict[str, Any]] = [
+        {"size": "tiny", "kind": kind, "resolution": side, "images_per_s": 1e3 / side, "memory_mib": side, "batch": 1}
+        for kind, side in (("core", 32), ("random", 64), ("preserve", 64))
+    ]
+    throughput.plot(results, tmp_path / "figures" / "throughput.png")
+    assert (tmp_path / "figures" / "throughput.png").stat().st_size > 1000
+
+
+# --- growth -----------------------------------------------------------------------------------------------------------
+
+
+def test_growth_dry_run_shares_out_equal_compute(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from bench import growth, growth_plan
+
+    argv = ["--dry-run", "--root", str(tmp_path / "runs"), "--budget", "0.5"]
+    growth.main(argv)
+    out = capsys.readouterr().out
+    assert all(name in out for name in growth_plan.REGIMES) and "minutes at 90 GFLOP/s" in out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_growth_budgets_are_equal_to_within_a_batch() -> None:
+    from bench import growth, growth_plan
+
+    names = ["scratch", "frozen-random", "frozen-preserve", "unfreeze-preserve"]
+    args = growth.parser().parse_args(["--batch", "8", "--low", "16", "--to", "32", "--regimes", *names])
+    plan = growth_plan.make_plan(args)
+    totals = {n: plan.starts(n) + sum(p.cost for p in phases) for n, phases in plan.regimes.items()}
+    for name, phases in plan.regimes.items():
+        slack = sum(8 * p.flops for p in phases) + 8 * plan.core.flops
+        assert abs(totals[name] - (args.core + args.growth) * growth_plan.TERA) <= slack
+    assert plan.regimes["frozen-preserve"][0].flops < plan.regimes["frozen-random"][0].flops
+    assert plan.regimes["frozen-random"][0].flops < plan.regimes["scratch"][0].flops
+
+
+def test_growth_crossing_is_interpolated() -> None:
+    from bench.growth_summary import Curve, crossing
+
+    curve = Curve([10.0, 20.0, 30.0, 40.0], {"mean": [1.0, 0.5, 0.6, 0.2]})
+    assert crossing(curve, 1.5) == 10.0
+    assert crossing(curve, 0.75) == pytest.approx(15.0)
+    assert crossing(curve, 0.4) == pytest.approx(35.0)
+    assert crossing(curve, 0.1) is None
+
+
+def test_growth_fractions_leave_the_core_out_where_both_have_it() -> None:
+    from bench.growth_plan import Phase, Plan
+    from bench.growth_summary import Curve, fractions
+
+    def curve(flops: list[float], errors: list[float]) -> Curve:
+        return Curve(flops, {"mean": errors})
+
+    curves = {
+        "frozen-preserve": curve([100, 150, 200], [0.5, 0.3, 0.1]),
+        "frozen-random": curve([100, 200], [1.0, 0.4]),
+        "scratch": curve([0, 200], [1.0, 0.2]),
+    }
+    found = fractions(curves, Plan(Phase(100, 1.0), {}, {}))
+    assert found == {"frozen-random": pytest.approx(0.25), "scratch": pytest.approx(175 / 200)}
+
+
+def test_growth_runs_goes_on_and_summarizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bench import growth
+    from bench.growth_plan import Phase, Plan
+
+    save_t5(tmp_path / "t5")
+    for module, values in ((train, {"GRID_STEPS": 1}), (grow, {"GRID": 1, "GRID_STEPS": 1})):
+        for name, value in values.items():
+            monkeypatch.setattr(module, name, value)
+    few = Phase(2, 1e9)
+    regimes = {"scratch": (few,), "frozen-random": (few,), "frozen-preserve": (few,), "unfreeze-preserve": (few, few)}
+    plan = Plan(few, regimes, dict.fromkeys(regimes, 1000000000.0))
+    monkeypatch.setattr(growth, "make_plan", lambda _: plan)
+    argv = ["--root", str(tmp_path / "runs"), "--figures", str(tmp_path / "figures"), "--encoder", str(tmp_path / "t5")]
+    small = {"seeds": 1, "low": 16, "to": 32, "batch": 2, "captions": 4, "heldout": 1, "evaluations": 1, "prompts": 2}
+    argv += [word for k, v in (small | {"steps": 1}).items() for word in (f"--{k}", str(v))]
+    growth.main(argv)
+    first = capsys.readouterr().out
+    assert "scratch | total compute" in first and "| unfreeze-preserve |" in first
+    (seed,) = json.loads((tmp_path / "runs" / "results.json").read_text())["seeds"]
+    curve = seed["curves"]["unfreeze-preserve"]
+    assert curve["flops"] == [2e9, 4e9, 4e9, 6e9] and len(curve["errors"]["20"]) == 4
+    assert seed["curves"]["scratch"]["flops"] == [0, 2e9]
+    assert {"background", "colour"} <= seed["accuracy"]["scratch"].keys()
+    assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == ["growth.png", "growth_by_noise.png"]
+    weights = tmp_path / "runs" / "seed0" / "scratch" / "checkpoint" / "model.safetensors"
+    written = weights.stat().st_mtime_ns
+    growth.execute(plan, growth.parser().parse_args(argv))
+    assert weights.stat().st_mtime_ns == written
+
+
+# --- all of them ------------------------------------------------------------------------------------------------------
+
+
+def test_every_bench_is_a_module(capsys: pytest.CaptureFixture[str]) -> None:
+    from bench import __main__ as benches
+
+    benches.main(["--list"])
+    out = capsys.readouterr().out
+    for name in benches.BENCHES:
+        assert f"-m bench.{name}" in out
+        assert (ROOT / "bench" / f"{name}.py").exists()
+    assert sys.executable not in out
