@@ -226,7 +226,7 @@ def test_a_bad_sample_is_replaced_by_one_of_its_source(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
     assert {row["file"] for row in rows} == {f"{i}.png" for i in broken}
     assert len(rows) == len(broken) == len(loader.bad)
-    assert all(row == {"source": "frail", "file": row["file"], "reason": "broken"} for row in rows)
+    assert all((row["source"], row["reason"], row["fingerprint"]) == ("frail", "broken", "shades") for row in rows)
     assert loader.bad.report() == f"10 bad files skipped (10 of 40 in frail), listed in {tmp_path / 'bad.jsonl'}"
     assert sound.bad.report() == "no bad files"
 
@@ -263,9 +263,25 @@ def test_a_resumed_run_lists_nothing_twice(tmp_path: Path) -> None:
     written = path.read_text()
     assert len(written.splitlines()) == 2
     path.write_text(written + '{"source": "shades", "fi')  # killed while it wrote
-    first(Loader(source, size=(4, 4), batch=20, bad_limit=0.2, bad_path=path), 2, start=20)
-    assert path.read_text().startswith(written)
-    assert path.read_text().count("1.png") == 1
+    resumed = Loader(source, size=(4, 4), batch=20, bad_limit=0.2, bad_path=path)
+    assert len(resumed.bad) == 2  # the limit goes on counting
+    first(resumed, 2, start=20)
+    assert path.read_text() == written
+    with pytest.raises(UserError, match="2 of 20 files are bad"):
+        Loader(source, size=(4, 4), bad_limit=0.05, bad_path=path)
+
+
+def test_what_was_listed_of_a_source_that_changed_is_forgotten(tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    other = Shades(20, name="other")
+    BadFiles([other], 1.0, path).add(0, [BadFile("kept", "x")])
+    first(Loader(Shades(20, frozenset({1, 2})), size=(4, 4), batch=20, bad_limit=0.2, bad_path=path), 2)
+    repaired = Shades(20, frozenset({2}))
+    repaired.fingerprint = "repaired"
+    loader = Loader(repaired, size=(4, 4), batch=20, bad_limit=0.05, bad_path=path)
+    assert len(loader.bad) == 0
+    first(loader, 2)
+    assert [json.loads(line)["file"] for line in path.read_text().splitlines()] == ["kept", "2.png"]
 
 
 def test_two_loaders_may_share_a_list(tmp_path: Path) -> None:

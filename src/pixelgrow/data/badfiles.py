@@ -10,13 +10,15 @@ from pixelgrow.data.sources import BadFile, Source, bad_of, files_of
 from pixelgrow.errors import UserError
 
 log = logging.getLogger(__name__)
+Row = dict[str, str]
 
 
 class BadFiles:
-    """Counts bad files by source and lists them in a JSONL file, one `{source, file, reason}` a line.
+    """Counts bad files by source and lists them in a JSONL file, one `{source, file, reason, fingerprint}` a line.
 
     `limit`: the share of a source's distinct files that may be bad; one file more raises `UserError`.
-    `path`: the list, added to and never repeated in, also by a run that resumes; None lists nothing.
+    `path`: the list; None lists nothing. A run that resumes goes on counting where the list ends, unless the source
+    has changed since (another fingerprint): what was listed of it is then forgotten.
     """
 
     def __init__(
@@ -28,20 +30,17 @@ class BadFiles:
         self.path = Path(path) if path is not None else None
         self._sources = list(sources)
         self._found: list[dict[str, str]] = [{} for _ in self._sources]
-        self._listed: set[tuple[str, str]] = set()
-        self._read_list()
+        self._forget_what_changed()
         for number, source in enumerate(self._sources):
-            self.add(number, bad_of(source))
+            listed = [BadFile(row["file"], row["reason"]) for row in self._rows() if row["source"] == source.name]
+            self.add(number, [*bad_of(source), *listed])
 
     def add(self, source: int, found: Iterable[BadFile]) -> None:
         """Take note of bad files of source number `source`. Raises `UserError` once they are more than the limit."""
-        new = []
-        for bad in found:
-            if bad.key not in self._found[source]:
-                self._found[source][bad.key] = bad.reason
-                new.append(bad)
+        new = {bad.key: bad.reason for bad in found if bad.key not in self._found[source]}
         if new:
-            self._list(self._sources[source].name, new)
+            self._found[source] |= new
+            self._list(self._sources[source], new)
             self._check(source)
 
     def __len__(self) -> int:
@@ -73,27 +72,42 @@ class BadFiles:
                 f"them ({where}); repair or remove them, or raise bad_limit"
             )
 
-    def _read_list(self) -> None:
+    def _rows(self) -> list[Row]:
+        """What the list holds; a line cut off in writing is passed over."""
+        rows: list[Row] = []
+        if self.path is not None and self.path.exists():
+            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    row = json.loads(line)
+                    rows.append({key: str(row[key]) for key in ("source", "file", "reason", "fingerprint")})
+                except (ValueError, TypeError, KeyError):
+                    log.warning("%s: a line that is no entry is dropped", self.path)
+        return rows
+
+    def _forget_what_changed(self) -> None:
         if self.path is None or not self.path.exists():
             return
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-                self._listed.add((row["source"], row["file"]))
-            except (ValueError, TypeError, KeyError):
-                log.warning("%s: a line cut off in writing is ignored", self.path)
+        now = {source.name: source.fingerprint for source in self._sources}
+        kept = [row for row in self._rows() if now.get(row["source"], row["fingerprint"]) == row["fingerprint"]]
+        fresh = self.path.with_name(f"{self.path.name}.tmp")
+        fresh.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        fresh.replace(self.path)
 
-    def _list(self, name: str, found: list[BadFile]) -> None:
-        more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-        log.warning("%s: bad file %s (%s)%s", name, found[0].key, found[0].reason, more)
-        if self.path is None:
-            return
-        self._read_list()  # another loader (held-out data, say) may list the same source
-        rows = [bad for bad in found if (name, bad.key) not in self._listed]
+    def _list(self, source: Source, new: dict[str, str]) -> None:
+        listed: set[str] = set()
+        if self.path is not None:
+            # Read again: another loader (of held-out data, say) may list the same source.
+            listed = {row["file"] for row in self._rows() if row["source"] == source.name}
+        rows = {key: reason for key, reason in new.items() if key not in listed}
         if not rows:
+            return
+        key, reason = next(iter(rows.items()))
+        more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
+        log.warning("%s: bad file %s (%s)%s", source.name, key, reason, more)
+        if self.path is None:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            for bad in rows:
-                self._listed.add((name, bad.key))
-                file.write(json.dumps({"source": name, "file": bad.key, "reason": bad.reason}) + "\n")
+            for key, reason in rows.items():
+                row = {"source": source.name, "file": key, "reason": reason, "fingerprint": source.fingerprint}
+                file.write(json.dumps(row) + "\n")
