@@ -168,6 +168,11 @@ class Scenes:
         spec, words = _spec(self.seed, self.split, i % self.captions)
         return Scene(words, spec, (self.seed, self.split, i))
 
+    @property
+    def sizes(self) -> NDArray[np.int32]:
+        """All original sizes (N, 2), without a look at each."""
+        return np.broadcast_to(np.array(self.size(0), np.int32), (len(self), 2))
+
     def size(self, i: int) -> tuple[int, int]:
         """Large enough for every stage: a scene has no resolution of its own."""
         return (1024, 1024)
