@@ -77,7 +77,10 @@ def test_overrides(tmp_path: Path) -> None:
         ("data.sorce=x", "recipe.yaml: data[0]: unknown key 'sorce'; did you mean 'source'?"),
         ("stages.core.size=tinny", "recipe.yaml: stages[0].train.size: got 'tinny', expected one of tiny, small"),
         ("stages.core.images=abc", "recipe.yaml: stages[0].train.images: got 'abc', expected to be a valid integer"),
-        ("stages.core.images=0", "recipe.yaml: stages[0].train.images: got 0, expected to be greater than or equal to 1"),
+        (
+            "stages.core.images=0",
+            "recipe.yaml: stages[0].train.images: got 0, expected to be greater than or equal to 1",
+        ),
         ("stages.grown.to=96", "recipe.yaml: stage 'grown': to: got 96, expected 32 doubled once or more: 64, 128"),
         ("stages.grown.from=cor", "recipe.yaml: stage 'grown': from: unknown stage 'cor'; did you mean 'core'?"),
         ("stages.grown.name=core", "recipe.yaml: two stages are called 'core'"),
@@ -114,7 +117,10 @@ def test_one_line_for_each_mistake(tmp_path: Path, override: str, expected: str 
         ("- 1", "recipe.yaml: got a list, expected a mapping with name, data and stages"),
         ("", "recipe.yaml: got nothing, expected a mapping"),
         (GOOD.replace("name: mine", ""), "recipe.yaml: name is missing"),
-        (GOOD.replace("{name: eval}", "eval"), "recipe.yaml: stages[2].evaluate: got the text 'eval', expected its settings"),
+        (
+            GOOD.replace("{name: eval}", "eval"),
+            "recipe.yaml: stages[2].evaluate: got the text 'eval', expected its settings",
+        ),
     ],
 )
 def test_files_that_are_no_recipes(tmp_path: Path, text: str, expected: str) -> None:

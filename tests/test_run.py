@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 
 import pixelgrow.training.state
 from pixelgrow.errors import UserError
-from pixelgrow.recipe import load_recipe
+from pixelgrow.recipe import load_recipe, read_recipe
 from pixelgrow.run import locked, run
+from pixelgrow.stages.materials import Materials
 
 WEIGHTS = "checkpoint/model.safetensors"
 
@@ -208,7 +209,8 @@ stages:
   - grow: {{name: finetune, from: core, to: 32, init: random, core: finetune, {small}}}
   - grow: {{name: scratch, from: core, to: 32, init: scratch, {small}}}
   - grow: {{name: twice, from: core, to: [32, 64], {small}}}
-  - train: {{name: tuned, from: twice, {small}}}
+  - train: {{name: tuned, from: twice, sampling: {{steps: 2, guidance: 1}}, {small}}}
+  - evaluate: {{name: eval, prompts: 4}}
 """)
     run(load_recipe(root / "recipe.yaml"), root)
     return root / "classes"
@@ -235,6 +237,28 @@ def test_regimes_of_growth(regimes: Path) -> None:
     assert growth["loaded"] == []
     parameters = record(regimes / "frozen")["result"]["parameters"]
     assert parameters["all"] - parameters["training"] == sum(t.numel() for t in core.values())
+
+
+def test_evaluation_without_a_checker(regimes: Path) -> None:
+    metrics = json.loads((regimes / "eval" / "metrics.json").read_text())
+    assert "accuracy" not in metrics
+    assert (metrics["sampling"]["steps"], metrics["sampling"]["guidance"], metrics["nfe"]) == (2, 1, 2)
+    assert (regimes / "eval" / "samples" / "grid.png").exists()
+
+
+def test_what_is_held_out_is_not_trained_on(regimes: Path) -> None:
+    folder = regimes.parent / "images"
+    sources = [{"source": str(folder), "weight": 3}, {"source": "scenes", "weight": 1, "n": 10, "captions": 10}]
+    raw = {"name": "mix", "data": sources, "heldout": {"fraction": 0.3}, "text": {"classes": 2}}
+    stage = {"train": {"name": "core", "size": "tiny", "resolution": 16, "images": 8}}
+    materials = Materials(read_recipe(raw | {"stages": [stage]}, "test"), regimes.parent)
+    mixture = materials.mixture(materials.recipe.stages[0])  # type: ignore[arg-type]
+    assert mixture.weights == [3, 1]
+    train, held = mixture.sources[0], materials.heldout_sources[0]
+    keys = [{s.key(i) for i in range(len(s))} for s in (train, held)]
+    assert len(keys[0]) + len(keys[1]) == 24
+    assert not keys[0] & keys[1]
+    assert len(materials.heldout(5, (16, 16)).images) == 5
 
 
 def test_growth_in_steps_is_one_identity(regimes: Path) -> None:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from pixelgrow.diffusion import DiffusionConfig
 from pixelgrow.models.sizes import SIZES
+from pixelgrow.sampling import SAMPLERS
 from pixelgrow.training.settings import TrainSettings
 
 SCENES = ("n", "captions", "seed", "split")  # what the built-in scenes are told
@@ -92,6 +93,27 @@ class HeldoutSpec(DataSpec):
         return self
 
 
+class SamplingSpec(Spec):
+    """How a checkpoint is sampled where nobody says otherwise; what is left out is the library's default."""
+
+    steps: int | None = Field(None, ge=1)
+    guidance: float | None = Field(None, ge=0)
+    sampler: str | None = None
+    threshold: float | None = Field(None, gt=0, le=1)
+
+    @field_validator("sampler")
+    @classmethod
+    def _sampler(cls, sampler: str | None) -> str | None:
+        if sampler is not None and sampler not in SAMPLERS:
+            raise ValueError(f"got {sampler!r}, expected one of {', '.join(SAMPLERS)}")
+        return sampler
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What is not left out."""
+        return {k: v for k in SamplingSpec.model_fields if (v := getattr(self, k)) is not None}
+
+
 class ModelStage(TrainSettings):
     """What stages that make a checkpoint share: a name, a parent, data of their own, and the training settings."""
 
@@ -100,6 +122,7 @@ class ModelStage(TrainSettings):
     name: str = Field(pattern=NAME)
     parent: str | None = Field(None, alias="from")
     data: tuple[DataSpec, ...] | None = None
+    sampling: SamplingSpec | None = None
 
     @field_validator("data", mode="before")
     @classmethod
@@ -186,15 +209,15 @@ class GrowStage(ModelStage):
         return self.init == "scratch" or self.core == "finetune"
 
 
-class EvaluateStage(Spec):
-    """Draw held-out prompts, ask the checker (scenes), and measure the held-out error by noise level."""
+class EvaluateStage(SamplingSpec):
+    """Draw held-out prompts, ask the checker (scenes), and measure the held-out error by noise level.
+
+    Sampling settings that are left out are the checkpoint's own.
+    """
 
     name: str = Field(pattern=NAME)
     parent: str | None = Field(None, alias="from")
     prompts: int = Field(256, ge=1)
-    steps: int = Field(32, ge=1)
-    guidance: float = Field(2.0, ge=0)
-    sampler: str = "dpm++2m"
     batch: int = Field(64, ge=1)
 
 

@@ -181,9 +181,9 @@ def _evaluation(folder: Path, metrics: dict[str, Any]) -> str:
         points = [(float(k), v) for k, v in error.items()]
         parts.append(chart("Held-out error by noise level at the core", [Curve("error", points)], "sigma", log_x=True))
     grid = folder / "samples" / "grid.png"
-    picture = (
-        _picture(grid, f"held-out prompts, {metrics.get('nfe', '?')} network evaluations each") if grid.exists() else ""
-    )
+    settings = ", ".join(f"{name} {value}" for name, value in metrics.get("sampling", {}).items())
+    caption = f"held-out prompts; {settings}; {metrics.get('nfe', '?')} network evaluations each"
+    picture = _picture(grid, caption) if grid.exists() else ""
     return f'<div class="row">{"".join(parts)}</div>{picture}{_prompts(folder / "samples" / "prompts.txt")}'
 
 

@@ -14,6 +14,7 @@ from pixelgrow import checkpoint
 from pixelgrow.data.checker import score
 from pixelgrow.data.scenes import Scenes
 from pixelgrow.heldout import denoising_error
+from pixelgrow.model import DEFAULTS
 from pixelgrow.recipe_spec import EvaluateStage
 from pixelgrow.sampling import sample
 from pixelgrow.stages.materials import HeldOut, Materials
@@ -27,7 +28,8 @@ logger = logging.getLogger(__name__)
 
 def evaluate_stage(stage: EvaluateStage, parent: Parent, folder: Path, materials: Materials) -> dict[str, Any]:
     """Run an `evaluate` stage: writes `metrics.json` and `samples/grid.png`; returns the metrics."""
-    denoiser, _ = checkpoint.load(parent.folder, materials.device)
+    denoiser, config = checkpoint.load(parent.folder, materials.device)
+    settings = DEFAULTS | config.sampling | stage.given
     size = (denoiser.resolution, denoiser.resolution)
     held = materials.heldout(stage.prompts, size)
     cond = materials.cond(held.captions)
@@ -36,11 +38,9 @@ def evaluate_stage(stage: EvaluateStage, parent: Parent, folder: Path, materials
         cond,
         size=size,
         seed=materials.recipe.seed,
-        steps=stage.steps,
-        guidance=stage.guidance,
-        sampler=stage.sampler,
         batch=stage.batch,
         progress=_note,
+        **settings,
     )
     images = drawn.images.cpu()
     errors = denoising_error(
@@ -48,6 +48,7 @@ def evaluate_stage(stage: EvaluateStage, parent: Parent, folder: Path, materials
     )
     metrics: dict[str, Any] = {
         "prompts": len(held.captions),
+        "sampling": settings,
         "nfe": drawn.nfe,
         "error": {f"{sigma:g}": error for sigma, error in errors.items()},
         "seam_ratio": seam_ratio(images, denoiser.net.config.rungs[-1].patch),

@@ -17,9 +17,10 @@ from pixelgrow.sampling import sample
 from pixelgrow.stages.materials import Materials
 from pixelgrow.stages.record import write_json
 from pixelgrow.stages.train import CHECKPOINT, GRID, GRID_GUIDANCE, GRID_STEPS, WATCHED, Parent, fit, save
+from pixelgrow.training import state
 from pixelgrow.training.monitor import save_grid
 
-START, REPORT, FROZEN = "start", "growth.json", "frozen"
+START, REPORT, FROZEN, RESULT = "start", "growth.json", "frozen", "result.json"
 logger = logging.getLogger(__name__)
 
 
@@ -47,12 +48,12 @@ def grow_stage(stage: GrowStage, parent: Parent, folder: Path, materials: Materi
         return fit(denoiser, stage, stage.training(), folder, materials, lineage)
     # Two phases, each a fresh model built from a checkpoint: nothing that a frozen phase set up outlives it.
     warm = folder / FROZEN
-    first: dict[str, Any] = {}
-    if not (warm / CHECKPOINT).exists():
+    if not (warm / RESULT).exists():
         freeze(denoiser, loaded)
-        first = fit(denoiser, stage, stage.training(stage.unfreeze_after), warm, materials, lineage, FROZEN)
-        write_json(warm / "result.json", first)
-    first = json.loads((warm / "result.json").read_text())
+        result = fit(denoiser, stage, stage.training(stage.unfreeze_after), warm, materials, lineage, FROZEN)
+        write_json(warm / RESULT, result)
+        state.clear(warm / "state")
+    first = json.loads((warm / RESULT).read_text())
     denoiser, _ = checkpoint.load(warm / CHECKPOINT)
     lineage = [*parent.config.lineage, entry | {"unfrozen_after": stage.unfreeze_after}]
     second = fit(denoiser, stage, stage.training(stage.images - stage.unfreeze_after), folder, materials, lineage)

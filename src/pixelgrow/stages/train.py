@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -105,8 +106,8 @@ def fit(
         bad_limit=settings.bad_limit,
         bad_path=folder / "bad_files.jsonl",
     )
-    materials.encode(loader.texts())
     held = materials.heldout(WATCHED, (side, side))
+    materials.encode(chain(loader.texts(), held.captions))  # at once: the encoder is loaded and dropped once
     cond = materials.cond(held.captions)
 
     def pictures() -> Tensor:
@@ -132,7 +133,8 @@ def fit(
     )
     averages = result.averages["denoiser"]
     with averages[0].applied() if averages else nullcontext():
-        digest = save(folder / CHECKPOINT, denoiser, materials, lineage)
+        sampling = stage.sampling.given if stage.sampling else {}
+        digest = save(folder / CHECKPOINT, denoiser, materials, lineage, sampling)
     return {
         "sha256": digest,
         "images": result.images,
@@ -156,16 +158,24 @@ def write_prompts(folder: Path, captions: Sequence[str]) -> None:
         path.write_text("\n".join(captions) + "\n", encoding="utf-8")
 
 
-def save(folder: Path, denoiser: Denoiser, materials: Materials, lineage: list[dict[str, Any]]) -> str:
-    """Write a checkpoint of the run; returns the hash of its weights."""
+def save(
+    folder: Path,
+    denoiser: Denoiser,
+    materials: Materials,
+    lineage: list[dict[str, Any]],
+    sampling: dict[str, Any] | None = None,
+) -> str:
+    """Write a checkpoint of the run; returns the hash of its weights. Raises UserError if the disk is full."""
     text = materials.recipe.text
     config = CheckpointConfig(
         network=denoiser.net.config,
         diffusion=denoiser.config,
         text={"encoder": text.encoder, "max_tokens": text.max_tokens, "fingerprint": materials.text.fingerprint},
+        sampling=sampling or {},
         lineage=lineage,
     )
-    return checkpoint.save(folder, denoiser, config)
+    with writing(folder):
+        return checkpoint.save(folder, denoiser, config)
 
 
 def parameters_of(denoiser: Denoiser) -> Mapping[str, int]:
