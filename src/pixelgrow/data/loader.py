@@ -36,7 +36,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class _Raw:
-    """What a worker hands over: uint8 (B, H, W, 3), captions, and the bad files met: (source number, file)."""
+    """What a worker hands over: uint8 (B, 3, H, W), captions, and the bad files met: (source number, file)."""
 
     image: np.ndarray
     text: tuple[str, ...]
@@ -108,7 +108,7 @@ class Loader:
                     raise raw
                 for source, bad in raw.bad:
                     self.bad.add(source, [bad])
-                yield Batch(to_tensor(raw.image), raw.text, torch.arange(at, at + self.batch))
+                yield Batch(_to_float(torch.from_numpy(raw.image)), raw.text, torch.arange(at, at + self.batch))
 
     def _try_load(self, start: int) -> "_Raw | UserError":
         try:
@@ -124,12 +124,12 @@ class Loader:
             uniform(self.seed, "crop", positions).tolist() if self.random_crop else centre
         )  # one side alone has slack
         mirror = uniform(self.seed, "flip", positions).tolist() if self.flip else centre
-        image = np.empty((self.batch, *self.size, 3), np.uint8)
+        image = np.empty((self.batch, 3, *self.size), np.uint8)
         texts: list[str] = []
         bad: list[tuple[int, BadFile]] = []
         for row, position in enumerate(positions):
             picture, text = self._sample(position, (crop[row], crop[row]), bad)
-            image[row] = picture[:, ::-1] if mirror[row] < 0.5 else picture
+            image[row] = (picture[:, ::-1] if mirror[row] < 0.5 else picture).transpose(2, 0, 1)
             texts.append(text)
         return _Raw(image, tuple(texts), tuple(bad))
 
@@ -152,9 +152,12 @@ class Loader:
 
 def to_tensor(image: np.ndarray) -> Tensor:
     """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]."""
-    batch, h, w, _ = image.shape
-    out = torch.empty(batch, 3, h, w)  # the one large allocation: fresh memory costs more than the arithmetic
-    return out.copy_(torch.from_numpy(image).permute(0, 3, 1, 2)).div_(127.5).sub_(1.0)
+    return _to_float(torch.from_numpy(image).permute(0, 3, 1, 2))
+
+
+def _to_float(image: Tensor) -> Tensor:
+    # One large allocation: fresh memory costs more than the arithmetic.
+    return torch.empty(image.shape).copy_(image).div_(127.5).sub_(1.0)
 
 
 def take(source: Source, count: int, size: tuple[int, int]) -> Batch:
