@@ -399,6 +399,5 @@ def test_a_million_samples_index_in_200_megabytes(tmp_path: Path, monkeypatch: p
         tracemalloc.stop()
     assert len(source) == count
     assert source.text(count - 1).endswith(str(count - 1))
-    print(held / count, peak / count)
     assert held * (1_000_000 / count) < 50e6
     assert peak * (1_000_000 / count) < 200e6
