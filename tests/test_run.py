@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import pixelgrow.training.state
+from pixelgrow.data.badfiles import BadFiles
 from pixelgrow.errors import UserError
 from pixelgrow.recipe import load_recipe, read_recipe
 from pixelgrow.run import locked, run
@@ -186,10 +187,8 @@ def test_nothing_is_trained_before_the_data_is_there(tmp_path: Path) -> None:
 # --- the regimes of growth, on class folders --------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def regimes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that grows one core in four ways, from a folder of two classes."""
-    root = tmp_path_factory.mktemp("classes")
+def class_images(root: Path) -> Path:
+    """A folder of two classes of twelve pictures."""
     rng = np.random.default_rng(0)
     for label in ("dark", "light"):
         folder = root / "images" / label
@@ -197,6 +196,14 @@ def regimes(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in range(12):
             pixels = rng.integers(0, 100, (64, 64, 3)) + (150 if label == "light" else 0)
             Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    return root / "images"
+
+
+@pytest.fixture(scope="module")
+def regimes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that grows one core in four ways, from a folder of two classes."""
+    root = tmp_path_factory.mktemp("classes")
+    class_images(root)
     small = "images: 8, batch: 8, sample_every: 0, validate_every: 0, snapshot_every: 0"
     (root / "recipe.yaml").write_text(f"""
 name: classes
@@ -209,7 +216,7 @@ stages:
   - grow: {{name: finetune, from: core, to: 32, init: random, core: finetune, {small}}}
   - grow: {{name: scratch, from: core, to: 32, init: scratch, {small}}}
   - grow: {{name: twice, from: core, to: [32, 64], {small}}}
-  - train: {{name: tuned, from: twice, sampling: {{steps: 2, guidance: 1}}, {small}}}
+  - train: {{name: tuned, from: frozen, sampling: {{steps: 2, guidance: 1}}, {small}}}
   - evaluate: {{name: eval, prompts: 4}}
 """)
     run(load_recipe(root / "recipe.yaml"), root)
@@ -246,12 +253,15 @@ def test_evaluation_without_a_checker(regimes: Path) -> None:
     assert (regimes / "eval" / "samples" / "grid.png").exists()
 
 
-def test_what_is_held_out_is_not_trained_on(regimes: Path) -> None:
-    folder = regimes.parent / "images"
+def materials_of(folder: Path) -> Materials:
     sources = [{"source": str(folder), "weight": 3}, {"source": "scenes", "weight": 1, "n": 10, "captions": 10}]
     raw = {"name": "mix", "data": sources, "heldout": {"fraction": 0.3}, "text": {"classes": 2}}
     stage = {"train": {"name": "core", "size": "tiny", "resolution": 16, "images": 8}}
-    materials = Materials(read_recipe(raw | {"stages": [stage]}, "test"), regimes.parent)
+    return Materials(read_recipe(raw | {"stages": [stage]}, "test"), folder)
+
+
+def test_what_is_held_out_is_not_trained_on(tmp_path: Path) -> None:
+    materials = materials_of(class_images(tmp_path))
     mixture = materials.mixture(materials.recipe.stages[0])  # type: ignore[arg-type]
     assert mixture.weights == [3, 1]
     train, held = mixture.sources[0], materials.heldout_sources[0]
@@ -259,6 +269,18 @@ def test_what_is_held_out_is_not_trained_on(regimes: Path) -> None:
     assert len(keys[0]) + len(keys[1]) == 24
     assert not keys[0] & keys[1]
     assert len(materials.heldout(5, (16, 16)).images) == 5
+
+
+def test_a_bad_held_out_file_is_accounted_for(tmp_path: Path) -> None:
+    folder = class_images(tmp_path)
+    name = materials_of(folder).heldout_sources[0].key(0)
+    path = next(p for p in folder.rglob("*.png") if str(p).endswith(name))
+    path.write_bytes(path.read_bytes()[:2000])
+    materials = materials_of(folder)
+    mixture = materials.mixture(materials.recipe.stages[0])  # type: ignore[arg-type]
+    bad = BadFiles(mixture.sources, 0.5, tmp_path / "bad_files.jsonl")
+    materials.account(materials.heldout(100, (16, 16)), mixture, bad)
+    assert [file.key for file in bad.files()] == [name]
 
 
 def test_growth_in_steps_is_one_identity(regimes: Path) -> None:

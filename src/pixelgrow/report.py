@@ -78,12 +78,17 @@ def _overview(recipe: Recipe, records: dict[str, Record]) -> str:
                 f"{100 * share:.0f}%" if share else "",
                 duration(values.get("wall_seconds", 0)),
                 size_of(result["peak_memory"]) if "peak_memory" in result else "",
-                f"{result['bad_files']:,}" if "bad_files" in result else "",
+                _number_of(result.get("bad_files", "")),
             ]
         )
     head = ["stage", "what", "images", "parameters", "training", "images/s", "of matmul rate", "time", "peak memory",
             "bad files"]  # fmt: skip
     return f"<section><h2>Stages</h2>{_table(head, rows)}</section>"
+
+
+def _number_of(files: Any) -> str:
+    """Of bad files: stages that train count them, evaluation lists them."""
+    return f"{len(files) if isinstance(files, list) else files:,}" if files != "" else ""
 
 
 def _what(stage: Stage) -> str:

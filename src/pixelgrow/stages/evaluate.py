@@ -48,6 +48,7 @@ def evaluate_stage(stage: EvaluateStage, parent: Parent, folder: Path, materials
     )
     metrics: dict[str, Any] = {
         "prompts": len(held.captions),
+        "bad_files": [f"{source.name}: {file.key}: {file.reason}" for source, file in held.bad],
         "sampling": settings,
         "nfe": drawn.nfe,
         "error": {f"{sigma:g}": error for sigma, error in errors.items()},

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pixelgrow.data.badfiles import BadFiles
 from pixelgrow.data.images import BadImage
 from pixelgrow.data.loader import to_tensor
 from pixelgrow.data.opening import open_mixture, open_source
 from pixelgrow.data.scenes import Scenes
-from pixelgrow.data.sources import Source, heldout_split, large_enough
+from pixelgrow.data.sources import BadFile, Source, Subset, heldout_split, large_enough
 from pixelgrow.errors import UserError
 from pixelgrow.models.cond import Cond
 from pixelgrow.recipe_spec import DataSpec, ModelStage, Recipe, Stage
@@ -45,11 +46,12 @@ class Mixture:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A batch kept from training: images (N, 3, h, w) in [-1, 1], their captions, and where each came from."""
+    """A batch kept from training: images (N, 3, h, w) in [-1, 1], captions, where each came from; `bad`: passed over."""
 
     images: Tensor
     captions: list[str]
     origins: list[tuple[Source, int]]
+    bad: list[tuple[Source, BadFile]]
 
 
 @dataclass
@@ -101,13 +103,14 @@ class Materials:
         images: list[np.ndarray] = []
         captions: list[str] = []
         origins: list[tuple[Source, int]] = []
+        unreadable: list[tuple[Source, BadFile]] = []
         for source, i in self._order(size):
             if len(images) == n:
                 break
             try:
                 pixels = source.image(i, size, (0.5, 0.5))
             except BadImage as bad:
-                logger.info("held-out %s is passed over: %s", source.key(i), bad)
+                unreadable.append((source, BadFile(source.key(i), bad.reason)))
                 continue
             images.append(pixels)
             captions.append(source.text(i))
@@ -115,7 +118,7 @@ class Materials:
         if not images:
             names = ", ".join(s.name for s in self.heldout_sources)
             raise UserError(f"held-out data ({names}) has no readable image of {size[0]}x{size[1]} or larger; add some")
-        return HeldOut(to_tensor(np.stack(images)), captions, origins)
+        return HeldOut(to_tensor(np.stack(images)), captions, origins, unreadable)
 
     def _order(self, size: tuple[int, int]) -> Iterator[tuple[Source, int]]:
         """Held-out samples of `size` and above, one source after the other in turn."""
@@ -132,6 +135,15 @@ class Materials:
                     turns.remove(turn)
                 else:
                     yield item
+
+    def account(self, held: HeldOut, mixture: Mixture, bad: BadFiles) -> None:
+        """Add the held-out files that could not be read to the account of the source that they were held out of."""
+        for source, file in held.bad:
+            of = [s.parent if isinstance(s, Subset) else s for s in mixture.sources]
+            if isinstance(source, Subset) and source.parent in of:
+                bad.add(of.index(source.parent), [file])
+            else:
+                logger.warning("%s: bad file %s: %s", source.name, file.key, file.reason)
 
     def encode(self, captions: Iterable[str]) -> None:
         """Put every caption that a stage may train on into the text cache."""

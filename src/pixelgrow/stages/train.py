@@ -107,6 +107,7 @@ def fit(
         bad_path=folder / "bad_files.jsonl",
     )
     held = materials.heldout(WATCHED, (side, side))
+    materials.account(held, mixture, loader.bad)
     materials.encode(chain(loader.texts(), held.captions))  # at once: the encoder is loaded and dropped once
     cond = materials.cond(held.captions)
 
