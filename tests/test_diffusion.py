@@ -99,7 +99,10 @@ def test_loss_and_gradient_are_finite_at_both_ends(prediction: Prediction, kind:
 def test_clean_inputs_pass_and_pure_noise_is_ignored() -> None:
     d = denoiser().double()
     x = torch.rand(2, 3, 16, 16, dtype=torch.float64) * 2 - 1
-    c = Cond(*(t.double() if t.is_floating_point() else t for t in (cond(2).tokens, cond(2).mask, cond(2).pooled)), cond(2).null)  # type: ignore[union-attr]
+    c = Cond(
+        *(t.double() if t.is_floating_point() else t for t in (cond(2).tokens, cond(2).mask, cond(2).pooled)),
+        cond(2).null,
+    )  # type: ignore[union-attr]
     torch.testing.assert_close(d(x, torch.full((2,), 1e-7, dtype=torch.float64), c), x, rtol=1e-5, atol=1e-5)
     big = torch.full((2,), 1e6, dtype=torch.float64)
     assert d(1e6 * torch.randn_like(x), big, c).abs().max() < 100

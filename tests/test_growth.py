@@ -77,7 +77,9 @@ def test_a_grown_model_grows_again_and_stays_an_identity() -> None:
     assert torch.equal(box_down(high(x, s, c), 2), mid(box_down(x, 2), s / 2, c))
     assert torch.equal(high.base(x, s, c), high(x, s, c))
     direct = grow(low, 64, images=x, cond=c)[1]
-    assert [n for n in direct.new if n.startswith("encoder.32")] and [n for n in direct.new if n.startswith("encoder.64")]
+    assert [n for n in direct.new if n.startswith("encoder.32")] and [
+        n for n in direct.new if n.startswith("encoder.64")
+    ]
 
 
 def test_random_keeps_the_core_and_throws_the_shallow_ends_away() -> None:
@@ -90,7 +92,9 @@ def test_random_keeps_the_core_and_throws_the_shallow_ends_away() -> None:
     assert all(torch.equal(new[n], old[n]) for n in report.loaded)
     assert sorted(report.loaded + report.new) == sorted(new)
     again, second = grow(high, 128, "random", images=held_out(2, 128), cond=c)
-    assert {"encoder.32", "encoder.64"} == {".".join(n.split(".")[:2]) for n in second.loaded if n.startswith("encoder")}
+    assert {"encoder.32", "encoder.64"} == {
+        ".".join(n.split(".")[:2]) for n in second.loaded if n.startswith("encoder")
+    }
     assert sorted({n.split(".")[0] for n in second.dropped}) == ["entry", "exit"]
     assert again(held_out(2, 128), torch.ones(2), c).shape == (2, 3, 128, 128)
 

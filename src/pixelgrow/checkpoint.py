@@ -81,7 +81,7 @@ def file_hash(path: Path) -> str:
 
 
 def save(folder: Path, denoiser: Denoiser, config: CheckpointConfig, card: str = "") -> str:
-    """Write a checkpoint folder; returns the SHA-256 of its weights. `config.network` and `.diffusion` are the denoiser's."""
+    """Write a checkpoint folder; returns the SHA-256 of its weights. Network and diffusion are the denoiser's own."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in denoiser.net.state_dict().items()}
     with replacing(folder) as temporary:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
@@ -144,8 +144,9 @@ def model_card(config: CheckpointConfig) -> str:
     lines = [
         "---", "library_name: pixelgrow", "pipeline_tag: text-to-image", "license: apache-2.0", "---", "",
         f"# A pixelgrow {config.network.size} model at {config.network.resolution} px", "",
-        f"Core trained at {config.network.core_resolution} px; rungs: {rungs}. Text: {config.text.get('encoder', 'none')}.", "",
-        "```python", "import pixelgrow", 'pixelgrow.load("this/folder").sample(["a red circle above two blue stars"])', "```", "",
+        f"Core trained at {config.network.core_resolution} px; rungs: {rungs}. "
+        f"Text: {config.text.get('encoder', 'none')}.", "",
+        "```python", "import pixelgrow", 'pixelgrow.load("this/folder").sample(["a red circle"])', "```", "",
         "## Lineage", "",
     ]  # fmt: skip
     lines += [f"{i}. " + ", ".join(f"{k}: {v}" for k, v in e.items()) for i, e in enumerate(config.lineage, 1)]

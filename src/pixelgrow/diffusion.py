@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -101,7 +100,9 @@ class Denoiser(nn.Module):
         """What the model said before its last `preserve` growth, up-sampled: a free, weaker guide (autoguidance)."""
         rungs = self.net.config.rungs
         if len(rungs) < 2:
-            raise UserError("this model has no base path: it was not grown with init: preserve; give a checkpoint as the guide")
+            raise UserError(
+                "this model has no base path: it was not grown with init: preserve; give a checkpoint as the guide"
+            )
         images = self.rungs(x, sigma, cond)
         for _ in rungs[:-1]:
             image = next(images)
@@ -144,8 +145,8 @@ class Denoiser(nn.Module):
 class NoiseConfig(Frozen):
     """Distribution of sigma in training, as the core sees it (a grown model multiplies it by its growth).
 
-    `lognormal`: ln sigma ~ N(mean, std^2) (arXiv 2206.00364). `cosine`: log-SNR = -2 log tan(pi t / 2), t uniform; for a
-    grown model that is the *shifted* cosine schedule (arXiv 2301.11093, eq. 4). `interpolated`: between the shifted
+    `lognormal`: ln sigma ~ N(mean, std^2) (arXiv 2206.00364). `cosine`: log-SNR = -2 log tan(pi t / 2), t uniform; for
+    a grown model that is the *shifted* cosine schedule (arXiv 2301.11093, eq. 4). `interpolated`: between the shifted
     schedule, at the noisy end, and one shifted by `finest` doublings less, at the clean end (eq. 5 there).
     """
 
@@ -180,8 +181,8 @@ def weight(kind: Weighting, sigma: Tensor, sigma_data: float, scale: float = 1.0
     """Weight of the squared error of x0, (B,) float32; bounded by MAX_WEIGHT towards sigma = 0.
 
     `edm`: (sigma^2 + sigma_data^2) / (sigma sigma_data)^2. `v`: 1 + 1/sigma^2. `eps`: 1/sigma^2. `sigmoid`:
-    sigmoid(bias - logSNR)/sigma^2 (SiD2, arXiv 2410.19324). All see sigma / scale, the noise level as the core knows it,
-    so that a grown model weighs its noise levels as the core did.
+    sigmoid(bias - logSNR)/sigma^2 (SiD2, arXiv 2410.19324). All see sigma / scale, the noise level as the core knows
+    it, so that a grown model weighs its noise levels as the core did.
     """
     s2 = (sigma.float() / scale) ** 2
     match kind:
@@ -216,8 +217,3 @@ def loss(
         error = box_down(error, 2)
         total = total + error.square().mean(dim=(1, 2, 3))
     return weights * total / (1 + multiscale)
-
-
-__all__ = [
-    "Denoiser", "DiffusionConfig", "NoiseConfig", "NoiseSchedule", "Prediction", "Weighting", "coefficients", "loss", "weight",
-]  # fmt: skip

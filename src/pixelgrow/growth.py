@@ -29,8 +29,8 @@ Init = Literal["preserve", "random", "scratch"]
 class GrowthReport:
     """Names of the grown model's tensors by origin, and held-out error by noise level before and after.
 
-    `loaded` come from the parent, `new` start fresh, `dropped` are the parent's that have no place any more. `before` is
-    the parent on the pooled image, its answer up-sampled; `after` the grown model before its first step; both
+    `loaded` come from the parent, `new` start fresh, `dropped` are the parent's that have no place any more. `before`
+    is the parent on the pooled image, its answer up-sampled; `after` the grown model before its first step; both
     {sigma at the core: mean squared error} on the same held-out images and noise.
     """
 
@@ -58,7 +58,9 @@ def grown_config(
     factor = to // config.resolution if config.resolution else 0
     if to % config.resolution or factor < 2 or factor & (factor - 1):
         ways = ", ".join(str(config.resolution * 2**i) for i in (1, 2, 3))
-        raise UserError(f"cannot grow from {config.resolution} to {to} px: growth is by powers of two; choose {ways}, ...")
+        raise UserError(
+            f"cannot grow from {config.resolution} to {to} px: growth is by powers of two; choose {ways}, ..."
+        )
     grid = config.core_resolution // config.core_stride
     kept: tuple[LevelConfig, ...] = ()
     below = config.resolution
@@ -95,7 +97,7 @@ def grow(
     patch: int | None = None,
     blocks: int = 1,
 ) -> tuple[Denoiser, GrowthReport]:
-    """Grow `parent` to `to` pixels. `images` (N, 3, to, to) and `cond` are the held-out batch that both are measured on.
+    """Grow `parent` to `to` pixels. `images` (N, 3, to, to) and `cond`: the held-out batch that both are measured on.
 
     `scratch` has the shape of `random` and loads nothing: the baseline. New tensors are a function of `seed`.
     Raises UserError if `to` is no power of two above the parent's resolution.
@@ -116,7 +118,6 @@ def grow(
     def before(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         return up_nearest(parent(box_down(x, k), sigma / k, cond), k)
 
-    held = {"images": images, "cond": cond, "scale": child.noise_scale, "seed": seed}
     report = GrowthReport(
         init=init,
         resolution=(parent.resolution, to),
@@ -127,14 +128,14 @@ def grow(
             "loaded": sum(fresh[n].numel() for n in loaded),
             "new": sum(t.numel() for n, t in fresh.items() if n not in set(loaded)),
         },
-        before=denoising_error(before, **held),
-        after=denoising_error(child, **held),
+        before=denoising_error(before, images, cond, scale=child.noise_scale, seed=seed),
+        after=denoising_error(child, images, cond, scale=child.noise_scale, seed=seed),
     )
     return child, report
 
 
 def freeze(denoiser: Denoiser, names: list[str]) -> None:
-    """Stop the gradient of the named tensors of the network: no gradient memory, no optimizer state, equal to the bit."""
+    """Stop the gradient of the named tensors of the network: no memory for it, no optimizer state, equal to the bit."""
     frozen = set(names)
     for name, parameter in denoiser.net.named_parameters():
         parameter.requires_grad_(name not in frozen)

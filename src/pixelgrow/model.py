@@ -40,7 +40,9 @@ def find(name: str | Path) -> Path:
     if str(name).count("/") == 1 and not folder.exists():
         return _from_hub(str(name))
     known = ", ".join(builtin()) or "none"
-    raise UserError(f"{name} is not a checkpoint: expected a folder with {checkpoint.CONFIG}, or a built-in model ({known})")
+    raise UserError(
+        f"{name} is not a checkpoint: expected a folder with {checkpoint.CONFIG}, or a built-in model ({known})"
+    )
 
 
 def _from_hub(repo: str) -> Path:
@@ -51,11 +53,13 @@ def _from_hub(repo: str) -> Path:
         return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "README.md"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
         reason = str(e).splitlines()[0]
-        raise UserError(f"{repo} is no folder here and cannot be fetched from the hub ({reason}); check the name") from None
+        raise UserError(
+            f"{repo} is no folder here and cannot be fetched from the hub ({reason}); check the name"
+        ) from None
 
 
 class Model:
-    """A denoiser with its text encoder. `pixelgrow.load("tiny").sample(["a red circle above two blue stars"], seed=0)`."""
+    """A denoiser with its text encoder: `pixelgrow.load("tiny").sample(["a red circle"], seed=0)`."""
 
     def __init__(self, denoiser: Denoiser, config: CheckpointConfig) -> None:
         self.denoiser, self.config = denoiser, config
@@ -107,7 +111,9 @@ class Model:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise UserError("no prompt was given: expected at least one")
-        settings = self.settings(steps=steps, guidance=guidance, sampler=sampler, interval=interval, threshold=threshold)
+        settings = self.settings(
+            steps=steps, guidance=guidance, sampler=sampler, interval=interval, threshold=threshold
+        )
         if isinstance(guide, Model):
             if guide.config.text != self.config.text or guide.resolution != self.resolution:
                 raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,22 +27,21 @@ class Cond:
     def __len__(self) -> int:
         return len(self.null)
 
-    @property
-    def _fields(self) -> dict[str, Tensor | None]:
-        return {"tokens": self.tokens, "mask": self.mask, "pooled": self.pooled, "null": self.null, "labels": self.labels}
+    def map(self, function: Callable[[Tensor], Tensor]) -> Cond:
+        """The same with `function` applied to every tensor there is."""
+
+        def maybe(t: Tensor | None) -> Tensor | None:
+            return None if t is None else function(t)
+
+        return Cond(maybe(self.tokens), maybe(self.mask), maybe(self.pooled), function(self.null), maybe(self.labels))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Cond:
         """Move to `device`; floating tensors to `dtype`."""
-        return Cond(
-            **{
-                k: None if v is None else v.to(device=device, dtype=dtype if v.is_floating_point() else None)
-                for k, v in self._fields.items()
-            }
-        )
+        return self.map(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None))
 
     def __getitem__(self, rows: slice | Tensor) -> Cond:
         """The conditions of some rows, as a slice or an index tensor selects them."""
-        return Cond(**{k: None if v is None else v[rows] for k, v in self._fields.items()})
+        return self.map(lambda t: t[rows])
 
     def dropped(self, drop: Tensor | None = None) -> Cond:
         """The same batch with the null condition where `drop` (B,) bool is True; everywhere if it is None."""

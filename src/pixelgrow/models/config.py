@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -78,13 +79,15 @@ class NetConfig(Frozen):
     @model_validator(mode="after")
     def _fits(self) -> NetConfig:
         if self.core_resolution % self.core_stride:
-            raise ValueError(f"core_resolution {self.core_resolution} is not a multiple of its stride {self.core_stride}")
+            raise ValueError(
+                f"core_resolution {self.core_resolution} is not a multiple of its stride {self.core_stride}"
+            )
         below = 0
         for i, rung in enumerate(self.rungs):
             if (rung.attach == "core") != (i == 0):
                 raise ValueError("the first rung, and it alone, attaches to the core")
             sides = [level.resolution for level in rung.levels]
-            if any(b != 2 * a for a, b in zip(sides, sides[1:], strict=False)) or sides[0] <= below:
+            if any(b != 2 * a for a, b in pairwise(sides)) or sides[0] <= below:
                 raise ValueError(f"levels {sides} are not doublings above {below}")
             if below and sides[0] != 2 * below:
                 raise ValueError(f"the lowest of the levels {sides} is not the double of the resolution below, {below}")
@@ -123,4 +126,6 @@ class NetConfig(Frozen):
         s = self.stride
         if h <= 0 or w <= 0 or h % s or w % s:
             up = (max(s, round(h / s) * s), max(s, round(w / s) * s))
-            raise UserError(f"size {h}x{w} does not fit: both sides are multiples of {s}; the nearest is {up[0]}x{up[1]}")
+            raise UserError(
+                f"size {h}x{w} does not fit: both sides are multiples of {s}; the nearest is {up[0]}x{up[1]}"
+            )

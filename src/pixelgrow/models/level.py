@@ -50,7 +50,7 @@ class Entry(nn.Conv2d):
 
 
 class Exit(nn.Module):
-    """The top map to pixels, mirrored: norm, modulation, 1x1 convolution started at zero, pixels unfolded from channels."""
+    """The top map to pixels, mirrored: norm, modulation, 1x1 convolution started at zero, channels to pixels."""
 
     def __init__(self, channels: int, patch: int, cond_dim: int) -> None:
         super().__init__()

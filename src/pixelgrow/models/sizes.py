@@ -43,7 +43,9 @@ def size(name: str) -> Size:
     return SIZES[name]
 
 
-def core_config(name: str, *, text_dim: int | None = None, pooled_dim: int | None = None, classes: int = 0) -> CoreConfig:
+def core_config(
+    name: str, *, text_dim: int | None = None, pooled_dim: int | None = None, classes: int = 0
+) -> CoreConfig:
     """The core of a size, for a text encoder `text_dim` wide (default: the size's reference) or for class labels."""
     row = size(name)
     text_dim = text_dim or row.text_dim
@@ -65,8 +67,10 @@ def level(name: str, resolution: int, doublings: int, blocks: int = 1) -> LevelC
 
 
 def shallow_uvit(name: str, resolution: int, *, stride: int = 4, core: CoreConfig | None = None) -> NetConfig:
-    """Shallow-UViT: entry convolution of the core's stride, one residual block, the core, one block, the mirrored exit."""
+    """Shallow-UViT: entry convolution of the core's stride, a residual block, the core, a block, the mirrored exit."""
     if resolution % stride:
         raise UserError(f"resolution {resolution} is not a multiple of the core's stride {stride}: choose one that is")
     rung = RungConfig(levels=(level(name, resolution, 0),), patch=stride)
-    return NetConfig(size=name, core=core or core_config(name), core_resolution=resolution, core_stride=stride, rungs=(rung,))
+    return NetConfig(
+        size=name, core=core or core_config(name), core_resolution=resolution, core_stride=stride, rungs=(rung,)
+    )

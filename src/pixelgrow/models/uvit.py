@@ -1,7 +1,7 @@
 """Shallow-UViT, UViT, and what growth makes of them: one network of a core and rungs of levels.
 
 A Shallow-UViT is a rung of one level whose map is the core's grid. A UViT is a rung whose levels go down to that grid
-(arXiv 2405.16759; UViT: arXiv 2301.11093). A rung that is attached to `base` refines a finished lower-resolution network.
+(arXiv 2405.16759; UViT: arXiv 2301.11093). A rung that is attached to `base` refines a finished, smaller network.
 Modules are keyed by absolute resolution, so that growth never renames a weight.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.config import NetConfig, RungConfig
 from pixelgrow.models.core import Context, Core
-from pixelgrow.models.layers import to_map, to_tokens
+from pixelgrow.models.layers import to_map, to_tokens, zero_
 from pixelgrow.models.level import DecoderHalf, EncoderHalf, Entry, Exit
 
 
@@ -48,9 +48,8 @@ class UViT(nn.Module):
             self.entry[key] = Entry(6 if base else 3, top.channels, rung.patch)
             self.exit[key] = Exit(top.channels, rung.patch, d)
             if base:
-                self.gain[key] = nn.Linear(d, 1)
-                nn.init.zeros_(self.gain[key].weight)
-                nn.init.zeros_(self.gain[key].bias)
+                self.gain[key] = gain = nn.Linear(d, 1)
+                zero_(gain)
             for i, level in enumerate(rung.levels):
                 if i:
                     below, factor = rung.levels[i - 1].channels, 2

@@ -46,7 +46,7 @@ class Mixture:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A batch kept from training: images (N, 3, h, w) in [-1, 1], captions, where each came from; `bad`: passed over."""
+    """A batch kept from training: images (N, 3, h, w) in [-1, 1], captions, origins; `bad`: files passed over."""
 
     images: Tensor
     captions: list[str]
