@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from pixelgrow.diffusion import Denoiser, loss
 from pixelgrow.growth import grown_config
@@ -32,11 +32,14 @@ from pixelgrow.training.settings import TrainSettings
 
 REFERENCE = "the size's reference"  # a text encoder that is nowhere: the width of the size's table row stands in
 SHARE = 0.5  # of the matrix-product rate that training is taken to achieve, where a time is told
-# Attention as the CPU has it, which torch's counter leaves out.
-ATTENTION: dict[Any, Callable[..., int]] = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+# FLOPs of an operation; torch's registry, and attention as the CPU has it, which that leaves out.
+FLOPS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+        lambda q, k, v, *_, **__: sdpa_flop_count(q.shape, k.shape, v.shape)
+    ),
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
     ),
 }
 
@@ -165,13 +168,12 @@ def step_cost(denoiser: Denoiser, cond: Cond, batch: int, *, bf16: bool = False)
     side = denoiser.resolution
     x = torch.zeros(batch, 3, side, side)
     sigma, weights = torch.ones(batch), torch.ones(batch)
-    counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
-    with Live() as live, counter:
+    with Live() as live:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
             error = loss(denoiser, x, sigma, torch.zeros_like(x), cond, weights).mean()
-        activations, forward = live.now, counter.get_total_flops()
+        activations, forward = live.now, live.flops
         error.backward()
-        backward = counter.get_total_flops() - forward
+    backward = live.flops - forward
     return {"activations": activations, "peak": live.peak, "forward": forward, "backward": backward}
 
 
@@ -184,16 +186,18 @@ def _cond(core: CoreConfig, batch: int, tokens: int) -> Cond:
 
 
 class Live(TorchDispatchMode):
-    """Bytes of the tensors made while it is on and still there: `now`, and at the most, `peak`."""
+    """Bytes of the tensors made while it is on and still there: `now`, and at the most, `peak`; and `flops` done."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.flops = 0
         self._seen: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {id(t.untyped_storage()) for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
         out = func(*args, **(kwargs or {}))
+        if formula := FLOPS.get(func.overloadpacket):
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor):
                 self._note(tensor.untyped_storage(), given)
