@@ -37,15 +37,14 @@ import torch
 from bench import untrained
 from bench.sampling_overhead import conditions
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from pixelgrow import diffusion
 from pixelgrow.data.loader import Batch
 from pixelgrow.diffusion import Denoiser
+from pixelgrow.flops import counted
 from pixelgrow.growth import grown_config
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.sizes import shallow_uvit
-from pixelgrow.plan import ATTENTION
 from pixelgrow.sampling import sample
 from pixelgrow.training import cpu, monitor
 from pixelgrow.training.denoise import DenoiseObjective
@@ -113,10 +112,7 @@ class Products:
         self.device, self.seconds = torch.device(under.device), under.seconds / 3
         self.a, self.b = torch.randn(2, under.gemm, under.gemm, device=self.device, dtype=DTYPES[under.dtype])
         self.out = torch.empty_like(self.a)
-        counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
-        with counter:
-            self.multiply()
-        self.flops = counter.get_total_flops()
+        self.flops = counted(self.multiply)
         self.count = repeats(self.multiply, self.device, self.seconds)
 
     def multiply(self) -> None:
@@ -206,10 +202,7 @@ def measure(case: Case, under: Conditions) -> dict[str, Any]:
             cond = conditions(denoiser.net.config.core, under.batch, device, untrained.TOKENS)
             whole = whole_step(denoiser, x0, under, Path(folder))
             work = forward_backward(denoiser, x0.to(device), cond, under)
-        counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
-        with counter:
-            work()
-        flops = counter.get_total_flops()
+        flops = counted(work)
         if under.compile:
             denoiser.compile()
             work()

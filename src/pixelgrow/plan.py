@@ -17,9 +17,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from pixelgrow.diffusion import Denoiser, loss
+from pixelgrow.flops import FORMULAS
 from pixelgrow.growth import grown_config
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.config import CoreConfig, NetConfig
@@ -32,16 +32,6 @@ from pixelgrow.training.settings import TrainSettings
 
 REFERENCE = "the size's reference"  # a text encoder that is nowhere: the width of the size's table row stands in
 SHARE = 0.5  # of the matrix-product rate that training is taken to achieve, where a time is told
-# FLOPs of an operation; torch's registry, and attention as the CPU has it, which that leaves out.
-FLOPS: dict[Any, Callable[..., int]] = {
-    **flop_registry,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
-        lambda q, k, v, *_, **__: sdpa_flop_count(q.shape, k.shape, v.shape)
-    ),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -196,7 +186,7 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {id(t.untyped_storage()) for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
         out = func(*args, **(kwargs or {}))
-        if formula := FLOPS.get(func.overloadpacket):
+        if formula := FORMULAS.get(func.overloadpacket):
             self.flops += formula(*args, **(kwargs or {}), out_val=out)
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor):

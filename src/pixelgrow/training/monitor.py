@@ -14,18 +14,10 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from pixelgrow.flops import counted
 from pixelgrow.training.objective import Objective
 from pixelgrow.training.state import writing
-
-# Attention as the CPU has it, which torch's counter leaves out.
-ATTENTION: dict[Any, Callable[..., int]] = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -119,13 +111,15 @@ def flops_per_image(objective: Objective, batch: Any) -> float:
     few = dataclasses.replace(
         batch, **{f.name: getattr(batch, f.name)[:2] for f in dataclasses.fields(batch) if f.init}
     )
-    counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
-    with counter:
+
+    def work() -> None:
         for part in objective.modules:
             objective.loss(few, part).loss.backward()
+
+    total = counted(work)
     for module in objective.modules.values():
         module.zero_grad(set_to_none=True)
-    return counter.get_total_flops() / min(2, len(batch.index))
+    return total / min(2, len(batch.index))
 
 
 def synchronize(device: torch.device) -> None:
