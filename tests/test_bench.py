@@ -31,7 +31,7 @@ def test_throughput_measures_a_case(kind: str, capsys: pytest.CaptureFixture[str
     throughput.main(["--only", case, "--here", "--batch", "1", "--rounds", "2", "--gemm", "64", "--seconds", "0.001"])
     result = json.loads(capsys.readouterr().out)
     assert result["case"] == case
-    assert len(result["shares"]) == 2 and 0 < result["share"] < 10
+    assert len(result["shares"]) == 2 and result["share"] > 0
     assert result["images_per_s"] > 0 and result["gemm_gflops"] > 0
     assert case.split(":")[1] in throughput.table([result])
 

@@ -82,6 +82,17 @@ def test_grown_networks_take_other_shapes(init: str, to: int) -> None:
     assert out.shape == (1, 3, to, 2 * to)
 
 
+@pytest.mark.parametrize("patch", [1, 2])
+def test_a_finer_entry_keeps_the_cores_grid(patch: int) -> None:
+    config = shallow_uvit("tiny", 16, patch=patch, core=CORE)
+    assert (config.stride, config.rungs[0].patch) == (4, patch)
+    assert Denoiser(UViT(config))(torch.randn(1, 3, 8, 16), torch.ones(1), cond(1)).shape == (1, 3, 8, 16)
+    grown = grown_config(config, 32, "random")
+    assert [level.resolution for level in grown.rungs[0].levels] == [32]
+    with pytest.raises(UserError, match="does not divide"):
+        shallow_uvit("tiny", 16, patch=3, core=CORE)
+
+
 def test_masked_tokens_are_not_seen_and_rows_are_independent() -> None:
     d, c = net(), cond(3)
     assert c.tokens is not None and c.mask is not None

@@ -66,7 +66,7 @@ def grown_config(
     below = config.resolution
     if init != "preserve":
         first = config.rungs[0]
-        shallow = config.map_stride(first) == config.stride_of(first)
+        shallow = first.resolution == config.core_resolution
         below = config.core_resolution if shallow else first.resolution
         kept = () if shallow else first.levels
         patch = first.patch if kept else patch or config.core_stride

@@ -229,7 +229,7 @@ def _phases(
     if isinstance(stage, TrainStage) and stage.parent is None:
         assert stage.size is not None and stage.resolution is not None
         core = planned_core(stage.size, text)
-        config = shallow_uvit(stage.size, stage.resolution, stride=stage.stride, core=core)
+        config = shallow_uvit(stage.size, stage.resolution, stride=stage.stride, patch=stage.patch, core=core)
         phases: Sequence[tuple[str, int, NetConfig | None]] = [(f"train {stage.size}", stage.images, None)]
     else:
         assert stage.parent is not None

@@ -141,6 +141,7 @@ class TrainStage(ModelStage):
     size: str | None = None
     resolution: int | None = Field(None, ge=1)
     stride: int = Field(4, ge=1, description="pixels per core token")
+    patch: int | None = Field(None, ge=1, description="pixels per cell of the entry's map; the stride if left out")
     diffusion: DiffusionConfig = DiffusionConfig()
 
     @field_validator("size")
@@ -152,7 +153,7 @@ class TrainStage(ModelStage):
 
     @model_validator(mode="after")
     def _new_or_from(self) -> TrainStage:
-        shape = {"size", "resolution", "stride", "diffusion"} & self.model_fields_set
+        shape = {"size", "resolution", "stride", "patch", "diffusion"} & self.model_fields_set
         if self.parent is not None and shape:
             raise ValueError(f"{min(shape)} comes from the checkpoint named by `from`; drop one of the two")
         if self.parent is None and (self.size is None or self.resolution is None):

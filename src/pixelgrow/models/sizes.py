@@ -66,11 +66,21 @@ def level(name: str, resolution: int, doublings: int, blocks: int = 1) -> LevelC
     return LevelConfig(resolution=resolution, channels=channels[min(doublings, len(channels) - 1)], blocks=blocks)
 
 
-def shallow_uvit(name: str, resolution: int, *, stride: int = 4, core: CoreConfig | None = None) -> NetConfig:
-    """Shallow-UViT: entry convolution of the core's stride, a residual block, the core, a block, the mirrored exit."""
+def shallow_uvit(
+    name: str, resolution: int, *, stride: int = 4, patch: int | None = None, core: CoreConfig | None = None
+) -> NetConfig:
+    """Shallow-UViT: entry convolution of the core's stride, a residual block, the core, a block, the mirrored exit.
+
+    `patch` (ours): the entry shrinks by that much alone, the blocks work on the finer map, and a second convolution
+    goes on to the core's grid; it draws edges better for a little more compute. Default: the stride, as in the paper.
+    """
+    patch = patch or stride
     if resolution % stride:
         raise UserError(f"resolution {resolution} is not a multiple of the core's stride {stride}: choose one that is")
-    rung = RungConfig(levels=(level(name, resolution, 0),), patch=stride)
+    if stride % patch:
+        raise UserError(f"patch {patch} does not divide the core's stride {stride}: choose a divisor")
+    finer = (stride // patch).bit_length() - 1
+    rung = RungConfig(levels=(level(name, resolution, finer),), patch=patch)
     return NetConfig(
         size=name, core=core or core_config(name), core_resolution=resolution, core_stride=stride, rungs=(rung,)
     )

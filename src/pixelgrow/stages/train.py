@@ -62,7 +62,7 @@ def new_denoiser(stage: TrainStage, materials: Materials) -> Denoiser:
     text = materials.text
     classes = materials.recipe.text.classes
     core = core_config(stage.size, text_dim=text.dim or None, pooled_dim=text.pooled_dim or None, classes=classes)
-    config = shallow_uvit(stage.size, stage.resolution, stride=stage.stride, core=core)
+    config = shallow_uvit(stage.size, stage.resolution, stride=stage.stride, patch=stage.patch, core=core)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.seed_of(materials.recipe.seed, "weights", stage.name))
         return Denoiser(UViT(config), stage.diffusion)

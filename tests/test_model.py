@@ -1,0 +1,125 @@
+"""The model as people use it: the shipped one draws, models are saved and shared, mistakes are one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import pixelgrow
+from pixelgrow import checkpoint
+from pixelgrow.checkpoint import CheckpointConfig
+from pixelgrow.data.checker import score
+from pixelgrow.data.scenes import Scenes
+from pixelgrow.diffusion import Denoiser
+from pixelgrow.errors import UserError
+from pixelgrow.model import Model, builtin, find
+from pixelgrow.models.sizes import core_config, shallow_uvit
+from pixelgrow.models.uvit import UViT
+
+SHIPPED_BYTES = 16 * 2**20
+
+
+def untrained(resolution: int = 16, seed: int = 0, encoder: str = "labels:3") -> Model:
+    torch.manual_seed(seed)
+    core = core_config("tiny", text_dim=8, pooled_dim=8, classes=3)
+    denoiser = Denoiser(UViT(shallow_uvit("tiny", resolution, core=core))).eval()
+    for p in denoiser.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    text = {"encoder": encoder, "max_tokens": 8}
+    return Model(denoiser, CheckpointConfig(network=denoiser.net.config, diffusion=denoiser.config, text=text))
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Model:
+    return pixelgrow.load("tiny")
+
+
+def test_what_ships_is_small_and_says_how_it_was_made() -> None:
+    assert "tiny" in builtin()
+    folder = find("tiny")
+    assert (folder / checkpoint.WEIGHTS).stat().st_size <= SHIPPED_BYTES
+    lineage = checkpoint.read_config(folder).lineage
+    assert [entry["verb"] for entry in lineage][:1] == ["train"] and lineage[-1]["verb"] == "grow"
+
+
+def test_the_shipped_model_follows_held_out_captions(tiny: Model) -> None:
+    """A few pictures with few steps: far above chance on what the model is good at, and no claim beyond that."""
+    scenes = [Scenes(n=64, captions=64, split="heldout").scene(i) for i in range(12)]
+    pictures = tiny.sample([s.caption for s in scenes], seed=1, steps=10)
+    result = score([np.asarray(p) for p in pictures], [s.questions for s in scenes])
+    assert result["background"] >= 0.8 and result["colour"] >= 0.6, result
+
+
+def test_a_picture_does_not_depend_on_its_company(tiny: Model) -> None:
+    prompts = ["a red circle above two blue stars", "three green squares"]
+    both = tiny.sample(prompts, seed=3, steps=3)
+    alone = tiny.sample(prompts[1], seed=3, steps=3, index=[1])
+    difference = np.abs(np.asarray(both[1], int) - np.asarray(alone[0], int))
+    assert difference.max() <= 1
+    assert both[0].size == (64, 64)
+    assert np.any(np.asarray(both[0]) != np.asarray(tiny.sample(prompts[0], seed=4, steps=3)[0]))
+
+
+def test_settings_come_from_the_call_then_the_checkpoint_then_the_library() -> None:
+    model = untrained()
+    assert model.settings()["steps"] == 32
+    config = model.config.model_copy(update={"sampling": {"steps": 5, "guidance": 1.5}})
+    model = Model(model.denoiser, config)
+    assert model.settings(guidance=3.0, steps=None) == {"steps": 5, "guidance": 3.0, "sampler": "dpm++2m"}
+
+
+def test_saved_and_loaded_it_draws_the_same(tmp_path: Path) -> None:
+    model = untrained()
+    model.save_pretrained(tmp_path / "m")
+    back = Model.from_pretrained(tmp_path / "m", device="cpu")
+    a, b = (np.asarray(m.sample(["2"], steps=2)[0]) for m in (model, back))
+    assert np.array_equal(a, b)
+
+
+def test_other_sizes_are_height_by_width() -> None:
+    assert untrained().sample(["0"], steps=1, size=(8, 24))[0].size == (24, 8)
+
+
+def test_pushing_uploads_a_whole_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    class Api:
+        def create_repo(self, repo: str, private: bool, exist_ok: bool) -> str:
+            seen["repo"] = (repo, private)
+            return f"hub/{repo}"
+
+        def upload_folder(self, repo_id: str, folder_path: Path) -> None:
+            seen["files"] = sorted(p.name for p in Path(folder_path).iterdir())
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    assert untrained().push_to_hub("me/mine", private=True) == "hub/me/mine"
+    assert seen == {"repo": ("me/mine", True), "files": ["README.md", "config.json", "model.safetensors"]}
+
+
+def test_a_repository_of_the_hub_is_loaded_from_its_local_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    untrained().save_pretrained(tmp_path / "copy")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, allow_patterns: str(tmp_path / "copy"))
+    assert pixelgrow.load("somebody/model", device="cpu").resolution == 16
+
+
+def test_names_that_mean_nothing_are_one_line(tmp_path: Path) -> None:
+    for name in ("nothing", str(tmp_path / "none"), "nobody/nothing-here"):
+        with pytest.raises(UserError) as caught:
+            Model.from_pretrained(name)
+        assert "\n" not in str(caught.value) and name in str(caught.value)
+
+
+def test_calls_that_make_no_sense_are_one_line() -> None:
+    model = untrained()
+    with pytest.raises(UserError, match="no prompt"):
+        model.sample([])
+    with pytest.raises(UserError, match="multiples of 4"):
+        model.sample(["1"], size=(10, 16))
+    with pytest.raises(UserError, match="the guide is a 32 px model"):
+        model.sample(["1"], guide=untrained(32))
+    with pytest.raises(UserError, match="expected 16 px"):
+        model.sample(["1"], guide=untrained(encoder="labels:4"))
