@@ -4,6 +4,7 @@ import hashlib
 import io
 import logging
 import os
+from abc import ABC, abstractmethod
 from array import array
 from typing import BinaryIO
 
@@ -35,7 +36,7 @@ class Strings:
         return bytes(self.blob[self.ends[i - 1] if i else 0 : self.ends[i]])
 
 
-class FileSource:
+class FileSource(ABC):
     """Base of the sources of files. A subclass scans its files once, in `__init__`:
 
     `_admit(key, file, ...)` for each candidate, `_reject` for what cannot be one, then `_finish`.
@@ -62,15 +63,17 @@ class FileSource:
         h, w = self.sizes[i]
         return int(h), int(w)
 
+    @abstractmethod
     def text(self, i: int) -> str:
-        raise NotImplementedError
+        """The caption of sample i."""
 
+    @abstractmethod
     def key(self, i: int) -> str:
-        raise NotImplementedError
+        """The file of sample i, as `bad_files.jsonl` names it."""
 
+    @abstractmethod
     def read(self, i: int) -> bytes:
         """The bytes of image i, undecoded. Raises `BadImage` if they have gone since the scan."""
-        raise NotImplementedError
 
     def image(self, i: int, size: tuple[int, int], crop: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
         return read_image(io.BytesIO(self.read(i)), size, crop)

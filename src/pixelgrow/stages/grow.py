@@ -7,11 +7,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pixelgrow import checkpoint
 from pixelgrow.diffusion import Denoiser
 from pixelgrow.growth import freeze, grow
+from pixelgrow.models.layers import box_down
 from pixelgrow.recipe_spec import GrowStage
 from pixelgrow.sampling import sample
 from pixelgrow.stages.materials import Materials
@@ -70,7 +69,7 @@ def make_start(stage: GrowStage, parent: Parent, folder: Path, materials: Materi
     images = held.images.to(materials.device)
     model, reports = before, []
     for to in stage.to:
-        small = torch.nn.functional.avg_pool2d(images, side // to) if to < side else images
+        small = box_down(images, side // to)
         init = stage.init
         model, report = grow(
             model, to, init, images=small, cond=cond, seed=materials.recipe.seed, patch=stage.patch, blocks=stage.blocks
