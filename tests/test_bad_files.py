@@ -21,6 +21,8 @@ from pixelgrow.data.files import open_regular
 from pixelgrow.data.index import FileSource
 from pixelgrow.data.inspect import inspect_source
 from pixelgrow.errors import UserError
+from pixelgrow.recipe import load_recipe
+from pixelgrow.run import run
 
 SIZE = (16, 16)
 
@@ -300,6 +302,25 @@ def test_every_kind_of_file_is_accounted_for(case: tuple[Path, Case], tmp_path: 
     assert small == expected.small
     assert source.files == len(expected.usable) + len(expected.small) + len(expected.bad)
     assert loader.bad.report().startswith(f"{len(expected.bad)} bad files skipped")
+
+
+def test_a_run_trains_through_them_all(case: tuple[Path, Case], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder, expected = case
+    (tmp_path / "recipe.yaml").write_text(f"""
+name: spoilt
+text: {{encoder: minilm, max_tokens: 8}}
+data: {{source: {folder}}}
+heldout: {{fraction: 0.2}}
+stages:
+  - train: {{name: core, size: tiny, resolution: 16, images: 160, batch: 16, bad_limit: 1, sample_every: 0,
+            validate_every: 0, snapshot_every: 0}}
+""")
+    run(load_recipe(tmp_path / "recipe.yaml"), tmp_path)
+    stage = tmp_path / "spoilt" / "core"
+    assert json.loads((stage / "stage.json").read_text())["done"]
+    found = [json.loads(line)["file"] for line in (stage / "bad_files.jsonl").read_text().splitlines()]
+    assert sorted(found) == sorted(expected.bad)
+    assert f"{len(expected.bad)} bad files skipped" in capsys.readouterr().err
 
 
 def test_the_stream_is_the_same_with_workers_and_from_the_middle(case: tuple[Path, Case]) -> None:

@@ -291,7 +291,7 @@ class Training:
     def _compile(self) -> None:
         if self.settings.compile:
             for module in self.objective.modules.values():
-                module.compile()
+                module.compile(dynamic=False)  # few shapes; the dynamic ones fail on a CPU (torch 2.13)
 
     def _report(self, log: Log, meter: monitor.Meter) -> None:
         values = self.means.read() | {"lr": self.optimizers[next(iter(self.optimizers))][0].param_groups[0]["lr"]}
