@@ -1,7 +1,7 @@
 """What a stage will need, before anything is allocated: parameters, FLOPs, memory, time.
 
 Networks are run, forward and backward, on fake tensors: every operation happens, none of them on data. The core's
-blocks are all alike, so two shallow cores are run and the rest follows by proportion.
+blocks are all alike: a network is run with one of them, and one is run alone for all the others.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -23,6 +23,7 @@ from pixelgrow.flops import FORMULAS
 from pixelgrow.growth import grown_config
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.config import CoreConfig, NetConfig
+from pixelgrow.models.core import Context
 from pixelgrow.models.sizes import core_config, shallow_uvit
 from pixelgrow.models.uvit import UViT
 from pixelgrow.recipe import Recipe, is_folder, read_recipe
@@ -87,70 +88,82 @@ def network_cost(
 
     tokens: of a caption. bf16: under autocast, as on a GPU; weights, gradients and optimizer stay fp32.
     """
-    depth = config.core.depth
-    low, high = (_measure(_shallow(config, d), settings, frozen and _shallow(frozen, d), tokens, bf16) for d in (1, 2))
-
-    def at(value: Callable[[_Measured], float]) -> int:
-        return round(value(low) + (depth - 1) * (value(high) - value(low)))
-
-    weights, training = at(lambda m: m.weights), at(lambda m: m.training)
-    state = at(lambda m: m.optimizer)
-    activations = at(lambda m: m.activations)
-    transient = max(m.peak - max(m.activations, m.training) for m in (low, high))
+    whole, block, core = _measure(config, settings, frozen, tokens, bf16)
+    more = config.core.depth - 1
+    weights = whole.weights + more * block.weights
+    training = whole.training + more * block.training
+    state = whole.optimizer + more * block.optimizer
+    activations = whole.activations + more * block.activations
     averages = training * len(settings.ema)
+    transient = whole.peak - max(whole.activations, whole.training)
     peak = weights + state + averages + max(activations, training) + transient
-    core = at(lambda m: m.core)
+    core += more * block.weights // 4
     return Cost(
         parameters={"core": core, "levels": weights // 4 - core, "training": training // 4},
-        forward=at(lambda m: m.forward) / settings.micro_batch,
-        backward=at(lambda m: m.backward) / settings.micro_batch,
+        forward=(whole.forward + more * block.forward) / settings.micro_batch,
+        backward=(whole.backward + more * block.backward) / settings.micro_batch,
         memory=Memory(weights, training, state, averages, activations, peak),
     )
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """Of one network: parameters of the core; bytes of all weights, of those that train, of optimizer, live; FLOPs."""
+    """Bytes of all weights, of those that train, of the optimizer, and live; FLOPs of a micro-batch."""
 
-    core: int
     weights: int
     training: int
     optimizer: int
     activations: int
     peak: int
-    forward: float
-    backward: float
-
-
-def _shallow(config: NetConfig, depth: int) -> NetConfig:
-    return config.model_copy(update={"core": config.core.model_copy(update={"depth": depth})})
+    forward: int
+    backward: int
 
 
 def _measure(
     config: NetConfig, settings: TrainSettings, frozen: NetConfig | None, tokens: int, bf16: bool
-) -> _Measured:
+) -> tuple[_Measured, _Measured, int]:
+    """A network with one block in its core; such a block alone; and the parameters of that core."""
+    batch = settings.micro_batch
     with FakeTensorMode():
-        denoiser = Denoiser(UViT(config))
+        denoiser = Denoiser(UViT(_shallow(config)))
+        net = denoiser.net
         if frozen is not None:
-            kept = {n: t.shape for n, t in UViT(frozen).state_dict().items()}
-            for name, p in denoiser.net.named_parameters():
+            kept = {n: t.shape for n, t in UViT(_shallow(frozen)).state_dict().items()}
+            for name, p in net.named_parameters():
                 p.requires_grad_(kept.get(name) != p.shape)
         if settings.activation_checkpointing:
             recompute_blocks(denoiser)
-        cond = _cond(config.core, settings.micro_batch, tokens)
-        run = step_cost(denoiser, cond, settings.micro_batch, bf16=bf16)
-        trained = [p for p in denoiser.parameters() if p.requires_grad]
-        slots = [1 if settings.optimizer == "muon" and p.ndim == 2 else 2 for p in trained]
-        return _Measured(
-            core=sum(p.numel() for p in denoiser.net.core.parameters()),
-            weights=4 * sum(p.numel() for p in denoiser.parameters()),
-            training=4 * sum(p.numel() for p in trained),
-            optimizer=4 * sum(n * p.numel() for n, p in zip(slots, trained, strict=True)),
-            **run,
+        cond = _cond(config.core, batch, tokens)
+        block = net.core.blocks[0]
+        trains, entered = (next(m.parameters()).requires_grad for m in (block, net.entry))
+        grid = (config.core_resolution // config.core_stride) ** 2
+        x = torch.zeros(batch, grid, config.core.width, requires_grad=entered or trains)
+        seen = net.core.embed(torch.zeros(batch), cond)
+        ctx = Context(*(t.detach().requires_grad_(trains) for t in (seen.vec, seen.modulation, seen.text)), seen.bias)
+        return (
+            _measured(denoiser, settings, step_cost(denoiser, cond, batch, bf16=bf16)),
+            _measured(block, settings, _run(lambda: block(x, ctx), bf16)),
+            sum(p.numel() for p in net.core.parameters()),
         )
 
 
-def step_cost(denoiser: Denoiser, cond: Cond, batch: int, *, bf16: bool = False) -> dict[str, Any]:
+def _shallow(config: NetConfig) -> NetConfig:
+    return config.model_copy(update={"core": config.core.model_copy(update={"depth": 1})})
+
+
+def _measured(module: nn.Module, settings: TrainSettings, run: dict[str, int]) -> _Measured:
+    parameters = list(module.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    slots = [1 if settings.optimizer == "muon" and p.ndim == 2 else 2 for p in trained]
+    return _Measured(
+        weights=4 * sum(p.numel() for p in parameters),
+        training=4 * sum(p.numel() for p in trained),
+        optimizer=4 * sum(n * p.numel() for n, p in zip(slots, trained, strict=True)),
+        **run,
+    )
+
+
+def step_cost(denoiser: Denoiser, cond: Cond, batch: int, *, bf16: bool = False) -> dict[str, int]:
     """Run one loss forward and backward: FLOPs of both ways, bytes live between them and at the peak.
 
     Works on fake tensors and on real ones alike. Bytes are of tensors made on the way, gradients included.
@@ -158,13 +171,18 @@ def step_cost(denoiser: Denoiser, cond: Cond, batch: int, *, bf16: bool = False)
     side = denoiser.resolution
     x = torch.zeros(batch, 3, side, side)
     sigma, weights = torch.ones(batch), torch.ones(batch)
+    return _run(lambda: loss(denoiser, x, sigma, torch.zeros_like(x), cond, weights).mean(), bf16)
+
+
+def _run(work: Callable[[], Tensor], bf16: bool) -> dict[str, int]:
+    """`work` forward and, where there is something to train, backward."""
     with Live() as live:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-            error = loss(denoiser, x, sigma, torch.zeros_like(x), cond, weights).mean()
-        activations, forward = live.now, live.flops
-        error.backward()
-    backward = live.flops - forward
-    return {"activations": activations, "peak": live.peak, "forward": forward, "backward": backward}
+            out = work()
+        activations, forward = live.now if out.requires_grad else 0, live.flops
+        if out.requires_grad:
+            out.sum().backward()
+    return {"activations": activations, "peak": live.peak, "forward": forward, "backward": live.flops - forward}
 
 
 def _cond(core: CoreConfig, batch: int, tokens: int) -> Cond:
