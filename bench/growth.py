@@ -34,7 +34,7 @@ from pixelgrow.recipe_spec import Recipe
 from pixelgrow.run import run
 from pixelgrow.training.stopping import Interrupted
 
-NOISE = {"mean": -0.4, "std": 1.2}  # of the recipe of the model that the package carries
+NOISE = {"mean": -0.4, "std": 1.2}
 
 
 def recipe(seed: int, plan: Plan, args: argparse.Namespace) -> Recipe:
@@ -141,7 +141,10 @@ def main(argv: list[str] | None = None) -> None:
             return
         if not args.summary:
             execute(plan, args)
-        print("\n" + summarize(plan, args.root, args.seeds, args.figures))
+        text, met = summarize(plan, args.root, args.seeds, args.figures)
+        print("\n" + text)
+        if not met:
+            sys.exit("bench growth: a target is missed")
     except UserError as error:
         sys.exit(f"bench growth: {error}")
     except Interrupted as stopped:

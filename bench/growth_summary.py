@@ -76,8 +76,9 @@ def fractions(curves: Mapping[str, Curve], plan: Plan, level: str = "mean") -> d
 # --- what is written --------------------------------------------------------------------------------------------------
 
 
-def summarize(plan: Plan, root: Path, seeds: int, figures: Path) -> str:
-    """Tables of the seeds that are whole, as Markdown; writes `root/results.json` and two figures."""
+def summarize(plan: Plan, root: Path, seeds: int, figures: Path) -> tuple[str, bool]:
+    """Tables of the seeds that are whole, as Markdown, and whether every target is met; writes `root/results.json` and
+    two figures."""
     accuracy, curves = [], []
     for seed in range(seeds):
         files = {name: root / f"seed{seed}-checker" / name / "metrics.json" for name in plan.regimes}
@@ -100,7 +101,10 @@ def summarize(plan: Plan, root: Path, seeds: int, figures: Path) -> str:
     plot(curves, plan, ["mean"], figures / "growth.png")
     plot(curves, plan, LEVELS[1:], figures / "growth_by_noise.png")
     parts = [error_table(curves), accuracy_table(accuracy), fraction_table(curves, plan)]
-    return "\n\n".join(part for part in parts if part)
+    met = all(
+        share is not None and share <= TARGETS[other] for of in curves for other, share in fractions(of, plan).items()
+    )
+    return "\n\n".join(part for part in parts if part), met
 
 
 def error_table(curves: Sequence[Mapping[str, Curve]]) -> str:

@@ -323,6 +323,8 @@ def main(argv: list[str] | None = None) -> None:
         print("\n" + table(results))
     if args.figures:
         plot(results, args.figures / "throughput.png")
+    if missed := [r["case"] for r in results if r["target"] is not None and r["share"] < r["target"]]:
+        sys.exit(f"below their targets: {', '.join(missed)}")
 
 
 def _shared(args: argparse.Namespace) -> list[str]:

@@ -138,4 +138,20 @@ def test_frozen_means_no_gradient() -> None:
 @pytest.mark.parametrize("to", [16, 24, 48, 8])
 def test_growth_by_no_power_of_two_is_one_line(to: int) -> None:
     with pytest.raises(UserError, match="powers of two"):
-        grown_config(shallow().net.config, to, "preserve")
+        grow(shallow(), to, images=held_out(2, to), cond=cond(2))
+
+
+@pytest.mark.parametrize("patch", [3, 16])
+@pytest.mark.parametrize("init", ["preserve", "random"])
+def test_a_patch_that_does_not_fit_is_one_line(patch: int, init: str) -> None:
+    with pytest.raises(UserError, match=f"patch {patch} does not fit a growth to 32 px"):
+        grown_config(shallow().net.config, 32, init, patch=patch)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("patch", [1, 2, 4])
+@pytest.mark.parametrize("to", [32, 64])
+def test_patches_that_fit_run(patch: int, to: int) -> None:
+    for init in ("preserve", "random"):
+        denoiser = Denoiser(UViT(grown_config(shallow().net.config, to, init, patch=patch)))  # type: ignore[arg-type]
+        x = torch.zeros(2, 3, to, to)
+        assert denoiser(x, torch.ones(2), cond(2)).shape == x.shape

@@ -287,6 +287,8 @@ def test_growth_in_steps_is_one_identity(regimes: Path) -> None:
     growth = json.loads((regimes / "twice" / "growth.json").read_text())
     assert growth["resolution"] == [16, 64]
     assert len(growth["loaded"]) == len(load_file(regimes / "core" / WEIGHTS))
+    assert growth["frozen"] == growth["loaded"]
+    assert growth["before"] == pytest.approx(growth["after"])
 
 
 def test_a_parent_of_another_text_encoder_is_refused(regimes: Path) -> None:

@@ -267,12 +267,12 @@ def test_killed_at_random_moments_ends_with_the_same_bytes(tmp_path: Path) -> No
 
 
 def test_half_precision_and_compiling_are_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled: list[torch.nn.Module] = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compiled.append(module))
+    compiled: list[tuple[torch.nn.Module, bool]] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, dynamic: compiled.append((module, dynamic)))
     half, full = toy.Toy(), toy.Toy()
     a = toy.weights(half, toy.run(tmp_path / "a", half, precision="bf16", compile=True))
     b = toy.weights(full, toy.run(tmp_path / "b", full))
-    assert compiled == [half.modules["net"]]
+    assert compiled == [(half.modules["net"], False)]
     assert all(t.dtype == b[n].dtype for n, t in a.items())
     assert not torch.equal(a["0.weight"], b["0.weight"])
     torch.testing.assert_close(a["0.weight"], b["0.weight"], atol=0.02, rtol=0)

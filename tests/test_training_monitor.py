@@ -174,7 +174,3 @@ def test_denormals_are_flushed_in_every_thread() -> None:
     assert cpu.flush_denormals() >= 1
     assert int((x * 1.0).count_nonzero()) == 0
     cpu.flush_denormals(False)
-
-
-def test_the_allocator_takes_its_settings() -> None:
-    assert isinstance(cpu.tune_allocator(), bool)

@@ -53,7 +53,7 @@ def grown_config(
     """The network that `config` grows into at `to` pixels, any power of two above its resolution.
 
     `patch`: pixels per cell of the new top map; default half the core's stride for `preserve`, which draws details
-    alone, and the core's stride otherwise. Nobody says; ours.
+    alone, and the core's stride otherwise. Nobody says; ours. Raises UserError if `to` or `patch` do not fit.
     """
     factor = to // config.resolution if config.resolution else 0
     if to % config.resolution or factor < 2 or factor & (factor - 1):
@@ -72,6 +72,9 @@ def grown_config(
         patch = first.patch if kept else patch or config.core_stride
     else:
         patch = patch or max(1, config.core_stride // 2)
+    coarsest = 2 * (config.rungs[-1].patch if init == "preserve" else config.core_stride)  # the map that it stands on
+    if patch & (patch - 1) or patch > coarsest:
+        raise UserError(f"patch {patch} does not fit a growth to {to} px: choose a power of two up to {coarsest}")
     sides = [below * 2**i for i in range(1, (to // below).bit_length())]
     new = tuple(level(config.size, side, (side // patch // grid).bit_length() - 1, blocks) for side in sides)
     if init == "preserve":
@@ -102,8 +105,11 @@ def grow(
     `scratch` has the shape of `random` and loads nothing: the baseline. New tensors are a function of `seed`.
     Raises UserError if `to` is no power of two above the parent's resolution.
     """
+    config = grown_config(parent.net.config, to, init, patch=patch, blocks=blocks)
     k = to // parent.resolution
-    config = grown_config(parent.net.config, to, init, patch=patch, blocks=blocks, detail_std=detail_std(images, k))
+    if init == "preserve":
+        new = config.rungs[-1].model_copy(update={"detail_std": detail_std(images, k)})
+        config = config.model_copy(update={"rungs": (*config.rungs[:-1], new)})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.seed_of(seed, "growth", to))
         net = UViT(config).to(next(parent.net.parameters()))

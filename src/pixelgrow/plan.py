@@ -96,7 +96,9 @@ def network_cost(
     activations = whole.activations + more * block.activations
     averages = training * len(settings.ema)
     transient = whole.peak - max(whole.activations, whole.training)
-    peak = weights + state + averages + max(activations, training) + transient
+    # The gradients of one micro-batch are there while the next one's activations are made.
+    held = activations + training if settings.accumulate > 1 else max(activations, training)
+    peak = weights + state + averages + held + transient
     core += more * block.weights // 4
     return Cost(
         parameters={"core": core, "levels": weights // 4 - core, "training": training // 4},

@@ -152,6 +152,7 @@ def _growth(folder: Path) -> str:
         ["loaded", f"{len(growth['loaded'])}", f"{growth['parameters']['loaded']:,}"],
         ["new", f"{len(growth['new'])}", f"{growth['parameters']['new']:,}"],
         ["dropped", f"{len(growth['dropped'])}", ""],
+        ["frozen", f"{len(growth['frozen'])}", ""],
     ]
     before, after = ({float(k): v for k, v in growth[k].items()} for k in ("before", "after"))
     trained = {float(k.partition("/")[2]): v for k, v in _last_validation(folder / "log.jsonl").items()}

@@ -10,7 +10,8 @@ from typing import Any
 from pixelgrow import checkpoint
 from pixelgrow.diffusion import Denoiser
 from pixelgrow.growth import freeze, grow
-from pixelgrow.models.layers import box_down
+from pixelgrow.heldout import denoising_error
+from pixelgrow.models.layers import box_down, up_nearest
 from pixelgrow.recipe_spec import GrowStage
 from pixelgrow.sampling import sample
 from pixelgrow.stages.materials import Materials
@@ -76,6 +77,7 @@ def make_start(stage: GrowStage, parent: Parent, folder: Path, materials: Materi
         )
         reports.append(report)
     last = reports[-1]
+    k = side // before.resolution
     kept = set(last.loaded).intersection(*(r.loaded for r in reports)) if stage.init != "scratch" else set()
     names = list(model.net.state_dict())
     summary = last.to_dict() | {
@@ -83,7 +85,14 @@ def make_start(stage: GrowStage, parent: Parent, folder: Path, materials: Materi
         "loaded": [n for n in names if n in kept],
         "new": [n for n in names if n not in kept],
         "dropped": [n for n in before.net.state_dict() if n not in kept],
-        "before": reports[0].before,
+        "before": denoising_error(
+            lambda x, sigma, c: up_nearest(before(box_down(x, k), sigma / k, c), k),
+            images,
+            cond,
+            scale=model.noise_scale,
+            seed=materials.recipe.seed,
+        ),
+        "frozen": [] if stage.trains_core else [n for n in names if n in kept],
         "parameters": _counted(model, kept),
     }
     for name, denoiser in (("before", before), ("after", model)):
@@ -100,7 +109,7 @@ def make_start(stage: GrowStage, parent: Parent, folder: Path, materials: Materi
 def describe(growth: dict[str, Any]) -> str:
     """The growth in a few lines, for the terminal."""
     low, high = growth["resolution"]
-    counts = ", ".join(f"{len(growth[k])} {k}" for k in ("loaded", "new", "dropped"))
+    counts = ", ".join(f"{len(growth[k])} {k}" for k in ("loaded", "new", "dropped", "frozen") if k in growth)
     size = growth["parameters"]
     lines = [
         f"grown from {low} to {high} px ({growth['init']}): {counts} tensors; "

@@ -290,6 +290,9 @@ class Training:
 
     def _compile(self) -> None:
         if self.settings.compile:
+            import torch._dynamo.config as dynamo
+
+            dynamo.recompile_limit = max(dynamo.recompile_limit, 64)  # of captions' lengths, in training and drawing
             for module in self.objective.modules.values():
                 module.compile(dynamic=False)  # few shapes; the dynamic ones fail on a CPU (torch 2.13)
 
