@@ -159,7 +159,7 @@ def test_half_precision_trains_the_real_network() -> None:
     terms.loss.backward()
     assert all(p.grad.dtype == torch.float32 for p in denoiser.parameters() if p.grad is not None)
     full = DenoiseObjective(denoiser, Labels(), TrainSettings(images=8, batch=8), seed=0).loss(next(stream(8, 8)(0)))
-    assert float(terms.loss) == pytest.approx(float(full.loss), rel=0.05)
+    assert terms.loss.item() == pytest.approx(full.loss.item(), rel=0.05)
 
 
 def test_the_loss_of_a_sample_depends_on_its_index_alone() -> None:
