@@ -28,6 +28,10 @@ def config_of(d: Denoiser) -> CheckpointConfig:
     return CheckpointConfig(network=d.net.config, diffusion=d.config, text={"encoder": "minilm", "max_tokens": 8})
 
 
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(checkpoint.load(folder)[0].net.state_dict())
+
+
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     d = model()
@@ -94,6 +98,33 @@ def test_damage_is_one_line_that_names_the_file(saved: Path, damage) -> None:  #
     with pytest.raises(UserError, match=message) as caught:
         checkpoint.load(saved)
     assert "\n" not in str(caught.value) and str(saved) in str(caught.value)
+
+
+def test_nothing_but_a_checkpoint_is_ever_replaced(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = model(1)
+    notes = saved / "notes.txt"
+    notes.write_text("mine")
+    file, nested, link = (saved.parent / name for name in ("file", "runs", "link"))
+    file.write_text("mine")
+    (nested / "demo").mkdir(parents=True)
+    link.symlink_to(saved)
+    monkeypatch.chdir(saved)
+    for target, words in (
+        (saved, "holds notes.txt"), (file, "is a file or a link"), (link, "is a file or a link"),
+        (nested, "holds demo"), (Path("."), "a folder with a name"), (Path(".."), "a folder with a name"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=words) as caught:
+            checkpoint.save(target, other, config_of(other))
+        assert "\n" not in str(caught.value)
+    assert notes.read_text() == file.read_text() == "mine" and (nested / "demo").is_dir()
+    notes.unlink()
+    checkpoint.save(saved, other, config_of(other))
+    (saved.parent / "empty").mkdir()
+    checkpoint.save(saved.parent / "empty", other, config_of(other))
+    assert all(
+        torch.equal(*pair)
+        for pair in zip(*(w.values() for w in map(weights, (saved, saved.parent / "empty"))), strict=True)
+    )
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,6 +83,8 @@ def test_help_is_quick_and_leaves_torch_alone() -> None:
         (["sample", "MODEL", "--prompts", "nowhere.txt"], "--prompts nowhere.txt: cannot be read"),
         (["grow", "MODEL", "--to", "24", "-o", "out"], "cannot grow from 16 to 24 px"),
         (["grow", "MODEL", "--to", "32", "-o", "MODEL"], "holds a checkpoint already"),
+        (["grow", "MODEL", "--to", "32", "-o", "."], "cannot be written to '.'"),
+        (["grow", "MODEL", "--to", "32", "-o", "images"], "images holds 0 and 2 more"),
         (["grow", "MODEL", "--to", "32", "-o", "out", "--init", "magic"], "expected one of preserve, random, scratch"),
     ],
 )

@@ -41,12 +41,27 @@ class CheckpointConfig(BaseModel):
     sha256: str = ""
 
 
+def check_target(folder: Path) -> None:
+    """Raise UserError unless a checkpoint may be written to `folder`: whatever else it held would be deleted."""
+    remedy = "name a new or empty folder, or one that holds a checkpoint alone"
+    if folder.name in ("", ".."):
+        raise UserError(f"a checkpoint cannot be written to {str(folder)!r}: expected a folder with a name; {remedy}")
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise UserError(f"a checkpoint cannot be written to {folder}: it is a file or a link, not a folder; {remedy}")
+    if folder.is_dir():
+        others = sorted(p.name for p in folder.iterdir() if p.name not in (WEIGHTS, CONFIG, CARD) or p.is_dir())
+        if others:
+            more = f" and {len(others) - 1} more" if others[1:] else ""
+            raise UserError(f"{folder} holds {others[0]}{more}, which a checkpoint there would replace; {remedy}")
+
+
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its place when the block ends well, and vanishes when it does not.
 
-    A kill or a full disk at any moment leaves the previous folder usable.
+    A kill or a full disk at any moment leaves the previous folder usable. Raises UserError if that is no checkpoint's.
     """
+    check_target(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:

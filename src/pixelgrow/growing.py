@@ -24,6 +24,7 @@ def grow_checkpoint(name: str, to: int, out: Path, *, source: str, init: str, se
         raise UserError(f"--init {init!r}: expected one of {', '.join(get_args(Init))}")
     if (out / checkpoint.CONFIG).exists():
         raise UserError(f"{out} holds a checkpoint already: name another folder, or delete it")
+    checkpoint.check_target(out)
     model = Model.from_pretrained(name)
     spec = {"source": source} | ({"split": "heldout"} if source == "scenes" else {})
     batch = take(open_source(spec), WATCHED, (to, to))
