@@ -48,6 +48,10 @@ def test_round_trip_is_exact(saved: Path) -> None:
     assert sorted(p.name for p in saved.parent.iterdir()) == ["c"]
 
 
+def test_all_files_of_a_checkpoint_may_be_read_by_those_who_may_read_one(saved: Path) -> None:
+    assert len({p.stat().st_mode for p in saved.iterdir()}) == 1
+
+
 def damage_truncate(folder: Path) -> str:
     path = folder / checkpoint.WEIGHTS
     path.write_bytes(path.read_bytes()[:1000])
@@ -84,6 +88,25 @@ def damage_shape(folder: Path) -> str:
     return "does not fit its config.json"
 
 
+def damage_width(folder: Path) -> str:
+    raw = json.loads((folder / checkpoint.CONFIG).read_text())
+    raw["network"]["core"]["text_dim"] = 16
+    (folder / checkpoint.CONFIG).write_text(json.dumps(raw))
+    return r"0 tensors missing, 0 unknown; the first to differ is core\..*8.*expected .*16"
+
+
+def damage_unreadable_weights(folder: Path) -> str:
+    (folder / checkpoint.WEIGHTS).unlink()
+    (folder / checkpoint.WEIGHTS).mkdir()  # as unreadable as a file without permission, to root too
+    return "model.safetensors cannot be read"
+
+
+def damage_unreadable_config(folder: Path) -> str:
+    (folder / checkpoint.CONFIG).unlink()
+    (folder / checkpoint.CONFIG).mkdir()
+    return "config.json cannot be read"
+
+
 def damage_none(folder: Path) -> str:
     (folder / checkpoint.CONFIG).unlink()
     return "is not a checkpoint"
@@ -91,7 +114,18 @@ def damage_none(folder: Path) -> str:
 
 @pytest.mark.parametrize(
     "damage",
-    [damage_truncate, damage_flip, damage_missing, damage_json, damage_bytes, damage_shape, damage_none],
+    [
+        damage_truncate,
+        damage_flip,
+        damage_missing,
+        damage_json,
+        damage_bytes,
+        damage_shape,
+        damage_width,
+        damage_unreadable_weights,
+        damage_unreadable_config,
+        damage_none,
+    ],
 )
 def test_damage_is_one_line_that_names_the_file(saved: Path, damage) -> None:  # type: ignore[no-untyped-def]
     message = damage(saved)

@@ -106,6 +106,7 @@ def save(folder: Path, denoiser: Denoiser, config: CheckpointConfig, card: str =
         )
         (temporary / CONFIG).write_text(full.model_dump_json(indent=2) + "\n")
         (temporary / CARD).write_text(card or model_card(full))
+        (temporary / WEIGHTS).chmod((temporary / CONFIG).stat().st_mode & 0o777)  # safetensors lets nobody else read
     return digest
 
 
@@ -120,6 +121,8 @@ def read_config(folder: Path) -> CheckpointConfig:
     except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as e:
         reason = str(e).splitlines()[0]
         raise UserError(f"{path} is damaged or of another version ({reason}); copy the checkpoint again") from None
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror}): expected a file you may read; correct it") from None
 
 
 def read_tensors(folder: Path, digest: str = "") -> dict[str, torch.Tensor]:
@@ -133,6 +136,8 @@ def read_tensors(folder: Path, digest: str = "") -> dict[str, torch.Tensor]:
         raise UserError(f"{path} is missing: the checkpoint is not whole; copy or train it again") from None
     except safetensors.SafetensorError as e:
         raise UserError(f"{path} is damaged ({e}); copy or train it again") from None
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror}): expected a file you may read; correct it") from None
 
 
 def load(folder: Path | str, device: torch.device | str = "cpu") -> tuple[Denoiser, CheckpointConfig]:
@@ -142,12 +147,15 @@ def load(folder: Path | str, device: torch.device | str = "cpu") -> tuple[Denois
     tensors = read_tensors(folder, config.sha256)
     with torch.device("meta"):
         net = UViT(config.network)
-    wanted, got = set(net.state_dict()), set(tensors)
+    wanted = {n: tuple(t.shape) for n, t in net.state_dict().items()}
+    got = {n: tuple(t.shape) for n, t in tensors.items()}
     if wanted != got:
-        odd = sorted(wanted ^ got)
+        missing, unknown = wanted.keys() - got.keys(), got.keys() - wanted.keys()
+        odd = min(n for n in wanted.keys() | got.keys() if wanted.get(n) != got.get(n))
         raise UserError(
-            f"{folder / WEIGHTS} does not fit its {CONFIG}: {len(wanted - got)} tensors missing, {len(got - wanted)} "
-            f"unknown, the first is {odd[0]}; copy the checkpoint again"
+            f"{folder / WEIGHTS} does not fit its {CONFIG}: {len(missing)} tensors missing, {len(unknown)} unknown; "
+            f"the first to differ is {odd}, got {got.get(odd, 'none')}, expected {wanted.get(odd, 'none')}; copy the "
+            "checkpoint again"
         )
     net.load_state_dict(tensors, strict=True, assign=True)
     return Denoiser(net, config.diffusion).to(device).eval(), config

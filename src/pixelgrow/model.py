@@ -141,7 +141,7 @@ class Model:
         return DEFAULTS | self.config.sampling | {k: v for k, v in given.items() if v is not None}
 
     def save_pretrained(self, folder: Path | str) -> None:
-        """Write the checkpoint folder, in the place of a checkpoint that is there; UserError if it holds other files."""
+        """Write the checkpoint folder, in the place of a checkpoint there; UserError if it holds other files."""
         checkpoint.save(Path(folder), self.denoiser, self.config)
 
     def push_to_hub(self, repo: str, *, private: bool = False) -> str:
