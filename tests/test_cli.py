@@ -74,6 +74,10 @@ def test_help_is_quick_and_leaves_torch_alone() -> None:
         (["sample", "nowhere", "a"], "nowhere is not a checkpoint"),
         (["info", "nowhere"], "nowhere is not a checkpoint"),
         (["plan"], "expected a recipe or --size"),
+        (["plan", "smoke", "--rate", "0"], "Invalid value for '--rate'"),
+        (["run", "smoke", "--runs", "FILE"], "cannot write FILE/smoke: Not a directory"),
+        (["data", "images", "--sheet", "images"], "cannot write images: Is a directory"),
+        (["data", "images", "--sheet", "FILE/x.png"], "cannot write FILE/x.png: File exists"),
         (["plan", "--size", "giant"], "got 'giant', expected one of tiny, small"),
         (["data", "nowhere"], "nowhere: no such folder or file"),
         (["sample", "MODEL", "1", "--size", "16"], "--size '16': expected HEIGHTxWIDTH"),
@@ -89,8 +93,10 @@ def test_help_is_quick_and_leaves_torch_alone() -> None:
     ],
 )
 def test_a_mistake_is_one_line(words: list[str], expected: str, model: Path, run_cli: RunCli, tmp_path: Path) -> None:
+    (tmp_path / "FILE").write_text("")
+    class_folder(tmp_path)
     if words[0] == "grow":  # class labels: scenes' captions are none
-        words = [*words, "--data", str(class_folder(tmp_path))]
+        words = [*words, "--data", "images"]
     result = run_cli(*(str(model) if w == "MODEL" else w for w in words), cwd=tmp_path)
     assert result.code == 2
     assert result.err.startswith("pixelgrow: ")

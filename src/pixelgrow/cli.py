@@ -17,7 +17,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 Set = Annotated[list[str] | None, typer.Option("--set", help="a.b=value, such as stages.core.images=1000; repeatable.")]
 Runs = Annotated[Path, typer.Option("--runs", help="The folder of all runs.")]
-Rate = Annotated[float | None, typer.Option("--rate", help="FLOP/s that training achieves; else measured here.")]
+Rate = Annotated[float | None, typer.Option("--rate", min=1, help="FLOP/s that training achieves; else measured here.")]
 Checkpoint = Annotated[str, typer.Argument(help="A folder of a checkpoint or stage, a built-in model, a hub name.")]
 Recipe = Annotated[str, typer.Argument(help="A recipe's file, or the name of one that the package carries.")]
 

@@ -16,7 +16,7 @@ from PIL import Image, PngImagePlugin
 from pixelgrow import __version__
 from pixelgrow.errors import UserError
 from pixelgrow.model import Model, find
-from pixelgrow.training.state import writing
+from pixelgrow.writing import writing
 
 GAP = 2  # pixels between the pictures of a grid
 logger = logging.getLogger(__name__)

@@ -14,6 +14,7 @@ from pixelgrow.errors import UserError
 from pixelgrow.growth import Init, grow
 from pixelgrow.model import Model, find
 from pixelgrow.stages.grow import describe
+from pixelgrow.writing import writing
 
 WATCHED = 64  # images that both models are measured on
 
@@ -41,5 +42,6 @@ def grow_checkpoint(name: str, to: int, out: Path, *, source: str, init: str, se
     entry = {"verb": "grow", "init": init, "from": model.resolution, "to": to, "tensors": counts}
     entry |= {"parent": model.config.sha256, "of": str(find(name))}
     config = model.config.model_copy(update={"lineage": [*model.config.lineage, entry]})
-    checkpoint.save(out, child, config)
+    with writing(out):
+        checkpoint.save(out, child, config)
     return describe(report.to_dict()) + f"\nwritten to {out}"

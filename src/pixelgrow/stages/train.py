@@ -26,7 +26,7 @@ from pixelgrow.training import loop
 from pixelgrow.training.denoise import DenoiseObjective, validation_hook
 from pixelgrow.training.monitor import grid_hook
 from pixelgrow.training.settings import TrainSettings
-from pixelgrow.training.state import writing
+from pixelgrow.writing import writing
 
 CHECKPOINT = "checkpoint"
 WATCHED = 64  # held-out images of the validation loss

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pixelgrow.flops import counted
 from pixelgrow.training.objective import Objective
-from pixelgrow.training.state import writing
+from pixelgrow.writing import writing
 
 
 @dataclass(frozen=True)
