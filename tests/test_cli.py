@@ -83,7 +83,8 @@ def test_help_is_quick_and_leaves_torch_alone() -> None:
         (["sample", "MODEL", "1", "--size", "16"], "--size '16': expected HEIGHTxWIDTH"),
         (["sample", "MODEL", "1", "--size", "16x15"], "size 16x15 does not fit"),
         (["sample", "MODEL", "1", "--sampler", "euler"], "sampler 'euler' does not exist"),
-        (["sample", "MODEL", "1", "-o", "picture.jpg", "--grid"], "a grid is one PNG"),
+        (["sample", "MODEL", "1", "-o", "folder", "--grid"], "a grid is one PNG"),
+        (["sample", "MODEL", "1", "-o", "picture.jpg"], "expected a name that ends in .png, or a folder's"),
         (["sample", "MODEL", "--prompts", "nowhere.txt"], "--prompts nowhere.txt: cannot be read"),
         (["grow", "MODEL", "--to", "24", "-o", "out"], "cannot grow from 16 to 24 px"),
         (["grow", "MODEL", "--to", "32", "-o", "MODEL"], "holds a checkpoint already"),
@@ -137,6 +138,19 @@ def test_sample_writes_single_files_that_the_grid_holds(model: Path, run_cli: Ru
         single = np.asarray(Image.open(tmp_path / name))
         assert single.shape == (16, 24, 3)
         assert (grid[:, 26 * i : 26 * i + 24] == single).all()
+
+
+@pytest.mark.parametrize("out", ["FILE/grid.png", "FILE", "folder.png"])
+def test_where_pictures_go_is_tested_before_they_are_drawn(
+    model: Path, run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    (tmp_path / "FILE").write_text("")
+    (tmp_path / "folder.png").mkdir()
+    drawn: list[object] = []
+    monkeypatch.setattr("pixelgrow.model.Model.sample", lambda *_, **__: drawn.append(1))
+    result = run_cli("sample", model, "0", "-o", out, cwd=tmp_path)
+    assert (result.code, drawn, len(result.err.splitlines())) == (2, [], 1)
+    assert out in result.err
 
 
 def test_info(model: Path, run_cli: RunCli) -> None:

@@ -7,6 +7,7 @@ import logging
 import math
 import re
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,12 +46,16 @@ def draw(request: Request) -> list[Path]:
     if not prompts:
         raise UserError("no prompt was given: write one after the checkpoint, or name a file with --prompts")
     size = None if request.size is None else parse_size(request.size)
-    single = request.grid is False or (request.grid is None and request.out.suffix.lower() != ".png")
-    if not single and request.out.suffix.lower() != ".png":
+    png = request.out.suffix.lower() == ".png"
+    if not png and request.out.suffix.lower() in Image.registered_extensions():
+        raise UserError(f"--out {request.out}: pictures are PNGs; expected a name that ends in .png, or a folder's")
+    single = request.grid is False or (request.grid is None and not png)
+    if not single and not png:
         raise UserError(f"--out {request.out}: a grid is one PNG; expected a name that ends in .png, or --single")
-    folder = request.out if request.out.suffix.lower() != ".png" else request.out.parent
+    folder = request.out.parent if png else request.out
     model = Model.from_pretrained(request.checkpoint)
     guide = None if request.guide is None else Model.from_pretrained(request.guide)
+    _check_writable(request.out, folder, single)  # now, not when the pictures are drawn
     each = [p for p in prompts for _ in range(request.n)]
     pictures = model.sample(
         each, seed=request.seed, size=size, guide=guide, batch=request.batch, progress=_progress, **request.settings
@@ -65,18 +70,26 @@ def draw(request: Request) -> list[Path]:
     }
     with writing(request.out):
         if not single:
-            folder.mkdir(parents=True, exist_ok=True)
             sheet = contact(pictures, columns=request.n if request.n > 1 else math.ceil(math.sqrt(len(pictures))))
             _save(sheet, request.out, facts | {"prompts": each})
             return [request.out]
-        folder.mkdir(parents=True, exist_ok=True)
-        stem = request.out.stem + "-" if request.out.suffix.lower() == ".png" else ""
+        stem = request.out.stem + "-" if png else ""
         paths = []
         for i, (picture, prompt) in enumerate(zip(pictures, each, strict=True)):
             path = folder / f"{stem}{i:04d}-{_slug(prompt)}.png"
             _save(picture, path, facts | {"prompt": prompt, "index": i})
             paths.append(path)
         return paths
+
+
+def _check_writable(out: Path, folder: Path, single: bool) -> None:
+    """Make `folder` and see that files can be written to it; UserError if not, or if a grid's name is a folder's."""
+    with writing(out):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    if not single and out.is_dir():
+        raise UserError(f"--out {out}: that is a folder; expected the name of a PNG to write, or --single")
 
 
 def parse_size(text: str) -> tuple[int, int]:
