@@ -19,6 +19,7 @@ from pixelgrow.errors import UserError
 from pixelgrow.model import Model, builtin, find
 from pixelgrow.models.sizes import core_config, shallow_uvit
 from pixelgrow.models.uvit import UViT
+from pixelgrow.text import load_encoder
 
 SHIPPED_BYTES = 16 * 2**20
 
@@ -111,6 +112,24 @@ def test_names_that_mean_nothing_are_one_line(tmp_path: Path) -> None:
         with pytest.raises(UserError) as caught:
             Model.from_pretrained(name)
         assert "\n" not in str(caught.value) and name in str(caught.value)
+
+
+def test_another_text_encoder_than_in_training_is_one_line() -> None:
+    model = untrained()
+    text = model.config.text | {"fingerprint": load_encoder("labels:3", max_tokens=8).fingerprint}
+    for given, words in (
+        (text, None),
+        (text | {"fingerprint": "another"}, "is not the one that the model was trained with"),
+        ({}, "names no text encoder"),
+        ({"encoder": "labels:3"}, "names no text encoder"),
+    ):
+        told = Model(model.denoiser, model.config.model_copy(update={"text": given}))
+        if words is None:
+            assert len(told.encode(["1"])) == 1
+            continue
+        with pytest.raises(UserError, match=words) as caught:
+            told.sample(["1"], steps=1)
+        assert "\n" not in str(caught.value)
 
 
 def test_calls_that_make_no_sense_are_one_line() -> None:

@@ -82,11 +82,28 @@ class Model:
         return self.denoiser.resolution
 
     def encode(self, prompts: Sequence[str]) -> Cond:
-        """Prompts (or class labels as text) as conditions on the model's device."""
+        """Prompts (or class labels as text) as conditions on the model's device.
+
+        Raises UserError if the checkpoint names no text encoder, or was trained with another than its name now means.
+        """
         if self._encoder is None:
-            text = self.config.text
-            self._encoder = load_encoder(text["encoder"], max_tokens=text["max_tokens"], device=self.device)
+            self._encoder = self._load_encoder()
         return self._encoder.encode(list(prompts)).to(self.device)
+
+    def _load_encoder(self) -> TextEncoder | LabelEncoder:
+        text = self.config.text
+        if not {"encoder", "max_tokens"} <= text.keys():
+            raise UserError(
+                f"the checkpoint names no text encoder: its {checkpoint.CONFIG} says text: {text}, expected encoder "
+                "and max_tokens; call the denoiser itself, or write in what it was trained with"
+            )
+        encoder = load_encoder(text["encoder"], max_tokens=text["max_tokens"], device=self.device)
+        if text.get("fingerprint", encoder.fingerprint) != encoder.fingerprint:
+            raise UserError(
+                f"the text encoder {text['encoder']!r} is not the one that the model was trained with: got fingerprint "
+                f"{encoder.fingerprint}, expected {text['fingerprint']}; put the folder or package of then in its place"
+            )
+        return encoder
 
     def sample(
         self,
