@@ -114,6 +114,8 @@ def test_one_line_for_each_mistake(tmp_path: Path, override: str, expected: str 
     [
         ("name: [", "recipe.yaml:1: not readable as YAML: "),
         ("name: a\nname: b", "recipe.yaml:2: not readable as YAML: the key 'name' stands twice"),
+        ("name: a\ndata: {{source: x}}", "recipe.yaml:2: not readable as YAML: a key is a mapping or a list"),
+        ("name: a\ndata: {[a]: x}", "recipe.yaml:2: not readable as YAML: a key is a mapping or a list"),
         ("- 1", "recipe.yaml: got a list, expected a mapping with name, data and stages"),
         ("", "recipe.yaml: got nothing, expected a mapping"),
         (GOOD.replace("name: mine", ""), "recipe.yaml: name is missing"),
