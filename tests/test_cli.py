@@ -85,6 +85,9 @@ def test_help_is_quick_and_leaves_torch_alone() -> None:
         (["sample", "MODEL", "1", "--sampler", "euler"], "sampler 'euler' does not exist"),
         (["sample", "MODEL", "1", "-o", "folder", "--grid"], "a grid is one PNG"),
         (["sample", "MODEL", "1", "-o", "picture.jpg"], "expected a name that ends in .png, or a folder's"),
+        (["sample", "MODEL", "1", "--guide", "base"], "has no base path"),
+        (["sample", "MODEL", "1", "--schedule", "native"], "does not say what noise"),
+        (["sample", "MODEL", "1", "--interval", "3", "1"], "expected (lo, hi) with 0 <= lo < hi"),
         (["sample", "MODEL", "--prompts", "nowhere.txt"], "--prompts nowhere.txt: cannot be read"),
         (["grow", "MODEL", "--to", "24", "-o", "out"], "cannot grow from 16 to 24 px"),
         (["grow", "MODEL", "--to", "32", "-o", "MODEL"], "holds a checkpoint already"),
@@ -162,6 +165,11 @@ def test_info(model: Path, run_cli: RunCli) -> None:
 def test_grow_writes_a_checkpoint(model: Path, run_cli: RunCli, tmp_path: Path) -> None:
     result = run_cli("grow", model, "--to", "32", "-o", tmp_path / "big", "--data", class_folder(tmp_path))
     assert result.code == 0, result.err
+    words = ["--guide", "base", "--interval", "0.1", "5", "--steps", "2", "-o", tmp_path / "guided.png"]
+    guided = run_cli("sample", tmp_path / "big", "0", *words)
+    assert guided.code == 0, guided.err
+    facts = json.loads(Image.open(tmp_path / "guided.png").text["pixelgrow"])  # type: ignore[attr-defined]
+    assert (facts["guide"], facts["interval"]) == ("base", [0.1, 5.0])
     assert "grown from 16 to 32 px (preserve)" in result.out
     assert "0 dropped" in result.out
     assert checkpoint.read_config(tmp_path / "big").lineage[-1]["to"] == 32

@@ -17,7 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load_file, save_file
 
-from pixelgrow.diffusion import Denoiser, DiffusionConfig
+from pixelgrow.diffusion import Denoiser, DiffusionConfig, NoiseConfig
 from pixelgrow.errors import UserError
 from pixelgrow.models.config import NetConfig
 from pixelgrow.models.uvit import UViT
@@ -27,7 +27,8 @@ WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 
 class CheckpointConfig(BaseModel):
     """What `config.json` holds. `objective` says what the weights are for; `text` how captions are encoded; `sampling`
-    the defaults of the `sample` verb; `lineage` the stages that made the checkpoint, oldest first."""
+    the defaults of the `sample` verb; `noise` the noise levels of its last training, None where nobody noted them;
+    `lineage` the stages that made the checkpoint, oldest first."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -35,6 +36,7 @@ class CheckpointConfig(BaseModel):
     objective: Literal["denoise"] = "denoise"
     network: NetConfig
     diffusion: DiffusionConfig
+    noise: NoiseConfig | None = None
     text: dict[str, Any] = {}
     sampling: dict[str, Any] = {}
     lineage: list[dict[str, Any]] = []

@@ -16,6 +16,7 @@ from PIL import Image, PngImagePlugin
 
 from pixelgrow import __version__
 from pixelgrow.errors import UserError
+from pixelgrow.guidance import Network
 from pixelgrow.model import Model, find
 from pixelgrow.writing import writing
 
@@ -54,7 +55,7 @@ def draw(request: Request) -> list[Path]:
         raise UserError(f"--out {request.out}: a grid is one PNG; expected a name that ends in .png, or --single")
     folder = request.out.parent if png else request.out
     model = Model.from_pretrained(request.checkpoint)
-    guide = None if request.guide is None else Model.from_pretrained(request.guide)
+    guide: Model | Network | None = None if request.guide is None else _guide(request.guide, model)
     _check_writable(request.out, folder, single)  # now, not when the pictures are drawn
     each = [p for p in prompts for _ in range(request.n)]
     pictures = model.sample(
@@ -90,6 +91,11 @@ def _check_writable(out: Path, folder: Path, single: bool) -> None:
             pass
     if not single and out.is_dir():
         raise UserError(f"--out {out}: that is a folder; expected the name of a PNG to write, or --single")
+
+
+def _guide(name: str, model: Model) -> Model | Network:
+    """The weaker model of a name: `base` is what the model was before its last `preserve` growth."""
+    return model.denoiser.base if name == "base" else Model.from_pretrained(name)
 
 
 def parse_size(text: str) -> tuple[int, int]:

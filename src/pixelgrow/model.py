@@ -11,11 +11,11 @@ from PIL import Image
 
 from pixelgrow import checkpoint
 from pixelgrow.checkpoint import CheckpointConfig
-from pixelgrow.diffusion import Denoiser
+from pixelgrow.diffusion import Denoiser, NoiseSchedule
 from pixelgrow.errors import UserError
 from pixelgrow.guidance import Network
 from pixelgrow.models.cond import Cond
-from pixelgrow.sampling import Samples, sample
+from pixelgrow.sampling import Samples, Schedule, sample
 from pixelgrow.text import LabelEncoder, TextEncoder, load_encoder
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -115,6 +115,7 @@ class Model:
         guidance: float | None = None,
         sampler: str | None = None,
         size: tuple[int, int] | None = None,
+        grid: str | None = None,
         interval: tuple[float, float] | None = None,
         threshold: float | None = None,
         guide: Network | Model | None = None,
@@ -123,14 +124,17 @@ class Model:
     ) -> list[Image.Image]:
         """A picture for each prompt; see `sampling.sample` for the settings. Left out, they are the checkpoint's own.
 
-        `size` is (h, w); the same (seed, index, prompt, settings) give the same picture at any batch size.
+        `size` is (h, w); `grid` "karras" or "native" (to the training's noise, see `noise_grid`); `guide` another model
+        or `model.denoiser.base`, the model before its last `preserve` growth; `interval` in sigma at the model's
+        resolution. The same (seed, index, prompt, settings) give the same picture at any batch size.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise UserError("no prompt was given: expected at least one")
         settings = self.settings(
-            steps=steps, guidance=guidance, sampler=sampler, interval=interval, threshold=threshold
+            steps=steps, guidance=guidance, sampler=sampler, grid=grid, interval=interval, threshold=threshold
         )
+        settings["grid"] = noise_grid(settings.get("grid", "karras"), self.denoiser, self.config)
         if isinstance(guide, Model):
             if guide.config.text != self.config.text or guide.resolution != self.resolution:
                 raise UserError(
@@ -174,6 +178,20 @@ class Model:
             self.save_pretrained(folder)
             api.upload_folder(repo_id=repo, folder_path=folder)
         return str(url)
+
+
+def noise_grid(name: str, denoiser: Denoiser, config: CheckpointConfig) -> str | Schedule:
+    """The `grid` that `sampling.sample` is to be given for a name: "karras", or "native" for the training's schedule.
+
+    Raises UserError for another name, and for "native" where the checkpoint does not hold its training noise.
+    """
+    if name != "native":
+        if name != "karras":
+            raise UserError(f"grid {name!r} does not exist; expected 'karras' or 'native'")
+        return name
+    if config.noise is None:
+        raise UserError("grid 'native': the checkpoint does not say what noise it was trained with; use 'karras'")
+    return NoiseSchedule(config.noise, denoiser)
 
 
 def to_pil(samples: Samples) -> list[Image.Image]:

@@ -106,6 +106,8 @@ class SamplingSpec(Spec):
     guidance: float | None = Field(None, ge=0)
     sampler: str | None = None
     threshold: float | None = Field(None, gt=0, le=1)
+    grid: Literal["karras", "native"] | None = None
+    interval: tuple[float, float] | None = Field(None, description="guide from lo to hi alone, in sigma of the picture")
 
     @field_validator("sampler")
     @classmethod
@@ -113,6 +115,13 @@ class SamplingSpec(Spec):
         if sampler is not None and sampler not in SAMPLERS:
             raise ValueError(f"got {sampler!r}, expected one of {', '.join(SAMPLERS)}")
         return sampler
+
+    @field_validator("interval")
+    @classmethod
+    def _interval(cls, interval: tuple[float, float] | None) -> tuple[float, float] | None:
+        if interval is not None and not 0 <= interval[0] < interval[1]:
+            raise ValueError(f"got {list(interval)}, expected [lo, hi] with 0 <= lo < hi")
+        return interval
 
     @property
     def given(self) -> dict[str, Any]:

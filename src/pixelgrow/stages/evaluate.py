@@ -14,7 +14,7 @@ from pixelgrow import checkpoint
 from pixelgrow.data.checker import score
 from pixelgrow.data.scenes import Scenes
 from pixelgrow.heldout import denoising_error
-from pixelgrow.model import DEFAULTS
+from pixelgrow.model import DEFAULTS, noise_grid
 from pixelgrow.recipe_spec import EvaluateStage
 from pixelgrow.sampling import sample
 from pixelgrow.stages.materials import HeldOut, Materials
@@ -40,7 +40,7 @@ def evaluate_stage(stage: EvaluateStage, parent: Parent, folder: Path, materials
         seed=materials.recipe.seed,
         batch=stage.batch,
         progress=_note,
-        **settings,
+        **(settings | {"grid": noise_grid(settings.get("grid", "karras"), denoiser, config)}),
     )
     images = drawn.images.cpu()
     errors = denoising_error(
