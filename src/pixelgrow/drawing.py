@@ -12,15 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, PngImagePlugin
 
 from pixelgrow import __version__
 from pixelgrow.errors import UserError
 from pixelgrow.guidance import Network
 from pixelgrow.model import Model, find
+from pixelgrow.pictures import grid
 from pixelgrow.writing import writing
 
-GAP = 2  # pixels between the pictures of a grid
 logger = logging.getLogger(__name__)
 
 
@@ -71,7 +72,8 @@ def draw(request: Request) -> list[Path]:
     }
     with writing(request.out):
         if not single:
-            sheet = contact(pictures, columns=request.n if request.n > 1 else math.ceil(math.sqrt(len(pictures))))
+            columns = request.n if request.n > 1 else math.ceil(math.sqrt(len(pictures)))
+            sheet = grid([np.asarray(p) for p in pictures], columns)
             _save(sheet, request.out, facts | {"prompts": each})
             return [request.out]
         stem = request.out.stem + "-" if png else ""
@@ -104,17 +106,6 @@ def parse_size(text: str) -> tuple[int, int]:
     if not found:
         raise UserError(f"--size {text!r}: expected HEIGHTxWIDTH in pixels, such as 64x96")
     return int(found[1]), int(found[2])
-
-
-def contact(pictures: list[Image.Image], columns: int) -> Image.Image:
-    """One picture of many, row by row."""
-    w, h = pictures[0].size
-    columns = min(columns, len(pictures))
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * (w + GAP) - GAP, rows * (h + GAP) - GAP), "white")
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture, (i % columns * (w + GAP), i // columns * (h + GAP)))
-    return sheet
 
 
 def _save(picture: Image.Image, path: Path, facts: dict[str, Any]) -> None:

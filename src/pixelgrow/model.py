@@ -15,7 +15,8 @@ from pixelgrow.diffusion import Denoiser, NoiseSchedule
 from pixelgrow.errors import UserError
 from pixelgrow.guidance import Network
 from pixelgrow.models.cond import Cond
-from pixelgrow.sampling import Samples, Schedule, sample
+from pixelgrow.pictures import to_uint8
+from pixelgrow.sampling import Schedule, sample
 from pixelgrow.text import LabelEncoder, TextEncoder, load_encoder
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -155,7 +156,7 @@ class Model:
             progress=progress,
             **settings,
         )
-        return to_pil(samples)
+        return [Image.fromarray(p) for p in to_uint8(samples.images)]
 
     def settings(self, **given: Any) -> dict[str, Any]:
         """Sampling settings: what is given, else the checkpoint's, else the library's."""
@@ -192,12 +193,6 @@ def noise_grid(name: str, denoiser: Denoiser, config: CheckpointConfig) -> str |
     if config.noise is None:
         raise UserError("grid 'native': the checkpoint does not say what noise it was trained with; use 'karras'")
     return NoiseSchedule(config.noise, denoiser)
-
-
-def to_pil(samples: Samples) -> list[Image.Image]:
-    """Images in [-1, 1] as 8-bit pictures."""
-    pixels = ((samples.images.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(p) for p in pixels]
 
 
 load = Model.from_pretrained
