@@ -186,7 +186,8 @@ def test_data(run_cli: RunCli, tmp_path: Path) -> None:
 def test_dry_run_touches_nothing(run_cli: RunCli, tmp_path: Path) -> None:
     result = run_cli("run", "smoke", "--dry-run", "--rate", "1e9", cwd=tmp_path)
     assert result.code == 0, result.err
-    for words in ("core: train tiny", "grown: grow preserve, frozen", "activations", "as given"):
+    stages = ("core: train tiny", "grown: grow preserve, frozen", "eval: evaluate grown, 8 prompts")
+    for words in (*stages, "activations", "as given"):
         assert words in result.out
     assert list(tmp_path.iterdir()) == []
 
