@@ -164,10 +164,10 @@ def load(folder: Path | str, device: torch.device | str = "cpu") -> tuple[Denois
 
 
 def model_card(config: CheckpointConfig) -> str:
-    """A short model card in the hub's form: what the model is and the stages that made it."""
+    """A model card in the hub's form: what the model is and the stages that made it; the licence is its maker's."""
     rungs = ", ".join(f"{r.resolution} px ({r.attach})" for r in config.network.rungs)
     lines = [
-        "---", "library_name: pixelgrow", "pipeline_tag: text-to-image", "license: apache-2.0", "---", "",
+        "---", "library_name: pixelgrow", "pipeline_tag: text-to-image", "---", "",
         f"# A pixelgrow {config.network.size} model at {config.network.resolution} px", "",
         f"Core trained at {config.network.core_resolution} px; rungs: {rungs}. "
         f"Text: {config.text.get('encoder', 'none')}.", "",
