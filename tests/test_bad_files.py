@@ -1,5 +1,6 @@
 """A folder with every kind of bad file we could think of trains through, and every file of it is accounted for."""
 
+import errno
 import io
 import itertools
 import json
@@ -20,6 +21,7 @@ from pixelgrow.data.badfiles import BadFiles
 from pixelgrow.data.files import open_regular
 from pixelgrow.data.index import FileSource
 from pixelgrow.data.inspect import inspect_source
+from pixelgrow.data.sources import BadFile
 from pixelgrow.errors import UserError
 from pixelgrow.recipe import load_recipe
 from pixelgrow.run import run
@@ -353,6 +355,23 @@ def test_a_held_out_view_shares_its_parents_account(case: tuple[Path, Case]) -> 
     for view in heldout_split(open_source(str(case[0])), 0.3):
         assert len(BadFiles([view], 1.0)) == len(case[1].bad) - len(BAD_PIXELS)
         assert len(list(itertools.islice(Loader(view, size=SIZE, batch=8, bad_limit=1.0).batches(), 6))) == 6
+
+
+def test_a_list_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "x.jpg").write_bytes(JPEG)
+    (tmp_path / "data" / "x.txt").write_text("a picture")
+    source, found = open_source(str(tmp_path / "data")), [BadFile("x.jpg", "torn")]
+    with pytest.raises(UserError, match=r"cannot write .*File exists"):
+        BadFiles([source], 1.0, tmp_path / "data" / "x.txt" / "list").add(0, found)
+    BadFiles([source], 1.0, tmp_path / "list").add(0, found)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(UserError, match=r"cannot write .*No space left on device"):
+        BadFiles([source], 1.0, tmp_path / "list")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="permissions as on Unix")

@@ -28,6 +28,10 @@ def config_of(d: Denoiser) -> CheckpointConfig:
     return CheckpointConfig(network=d.net.config, diffusion=d.config, text={"encoder": "minilm", "max_tokens": 8})
 
 
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(checkpoint.load(folder)[0].net.state_dict())
+
+
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     d = model()
@@ -40,8 +44,13 @@ def test_round_trip_is_exact(saved: Path) -> None:
     want = model().net.state_dict()
     assert all(torch.equal(t, want[n]) for n, t in back.net.state_dict().items())
     assert config.sha256 == checkpoint.file_hash(saved / checkpoint.WEIGHTS)
-    assert "pipeline_tag: text-to-image" in (saved / checkpoint.CARD).read_text()
+    card = (saved / checkpoint.CARD).read_text()
+    assert "pipeline_tag: text-to-image" in card and "license" not in card
     assert sorted(p.name for p in saved.parent.iterdir()) == ["c"]
+
+
+def test_all_files_of_a_checkpoint_may_be_read_by_those_who_may_read_one(saved: Path) -> None:
+    assert len({p.stat().st_mode for p in saved.iterdir()}) == 1
 
 
 def damage_truncate(folder: Path) -> str:
@@ -80,6 +89,25 @@ def damage_shape(folder: Path) -> str:
     return "does not fit its config.json"
 
 
+def damage_width(folder: Path) -> str:
+    raw = json.loads((folder / checkpoint.CONFIG).read_text())
+    raw["network"]["core"]["text_dim"] = 16
+    (folder / checkpoint.CONFIG).write_text(json.dumps(raw))
+    return r"0 tensors missing, 0 unknown; the first to differ is core\..*8.*expected .*16"
+
+
+def damage_unreadable_weights(folder: Path) -> str:
+    (folder / checkpoint.WEIGHTS).unlink()
+    (folder / checkpoint.WEIGHTS).mkdir()  # as unreadable as a file without permission, to root too
+    return "model.safetensors cannot be read"
+
+
+def damage_unreadable_config(folder: Path) -> str:
+    (folder / checkpoint.CONFIG).unlink()
+    (folder / checkpoint.CONFIG).mkdir()
+    return "config.json cannot be read"
+
+
 def damage_none(folder: Path) -> str:
     (folder / checkpoint.CONFIG).unlink()
     return "is not a checkpoint"
@@ -87,13 +115,51 @@ def damage_none(folder: Path) -> str:
 
 @pytest.mark.parametrize(
     "damage",
-    [damage_truncate, damage_flip, damage_missing, damage_json, damage_bytes, damage_shape, damage_none],
+    [
+        damage_truncate,
+        damage_flip,
+        damage_missing,
+        damage_json,
+        damage_bytes,
+        damage_shape,
+        damage_width,
+        damage_unreadable_weights,
+        damage_unreadable_config,
+        damage_none,
+    ],
 )
 def test_damage_is_one_line_that_names_the_file(saved: Path, damage) -> None:  # type: ignore[no-untyped-def]
     message = damage(saved)
     with pytest.raises(UserError, match=message) as caught:
         checkpoint.load(saved)
     assert "\n" not in str(caught.value) and str(saved) in str(caught.value)
+
+
+def test_nothing_but_a_checkpoint_is_ever_replaced(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = model(1)
+    notes = saved / "notes.txt"
+    notes.write_text("mine")
+    file, nested, link = (saved.parent / name for name in ("file", "runs", "link"))
+    file.write_text("mine")
+    (nested / "demo").mkdir(parents=True)
+    link.symlink_to(saved)
+    monkeypatch.chdir(saved)
+    for target, words in (
+        (saved, "holds notes.txt"), (file, "is a file or a link"), (link, "is a file or a link"),
+        (nested, "holds demo"), (Path("."), "a folder with a name"), (Path(".."), "a folder with a name"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=words) as caught:
+            checkpoint.save(target, other, config_of(other))
+        assert "\n" not in str(caught.value)
+    assert notes.read_text() == file.read_text() == "mine" and (nested / "demo").is_dir()
+    notes.unlink()
+    checkpoint.save(saved, other, config_of(other))
+    (saved.parent / "empty").mkdir()
+    checkpoint.save(saved.parent / "empty", other, config_of(other))
+    assert all(
+        torch.equal(*pair)
+        for pair in zip(*(w.values() for w in map(weights, (saved, saved.parent / "empty"))), strict=True)
+    )
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,21 +74,33 @@ def test_help_is_quick_and_leaves_torch_alone() -> None:
         (["sample", "nowhere", "a"], "nowhere is not a checkpoint"),
         (["info", "nowhere"], "nowhere is not a checkpoint"),
         (["plan"], "expected a recipe or --size"),
+        (["plan", "smoke", "--rate", "0"], "Invalid value for '--rate'"),
+        (["run", "smoke", "--runs", "FILE"], "cannot write FILE/smoke: Not a directory"),
+        (["data", "images", "--sheet", "images"], "cannot write images: Is a directory"),
+        (["data", "images", "--sheet", "FILE/x.png"], "cannot write FILE/x.png: File exists"),
         (["plan", "--size", "giant"], "got 'giant', expected one of tiny, small"),
         (["data", "nowhere"], "nowhere: no such folder or file"),
         (["sample", "MODEL", "1", "--size", "16"], "--size '16': expected HEIGHTxWIDTH"),
         (["sample", "MODEL", "1", "--size", "16x15"], "size 16x15 does not fit"),
         (["sample", "MODEL", "1", "--sampler", "euler"], "sampler 'euler' does not exist"),
-        (["sample", "MODEL", "1", "-o", "picture.jpg", "--grid"], "a grid is one PNG"),
+        (["sample", "MODEL", "1", "-o", "folder", "--grid"], "a grid is one PNG"),
+        (["sample", "MODEL", "1", "-o", "picture.jpg"], "expected a name that ends in .png, or a folder's"),
+        (["sample", "MODEL", "1", "--guide", "base"], "has no base path"),
+        (["sample", "MODEL", "1", "--schedule", "native"], "does not say what noise"),
+        (["sample", "MODEL", "1", "--interval", "3", "1"], "expected (lo, hi) with 0 <= lo < hi"),
         (["sample", "MODEL", "--prompts", "nowhere.txt"], "--prompts nowhere.txt: cannot be read"),
         (["grow", "MODEL", "--to", "24", "-o", "out"], "cannot grow from 16 to 24 px"),
         (["grow", "MODEL", "--to", "32", "-o", "MODEL"], "holds a checkpoint already"),
+        (["grow", "MODEL", "--to", "32", "-o", "."], "cannot be written to '.'"),
+        (["grow", "MODEL", "--to", "32", "-o", "images"], "images holds 0 and 2 more"),
         (["grow", "MODEL", "--to", "32", "-o", "out", "--init", "magic"], "expected one of preserve, random, scratch"),
     ],
 )
 def test_a_mistake_is_one_line(words: list[str], expected: str, model: Path, run_cli: RunCli, tmp_path: Path) -> None:
+    (tmp_path / "FILE").write_text("")
+    class_folder(tmp_path)
     if words[0] == "grow":  # class labels: scenes' captions are none
-        words = [*words, "--data", str(class_folder(tmp_path))]
+        words = [*words, "--data", "images"]
     result = run_cli(*(str(model) if w == "MODEL" else w for w in words), cwd=tmp_path)
     assert result.code == 2
     assert result.err.startswith("pixelgrow: ")
@@ -131,6 +143,19 @@ def test_sample_writes_single_files_that_the_grid_holds(model: Path, run_cli: Ru
         assert (grid[:, 26 * i : 26 * i + 24] == single).all()
 
 
+@pytest.mark.parametrize("out", ["FILE/grid.png", "FILE", "folder.png"])
+def test_where_pictures_go_is_tested_before_they_are_drawn(
+    model: Path, run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    (tmp_path / "FILE").write_text("")
+    (tmp_path / "folder.png").mkdir()
+    drawn: list[object] = []
+    monkeypatch.setattr("pixelgrow.model.Model.sample", lambda *_, **__: drawn.append(1))
+    result = run_cli("sample", model, "0", "-o", out, cwd=tmp_path)
+    assert (result.code, drawn, len(result.err.splitlines())) == (2, [], 1)
+    assert out in result.err
+
+
 def test_info(model: Path, run_cli: RunCli) -> None:
     out = run_cli("info", model).out
     for words in ("16 px; sides are multiples of 4", "tiny: 4 blocks", "labels:3", "stage core, images 12,345"):
@@ -140,6 +165,11 @@ def test_info(model: Path, run_cli: RunCli) -> None:
 def test_grow_writes_a_checkpoint(model: Path, run_cli: RunCli, tmp_path: Path) -> None:
     result = run_cli("grow", model, "--to", "32", "-o", tmp_path / "big", "--data", class_folder(tmp_path))
     assert result.code == 0, result.err
+    words = ["--guide", "base", "--interval", "0.1", "5", "--steps", "2", "-o", tmp_path / "guided.png"]
+    guided = run_cli("sample", tmp_path / "big", "0", *words)
+    assert guided.code == 0, guided.err
+    facts = json.loads(Image.open(tmp_path / "guided.png").text["pixelgrow"])  # type: ignore[attr-defined]
+    assert (facts["guide"], facts["interval"]) == ("base", [0.1, 5.0])
     assert "grown from 16 to 32 px (preserve)" in result.out
     assert "0 dropped" in result.out
     assert checkpoint.read_config(tmp_path / "big").lineage[-1]["to"] == 32
@@ -156,7 +186,8 @@ def test_data(run_cli: RunCli, tmp_path: Path) -> None:
 def test_dry_run_touches_nothing(run_cli: RunCli, tmp_path: Path) -> None:
     result = run_cli("run", "smoke", "--dry-run", "--rate", "1e9", cwd=tmp_path)
     assert result.code == 0, result.err
-    for words in ("core: train tiny", "grown: grow preserve, frozen", "activations", "as given"):
+    stages = ("core: train tiny", "grown: grow preserve, frozen", "eval: evaluate grown, 8 prompts")
+    for words in (*stages, "activations", "as given"):
         assert words in result.out
     assert list(tmp_path.iterdir()) == []
 

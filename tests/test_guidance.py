@@ -136,6 +136,11 @@ def test_autoguidance_by_a_method_of_the_denoiser(x: Tensor) -> None:
     torch.testing.assert_close(Guided(grown, labels(3), guidance=2.0, guide=grown.base)(x, 0.5), 1.5 * d)
 
 
+def test_a_guide_that_goes_unused_is_refused() -> None:
+    with pytest.raises(UserError, match="guidance=1 with a guide"):
+        Guided(GaussianPair(), labels(3), guidance=1.0, guide=GaussianPair())
+
+
 def test_low_precision_predictions_come_back_in_the_precision_of_x() -> None:
     denoise = Guided(lambda x, sigma, cond: x.bfloat16(), labels(2), guidance=3.0)
     assert denoise(torch.ones(2, 3, 2, 2), 1.0).dtype == torch.float32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from pixelgrow import checkpoint
 from pixelgrow.checkpoint import CheckpointConfig
 from pixelgrow.data.checker import score
 from pixelgrow.data.scenes import Scenes
-from pixelgrow.diffusion import Denoiser
+from pixelgrow.diffusion import Denoiser, NoiseConfig, NoiseSchedule
 from pixelgrow.errors import UserError
 from pixelgrow.model import Model, builtin, find
 from pixelgrow.models.sizes import core_config, shallow_uvit
 from pixelgrow.models.uvit import UViT
+from pixelgrow.sampling import Samples
+from pixelgrow.text import load_encoder
 
 SHIPPED_BYTES = 16 * 2**20
 
@@ -111,6 +114,55 @@ def test_names_that_mean_nothing_are_one_line(tmp_path: Path) -> None:
         with pytest.raises(UserError) as caught:
             Model.from_pretrained(name)
         assert "\n" not in str(caught.value) and name in str(caught.value)
+
+
+def test_another_text_encoder_than_in_training_is_one_line() -> None:
+    model = untrained()
+    text = model.config.text | {"fingerprint": load_encoder("labels:3", max_tokens=8).fingerprint}
+    for given, words in (
+        (text, None),
+        (text | {"fingerprint": "another"}, "is not the one that the model was trained with"),
+        ({}, "names no text encoder"),
+        ({"encoder": "labels:3"}, "names no text encoder"),
+    ):
+        told = Model(model.denoiser, model.config.model_copy(update={"text": given}))
+        if words is None:
+            assert len(told.encode(["1"])) == 1
+            continue
+        with pytest.raises(UserError, match=words) as caught:
+            told.sample(["1"], steps=1)
+        assert "\n" not in str(caught.value)
+
+
+def test_the_grid_of_the_training_noise_is_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("pixelgrow.model.sample", lambda *_, **k: seen.append(k) or Samples(torch.zeros(1, 3, 8, 8), 1))
+    model = untrained()
+    with pytest.raises(UserError, match="does not say what noise"):
+        model.sample(["1"], grid="native")
+    with pytest.raises(UserError, match="grid 'linear' does not exist"):
+        model.sample(["1"], grid="linear")
+    noise = NoiseConfig(mean=0.3, std=0.7)
+    model.config = model.config.model_copy(
+        update={"noise": noise, "sampling": {"grid": "native", "interval": [0.2, 3]}}
+    )
+    model.sample(["1"])
+    model.sample(["1"], grid="karras", interval=(0.0, 1.0))
+    assert isinstance(seen[0]["grid"], NoiseSchedule) and seen[0]["grid"].config == noise
+    assert seen[0]["interval"] == [0.2, 3]
+    assert (seen[1]["grid"], seen[1]["interval"]) == ("karras", (0.0, 1.0))
+
+
+def test_the_training_noise_is_kept_and_may_be_absent(tmp_path: Path) -> None:
+    model = untrained()
+    model.config = model.config.model_copy(update={"noise": NoiseConfig(kind="interpolated", finest=2)})
+    model.save_pretrained(tmp_path / "m")
+    path = tmp_path / "m" / checkpoint.CONFIG
+    assert checkpoint.read_config(path.parent).noise == model.config.noise
+    raw = json.loads(path.read_text())
+    del raw["noise"]  # as checkpoints were written before
+    path.write_text(json.dumps(raw))
+    assert checkpoint.read_config(path.parent).noise is None
 
 
 def test_calls_that_make_no_sense_are_one_line() -> None:

@@ -62,8 +62,10 @@ def test_every_stage_leaves_its_result(smoke: Path) -> None:
     config = json.loads((smoke / "grown" / "checkpoint" / "config.json").read_text())
     assert [entry["stage"] for entry in config["lineage"]] == ["core", "grown"]
     assert config["lineage"][1]["unfrozen_after"] == 16
+    assert config["noise"]["kind"] == "lognormal"
     metrics = json.loads((smoke / "eval" / "metrics.json").read_text())
     assert metrics["prompts"] == 8
+    assert metrics["sampling"]["grid"] == "native"
     assert set(metrics["accuracy"]) >= {"background", "colour", "shape", "count"}
 
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from pixelgrow.errors import UserError
 from pixelgrow.training import state
+from pixelgrow.writing import writing
 
 TENSORS = {"a": torch.arange(1000.0), "b": torch.ones(3, 4, dtype=torch.bfloat16).t()}
 
@@ -112,10 +113,32 @@ def test_a_full_disk_is_one_line_and_changes_nothing(
 
 
 def test_other_errors_stay_what_they_are(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="broken"), state.writing(tmp_path):
+    with pytest.raises(OSError, match="broken"), writing(tmp_path):
         raise OSError(errno.EIO, "broken")
-    with pytest.raises(SafetensorError, match="shape"), state.writing(tmp_path):
+    with pytest.raises(SafetensorError, match="shape"), writing(tmp_path):
         raise SafetensorError("shape")
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.EDQUOT, "make room there"),
+        (errno.EPERM, "allow writing there"),
+        (errno.EROFS, "allow writing there"),
+        (errno.EISDIR, "kept: name another place"),
+        (errno.ENAMETOOLONG, "kept: name another place"),
+    ],
+)
+def test_the_remedy_is_that_of_the_error(tmp_path: Path, number: int, remedy: str) -> None:
+    for error in (OSError(number, "no"), SafetensorError(f"I/O error: no (os error {number})")):
+        with pytest.raises(UserError, match=f"cannot write .*{remedy}"), writing(tmp_path):
+            raise error
+
+
+def test_a_file_where_a_folder_should_be_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="Not a directory"):
+        state.save(tmp_path / "file" / "state", 1, TENSORS, {})
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -17,7 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load_file, save_file
 
-from pixelgrow.diffusion import Denoiser, DiffusionConfig
+from pixelgrow.diffusion import Denoiser, DiffusionConfig, NoiseConfig
 from pixelgrow.errors import UserError
 from pixelgrow.models.config import NetConfig
 from pixelgrow.models.uvit import UViT
@@ -27,7 +27,8 @@ WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 
 class CheckpointConfig(BaseModel):
     """What `config.json` holds. `objective` says what the weights are for; `text` how captions are encoded; `sampling`
-    the defaults of the `sample` verb; `lineage` the stages that made the checkpoint, oldest first."""
+    the defaults of the `sample` verb; `noise` the noise levels of its last training, None where nobody noted them;
+    `lineage` the stages that made the checkpoint, oldest first."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -35,18 +36,34 @@ class CheckpointConfig(BaseModel):
     objective: Literal["denoise"] = "denoise"
     network: NetConfig
     diffusion: DiffusionConfig
+    noise: NoiseConfig | None = None
     text: dict[str, Any] = {}
     sampling: dict[str, Any] = {}
     lineage: list[dict[str, Any]] = []
     sha256: str = ""
 
 
+def check_target(folder: Path) -> None:
+    """Raise UserError unless a checkpoint may be written to `folder`: whatever else it held would be deleted."""
+    remedy = "name a new or empty folder, or one that holds a checkpoint alone"
+    if folder.name in ("", ".."):
+        raise UserError(f"a checkpoint cannot be written to {str(folder)!r}: expected a folder with a name; {remedy}")
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise UserError(f"a checkpoint cannot be written to {folder}: it is a file or a link, not a folder; {remedy}")
+    if folder.is_dir():
+        others = sorted(p.name for p in folder.iterdir() if p.name not in (WEIGHTS, CONFIG, CARD) or p.is_dir())
+        if others:
+            more = f" and {len(others) - 1} more" if others[1:] else ""
+            raise UserError(f"{folder} holds {others[0]}{more}, which a checkpoint there would replace; {remedy}")
+
+
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its place when the block ends well, and vanishes when it does not.
 
-    A kill or a full disk at any moment leaves the previous folder usable.
+    A kill or a full disk at any moment leaves the previous folder usable. Raises UserError if that is no checkpoint's.
     """
+    check_target(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -91,6 +108,7 @@ def save(folder: Path, denoiser: Denoiser, config: CheckpointConfig, card: str =
         )
         (temporary / CONFIG).write_text(full.model_dump_json(indent=2) + "\n")
         (temporary / CARD).write_text(card or model_card(full))
+        (temporary / WEIGHTS).chmod((temporary / CONFIG).stat().st_mode & 0o777)  # safetensors lets nobody else read
     return digest
 
 
@@ -105,6 +123,8 @@ def read_config(folder: Path) -> CheckpointConfig:
     except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as e:
         reason = str(e).splitlines()[0]
         raise UserError(f"{path} is damaged or of another version ({reason}); copy the checkpoint again") from None
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror}): expected a file you may read; correct it") from None
 
 
 def read_tensors(folder: Path, digest: str = "") -> dict[str, torch.Tensor]:
@@ -118,6 +138,8 @@ def read_tensors(folder: Path, digest: str = "") -> dict[str, torch.Tensor]:
         raise UserError(f"{path} is missing: the checkpoint is not whole; copy or train it again") from None
     except safetensors.SafetensorError as e:
         raise UserError(f"{path} is damaged ({e}); copy or train it again") from None
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror}): expected a file you may read; correct it") from None
 
 
 def load(folder: Path | str, device: torch.device | str = "cpu") -> tuple[Denoiser, CheckpointConfig]:
@@ -127,22 +149,25 @@ def load(folder: Path | str, device: torch.device | str = "cpu") -> tuple[Denois
     tensors = read_tensors(folder, config.sha256)
     with torch.device("meta"):
         net = UViT(config.network)
-    wanted, got = set(net.state_dict()), set(tensors)
+    wanted = {n: tuple(t.shape) for n, t in net.state_dict().items()}
+    got = {n: tuple(t.shape) for n, t in tensors.items()}
     if wanted != got:
-        odd = sorted(wanted ^ got)
+        missing, unknown = wanted.keys() - got.keys(), got.keys() - wanted.keys()
+        odd = min(n for n in wanted.keys() | got.keys() if wanted.get(n) != got.get(n))
         raise UserError(
-            f"{folder / WEIGHTS} does not fit its {CONFIG}: {len(wanted - got)} tensors missing, {len(got - wanted)} "
-            f"unknown, the first is {odd[0]}; copy the checkpoint again"
+            f"{folder / WEIGHTS} does not fit its {CONFIG}: {len(missing)} tensors missing, {len(unknown)} unknown; "
+            f"the first to differ is {odd}, got {got.get(odd, 'none')}, expected {wanted.get(odd, 'none')}; copy the "
+            "checkpoint again"
         )
     net.load_state_dict(tensors, strict=True, assign=True)
     return Denoiser(net, config.diffusion).to(device).eval(), config
 
 
 def model_card(config: CheckpointConfig) -> str:
-    """A short model card in the hub's form: what the model is and the stages that made it."""
+    """A model card in the hub's form: what the model is and the stages that made it; the licence is its maker's."""
     rungs = ", ".join(f"{r.resolution} px ({r.attach})" for r in config.network.rungs)
     lines = [
-        "---", "library_name: pixelgrow", "pipeline_tag: text-to-image", "license: apache-2.0", "---", "",
+        "---", "library_name: pixelgrow", "pipeline_tag: text-to-image", "---", "",
         f"# A pixelgrow {config.network.size} model at {config.network.resolution} px", "",
         f"Core trained at {config.network.core_resolution} px; rungs: {rungs}. "
         f"Text: {config.text.get('encoder', 'none')}.", "",

@@ -17,7 +17,7 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 
 Set = Annotated[list[str] | None, typer.Option("--set", help="a.b=value, such as stages.core.images=1000; repeatable.")]
 Runs = Annotated[Path, typer.Option("--runs", help="The folder of all runs.")]
-Rate = Annotated[float | None, typer.Option("--rate", help="FLOP/s that training achieves; else measured here.")]
+Rate = Annotated[float | None, typer.Option("--rate", min=1, help="FLOP/s that training achieves; else measured here.")]
 Checkpoint = Annotated[str, typer.Argument(help="A folder of a checkpoint or stage, a built-in model, a hub name.")]
 Recipe = Annotated[str, typer.Argument(help="A recipe's file, or the name of one that the package carries.")]
 
@@ -75,7 +75,16 @@ def sample(
     size: Annotated[str | None, typer.Option("--size", help="HxW in pixels, such as 64x96.")] = None,
     grid: Annotated[bool | None, typer.Option("--grid/--single", help="One grid, or a file for each picture.")] = None,
     threshold: Annotated[float | None, typer.Option("--threshold", help="Dynamic thresholding's percentile.")] = None,
-    guide: Annotated[str | None, typer.Option("--guide", help="A weaker checkpoint to be guided by.")] = None,
+    guide: Annotated[
+        str | None,
+        typer.Option("--guide", help="A weaker checkpoint to be guided by; base: this one ungrown."),
+    ] = None,
+    interval: Annotated[
+        tuple[float, float] | None, typer.Option("--interval", help="Guide between two noise levels alone: LO HI.")
+    ] = None,
+    schedule: Annotated[
+        str | None, typer.Option("--schedule", help="Noise levels: karras, or native, as dense as training was.")
+    ] = None,
     batch: Annotated[int, typer.Option("--batch", min=1)] = 64,
 ) -> None:
     """Draw pictures of prompts; the settings are in the PNGs' metadata."""
@@ -84,7 +93,10 @@ def sample(
     request = Request(
         checkpoint=checkpoint, prompts=list(prompts or []), file=file, out=out, n=n, seed=seed, size=size, grid=grid,
         guide=guide, batch=batch,
-        settings={"steps": steps, "guidance": guidance, "sampler": sampler, "threshold": threshold},
+        settings={
+            "steps": steps, "guidance": guidance, "sampler": sampler, "threshold": threshold, "interval": interval,
+            "grid": schedule,
+        },
     )  # fmt: skip
     for path in draw(request):
         typer.echo(path)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pixelgrow.errors import UserError
@@ -154,6 +154,14 @@ class NoiseConfig(Frozen):
     mean: float = -1.2
     std: float = Field(1.2, gt=0)
     finest: float = 1.0
+
+    @model_validator(mode="after")
+    def _of_its_kind(self) -> NoiseConfig:
+        for name, kind in (("mean", "lognormal"), ("std", "lognormal"), ("finest", "interpolated")):
+            value, default = getattr(self, name), NoiseConfig.model_fields[name].default
+            if self.kind != kind and value != default:
+                raise ValueError(f"{name}: got {value} with kind {self.kind}, but it belongs to kind {kind}; drop it")
+        return self
 
 
 class NoiseSchedule:

@@ -7,18 +7,21 @@ import logging
 import math
 import re
 import sys
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, PngImagePlugin
 
 from pixelgrow import __version__
 from pixelgrow.errors import UserError
+from pixelgrow.guidance import Network
 from pixelgrow.model import Model, find
-from pixelgrow.training.state import writing
+from pixelgrow.pictures import grid
+from pixelgrow.writing import writing
 
-GAP = 2  # pixels between the pictures of a grid
 logger = logging.getLogger(__name__)
 
 
@@ -45,12 +48,16 @@ def draw(request: Request) -> list[Path]:
     if not prompts:
         raise UserError("no prompt was given: write one after the checkpoint, or name a file with --prompts")
     size = None if request.size is None else parse_size(request.size)
-    single = request.grid is False or (request.grid is None and request.out.suffix.lower() != ".png")
-    if not single and request.out.suffix.lower() != ".png":
+    png = request.out.suffix.lower() == ".png"
+    if not png and request.out.suffix.lower() in Image.registered_extensions():
+        raise UserError(f"--out {request.out}: pictures are PNGs; expected a name that ends in .png, or a folder's")
+    single = request.grid is False or (request.grid is None and not png)
+    if not single and not png:
         raise UserError(f"--out {request.out}: a grid is one PNG; expected a name that ends in .png, or --single")
-    folder = request.out if request.out.suffix.lower() != ".png" else request.out.parent
+    folder = request.out.parent if png else request.out
     model = Model.from_pretrained(request.checkpoint)
-    guide = None if request.guide is None else Model.from_pretrained(request.guide)
+    guide: Model | Network | None = None if request.guide is None else _guide(request.guide, model)
+    _check_writable(request.out, folder, single)  # now, not when the pictures are drawn
     each = [p for p in prompts for _ in range(request.n)]
     pictures = model.sample(
         each, seed=request.seed, size=size, guide=guide, batch=request.batch, progress=_progress, **request.settings
@@ -65,12 +72,11 @@ def draw(request: Request) -> list[Path]:
     }
     with writing(request.out):
         if not single:
-            folder.mkdir(parents=True, exist_ok=True)
-            sheet = contact(pictures, columns=request.n if request.n > 1 else math.ceil(math.sqrt(len(pictures))))
+            columns = request.n if request.n > 1 else math.ceil(math.sqrt(len(pictures)))
+            sheet = grid([np.asarray(p) for p in pictures], columns)
             _save(sheet, request.out, facts | {"prompts": each})
             return [request.out]
-        folder.mkdir(parents=True, exist_ok=True)
-        stem = request.out.stem + "-" if request.out.suffix.lower() == ".png" else ""
+        stem = request.out.stem + "-" if png else ""
         paths = []
         for i, (picture, prompt) in enumerate(zip(pictures, each, strict=True)):
             path = folder / f"{stem}{i:04d}-{_slug(prompt)}.png"
@@ -79,23 +85,27 @@ def draw(request: Request) -> list[Path]:
         return paths
 
 
+def _check_writable(out: Path, folder: Path, single: bool) -> None:
+    """Make `folder` and see that files can be written to it; UserError if not, or if a grid's name is a folder's."""
+    with writing(out):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    if not single and out.is_dir():
+        raise UserError(f"--out {out}: that is a folder; expected the name of a PNG to write, or --single")
+
+
+def _guide(name: str, model: Model) -> Model | Network:
+    """The weaker model of a name: `base` is what the model was before its last `preserve` growth."""
+    return model.denoiser.base if name == "base" else Model.from_pretrained(name)
+
+
 def parse_size(text: str) -> tuple[int, int]:
     """`64x96` -> (64, 96), height first; UserError for anything else."""
     found = re.fullmatch(r"(\d+)[xX](\d+)", text)
     if not found:
         raise UserError(f"--size {text!r}: expected HEIGHTxWIDTH in pixels, such as 64x96")
     return int(found[1]), int(found[2])
-
-
-def contact(pictures: list[Image.Image], columns: int) -> Image.Image:
-    """One picture of many, row by row."""
-    w, h = pictures[0].size
-    columns = min(columns, len(pictures))
-    rows = -(-len(pictures) // columns)
-    sheet = Image.new("RGB", (columns * (w + GAP) - GAP, rows * (h + GAP) - GAP), "white")
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture, (i % columns * (w + GAP), i // columns * (h + GAP)))
-    return sheet
 
 
 def _save(picture: Image.Image, path: Path, facts: dict[str, Any]) -> None:

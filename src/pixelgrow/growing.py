@@ -14,6 +14,7 @@ from pixelgrow.errors import UserError
 from pixelgrow.growth import Init, grow
 from pixelgrow.model import Model, find
 from pixelgrow.stages.grow import describe
+from pixelgrow.writing import writing
 
 WATCHED = 64  # images that both models are measured on
 
@@ -24,6 +25,7 @@ def grow_checkpoint(name: str, to: int, out: Path, *, source: str, init: str, se
         raise UserError(f"--init {init!r}: expected one of {', '.join(get_args(Init))}")
     if (out / checkpoint.CONFIG).exists():
         raise UserError(f"{out} holds a checkpoint already: name another folder, or delete it")
+    checkpoint.check_target(out)
     model = Model.from_pretrained(name)
     spec = {"source": source} | ({"split": "heldout"} if source == "scenes" else {})
     batch = take(open_source(spec), WATCHED, (to, to))
@@ -40,5 +42,6 @@ def grow_checkpoint(name: str, to: int, out: Path, *, source: str, init: str, se
     entry = {"verb": "grow", "init": init, "from": model.resolution, "to": to, "tensors": counts}
     entry |= {"parent": model.config.sha256, "of": str(find(name))}
     config = model.config.model_copy(update={"lineage": [*model.config.lineage, entry]})
-    checkpoint.save(out, child, config)
+    with writing(out):
+        checkpoint.save(out, child, config)
     return describe(report.to_dict()) + f"\nwritten to {out}"

@@ -29,7 +29,7 @@ class Guided:
     arXiv 2404.07724). `threshold`: percentile in (0, 1] of `dynamic_threshold`, applied to every prediction.
     `nfe` counts the network evaluations per image so far, the guide's included.
 
-    Raises UserError for a weight, interval or percentile that means nothing.
+    Raises UserError for a weight, interval or percentile that means nothing, and for a guide that goes unused.
     """
 
     def __init__(
@@ -44,6 +44,8 @@ class Guided:
     ) -> None:
         if not (math.isfinite(guidance) and guidance >= 0):
             raise UserError(f"guidance={guidance}: expected a finite weight >= 0; 1 means none, 1.5 to 5 are usual")
+        if guide is not None and guidance == 1:
+            raise UserError("guidance=1 with a guide: 1 means no guidance, the guide goes unused; raise or drop it")
         if interval is not None and not 0 <= interval[0] < interval[1]:
             raise UserError(f"interval={interval}: expected (lo, hi) with 0 <= lo < hi, in sigma; swap or drop it")
         if threshold is not None and not 0 < threshold <= 1:

@@ -11,11 +11,12 @@ from PIL import Image
 
 from pixelgrow import checkpoint
 from pixelgrow.checkpoint import CheckpointConfig
-from pixelgrow.diffusion import Denoiser
+from pixelgrow.diffusion import Denoiser, NoiseSchedule
 from pixelgrow.errors import UserError
 from pixelgrow.guidance import Network
 from pixelgrow.models.cond import Cond
-from pixelgrow.sampling import Samples, sample
+from pixelgrow.pictures import to_uint8
+from pixelgrow.sampling import Schedule, sample
 from pixelgrow.text import LabelEncoder, TextEncoder, load_encoder
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -82,11 +83,28 @@ class Model:
         return self.denoiser.resolution
 
     def encode(self, prompts: Sequence[str]) -> Cond:
-        """Prompts (or class labels as text) as conditions on the model's device."""
+        """Prompts (or class labels as text) as conditions on the model's device.
+
+        Raises UserError if the checkpoint names no text encoder, or was trained with another than its name now means.
+        """
         if self._encoder is None:
-            text = self.config.text
-            self._encoder = load_encoder(text["encoder"], max_tokens=text["max_tokens"], device=self.device)
+            self._encoder = self._load_encoder()
         return self._encoder.encode(list(prompts)).to(self.device)
+
+    def _load_encoder(self) -> TextEncoder | LabelEncoder:
+        text = self.config.text
+        if not {"encoder", "max_tokens"} <= text.keys():
+            raise UserError(
+                f"the checkpoint names no text encoder: its {checkpoint.CONFIG} says text: {text}, expected encoder "
+                "and max_tokens; call the denoiser itself, or write in what it was trained with"
+            )
+        encoder = load_encoder(text["encoder"], max_tokens=text["max_tokens"], device=self.device)
+        if text.get("fingerprint", encoder.fingerprint) != encoder.fingerprint:
+            raise UserError(
+                f"the text encoder {text['encoder']!r} is not the one that the model was trained with: got fingerprint "
+                f"{encoder.fingerprint}, expected {text['fingerprint']}; put the folder or package of then in its place"
+            )
+        return encoder
 
     def sample(
         self,
@@ -98,6 +116,7 @@ class Model:
         guidance: float | None = None,
         sampler: str | None = None,
         size: tuple[int, int] | None = None,
+        grid: str | None = None,
         interval: tuple[float, float] | None = None,
         threshold: float | None = None,
         guide: Network | Model | None = None,
@@ -106,14 +125,17 @@ class Model:
     ) -> list[Image.Image]:
         """A picture for each prompt; see `sampling.sample` for the settings. Left out, they are the checkpoint's own.
 
-        `size` is (h, w); the same (seed, index, prompt, settings) give the same picture at any batch size.
+        `size` is (h, w); `grid` "karras" or "native" (to the training's noise, see `noise_grid`); `guide` another model
+        or `model.denoiser.base`, the model before its last `preserve` growth; `interval` in sigma at the model's
+        resolution. The same (seed, index, prompt, settings) give the same picture at any batch size.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise UserError("no prompt was given: expected at least one")
         settings = self.settings(
-            steps=steps, guidance=guidance, sampler=sampler, interval=interval, threshold=threshold
+            steps=steps, guidance=guidance, sampler=sampler, grid=grid, interval=interval, threshold=threshold
         )
+        settings["grid"] = noise_grid(settings.get("grid", "karras"), self.denoiser, self.config)
         if isinstance(guide, Model):
             if guide.config.text != self.config.text or guide.resolution != self.resolution:
                 raise UserError(
@@ -134,14 +156,14 @@ class Model:
             progress=progress,
             **settings,
         )
-        return to_pil(samples)
+        return [Image.fromarray(p) for p in to_uint8(samples.images)]
 
     def settings(self, **given: Any) -> dict[str, Any]:
         """Sampling settings: what is given, else the checkpoint's, else the library's."""
         return DEFAULTS | self.config.sampling | {k: v for k, v in given.items() if v is not None}
 
     def save_pretrained(self, folder: Path | str) -> None:
-        """Write the checkpoint folder."""
+        """Write the checkpoint folder, in the place of a checkpoint there; UserError if it holds other files."""
         checkpoint.save(Path(folder), self.denoiser, self.config)
 
     def push_to_hub(self, repo: str, *, private: bool = False) -> str:
@@ -159,10 +181,18 @@ class Model:
         return str(url)
 
 
-def to_pil(samples: Samples) -> list[Image.Image]:
-    """Images in [-1, 1] as 8-bit pictures."""
-    pixels = ((samples.images.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray(p) for p in pixels]
+def noise_grid(name: str, denoiser: Denoiser, config: CheckpointConfig) -> str | Schedule:
+    """The `grid` that `sampling.sample` is to be given for a name: "karras", or "native" for the training's schedule.
+
+    Raises UserError for another name, and for "native" where the checkpoint does not hold its training noise.
+    """
+    if name != "native":
+        if name != "karras":
+            raise UserError(f"grid {name!r} does not exist; expected 'karras' or 'native'")
+        return name
+    if config.noise is None:
+        raise UserError("grid 'native': the checkpoint does not say what noise it was trained with; use 'karras'")
+    return NoiseSchedule(config.noise, denoiser)
 
 
 load = Model.from_pretrained

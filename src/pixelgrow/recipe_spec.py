@@ -70,6 +70,8 @@ class DataSpec(Spec):
         extra = [k for k in SCENES if getattr(self, k) is not None]
         if extra and self.source != "scenes":
             raise ValueError(f"{extra[0]} belongs to `source: scenes`, but the source is {self.source!r}; drop it")
+        if self.source == "scenes" and self.kind != "auto":
+            raise ValueError(f"kind: got {self.kind!r}, but scenes are drawn and no path; drop it")
         return self
 
     @property
@@ -90,6 +92,10 @@ class HeldoutSpec(DataSpec):
     def _one_of_two(self) -> HeldoutSpec:
         if self.source and "fraction" in self.model_fields_set:
             raise ValueError("give a source or a fraction, not both")
+        if self.weight is not None:
+            raise ValueError(f"weight: got {self.weight:g}, but held-out data is no mixture; drop it")
+        if self.kind != "auto" and not self.source:
+            raise ValueError(f"kind: got {self.kind!r} without a source that it says something of; drop it")
         return self
 
 
@@ -100,6 +106,8 @@ class SamplingSpec(Spec):
     guidance: float | None = Field(None, ge=0)
     sampler: str | None = None
     threshold: float | None = Field(None, gt=0, le=1)
+    grid: Literal["karras", "native"] | None = None
+    interval: tuple[float, float] | None = Field(None, description="guide from lo to hi alone, in sigma of the picture")
 
     @field_validator("sampler")
     @classmethod
@@ -107,6 +115,13 @@ class SamplingSpec(Spec):
         if sampler is not None and sampler not in SAMPLERS:
             raise ValueError(f"got {sampler!r}, expected one of {', '.join(SAMPLERS)}")
         return sampler
+
+    @field_validator("interval")
+    @classmethod
+    def _interval(cls, interval: tuple[float, float] | None) -> tuple[float, float] | None:
+        if interval is not None and not 0 <= interval[0] < interval[1]:
+            raise ValueError(f"got {list(interval)}, expected [lo, hi] with 0 <= lo < hi")
+        return interval
 
     @property
     def given(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from pixelgrow.report_svg import Curve, chart
 from pixelgrow.stages.record import Record
 from pixelgrow.tables import count, size_of
 from pixelgrow.training.log import duration
-from pixelgrow.training.state import writing
+from pixelgrow.writing import writing
 
 FILE = "report.html"
 

@@ -24,6 +24,7 @@ from pixelgrow.stages.record import Record
 from pixelgrow.stages.train import CHECKPOINT, Parent, read_parent, train_stage
 from pixelgrow.training import state
 from pixelgrow.training.log import duration
+from pixelgrow.writing import writing
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ def _parent(stage: Stage, folder: Path, materials: Materials) -> Parent | None:
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Hold a run's folder against a second run; the lock goes with the process, however that ends."""
-    with state.writing(folder):
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("a+")
     with file:

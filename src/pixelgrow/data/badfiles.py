@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pixelgrow.data.sources import BadFile, Source, bad_of, files_of
 from pixelgrow.errors import UserError
+from pixelgrow.writing import writing
 
 log = logging.getLogger(__name__)
 Row = dict[str, str]
@@ -90,8 +91,9 @@ class BadFiles:
         now = {source.name: source.fingerprint for source in self._sources}
         kept = [row for row in self._rows() if now.get(row["source"], row["fingerprint"]) == row["fingerprint"]]
         fresh = self.path.with_name(f"{self.path.name}.tmp")
-        fresh.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        fresh.replace(self.path)
+        with writing(self.path):
+            fresh.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            fresh.replace(self.path)
 
     def _list(self, source: Source, new: dict[str, str]) -> None:
         listed: set[str] = set()
@@ -106,8 +108,9 @@ class BadFiles:
         log.warning("%s: bad file %s (%s)%s", source.name, key, reason, more)
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             for key, reason in rows.items():
                 row = {"source": source.name, "file": key, "reason": reason, "fingerprint": source.fingerprint}
                 file.write(json.dumps(row) + "\n")

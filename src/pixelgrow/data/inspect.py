@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pixelgrow.data.images import BadImage
 from pixelgrow.data.sources import BadFile, Source, bad_of, files_of, large_enough, sizes_of
+from pixelgrow.writing import writing
 
 SHEET = (4, 8)  # rows, columns of the contact sheet
 TILE = 128  # pixels
@@ -100,7 +101,10 @@ def inspect_source(
 
 
 def contact_sheet(source: Source, path: str | os.PathLike[str]) -> Path:
-    """Write a PNG of samples spread over the source, each with the start of its caption."""
+    """Write a PNG of samples spread over the source, each with the start of its caption; whole or not at all.
+
+    Raises UserError if `path` cannot be written.
+    """
     rows, columns = SHEET
     page = Image.new("RGB", (columns * TILE, rows * (TILE + _LABEL)), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default()
@@ -117,8 +121,11 @@ def contact_sheet(source: Source, path: str | os.PathLike[str]) -> Path:
         for line in range(2):
             draw.text((x + 2, y + TILE + 1 + 13 * line), text[20 * line : 20 * (line + 1)], "black", font)
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    page.save(target, "PNG")
+    part = target.with_name(f".{target.name}.part")
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        page.save(part, "PNG")
+        part.replace(target)
     return target
 
 

@@ -48,7 +48,7 @@ class RungConfig(Frozen):
     The top level works on a map of `resolution / patch`, each lower level on half of the one above.
     `attach` says what stands below the lowest level: the core's grid (Shallow-UViT; UViT as the paper grows it),
     or the finished lower-resolution network (`preserve` growth), whose image and features it refines.
-    `detail_std` is the deviation of the training images' details, x - up(box_down(x)), in units of the data range
+    `detail_std` is the deviation of the held-out images' details, x - up(box_down(x)), in units of the data range
     [-1, 1]; it scales the preconditioning of a `base` rung and is measured when the rung is grown.
     """
 

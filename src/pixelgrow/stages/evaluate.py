@@ -6,15 +6,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from pixelgrow import checkpoint
 from pixelgrow.data.checker import score
 from pixelgrow.data.scenes import Scenes
 from pixelgrow.heldout import denoising_error
-from pixelgrow.model import DEFAULTS
+from pixelgrow.model import DEFAULTS, noise_grid
+from pixelgrow.pictures import to_uint8
 from pixelgrow.recipe_spec import EvaluateStage
 from pixelgrow.sampling import sample
 from pixelgrow.stages.materials import HeldOut, Materials
@@ -40,7 +37,7 @@ def evaluate_stage(stage: EvaluateStage, parent: Parent, folder: Path, materials
         seed=materials.recipe.seed,
         batch=stage.batch,
         progress=_note,
-        **settings,
+        **(settings | {"grid": noise_grid(settings.get("grid", "karras"), denoiser, config)}),
     )
     images = drawn.images.cpu()
     errors = denoising_error(
@@ -56,18 +53,12 @@ def evaluate_stage(stage: EvaluateStage, parent: Parent, folder: Path, materials
         "peak_memory": peak_memory(materials.device),
     }
     if questions := _questions(held):
-        metrics["accuracy"] = score(to_uint8(images), questions)
+        metrics["accuracy"] = score(list(to_uint8(images)), questions)
         logger.info("checker: %s", ", ".join(f"{k} {100 * v:.1f}%" for k, v in metrics["accuracy"].items()))
     save_grid(images[:SHOWN], folder / "samples" / "grid.png")
     write_prompts(folder, held.captions[:SHOWN])
     write_json(folder / "metrics.json", metrics)
     return metrics
-
-
-def to_uint8(images: Tensor) -> list[np.ndarray]:
-    """(N, 3, H, W) in [-1, 1] -> N arrays (H, W, 3) of uint8."""
-    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
-    return list(pixels.numpy())
 
 
 def _questions(held: HeldOut) -> list[Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pixelgrow.errors import UserError
-from pixelgrow.training.state import writing
+from pixelgrow.writing import writing
 
 FILE = "stage.json"
 # Settings that leave the result as it is: a run may go on with others.

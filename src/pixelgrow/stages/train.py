@@ -15,7 +15,7 @@ from torch import Tensor
 from pixelgrow import checkpoint, rng
 from pixelgrow.checkpoint import CheckpointConfig
 from pixelgrow.data.loader import Loader
-from pixelgrow.diffusion import Denoiser
+from pixelgrow.diffusion import Denoiser, NoiseConfig
 from pixelgrow.errors import UserError
 from pixelgrow.models.sizes import core_config, shallow_uvit
 from pixelgrow.models.uvit import UViT
@@ -26,7 +26,7 @@ from pixelgrow.training import loop
 from pixelgrow.training.denoise import DenoiseObjective, validation_hook
 from pixelgrow.training.monitor import grid_hook
 from pixelgrow.training.settings import TrainSettings
-from pixelgrow.training.state import writing
+from pixelgrow.writing import writing
 
 CHECKPOINT = "checkpoint"
 WATCHED = 64  # held-out images of the validation loss
@@ -135,7 +135,7 @@ def fit(
     averages = result.averages["denoiser"]
     with averages[0].applied() if averages else nullcontext():
         sampling = stage.sampling.given if stage.sampling else {}
-        digest = save(folder / CHECKPOINT, denoiser, materials, lineage, sampling)
+        digest = save(folder / CHECKPOINT, denoiser, materials, lineage, sampling, settings.noise)
     return {
         "sha256": digest,
         "images": result.images,
@@ -165,6 +165,7 @@ def save(
     materials: Materials,
     lineage: list[dict[str, Any]],
     sampling: dict[str, Any] | None = None,
+    noise: NoiseConfig | None = None,
 ) -> str:
     """Write a checkpoint of the run; returns the hash of its weights. Raises UserError if the disk is full."""
     text = materials.recipe.text
@@ -173,6 +174,7 @@ def save(
         diffusion=denoiser.config,
         text={"encoder": text.encoder, "max_tokens": text.max_tokens, "fingerprint": materials.text.fingerprint},
         sampling=sampling or {},
+        noise=noise,
         lineage=lineage,
     )
     with writing(folder):

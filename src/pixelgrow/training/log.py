@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor
 
-from pixelgrow.training.state import flush, writing
+from pixelgrow.training.state import flush
+from pixelgrow.writing import writing
 
 if TYPE_CHECKING:
     from rich.console import Console

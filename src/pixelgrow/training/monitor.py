@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from pixelgrow.flops import counted
+from pixelgrow.pictures import grid, to_uint8
 from pixelgrow.training.objective import Objective
-from pixelgrow.training.state import writing
+from pixelgrow.writing import writing
 
 
 @dataclass(frozen=True)
@@ -56,19 +56,11 @@ def grid_hook(sample: Callable[[], Tensor], folder: Path, every: int, columns: i
 
 
 def save_grid(images: Tensor, path: Path, columns: int = 8) -> None:
-    """Write (B, 3, H, W) in [-1, 1] as one PNG, row by row, with a gap of two pixels; whole or not at all."""
-    b, _, h, w = images.shape
-    columns = min(columns, b)
-    rows = -(-b // columns)
-    sheet = torch.full((rows * (h + 2) - 2, columns * (w + 2) - 2, 3), 255, dtype=torch.uint8)
-    pixels = ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
-    for i in range(b):
-        top, left = i // columns * (h + 2), i % columns * (w + 2)
-        sheet[top : top + h, left : left + w] = pixels[i]
+    """Write (B, 3, H, W) in [-1, 1] as one PNG, row by row, whole or not at all."""
     part = path.with_name(f".{path.name}.part")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(sheet.numpy()).save(part, format="PNG")
+        grid(to_uint8(images), columns).save(part, format="PNG")
         part.replace(path)
 
 

@@ -76,6 +76,8 @@ class TrainSettings(BaseModel):
     def _complete(self) -> Self:
         if self.batch % self.accumulate:
             raise ValueError(f"batch: got {self.batch}, expected a multiple of accumulate ({self.accumulate})")
+        if self.decay == "inverse_sqrt" and self.warmup == 0:  # it falls from the end of the warm-up on
+            raise ValueError("warmup: got 0 with decay: inverse_sqrt, expected 1 image or more; 5% of them is usual")
         shares = {"warmup": 20, "log_every": 200, "save_every": 20, "validate_every": 10, "sample_every": 10}
         shares["snapshot_every"] = 8
         for name, share in shares.items():

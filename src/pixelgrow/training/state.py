@@ -6,13 +6,11 @@ under a temporary name, flushed to the disk, and renamed; the one before it is k
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pixelgrow.errors import UserError
+from pixelgrow.writing import writing
 
 FORMAT = 1
 KEPT = 2
 TENSORS, COUNTERS = "state.safetensors", "state.json"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -35,28 +33,6 @@ class State:
 
     tensors: dict[str, Tensor]
     counters: dict[str, Any]
-
-
-@contextmanager
-def writing(what: Path) -> Iterator[None]:
-    """Turn a full disk, or one that cannot be written, into one line that names the file."""
-    try:
-        yield
-    except SafetensorError as error:  # the library words the system's error: "... (os error 28)"
-        if not any(f"(os error {n})" in str(error) for n in (*FULL, errno.EACCES, errno.EROFS)):
-            raise
-        raise UserError(_cannot(what, str(error))) from error
-    except OSError as error:
-        if error.errno not in (*FULL, errno.EACCES, errno.EROFS):
-            raise
-        raise UserError(_cannot(what, error.strerror or str(error))) from error
-
-
-def _cannot(what: Path, reason: str) -> str:
-    return (
-        f"cannot write {what}: {reason}; what was saved before is kept: make room there, "
-        "then run the same command again to go on"
-    )
 
 
 def flush(path: Path) -> None:

@@ -1,0 +1,42 @@
+"""Writing to a disk that is full, or where one may not: one line instead of a traceback."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from pixelgrow.errors import UserError
+
+# What the user can mend, by the system's number of the error.
+REMEDIES = (
+    dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room there")
+    | dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "allow writing there or name another place")
+    | dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG), "name another place")
+)
+
+
+@contextmanager
+def writing(what: Path) -> Iterator[None]:
+    """Turn a full disk, or a place that cannot be written, into one line that names the file."""
+    try:
+        yield
+    except SafetensorError as error:  # the library words the system's error: "... (os error 28)"
+        for number in REMEDIES:
+            if f"(os error {number})" in str(error):
+                raise UserError(_cannot(what, str(error), number)) from error
+        raise
+    except OSError as error:
+        if error.errno not in REMEDIES:
+            raise
+        raise UserError(_cannot(what, error.strerror or str(error), error.errno)) from error
+
+
+def _cannot(what: Path, reason: str, number: int) -> str:
+    return (
+        f"cannot write {what}: {reason}; what was saved before is kept: {REMEDIES[number]}, "
+        "then run the same command again to go on"
+    )

@@ -1,0 +1,28 @@
+"""8-bit pictures of tensors, and many in one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from pixelgrow.pictures import grid, to_uint8
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_range_is_rounded_and_cut_off(dtype: torch.dtype) -> None:
+    values = torch.tensor([-3.0, -1, -0.5, 0, 1, 3], dtype=dtype)
+    pixels = to_uint8(values.reshape(2, 1, 1, 3).expand(2, 3, 1, 3))
+    assert pixels.shape == (2, 1, 3, 3) and pixels.dtype == np.uint8
+    assert pixels[..., 0].ravel().tolist() == [0, 0, 64, 128, 255, 255]
+
+
+def test_channels_are_last_and_a_grid_goes_row_by_row() -> None:
+    images = torch.rand(5, 3, 4, 6) * 2 - 1
+    pixels = to_uint8(images)
+    assert np.array_equal(pixels[1, 2, 3], to_uint8(images[1:2, :, 2:3, 3:4])[0, 0, 0])
+    sheet = np.asarray(grid(pixels, columns=3))
+    assert sheet.shape == (10, 22, 3)
+    assert np.array_equal(sheet[:4, 8:14], pixels[1]) and np.array_equal(sheet[6:, 8:14], pixels[4])
+    assert (sheet[4:6] == 255).all() and (sheet[:, 6:8] == 255).all() and (sheet[6:, 16:] == 255).all()
+    assert np.array_equal(np.asarray(grid(list(pixels[:2]), columns=8)), sheet[:4, :14])
