@@ -24,11 +24,11 @@ from pixelgrow.sampling import sample
 from pixelgrow.stages.materials import Materials
 from pixelgrow.training import loop
 from pixelgrow.training.denoise import DenoiseObjective, validation_hook
+from pixelgrow.training.loop import CHECKPOINT
 from pixelgrow.training.monitor import grid_hook
 from pixelgrow.training.settings import TrainSettings
 from pixelgrow.training.state import writing
 
-CHECKPOINT = "checkpoint"
 WATCHED = 64  # held-out images of the validation loss
 GRID = 16  # pictures of a sample grid
 GRID_STEPS, GRID_GUIDANCE = 16, 2.0
@@ -117,6 +117,11 @@ def fit(
             denoiser, few, size=(side, side), seed=recipe.seed, steps=GRID_STEPS, guidance=GRID_GUIDANCE
         ).images
 
+    sampling = stage.sampling.given if stage.sampling else {}
+
+    def keep(where: Path, images: int) -> None:
+        save(where, denoiser, materials, [*lineage[:-1], lineage[-1] | {"stopped_after": images}], sampling)
+
     write_prompts(folder, held.captions[:GRID])
     patch = denoiser.net.config.rungs[-1].patch
     hooks = [
@@ -131,10 +136,10 @@ def fit(
         seed=seed,
         hooks=hooks,
         name=f"{recipe.name}/{stage.name}" + (f" ({phase})" if phase else ""),
+        keep=keep,
     )
     averages = result.averages["denoiser"]
     with averages[0].applied() if averages else nullcontext():
-        sampling = stage.sampling.given if stage.sampling else {}
         digest = save(folder / CHECKPOINT, denoiser, materials, lineage, sampling)
     return {
         "sha256": digest,
