@@ -16,10 +16,11 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
+import pixelgrow
 import pixelgrow.training.state
 from pixelgrow.data.badfiles import BadFiles
 from pixelgrow.errors import UserError
-from pixelgrow.recipe import load_recipe, read_recipe
+from pixelgrow.recipe import Recipe, load_recipe, read_recipe
 from pixelgrow.run import locked, run
 from pixelgrow.stages.materials import Materials
 
@@ -251,6 +252,41 @@ def test_evaluation_without_a_checker(regimes: Path) -> None:
     assert "accuracy" not in metrics
     assert (metrics["sampling"]["steps"], metrics["sampling"]["guidance"], metrics["nfe"]) == (2, 1, 2)
     assert (regimes / "eval" / "samples" / "grid.png").exists()
+
+
+def test_a_model_of_classes_knows_their_names(regimes: Path) -> None:
+    model = pixelgrow.load(regimes / "frozen")
+    assert model.config.text["classes"] == ["dark", "light"]
+    named, numbered = (model.sample([prompt], steps=1)[0].tobytes() for prompt in ("light", "1"))
+    assert named == numbered
+
+
+def class_recipe(folder: Path, text: dict[str, Any], **more: Any) -> Recipe:
+    stage = {"train": {"name": "core", "size": "tiny", "resolution": 16, "images": 8, "batch": 8} | more}
+    return read_recipe(
+        {"name": "c", "text": text, "data": {"source": str(class_images(folder))}, "stages": [stage]}, "test"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ({}, r"has class folders, not captions, .* 'minilm' .* write text: \{classes: 2\}"),
+        ({"classes": 1}, r"has 2 class folders, the recipe says text: \{classes: 1\}: write \{classes: 2\}"),
+    ],
+)
+def test_class_folders_are_no_captions(tmp_path: Path, text: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words) as error:
+        run(class_recipe(tmp_path, text), tmp_path)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "c" / "core").exists()
+
+
+def test_a_label_means_one_class(tmp_path: Path) -> None:
+    other = class_images(tmp_path / "other")
+    (other / "dark").rename(other / "middle")
+    with pytest.raises(UserError, match=r"folders of other classes \(light, middle\) than .* \(dark, light\)"):
+        run(class_recipe(tmp_path, {"classes": 2}, data={"source": str(other)}), tmp_path)
 
 
 def materials_of(folder: Path) -> Materials:

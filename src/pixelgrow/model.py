@@ -16,7 +16,7 @@ from pixelgrow.errors import UserError
 from pixelgrow.guidance import Network
 from pixelgrow.models.cond import Cond
 from pixelgrow.sampling import Samples, sample
-from pixelgrow.text import LabelEncoder, TextEncoder, load_encoder
+from pixelgrow.text import LabelEncoder, TextEncoder, as_labels, load_encoder
 
 WEIGHTS = Path(__file__).parent / "weights"
 # What `sample` does where neither the caller nor the checkpoint says.
@@ -106,6 +106,8 @@ class Model:
     ) -> list[Image.Image]:
         """A picture for each prompt; see `sampling.sample` for the settings. Left out, they are the checkpoint's own.
 
+        A prompt for a model of classes is the name of a class, or its number.
+
         `size` is (h, w); the same (seed, index, prompt, settings) give the same picture at any batch size.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -125,7 +127,7 @@ class Model:
         self.denoiser.net.config.check_size(size)
         samples = sample(
             self.denoiser,
-            self.encode(prompts),
+            self.encode(self._texts(prompts)),
             size=size,
             seed=seed,
             index=index,
@@ -135,6 +137,11 @@ class Model:
             **settings,
         )
         return to_pil(samples)
+
+    def _texts(self, prompts: Sequence[str]) -> Sequence[str]:
+        """What the encoder is asked for: of a model of classes, the labels."""
+        head, _, count = str(self.config.text["encoder"]).partition(":")
+        return as_labels(prompts, self.config.text.get("classes", []), int(count)) if head == "labels" else prompts
 
     def settings(self, **given: Any) -> dict[str, Any]:
         """Sampling settings: what is given, else the checkpoint's, else the library's."""

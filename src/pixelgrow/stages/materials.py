@@ -61,6 +61,7 @@ class Materials:
     recipe: Recipe
     folder: Path
     device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    classes: tuple[str, ...] = field(default=(), init=False)  # of the class folders opened so far, in order of labels
 
     @cached_property
     def text(self) -> TextCache:
@@ -80,6 +81,7 @@ class Materials:
     def _open(self, specs: Sequence[DataSpec]) -> tuple[Mixture, list[Source]]:
         """The mixture without what is held out of it, and what is held out."""
         sources, weights = open_mixture([spec.opening | _weight(spec) for spec in specs])
+        self._check_classes(sources)
         held: list[Source] = []
         for i, source in enumerate(sources):
             if isinstance(source, Scenes):  # their held-out captions are a split of their own
@@ -93,7 +95,36 @@ class Materials:
     def heldout_sources(self) -> list[Source]:
         """The held-out part, the same for every stage of the run."""
         spec = self.recipe.heldout
-        return [open_source(spec.opening)] if spec.source else self._main[1]
+        if not spec.source:
+            return self._main[1]
+        sources = [open_source(spec.opening)]
+        self._check_classes(sources)
+        return sources
+
+    def _check_classes(self, sources: Sequence[Source]) -> None:
+        """UserError if class folders meet a text encoder, more classes than labels, or folders of other classes."""
+        spec = self.recipe.text
+        for source in sources:
+            names: tuple[str, ...] = getattr(source, "classes", ())
+            if not names:
+                continue
+            if not spec.classes:
+                raise UserError(
+                    f"{source.name} has class folders, not captions, and the text encoder {spec.encoder!r} reads "
+                    f"captions: write text: {{classes: {len(names)}}} into the recipe, or put a metadata.jsonl or a "
+                    ".txt beside each image"
+                )
+            if len(names) > spec.classes:
+                raise UserError(
+                    f"{source.name} has {len(names)} class folders, the recipe says text: {{classes: {spec.classes}}}: "
+                    f"write {{classes: {len(names)}}}"
+                )
+            if self.classes not in ((), names):
+                raise UserError(
+                    f"{source.name} has folders of other classes ({_some(names)}) than the data before it "
+                    f"({_some(self.classes)}), so a label would mean two things: give both the same folders"
+                )
+            self.classes = names
 
     def heldout(self, n: int, size: tuple[int, int]) -> HeldOut:
         """Up to `n` held-out images at `size` (h, w), centre crops; the same ones whenever they are asked for.
@@ -174,6 +205,10 @@ class Materials:
 
 def _each(source: Source, numbers: np.ndarray) -> Iterator[tuple[Source, int]]:
     return ((source, int(i)) for i in numbers)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _weight(spec: DataSpec) -> dict[str, float]:

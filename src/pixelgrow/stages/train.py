@@ -53,6 +53,12 @@ def read_parent(folder: Path, materials: Materials) -> Parent:
             f"(max_tokens {config.text.get('max_tokens')}), the recipe says {spec.encoder!r} ({spec.max_tokens}): "
             "write the recipe's text: as the checkpoint's"
         )
+    names = config.text.get("classes")
+    if names and materials.classes and names != list(materials.classes):
+        raise UserError(
+            f"{folder} was trained on the classes {', '.join(names)}, the data have {', '.join(materials.classes)}: "
+            "name the folders as they were"
+        )
     return Parent(folder, config)
 
 
@@ -176,7 +182,8 @@ def save(
     config = CheckpointConfig(
         network=denoiser.net.config,
         diffusion=denoiser.config,
-        text={"encoder": text.encoder, "max_tokens": text.max_tokens, "fingerprint": materials.text.fingerprint},
+        text={"encoder": text.encoder, "max_tokens": text.max_tokens, "fingerprint": materials.text.fingerprint}
+        | ({"classes": list(materials.classes)} if materials.classes else {}),
         sampling=sampling or {},
         lineage=lineage,
     )
