@@ -185,6 +185,29 @@ def test_nothing_is_trained_before_the_data_is_there(tmp_path: Path) -> None:
     assert not (tmp_path / "photos" / "core").exists()
 
 
+def test_nothing_is_trained_before_every_stage_has_images(tmp_path: Path) -> None:
+    """The pictures are of 64 px: enough for the core, not for what grows of it."""
+    small = "size: tiny, resolution: 16, images: 8, batch: 8"
+    (tmp_path / "recipe.yaml").write_text(f"""
+name: c
+text: {{classes: 2}}
+data: {{source: {class_images(tmp_path)}}}
+stages:
+  - train: {{name: core, {small}}}
+  - grow: {{name: grown, to: 128, images: 8, batch: 8}}
+""")
+    with pytest.raises(UserError, match=r"none of its \d+ images is at least 128x128 pixels"):
+        run(load_recipe(tmp_path / "recipe.yaml"), tmp_path)
+    assert not (tmp_path / "c" / "core").exists()
+    train, held = class_images(tmp_path / "other"), class_images(tmp_path / "held")
+    for label in ("dark", "light"):
+        Image.new("RGB", (200, 200)).save(train / label / "large.png")
+    overrides = [f"data.source={train}", f"heldout={{source: {held}}}"]
+    with pytest.raises(UserError, match=r"held-out data .* has no readable image of 128x128"):
+        run(load_recipe(tmp_path / "recipe.yaml", overrides), tmp_path)
+    assert not (tmp_path / "c" / "core").exists()
+
+
 # --- the regimes of growth, on class folders --------------------------------------------------------------------------
 
 

@@ -78,7 +78,7 @@ class Loader:
             raise UserError("loader: got no sources, expected at least one")
         self.size, self.batch, self.seed, self.workers = size, batch, seed, workers
         self.flip, self.random_crop = flip, random_crop
-        self.usable = [_usable(source, size) for source in self.sources]
+        self.usable = [usable(source, size) for source in self.sources]
         self.order = Order([len(items) for items in self.usable], weights, seed)
         self.bad = BadFiles(self.sources, bad_limit, bad_path)
 
@@ -167,7 +167,7 @@ def take(source: Source, count: int, size: tuple[int, int]) -> Batch:
     """
     pictures: list[np.ndarray] = []
     texts: list[str] = []
-    for item in _usable(source, size):
+    for item in usable(source, size):
         if len(pictures) == count:
             break
         try:
@@ -181,7 +181,8 @@ def take(source: Source, count: int, size: tuple[int, int]) -> Batch:
     return Batch(to_tensor(np.stack(pictures)), tuple(texts), torch.arange(len(pictures)))
 
 
-def _usable(source: Source, size: tuple[int, int]) -> np.ndarray:
+def usable(source: Source, size: tuple[int, int]) -> np.ndarray:
+    """Numbers (M,) int64 of the samples that are at least `size` (h, w). Raises `UserError` if there is none."""
     items = large_enough(source, size)
     if not len(items):
         largest = int(sizes_of(source).min(axis=1).max(initial=0))

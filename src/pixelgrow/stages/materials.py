@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pixelgrow.data.badfiles import BadFiles
 from pixelgrow.data.images import BadImage
-from pixelgrow.data.loader import to_tensor
+from pixelgrow.data.loader import to_tensor, usable
 from pixelgrow.data.opening import open_mixture, open_source
 from pixelgrow.data.scenes import Scenes
 from pixelgrow.data.sources import BadFile, Source, Subset, heldout_split, large_enough
@@ -147,9 +147,21 @@ class Materials:
             captions.append(source.text(i))
             origins.append((source, i))
         if not images:
-            names = ", ".join(s.name for s in self.heldout_sources)
-            raise UserError(f"held-out data ({names}) has no readable image of {size[0]}x{size[1]} or larger; add some")
+            raise self._none_held_out(size)
         return HeldOut(to_tensor(np.stack(images)), captions, origins, unreadable)
+
+    def _none_held_out(self, size: tuple[int, int]) -> UserError:
+        names = ", ".join(s.name for s in self.heldout_sources)
+        return UserError(f"held-out data ({names}) has no readable image of {size[0]}x{size[1]} or larger; add some")
+
+    def check(self, stage: Stage, side: int) -> None:
+        """Raise UserError if a stage that works at `side` pixels would find no image, to train on or held out."""
+        size = (side, side)
+        if isinstance(stage, ModelStage):
+            for source in self.mixture(stage).sources:
+                usable(source, size)
+        if next(self._order(size), None) is None:
+            raise self._none_held_out(size)
 
     def _order(self, size: tuple[int, int]) -> Iterator[tuple[Source, int]]:
         """Held-out samples of `size` and above, one source after the other in turn."""
