@@ -25,6 +25,8 @@ from pixelgrow.data import BadFile, BadImage, Batch, Loader, open_source, take
 from pixelgrow.data.badfiles import BadFiles
 from pixelgrow.data.loader import to_tensor
 from pixelgrow.data.order import Order
+from pixelgrow.data.scenes import Scenes
+from pixelgrow.data.sources import Subset
 from pixelgrow.errors import UserError
 
 
@@ -166,6 +168,19 @@ def test_about_half_are_mirrored() -> None:
     turned = [not torch.equal(a, b) for a, b in zip(plain, mirrored, strict=True)]
     assert 70 < sum(turned) < 130
     assert all(torch.equal(a.flip(-1) if t else a, b) for a, b, t in zip(plain, mirrored, turned, strict=True))
+
+
+def test_a_source_that_says_left_and_right_is_not_mirrored() -> None:
+    sided = Shades(100, name="sided")
+    sided.mirror = False
+    plain, other = (
+        first(Loader([Shades(100), sided], size=(4, 4), batch=200, flip=flip), 1)[0] for flip in (False, True)
+    )
+    turned = {t.split()[0] for t, a, b in zip(plain.text, plain.image, other.image, strict=True) if not a.equal(b)}
+    assert turned == {"shades"}
+    for source in (Scenes(n=10, captions=10), sided, Subset(sided, np.arange(5), "few")):
+        with pytest.raises(UserError, match=r"flip: true would make captions of .* untrue .* leave flip out"):
+            Loader(source, size=(16, 16), flip=True)
 
 
 def test_small_images_are_left_out() -> None:

@@ -208,6 +208,12 @@ stages:
     assert not (tmp_path / "c" / "core").exists()
 
 
+def test_scenes_are_not_mirrored(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"flip: true would make captions of scenes untrue"):
+        run(load_recipe("smoke", ["stages.grown.flip=true"]), tmp_path)
+    assert not (tmp_path / "smoke" / "core").exists()
+
+
 # --- the regimes of growth, on class folders --------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pixelgrow.data.badfiles import BadFiles
 from pixelgrow.data.images import BadImage
-from pixelgrow.data.loader import to_tensor, usable
+from pixelgrow.data.loader import mirrored, to_tensor, usable
 from pixelgrow.data.opening import open_mixture, open_source
 from pixelgrow.data.scenes import Scenes
 from pixelgrow.data.sources import BadFile, Source, Subset, heldout_split, large_enough
@@ -155,10 +155,13 @@ class Materials:
         return UserError(f"held-out data ({names}) has no readable image of {size[0]}x{size[1]} or larger; add some")
 
     def check(self, stage: Stage, side: int) -> None:
-        """Raise UserError if a stage that works at `side` pixels would find no image, to train on or held out."""
+        """Raise UserError if a stage that works at `side` pixels finds no image, to train on or held out, or may not
+        mirror any that it is told to."""
         size = (side, side)
         if isinstance(stage, ModelStage):
-            for source in self.mixture(stage).sources:
+            sources = self.mixture(stage).sources
+            mirrored(sources, stage.flip)
+            for source in sources:
                 usable(source, size)
         if next(self._order(size), None) is None:
             raise self._none_held_out(size)
