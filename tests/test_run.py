@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -171,11 +173,21 @@ def test_sigterm_saves_and_says_how_to_go_on(
     assert (tmp_path / "runs/smoke/core" / WEIGHTS).read_bytes() == (smoke / "core" / WEIGHTS).read_bytes()
 
 
-def test_two_runs_in_one_folder(tmp_path: Path) -> None:
+def test_two_runs_in_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pixelgrow.run.PATIENCE", 0.2)
     with locked(tmp_path / "a"), pytest.raises(UserError, match="in use by process"), locked(tmp_path / "a"):
         pass
     with locked(tmp_path / "a"):
         pass
+
+
+def test_the_workers_of_a_killed_run_are_waited_for(tmp_path: Path) -> None:
+    """Forked, they hold the lock of the process that is gone."""
+    worker = (tmp_path / ".lock").open("a")
+    fcntl.flock(worker, fcntl.LOCK_EX)
+    threading.Timer(0.5, worker.close).start()
+    with locked(tmp_path):
+        assert worker.closed
 
 
 def test_nothing_is_trained_before_the_data_is_there(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from pixelgrow.training import state
 from pixelgrow.training.log import duration
 
 logger = logging.getLogger(__name__)
+PATIENCE = 5.0  # seconds: workers of a run that was killed hold its lock until they see that it has gone
 
 
 def run(recipe: Recipe, root: Path = Path("runs")) -> Path:
@@ -99,18 +100,27 @@ def _side(stage: Stage, recipe: Recipe) -> int:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a run's folder against a second run; the lock goes with the process, however that ends."""
+    """Hold a run's folder against a second run; the lock goes with the process and its workers, however they end.
+
+    Raises UserError if it is still held after `PATIENCE`.
+    """
     with state.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("a+")
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            raise UserError(
-                f"{folder} is in use by process {file.read().strip() or '?'}: wait, or give the recipe another name"
-            ) from error
+        patience = time.monotonic() + PATIENCE
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if time.monotonic() > patience:
+                    file.seek(0)
+                    raise UserError(
+                        f"{folder} is in use by process {file.read().strip() or '?'}: wait, or give the recipe another "
+                        "name"
+                    ) from error
+                time.sleep(0.1)
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
