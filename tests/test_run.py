@@ -17,10 +17,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
+from torch import Tensor
 
 import pixelgrow
 import pixelgrow.training.state
 from pixelgrow.data.badfiles import BadFiles
+from pixelgrow.diffusion import Denoiser
 from pixelgrow.errors import UserError
 from pixelgrow.recipe import Recipe, load_recipe, read_recipe
 from pixelgrow.run import locked, run
@@ -286,6 +288,29 @@ def test_regimes_of_growth(regimes: Path) -> None:
     assert growth["loaded"] == []
     parameters = record(regimes / "frozen")["result"]["parameters"]
     assert parameters["all"] - parameters["training"] == sum(t.numel() for t in core.values())
+
+
+def test_no_look_takes_more_rows_than_a_micro_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: set[int] = set()
+    real = Denoiser.forward
+
+    def forward(self: Denoiser, x: Tensor, *rest: Any) -> Tensor:
+        rows.add(len(x))
+        return real(self, x, *rest)
+
+    small = "images: 8, batch: 8, accumulate: 4, validate_every: 8, sample_every: 8, snapshot_every: 0"
+    (tmp_path / "recipe.yaml").write_text(f"""
+name: c
+text: {{classes: 2}}
+data: {{source: {class_images(tmp_path)}}}
+stages:
+  - train: {{name: core, size: tiny, resolution: 16, {small}}}
+  - grow: {{name: grown, to: 32, {small}}}
+  - evaluate: {{name: eval, prompts: 4, steps: 1, guidance: 1, batch: 2}}
+""")
+    monkeypatch.setattr(Denoiser, "forward", forward)
+    run(load_recipe(tmp_path / "recipe.yaml"), tmp_path)
+    assert max(rows) == 2
 
 
 def test_evaluation_without_a_checker(regimes: Path) -> None:

@@ -120,7 +120,13 @@ def fit(
     def pictures() -> Tensor:
         few = cond[:GRID]
         return sample(
-            denoiser, few, size=(side, side), seed=recipe.seed, steps=GRID_STEPS, guidance=GRID_GUIDANCE
+            denoiser,
+            few,
+            size=(side, side),
+            seed=recipe.seed,
+            steps=GRID_STEPS,
+            guidance=GRID_GUIDANCE,
+            batch=guided_batch(settings),
         ).images
 
     sampling = stage.sampling.given if stage.sampling else {}
@@ -131,7 +137,9 @@ def fit(
     write_prompts(folder, held.captions[:GRID])
     patch = denoiser.net.config.rungs[-1].patch
     hooks = [
-        validation_hook(denoiser, held.images, cond, settings.validate_every or 0, seed=recipe.seed),
+        validation_hook(
+            denoiser, held.images, cond, settings.validate_every or 0, seed=recipe.seed, batch=settings.micro_batch
+        ),
         grid_hook(pictures, folder, settings.sample_every or 0, columns=8, patch=patch),
     ]
     result = loop.train(
@@ -160,6 +168,11 @@ def fit(
         "bad_report": loader.bad.report(),
         "usable_images": len(loader),
     }
+
+
+def guided_batch(settings: TrainSettings) -> int:
+    """Pictures that are drawn at a time: guidance evaluates two rows of each, no more in all than a micro-batch."""
+    return max(1, settings.micro_batch // 2)
 
 
 def write_prompts(folder: Path, captions: Sequence[str]) -> None:
