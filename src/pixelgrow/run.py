@@ -24,6 +24,7 @@ from pixelgrow.stages.record import Record
 from pixelgrow.stages.train import CHECKPOINT, Parent, read_parent, train_stage
 from pixelgrow.training import state
 from pixelgrow.training.log import duration
+from pixelgrow.training.monitor import reset_peak
 
 logger = logging.getLogger(__name__)
 PATIENCE = 5.0  # seconds: workers of a run that was killed hold its lock until they see that it has gone
@@ -55,6 +56,7 @@ def run(recipe: Recipe, root: Path = Path("runs")) -> Path:
                 continue
             logger.info("%s: %s", where, "going on" if record.values else "starting")
             record.begin(settings, parents)
+            reset_peak(materials.device)
             began = time.monotonic()
             before = float(record.values.get("wall_seconds", 0))
             try:
