@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import pixelgrow
+import pixelgrow.stages.materials
 import pixelgrow.training.state
 from pixelgrow.data.badfiles import BadFiles
 from pixelgrow.diffusion import Denoiser
@@ -360,6 +361,17 @@ def materials_of(folder: Path) -> Materials:
     raw = {"name": "mix", "data": sources, "heldout": {"fraction": 0.3}, "text": {"classes": 2}}
     stage = {"train": {"name": "core", "size": "tiny", "resolution": 16, "images": 8}}
     return Materials(read_recipe(raw | {"stages": [stage]}, "test"), folder)
+
+
+def test_data_are_indexed_once_for_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Any] = []
+    real = pixelgrow.stages.materials.open_mixture
+    monkeypatch.setattr("pixelgrow.stages.materials.open_mixture", lambda specs: opened.append(specs) or real(specs))
+    recipe = class_recipe(tmp_path, {"classes": 2}, data={"source": str(tmp_path / "images")})
+    materials = Materials(recipe, tmp_path)
+    for _ in range(3):
+        materials.describe(recipe.stages[0])
+    assert len(opened) == 1
 
 
 def test_what_is_held_out_is_not_trained_on(tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ class Materials:
     folder: Path
     device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     classes: tuple[str, ...] = field(default=(), init=False)  # of the class folders opened so far, in order of labels
+    _opened: dict[tuple[DataSpec, ...], tuple[Mixture, list[Source]]] = field(default_factory=dict, init=False)
 
     @cached_property
     def text(self) -> TextCache:
@@ -70,16 +71,15 @@ class Materials:
 
     def mixture(self, stage: ModelStage) -> Mixture:
         """What a stage trains on: its own data, or the recipe's."""
-        if stage.data is not None:
-            return self._open(stage.data)[0]
-        return self._main[0]
+        return self._open(stage.data if stage.data is not None else self.recipe.data)[0]
 
-    @cached_property
-    def _main(self) -> tuple[Mixture, list[Source]]:
-        return self._open(self.recipe.data)
+    def _open(self, specs: tuple[DataSpec, ...]) -> tuple[Mixture, list[Source]]:
+        """The mixture without what is held out of it, and what is held out; indexed once for a run."""
+        if specs not in self._opened:
+            self._opened[specs] = self._index(specs)
+        return self._opened[specs]
 
-    def _open(self, specs: Sequence[DataSpec]) -> tuple[Mixture, list[Source]]:
-        """The mixture without what is held out of it, and what is held out."""
+    def _index(self, specs: tuple[DataSpec, ...]) -> tuple[Mixture, list[Source]]:
         sources, weights = open_mixture([spec.opening | _weight(spec) for spec in specs])
         self._check_classes(sources)
         held: list[Source] = []
@@ -96,7 +96,7 @@ class Materials:
         """The held-out part, the same for every stage of the run."""
         spec = self.recipe.heldout
         if not spec.source:
-            return self._main[1]
+            return self._open(self.recipe.data)[1]
         sources = [open_source(spec.opening)]
         self._check_classes(sources)
         return sources
