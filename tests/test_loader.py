@@ -308,6 +308,29 @@ def test_two_loaders_may_share_a_list(tmp_path: Path) -> None:
     assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == 2
 
 
+def test_many_bad_files_are_listed_in_linear_time_and_few_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    read = 0
+    real = json.loads
+
+    def loads(line: str) -> object:
+        nonlocal read
+        read += 1
+        return real(line)
+
+    bad = BadFiles([Shades(200)], 1.0, tmp_path / "bad.jsonl")
+    with monkeypatch.context() as patch:
+        patch.setattr(json, "loads", loads)
+        for i in range(100):
+            bad.add(0, [BadFile(f"{i}.png", "broken")])
+    assert read <= 100
+    assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == len(bad) == 100
+    warned = [record.getMessage() for record in caplog.records]
+    assert len(warned) == 5
+    assert warned[-1].endswith("those that follow are counted, and reported at the end")
+
+
 def test_settings_that_make_no_sense() -> None:
     for settings_ in ({"batch": 0}, {"workers": -1}, {"size": (0, 4)}, {"bad_limit": 1.5}, {"bad_limit": -0.1}):
         with pytest.raises(UserError):
