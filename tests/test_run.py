@@ -397,6 +397,30 @@ def test_a_bad_held_out_file_is_accounted_for(tmp_path: Path) -> None:
     assert [file.key for file in bad.files()] == [name]
 
 
+def test_the_phases_of_a_stage_share_an_account_of_bad_files(tmp_path: Path) -> None:
+    """Half of the files are bad: the first phase meets about all of them."""
+    folder = class_images(tmp_path)
+    for path in list(folder.rglob("*.png"))[::2]:
+        path.write_bytes(path.read_bytes()[:2000])
+    small = "batch: 8, bad_limit: 1, sample_every: 0, validate_every: 0, snapshot_every: 0"
+    (tmp_path / "recipe.yaml").write_text(f"""
+name: c
+text: {{classes: 2}}
+data: {{source: {folder}}}
+heldout: {{fraction: 0.2}}
+stages:
+  - train: {{name: core, size: tiny, resolution: 16, images: 8, {small}}}
+  - grow: {{name: grown, to: 32, core: {{unfreeze_after: 48}}, images: 56, {small}}}
+""")
+    run(load_recipe(tmp_path / "recipe.yaml"), tmp_path)
+    grown = tmp_path / "c" / "grown"
+    result = record(grown)["result"]
+    first, second = (phase["bad_files"] for phase in result["phases"])
+    assert 0 < first <= second == result["bad_files"]
+    assert len((grown / "bad_files.jsonl").read_text().splitlines()) == second
+    assert not (grown / "frozen" / "bad_files.jsonl").exists()
+
+
 def test_growth_in_steps_is_one_identity(regimes: Path) -> None:
     growth = json.loads((regimes / "twice" / "growth.json").read_text())
     assert growth["resolution"] == [16, 64]

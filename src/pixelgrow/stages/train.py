@@ -110,7 +110,7 @@ def fit(
         flip=settings.flip,
         workers=settings.workers,
         bad_limit=settings.bad_limit,
-        bad_path=folder / "bad_files.jsonl",
+        bad_path=(folder.parent if phase else folder) / "bad_files.jsonl",  # one account for the phases of a stage
     )
     held = materials.heldout(WATCHED, (side, side))
     materials.account(held, mixture, loader.bad)
