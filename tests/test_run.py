@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,11 +24,14 @@ import pixelgrow
 import pixelgrow.stages.materials
 import pixelgrow.training.state
 from pixelgrow.data.badfiles import BadFiles
+from pixelgrow.data.loader import Batch
 from pixelgrow.diffusion import Denoiser
 from pixelgrow.errors import UserError
 from pixelgrow.recipe import Recipe, load_recipe, read_recipe
 from pixelgrow.run import locked, run
 from pixelgrow.stages.materials import Materials
+from pixelgrow.training.denoise import DenoiseObjective
+from pixelgrow.training.objective import Terms
 
 WEIGHTS = "checkpoint/model.safetensors"
 
@@ -229,6 +233,28 @@ def test_scenes_are_not_mirrored(tmp_path: Path) -> None:
     assert not (tmp_path / "smoke" / "core").exists()
 
 
+def test_a_stage_that_bad_steps_stopped_can_be_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = DenoiseObjective.loss
+
+    def loss(self: DenoiseObjective, batch: Batch, part: str) -> Terms:
+        terms = real(self, batch, part)
+        return terms if int(batch.index[0]) < 16 else replace(terms, loss=terms.loss * float("nan"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DenoiseObjective, "loss", loss)
+        with pytest.raises(UserError, match="put a train stage of another name in this one's place") as error:
+            run(class_recipe(tmp_path, {"classes": 2}, images=32, max_bad_steps=2, sample_every=0), tmp_path)
+    checkpoint = tmp_path / "c" / "core" / "checkpoint"
+    assert str(checkpoint) in str(error.value)
+    assert pixelgrow.load(checkpoint).config.lineage[-1]["stopped_after"] == 16
+    stage = {"name": "core2", "from": str(checkpoint), "images": 8, "batch": 8, "lr": 1e-4, "sample_every": 0}
+    data = {"source": str(tmp_path / "images")}
+    again = {"name": "c", "text": {"classes": 2}, "data": data, "stages": [{"train": stage}]}
+    run(read_recipe(again, "test"), tmp_path)
+    lineage = pixelgrow.load(tmp_path / "c" / "core2").config.lineage
+    assert [entry["stage"] for entry in lineage] == ["core", "core2"]
+
+
 # --- the regimes of growth, on class folders --------------------------------------------------------------------------
 
 
@@ -400,7 +426,7 @@ def test_a_bad_held_out_file_is_accounted_for(tmp_path: Path) -> None:
 def test_the_phases_of_a_stage_share_an_account_of_bad_files(tmp_path: Path) -> None:
     """Half of the files are bad: the first phase meets about all of them."""
     folder = class_images(tmp_path)
-    for path in list(folder.rglob("*.png"))[::2]:
+    for path in sorted(folder.rglob("*.png"))[::2]:
         path.write_bytes(path.read_bytes()[:2000])
     small = "batch: 8, bad_limit: 1, sample_every: 0, validate_every: 0, snapshot_every: 0"
     (tmp_path / "recipe.yaml").write_text(f"""
