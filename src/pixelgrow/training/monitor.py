@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from pixelgrow.flops import counted
+from pixelgrow.training import cpu
 from pixelgrow.training.objective import Objective
 from pixelgrow.training.state import writing
 
@@ -134,6 +135,7 @@ def reset_peak(device: torch.device) -> None:
     """Let `peak_memory` count from now on; on a CPU where the system can (Linux, proc(5))."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    cpu.trim()
     with suppress(OSError):  # no such file elsewhere, or not ours to write in a sandbox
         Path("/proc/self/clear_refs").write_text("5")
 
