@@ -25,6 +25,8 @@ from pixelgrow.data import BadFile, BadImage, Batch, Loader, open_source, take
 from pixelgrow.data.badfiles import BadFiles
 from pixelgrow.data.loader import to_tensor
 from pixelgrow.data.order import Order
+from pixelgrow.data.scenes import Scenes
+from pixelgrow.data.sources import Subset
 from pixelgrow.errors import UserError
 
 
@@ -168,6 +170,19 @@ def test_about_half_are_mirrored() -> None:
     assert all(torch.equal(a.flip(-1) if t else a, b) for a, b, t in zip(plain, mirrored, turned, strict=True))
 
 
+def test_a_source_that_says_left_and_right_is_not_mirrored() -> None:
+    sided = Shades(100, name="sided")
+    sided.mirror = False
+    plain, other = (
+        first(Loader([Shades(100), sided], size=(4, 4), batch=200, flip=flip), 1)[0] for flip in (False, True)
+    )
+    turned = {t.split()[0] for t, a, b in zip(plain.text, plain.image, other.image, strict=True) if not a.equal(b)}
+    assert turned == {"shades"}
+    for source in (Scenes(n=10, captions=10), sided, Subset(sided, np.arange(5), "few")):
+        with pytest.raises(UserError, match=r"flip: true would make captions of .* untrue .* leave flip out"):
+            Loader(source, size=(16, 16), flip=True)
+
+
 def test_small_images_are_left_out() -> None:
     loader = Loader(Shades(10, side=40), size=(32, 45), batch=4)
     assert len(loader) == 5
@@ -291,6 +306,29 @@ def test_two_loaders_may_share_a_list(tmp_path: Path) -> None:
         one.add(0, [BadFile("a", "x"), BadFile("a", "x"), BadFile("b", "y")])
         assert [bad.key for bad in one.files()] == ["a", "b"]
     assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == 2
+
+
+def test_many_bad_files_are_listed_in_linear_time_and_few_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    read = 0
+    real = json.loads
+
+    def loads(line: str) -> object:
+        nonlocal read
+        read += 1
+        return real(line)
+
+    bad = BadFiles([Shades(200)], 1.0, tmp_path / "bad.jsonl")
+    with monkeypatch.context() as patch:
+        patch.setattr(json, "loads", loads)
+        for i in range(100):
+            bad.add(0, [BadFile(f"{i}.png", "broken")])
+    assert read <= 100
+    assert len((tmp_path / "bad.jsonl").read_text().splitlines()) == len(bad) == 100
+    warned = [record.getMessage() for record in caplog.records]
+    assert len(warned) == 5
+    assert warned[-1].endswith("those that follow are counted, and reported at the end")
 
 
 def test_settings_that_make_no_sense() -> None:

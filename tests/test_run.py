@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import signal
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,13 +18,20 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
+from torch import Tensor
 
+import pixelgrow
+import pixelgrow.stages.materials
 import pixelgrow.training.state
 from pixelgrow.data.badfiles import BadFiles
+from pixelgrow.data.loader import Batch
+from pixelgrow.diffusion import Denoiser
 from pixelgrow.errors import UserError
-from pixelgrow.recipe import load_recipe, read_recipe
+from pixelgrow.recipe import Recipe, load_recipe, read_recipe
 from pixelgrow.run import locked, run
 from pixelgrow.stages.materials import Materials
+from pixelgrow.training.denoise import DenoiseObjective
+from pixelgrow.training.objective import Terms
 
 WEIGHTS = "checkpoint/model.safetensors"
 
@@ -172,11 +182,21 @@ def test_sigterm_saves_and_says_how_to_go_on(
     assert (tmp_path / "runs/smoke/core" / WEIGHTS).read_bytes() == (smoke / "core" / WEIGHTS).read_bytes()
 
 
-def test_two_runs_in_one_folder(tmp_path: Path) -> None:
+def test_two_runs_in_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pixelgrow.run.PATIENCE", 0.2)
     with locked(tmp_path / "a"), pytest.raises(UserError, match="in use by process"), locked(tmp_path / "a"):
         pass
     with locked(tmp_path / "a"):
         pass
+
+
+def test_the_workers_of_a_killed_run_are_waited_for(tmp_path: Path) -> None:
+    """Forked, they hold the lock of the process that is gone."""
+    worker = (tmp_path / ".lock").open("a")
+    fcntl.flock(worker, fcntl.LOCK_EX)
+    threading.Timer(0.5, worker.close).start()
+    with locked(tmp_path):
+        assert worker.closed
 
 
 def test_nothing_is_trained_before_the_data_is_there(tmp_path: Path) -> None:
@@ -184,6 +204,57 @@ def test_nothing_is_trained_before_the_data_is_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere: no such folder"):
         run(recipe, tmp_path)
     assert not (tmp_path / "photos" / "core").exists()
+
+
+def test_nothing_is_trained_before_every_stage_has_images(tmp_path: Path) -> None:
+    """The pictures are of 64 px: enough for the core, not for what grows of it."""
+    small = "size: tiny, resolution: 16, images: 8, batch: 8"
+    (tmp_path / "recipe.yaml").write_text(f"""
+name: c
+text: {{classes: 2}}
+data: {{source: {class_images(tmp_path)}}}
+stages:
+  - train: {{name: core, {small}}}
+  - grow: {{name: grown, to: 128, images: 8, batch: 8}}
+""")
+    with pytest.raises(UserError, match=r"none of its \d+ images is at least 128x128 pixels"):
+        run(load_recipe(tmp_path / "recipe.yaml"), tmp_path)
+    assert not (tmp_path / "c" / "core").exists()
+    train, held = class_images(tmp_path / "other"), class_images(tmp_path / "held")
+    for label in ("dark", "light"):
+        Image.new("RGB", (200, 200)).save(train / label / "large.png")
+    overrides = [f"data.source={train}", f"heldout={{source: {held}}}"]
+    with pytest.raises(UserError, match=r"held-out data .* has no readable image of 128x128"):
+        run(load_recipe(tmp_path / "recipe.yaml", overrides), tmp_path)
+    assert not (tmp_path / "c" / "core").exists()
+
+
+def test_scenes_are_not_mirrored(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"flip: true would make captions of scenes untrue"):
+        run(load_recipe("smoke", ["stages.grown.flip=true"]), tmp_path)
+    assert not (tmp_path / "smoke" / "core").exists()
+
+
+def test_a_stage_that_bad_steps_stopped_can_be_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = DenoiseObjective.loss
+
+    def loss(self: DenoiseObjective, batch: Batch, part: str) -> Terms:
+        terms = real(self, batch, part)
+        return terms if int(batch.index[0]) < 16 else replace(terms, loss=terms.loss * float("nan"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DenoiseObjective, "loss", loss)
+        with pytest.raises(UserError, match="put a train stage of another name in this one's place") as error:
+            run(class_recipe(tmp_path, {"classes": 2}, images=32, max_bad_steps=2, sample_every=0), tmp_path)
+    checkpoint = tmp_path / "c" / "core" / "checkpoint"
+    assert str(checkpoint) in str(error.value)
+    assert pixelgrow.load(checkpoint).config.lineage[-1]["stopped_after"] == 16
+    stage = {"name": "core2", "from": str(checkpoint), "images": 8, "batch": 8, "lr": 1e-4, "sample_every": 0}
+    data = {"source": str(tmp_path / "images")}
+    again = {"name": "c", "text": {"classes": 2}, "data": data, "stages": [{"train": stage}]}
+    run(read_recipe(again, "test"), tmp_path)
+    lineage = pixelgrow.load(tmp_path / "c" / "core2").config.lineage
+    assert [entry["stage"] for entry in lineage] == ["core", "core2"]
 
 
 # --- the regimes of growth, on class folders --------------------------------------------------------------------------
@@ -248,6 +319,29 @@ def test_regimes_of_growth(regimes: Path) -> None:
     assert parameters["all"] - parameters["training"] == sum(t.numel() for t in core.values())
 
 
+def test_no_look_takes_more_rows_than_a_micro_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: set[int] = set()
+    real = Denoiser.forward
+
+    def forward(self: Denoiser, x: Tensor, *rest: Any) -> Tensor:
+        rows.add(len(x))
+        return real(self, x, *rest)
+
+    small = "images: 8, batch: 8, accumulate: 4, validate_every: 8, sample_every: 8, snapshot_every: 0"
+    (tmp_path / "recipe.yaml").write_text(f"""
+name: c
+text: {{classes: 2}}
+data: {{source: {class_images(tmp_path)}}}
+stages:
+  - train: {{name: core, size: tiny, resolution: 16, {small}}}
+  - grow: {{name: grown, to: 32, {small}}}
+  - evaluate: {{name: eval, prompts: 4, steps: 1, guidance: 1, batch: 2}}
+""")
+    monkeypatch.setattr(Denoiser, "forward", forward)
+    run(load_recipe(tmp_path / "recipe.yaml"), tmp_path)
+    assert max(rows) == 2
+
+
 def test_evaluation_without_a_checker(regimes: Path) -> None:
     metrics = json.loads((regimes / "eval" / "metrics.json").read_text())
     assert "accuracy" not in metrics
@@ -255,11 +349,57 @@ def test_evaluation_without_a_checker(regimes: Path) -> None:
     assert (regimes / "eval" / "samples" / "grid.png").exists()
 
 
+def test_a_model_of_classes_knows_their_names(regimes: Path) -> None:
+    model = pixelgrow.load(regimes / "frozen")
+    assert model.config.text["classes"] == ["dark", "light"]
+    named, numbered = (model.sample([prompt], steps=1)[0].tobytes() for prompt in ("light", "1"))
+    assert named == numbered
+
+
+def class_recipe(folder: Path, text: dict[str, Any], **more: Any) -> Recipe:
+    stage = {"train": {"name": "core", "size": "tiny", "resolution": 16, "images": 8, "batch": 8} | more}
+    return read_recipe(
+        {"name": "c", "text": text, "data": {"source": str(class_images(folder))}, "stages": [stage]}, "test"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ({}, r"has class folders, not captions, .* 'minilm' .* write text: \{classes: 2\}"),
+        ({"classes": 1}, r"has 2 class folders, the recipe says text: \{classes: 1\}: write \{classes: 2\}"),
+    ],
+)
+def test_class_folders_are_no_captions(tmp_path: Path, text: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words) as error:
+        run(class_recipe(tmp_path, text), tmp_path)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "c" / "core").exists()
+
+
+def test_a_label_means_one_class(tmp_path: Path) -> None:
+    other = class_images(tmp_path / "other")
+    (other / "dark").rename(other / "middle")
+    with pytest.raises(UserError, match=r"folders of other classes \(light, middle\) than .* \(dark, light\)"):
+        run(class_recipe(tmp_path, {"classes": 2}, data={"source": str(other)}), tmp_path)
+
+
 def materials_of(folder: Path) -> Materials:
     sources = [{"source": str(folder), "weight": 3}, {"source": "scenes", "weight": 1, "n": 10, "captions": 10}]
     raw = {"name": "mix", "data": sources, "heldout": {"fraction": 0.3}, "text": {"classes": 2}}
     stage = {"train": {"name": "core", "size": "tiny", "resolution": 16, "images": 8}}
     return Materials(read_recipe(raw | {"stages": [stage]}, "test"), folder)
+
+
+def test_data_are_indexed_once_for_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Any] = []
+    real = pixelgrow.stages.materials.open_mixture
+    monkeypatch.setattr("pixelgrow.stages.materials.open_mixture", lambda specs: opened.append(specs) or real(specs))
+    recipe = class_recipe(tmp_path, {"classes": 2}, data={"source": str(tmp_path / "images")})
+    materials = Materials(recipe, tmp_path)
+    for _ in range(3):
+        materials.describe(recipe.stages[0])
+    assert len(opened) == 1
 
 
 def test_what_is_held_out_is_not_trained_on(tmp_path: Path) -> None:
@@ -283,6 +423,30 @@ def test_a_bad_held_out_file_is_accounted_for(tmp_path: Path) -> None:
     bad = BadFiles(mixture.sources, 0.5, tmp_path / "bad_files.jsonl")
     materials.account(materials.heldout(100, (16, 16)), mixture, bad)
     assert [file.key for file in bad.files()] == [name]
+
+
+def test_the_phases_of_a_stage_share_an_account_of_bad_files(tmp_path: Path) -> None:
+    """Half of the files are bad: the first phase meets about all of them."""
+    folder = class_images(tmp_path)
+    for path in sorted(folder.rglob("*.png"))[::2]:
+        path.write_bytes(path.read_bytes()[:2000])
+    small = "batch: 8, bad_limit: 1, sample_every: 0, validate_every: 0, snapshot_every: 0"
+    (tmp_path / "recipe.yaml").write_text(f"""
+name: c
+text: {{classes: 2}}
+data: {{source: {folder}}}
+heldout: {{fraction: 0.2}}
+stages:
+  - train: {{name: core, size: tiny, resolution: 16, images: 8, {small}}}
+  - grow: {{name: grown, to: 32, core: {{unfreeze_after: 48}}, images: 56, {small}}}
+""")
+    run(load_recipe(tmp_path / "recipe.yaml"), tmp_path)
+    grown = tmp_path / "c" / "grown"
+    result = record(grown)["result"]
+    first, second = (phase["bad_files"] for phase in result["phases"])
+    assert 0 < first <= second == result["bad_files"]
+    assert len((grown / "bad_files.jsonl").read_text().splitlines()) == second
+    assert not (grown / "frozen" / "bad_files.jsonl").exists()
 
 
 def test_growth_in_steps_is_one_identity(regimes: Path) -> None:

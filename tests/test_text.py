@@ -16,7 +16,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from pixelgrow.errors import UserError
-from pixelgrow.text import LabelEncoder, TextEncoder, load_encoder
+from pixelgrow.text import LabelEncoder, TextEncoder, as_labels, load_encoder
 from pixelgrow.text_spec import describe
 from text_models import TEXTS, save_clip, save_t5
 
@@ -121,6 +121,15 @@ def test_class_labels() -> None:
     for bad in ("10", "-1", "cat", "1.0", "", "\N{SUPERSCRIPT TWO}"):
         with pytest.raises(UserError, match="from 0 to 9"):
             encoder.encode(["1", bad])
+
+
+def test_class_names_are_labels_too() -> None:
+    assert as_labels(["light", "0", "01"], ["dark", "light"], 2) == ["1", "0", "1"]
+    assert as_labels(["10", "2", "0"], ["0", "10", "2"], 3) == ["1", "2", "0"]
+    with pytest.raises(UserError, match="class 'cat' is unknown: expected one of dark, light, or a number from 0 to 1"):
+        as_labels(["dark", "cat"], ["dark", "light"], 2)
+    with pytest.raises(UserError, match="class '2' is unknown: expected a number from 0 to 1"):
+        as_labels(["2"], [], 2)
 
 
 # What a fingerprint sees

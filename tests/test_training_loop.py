@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -164,6 +165,61 @@ def test_too_many_bad_steps_stop_and_keep_the_last_good_state(tmp_path: Path) ->
     assert saved.counters["images"] == 48
     result = toy.run(tmp_path)
     assert result.images == 96
+
+
+class Still(toy.Toy):
+    """Without buffers: a skipped step leaves nothing behind."""
+
+    def __init__(self, poison: frozenset[int] = frozenset()) -> None:
+        super().__init__(poison)
+        self.modules["net"] = self.modules["net"][:4]
+
+
+def test_bad_steps_leave_a_state_and_a_result_behind(tmp_path: Path) -> None:
+    whole = Still()
+    expected = toy.weights(whole, toy.run(tmp_path / "whole", whole))
+    kept: list[tuple[Path, int]] = []
+    folder, stopped = tmp_path / "cut", Still(poison=frozenset(range(40, 96)))
+    with pytest.raises(UserError, match=r"put a train stage of another name .* from: and a lower lr") as error:
+        toy.run(folder, stopped, max_bad_steps=3, keep=lambda *what: kept.append(what))
+    assert str(folder / "checkpoint") in str(error.value)
+    assert kept == [(folder / "checkpoint", 40)]
+    saved = state.load(folder / "state")
+    assert saved is not None
+    assert saved.counters["images"] == 40  # 24 is the last round number
+    rest = Still()
+    same(toy.weights(rest, toy.run(folder, rest)), expected)
+    assert [r["images"] for r in lines(folder)] == [r["images"] for r in lines(tmp_path / "whole")]
+
+
+def test_bad_steps_from_the_start_keep_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nothing was learnt before: delete .*cut and begin again") as error:
+        toy.run(tmp_path / "cut", Still(poison=frozenset(range(96))), max_bad_steps=3, keep=pytest.fail)
+    assert "\n" not in str(error.value)
+    assert state.load(tmp_path / "cut" / "state") is None
+
+
+def test_bad_data_leave_a_state_and_a_result_behind(tmp_path: Path) -> None:
+    whole, kept = toy.Toy(), {}
+    expected = toy.weights(whole, toy.run(tmp_path / "whole", whole))
+
+    def broken(start: int) -> Iterator[object]:
+        for batch in toy.stream(8)(start):
+            if int(batch.index[0]) == 56:
+                raise UserError("too many files are bad")
+            yield batch
+
+    def keep(where: Path, images: int) -> None:
+        kept[images] = {n: t.clone() for n, t in cut.modules["net"].state_dict().items()}
+
+    cut = toy.Toy()
+    with pytest.raises(UserError, match="too many files are bad"):
+        toy.run(tmp_path / "cut", cut, batches=broken, keep=keep)
+    saved = state.load(tmp_path / "cut" / "state")
+    assert saved is not None
+    assert torch.equal(kept[56]["0.weight"], saved.tensors["ema/0.05/net/0.weight"])
+    rest = toy.Toy()
+    same(toy.weights(rest, toy.run(tmp_path / "cut", rest)), expected)
 
 
 def test_a_full_disk_leaves_the_state_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -165,6 +166,19 @@ def test_meter() -> None:
 def test_rates_and_memory_are_plausible() -> None:
     assert 1e8 < monitor.matmul_rate(torch.device("cpu"), torch.float32, 0.01) < 1e14
     assert 2**26 < monitor.peak_memory(torch.device("cpu")) < 2**40
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system counts from the start only")
+def test_peak_memory_is_counted_from_a_reset_on() -> None:
+    device, size = torch.device("cpu"), 256 * 2**20
+    cpu.tune_allocator()  # as every training does: it keeps what is freed
+    before = monitor.peak_memory(device)
+    big = np.ones(size, np.uint8)
+    high = monitor.peak_memory(device)
+    assert high >= before
+    del big
+    monitor.reset_peak(device)
+    assert monitor.peak_memory(device) < high - size // 2
 
 
 def test_denormals_are_flushed_in_every_thread() -> None:

@@ -70,7 +70,9 @@ def settings(**changes) -> TrainSettings:
     return TrainSettings(**(base | changes))
 
 
-def run(folder: Path, toy: Toy | None = None, hooks: tuple[Hook, ...] = (), **changes) -> TrainResult:
+def run(
+    folder: Path, toy: Toy | None = None, hooks: tuple[Hook, ...] = (), keep=None, batches=None, **changes
+) -> TrainResult:
     s, toy = settings(**changes), toy or Toy()
 
     def validate(images: int) -> dict[str, float]:
@@ -79,7 +81,8 @@ def run(folder: Path, toy: Toy | None = None, hooks: tuple[Hook, ...] = (), **ch
         return {"error": float((toy.modules["net"](batch.image) - batch.image).square().mean())}
 
     hook = Hook("validation", s.validate_every or 0, validate, at_start=True)
-    return train(toy, stream(s.micro_batch), s, folder, seed=3, hooks=(hook, *hooks), flops=1e6)
+    batches = batches or stream(s.micro_batch)
+    return train(toy, batches, s, folder, seed=3, hooks=(hook, *hooks), flops=1e6, keep=keep)
 
 
 def weights(toy: Toy, result: TrainResult) -> dict[str, Tensor]:

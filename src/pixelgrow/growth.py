@@ -99,8 +99,10 @@ def grow(
     seed: int = 0,
     patch: int | None = None,
     blocks: int = 1,
+    batch: int = 64,
 ) -> tuple[Denoiser, GrowthReport]:
-    """Grow `parent` to `to` pixels. `images` (N, 3, to, to) and `cond`: the held-out batch that both are measured on.
+    """Grow `parent` to `to` pixels. `images` (N, 3, to, to) and `cond`: the held-out batch that both are measured on,
+    `batch` images at a time.
 
     `scratch` has the shape of `random` and loads nothing: the baseline. New tensors are a function of `seed`.
     Raises UserError if `to` is no power of two above the parent's resolution.
@@ -134,8 +136,8 @@ def grow(
             "loaded": sum(fresh[n].numel() for n in loaded),
             "new": sum(t.numel() for n, t in fresh.items() if n not in set(loaded)),
         },
-        before=denoising_error(before, images, cond, scale=child.noise_scale, seed=seed),
-        after=denoising_error(child, images, cond, scale=child.noise_scale, seed=seed),
+        before=denoising_error(before, images, cond, scale=child.noise_scale, seed=seed, batch=batch),
+        after=denoising_error(child, images, cond, scale=child.noise_scale, seed=seed, batch=batch),
     )
     return child, report
 

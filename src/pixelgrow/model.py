@@ -17,7 +17,7 @@ from pixelgrow.guidance import Network
 from pixelgrow.models.cond import Cond
 from pixelgrow.pictures import to_uint8
 from pixelgrow.sampling import Schedule, sample
-from pixelgrow.text import LabelEncoder, TextEncoder, load_encoder
+from pixelgrow.text import LabelEncoder, TextEncoder, as_labels, load_encoder
 
 WEIGHTS = Path(__file__).parent / "weights"
 # What `sample` does where neither the caller nor the checkpoint says.
@@ -128,6 +128,7 @@ class Model:
         `size` is (h, w); `grid` "karras" or "native" (to the training's noise, see `noise_grid`); `guide` another model
         or `model.denoiser.base`, the model before its last `preserve` growth; `interval` in sigma at the model's
         resolution. The same (seed, index, prompt, settings) give the same picture at any batch size.
+        A prompt for a model of classes is the name of a class, or its number.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
@@ -147,7 +148,7 @@ class Model:
         self.denoiser.net.config.check_size(size)
         samples = sample(
             self.denoiser,
-            self.encode(prompts),
+            self.encode(self._texts(prompts)),
             size=size,
             seed=seed,
             index=index,
@@ -157,6 +158,11 @@ class Model:
             **settings,
         )
         return [Image.fromarray(p) for p in to_uint8(samples.images)]
+
+    def _texts(self, prompts: Sequence[str]) -> Sequence[str]:
+        """What the encoder is asked for: of a model of classes, the labels."""
+        head, _, count = str(self.config.text["encoder"]).partition(":")
+        return as_labels(prompts, self.config.text.get("classes", []), int(count)) if head == "labels" else prompts
 
     def settings(self, **given: Any) -> dict[str, Any]:
         """Sampling settings: what is given, else the checkpoint's, else the library's."""

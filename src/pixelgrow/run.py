@@ -14,7 +14,7 @@ from typing import Any
 from pixelgrow import checkpoint
 from pixelgrow.errors import UserError
 from pixelgrow.model import find
-from pixelgrow.recipe import Recipe, is_folder
+from pixelgrow.recipe import Recipe, is_folder, resolution_of
 from pixelgrow.recipe_spec import GrowStage, Stage, TrainStage
 from pixelgrow.report import write_report
 from pixelgrow.stages.evaluate import evaluate_stage
@@ -24,9 +24,11 @@ from pixelgrow.stages.record import Record
 from pixelgrow.stages.train import CHECKPOINT, Parent, read_parent, train_stage
 from pixelgrow.training import state
 from pixelgrow.training.log import duration
+from pixelgrow.training.monitor import reset_peak
 from pixelgrow.writing import writing
 
 logger = logging.getLogger(__name__)
+PATIENCE = 5.0  # seconds: workers of a run that was killed hold its lock until they see that it has gone
 
 
 def run(recipe: Recipe, root: Path = Path("runs")) -> Path:
@@ -40,6 +42,9 @@ def run(recipe: Recipe, root: Path = Path("runs")) -> Path:
         records = {stage.name: Record(folder / stage.name) for stage in recipe.stages}
         for stage in recipe.stages:  # before any work: a change in the last stage is no surprise after the first
             records[stage.name].check(materials.describe(stage))
+        for stage in recipe.stages:
+            if not records[stage.name].done:
+                materials.check(stage, _side(stage, recipe))
         for number, stage in enumerate(recipe.stages, 1):
             record = records[stage.name]
             where = f"stage {number} of {len(recipe.stages)}, {stage.name}"
@@ -52,6 +57,7 @@ def run(recipe: Recipe, root: Path = Path("runs")) -> Path:
                 continue
             logger.info("%s: %s", where, "going on" if record.values else "starting")
             record.begin(settings, parents)
+            reset_peak(materials.device)
             began = time.monotonic()
             before = float(record.values.get("wall_seconds", 0))
             try:
@@ -84,20 +90,40 @@ def _parent(stage: Stage, folder: Path, materials: Materials) -> Parent | None:
     return read_parent(path, materials)
 
 
+def _side(stage: Stage, recipe: Recipe) -> int:
+    """Pixels that a stage works at."""
+    side = resolution_of(recipe.stages, stage.name)
+    if side is not None:
+        return side
+    assert stage.parent is not None
+    if is_folder(stage.parent):
+        return checkpoint.read_config(find(stage.parent)).network.resolution
+    return _side(recipe.stage(stage.parent), recipe)
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a run's folder against a second run; the lock goes with the process, however that ends."""
+    """Hold a run's folder against a second run; the lock goes with the process and its workers, however they end.
+
+    Raises UserError if it is still held after `PATIENCE`.
+    """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("a+")
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            raise UserError(
-                f"{folder} is in use by process {file.read().strip() or '?'}: wait, or give the recipe another name"
-            ) from error
+        patience = time.monotonic() + PATIENCE
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if time.monotonic() > patience:
+                    file.seek(0)
+                    raise UserError(
+                        f"{folder} is in use by process {file.read().strip() or '?'}: wait, or give the recipe another "
+                        "name"
+                    ) from error
+                time.sleep(0.1)
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

@@ -217,6 +217,23 @@ def label_cond(texts: Sequence[str], spec: EncoderSpec) -> Cond:
     return Cond(None, None, None, torch.zeros(len(texts), dtype=torch.bool), labels)
 
 
+def as_labels(prompts: Sequence[str], names: Sequence[str], classes: int) -> list[str]:
+    """Class names, or numbers below `classes`, as decimal labels; a name that is a number is taken as a name first.
+
+    Raises UserError for a class that is neither.
+    """
+    labels = []
+    for prompt in prompts:
+        if prompt in names:
+            labels.append(str(names.index(prompt)))
+        elif prompt.isascii() and prompt.isdecimal() and int(prompt) < classes:
+            labels.append(str(int(prompt)))
+        else:
+            known = f"one of {', '.join(names)}, or " if names else ""
+            raise UserError(f"class {prompt!r} is unknown: expected {known}a number from 0 to {classes - 1}")
+    return labels
+
+
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
     """No progress bar and no report on the weights of other heads; what is missing is checked by the caller."""

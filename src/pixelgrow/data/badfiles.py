@@ -12,6 +12,7 @@ from pixelgrow.writing import writing
 
 log = logging.getLogger(__name__)
 Row = dict[str, str]
+WARNINGS = 5  # of a stage at most; the list and the report have all files
 
 
 class BadFiles:
@@ -31,6 +32,8 @@ class BadFiles:
         self.path = Path(path) if path is not None else None
         self._sources = list(sources)
         self._found: list[dict[str, str]] = [{} for _ in self._sources]
+        self._listed: set[tuple[str, str]] = set()  # (source, file) of the list's first `_read` bytes
+        self._read = self._warned = 0
         self._forget_what_changed()
         for number, source in enumerate(self._sources):
             listed = [BadFile(row["file"], row["reason"]) for row in self._rows() if row["source"] == source.name]
@@ -73,11 +76,23 @@ class BadFiles:
                 f"them ({where}); repair or remove them, or raise bad_limit"
             )
 
-    def _rows(self) -> list[Row]:
-        """What the list holds; a line cut off in writing is passed over."""
+    def _warn(self, source: Source, rows: dict[str, str]) -> None:
+        if self._warned == WARNINGS:
+            return
+        self._warned += 1
+        key, reason = next(iter(rows.items()))
+        more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
+        last = "; those that follow are counted, and reported at the end" if self._warned == WARNINGS else ""
+        log.warning("%s: bad file %s (%s)%s%s", source.name, key, reason, more, last)
+
+    def _rows(self, start: int = 0) -> list[Row]:
+        """What the list holds from byte `start` on; a line cut off in writing is passed over."""
         rows: list[Row] = []
         if self.path is not None and self.path.exists():
-            for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            with self.path.open("rb") as file:
+                file.seek(start)
+                text = file.read().decode(errors="replace")
+            for line in text.splitlines():
                 try:
                     row = json.loads(line)
                     rows.append({key: str(row[key]) for key in ("source", "file", "reason", "fingerprint")})
@@ -96,16 +111,13 @@ class BadFiles:
             fresh.replace(self.path)
 
     def _list(self, source: Source, new: dict[str, str]) -> None:
-        listed: set[str] = set()
-        if self.path is not None:
-            # Read again: another loader (of held-out data, say) may list the same source.
-            listed = {row["file"] for row in self._rows() if row["source"] == source.name}
-        rows = {key: reason for key, reason in new.items() if key not in listed}
+        if self.path is not None:  # another loader (of held-out data, say) may have listed the same source since
+            self._listed |= {(row["source"], row["file"]) for row in self._rows(self._read)}
+            self._read = self.path.stat().st_size if self.path.exists() else 0
+        rows = {key: reason for key, reason in new.items() if (source.name, key) not in self._listed}
         if not rows:
             return
-        key, reason = next(iter(rows.items()))
-        more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
-        log.warning("%s: bad file %s (%s)%s", source.name, key, reason, more)
+        self._warn(source, rows)
         if self.path is None:
             return
         with writing(self.path):

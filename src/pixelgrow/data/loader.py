@@ -48,7 +48,8 @@ class Loader:
 
     - `weights`: share of images drawn from each source; None is in proportion to their usable images.
     - `size` (h, w): pixels; originals smaller than that on either side are left out.
-    - `flip`: mirror half of the images; `random_crop`: crop anywhere along the longer side, else in the centre.
+    - `flip`: mirror half of the images, but those of sources that must not be; `random_crop`: crop anywhere along the
+      longer side, else in the centre.
     - `workers`: processes that decode; 0 decodes in this one. The samples do not depend on it.
     - `bad_limit`, `bad_path`: as in `BadFiles`.
 
@@ -77,8 +78,8 @@ class Loader:
         if not self.sources:
             raise UserError("loader: got no sources, expected at least one")
         self.size, self.batch, self.seed, self.workers = size, batch, seed, workers
-        self.flip, self.random_crop = flip, random_crop
-        self.usable = [_usable(source, size) for source in self.sources]
+        self.mirror, self.random_crop = mirrored(self.sources, flip), random_crop
+        self.usable = [usable(source, size) for source in self.sources]
         self.order = Order([len(items) for items in self.usable], weights, seed)
         self.bad = BadFiles(self.sources, bad_limit, bad_path)
 
@@ -123,24 +124,25 @@ class Loader:
         crop = (
             uniform(self.seed, "crop", positions).tolist() if self.random_crop else centre
         )  # one side alone has slack
-        mirror = uniform(self.seed, "flip", positions).tolist() if self.flip else centre
+        mirror = uniform(self.seed, "flip", positions).tolist() if any(self.mirror) else centre
         image = np.empty((self.batch, 3, *self.size), np.uint8)
         texts: list[str] = []
         bad: list[tuple[int, BadFile]] = []
         for row, position in enumerate(positions):
-            picture, text = self._sample(position, (crop[row], crop[row]), bad)
-            image[row] = (picture[:, ::-1] if mirror[row] < 0.5 else picture).transpose(2, 0, 1)
+            picture, text = self._sample(position, (crop[row], crop[row]), mirror[row] < 0.5, bad)
+            image[row] = picture.transpose(2, 0, 1)
             texts.append(text)
         return _Raw(image, tuple(texts), tuple(bad))
 
     def _sample(
-        self, position: int, crop: tuple[float, float], bad: list[tuple[int, BadFile]]
+        self, position: int, crop: tuple[float, float], mirror: bool, bad: list[tuple[int, BadFile]]
     ) -> tuple[np.ndarray, str]:
         first = draw = self.order.at(position)
         for attempt in range(_MAX_ATTEMPTS):
             source, item = self.sources[draw.source], int(self.usable[draw.source][draw.item])
             try:
-                return source.image(item, self.size, crop), source.text(item)
+                picture, text = source.image(item, self.size, crop), source.text(item)
+                return picture[:, ::-1] if mirror and self.mirror[draw.source] else picture, text
             except BadImage as error:
                 bad.append((draw.source, BadFile(source.key(item), error.reason)))
                 draw = self.order.instead(first, attempt)
@@ -148,6 +150,15 @@ class Loader:
             f"{source.name}: {_MAX_ATTEMPTS} images in a row cannot be decoded (the last: {bad[-1][1].key}: "
             f"{bad[-1][1].reason}); repair or remove them"
         )
+
+
+def mirrored(sources: Sequence[Source], flip: bool) -> list[bool]:
+    """Which sources `flip` mirrors. Raises `UserError` if it is asked for and none may be."""
+    may = [getattr(source, "mirror", True) for source in sources]
+    if flip and not any(may):
+        names = ", ".join(source.name for source in sources)
+        raise UserError(f"flip: true would make captions of {names} untrue (left of, right of): leave flip out")
+    return [flip and m for m in may]
 
 
 def to_tensor(image: np.ndarray) -> Tensor:
@@ -167,7 +178,7 @@ def take(source: Source, count: int, size: tuple[int, int]) -> Batch:
     """
     pictures: list[np.ndarray] = []
     texts: list[str] = []
-    for item in _usable(source, size):
+    for item in usable(source, size):
         if len(pictures) == count:
             break
         try:
@@ -181,7 +192,8 @@ def take(source: Source, count: int, size: tuple[int, int]) -> Batch:
     return Batch(to_tensor(np.stack(pictures)), tuple(texts), torch.arange(len(pictures)))
 
 
-def _usable(source: Source, size: tuple[int, int]) -> np.ndarray:
+def usable(source: Source, size: tuple[int, int]) -> np.ndarray:
+    """Numbers (M,) int64 of the samples that are at least `size` (h, w). Raises `UserError` if there is none."""
     items = large_enough(source, size)
     if not len(items):
         largest = int(sizes_of(source).min(axis=1).max(initial=0))

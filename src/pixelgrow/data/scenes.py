@@ -150,6 +150,7 @@ class Scenes:
     """
 
     name = "scenes"
+    mirror = False  # captions say "left of"
 
     def __init__(self, n: int = 1_000_000, captions: int = 50_000, seed: int = 0, split: str = "train") -> None:
         if n < 1 or captions < 1:

@@ -15,7 +15,8 @@ class Source(Protocol):
 
     `name` is for people, `fingerprint` a hex hash of what is in it (names, sizes, times; or the parameters).
     A source of files also has `sizes` (N, 2) int32 of (h, w), `bad` (what its index had to leave out) and `files` (the
-    number of distinct files, bad ones included); a source of classes has `classes`, the names of its labels.
+    number of distinct files, bad ones included); a source of classes has `classes`, the names of its labels; one whose
+    captions say left and right has `mirror` False: its pictures are never mirrored.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Subset:
         self.bad: Sequence[BadFile] = bad_of(parent)
         self.files = files_of(parent)
         self.classes: tuple[str, ...] = getattr(parent, "classes", ())
+        self.mirror: bool = getattr(parent, "mirror", True)
 
     @property
     def sizes(self) -> np.ndarray:

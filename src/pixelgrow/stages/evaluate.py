@@ -41,7 +41,12 @@ def evaluate_stage(stage: EvaluateStage, parent: Parent, folder: Path, materials
     )
     images = drawn.images.cpu()
     errors = denoising_error(
-        denoiser, held.images.to(materials.device), cond, scale=denoiser.noise_scale, seed=materials.recipe.seed
+        denoiser,
+        held.images.to(materials.device),
+        cond,
+        scale=denoiser.noise_scale,
+        seed=materials.recipe.seed,
+        batch=stage.batch,
     )
     metrics: dict[str, Any] = {
         "prompts": len(held.captions),

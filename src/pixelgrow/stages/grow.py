@@ -16,7 +16,7 @@ from pixelgrow.recipe_spec import GrowStage
 from pixelgrow.sampling import sample
 from pixelgrow.stages.materials import Materials
 from pixelgrow.stages.record import write_json
-from pixelgrow.stages.train import CHECKPOINT, GRID, GRID_GUIDANCE, GRID_STEPS, WATCHED, Parent, fit, save
+from pixelgrow.stages.train import CHECKPOINT, GRID, GRID_GUIDANCE, GRID_STEPS, WATCHED, Parent, fit, guided_batch, save
 from pixelgrow.training import state
 from pixelgrow.training.monitor import save_grid
 
@@ -73,7 +73,15 @@ def make_start(stage: GrowStage, parent: Parent, folder: Path, materials: Materi
         small = box_down(images, side // to)
         init = stage.init
         model, report = grow(
-            model, to, init, images=small, cond=cond, seed=materials.recipe.seed, patch=stage.patch, blocks=stage.blocks
+            model,
+            to,
+            init,
+            images=small,
+            cond=cond,
+            seed=materials.recipe.seed,
+            patch=stage.patch,
+            blocks=stage.blocks,
+            batch=stage.micro_batch,
         )
         reports.append(report)
     last = reports[-1]
@@ -98,7 +106,13 @@ def make_start(stage: GrowStage, parent: Parent, folder: Path, materials: Materi
     for name, denoiser in (("before", before), ("after", model)):
         size = (denoiser.resolution, denoiser.resolution)
         drawn = sample(
-            denoiser, cond[:GRID], size=size, seed=materials.recipe.seed, steps=GRID_STEPS, guidance=GRID_GUIDANCE
+            denoiser,
+            cond[:GRID],
+            size=size,
+            seed=materials.recipe.seed,
+            steps=GRID_STEPS,
+            guidance=GRID_GUIDANCE,
+            batch=guided_batch(stage),
         )
         save_grid(drawn.images.cpu(), folder / f"{name}.png")
     save(folder / START, model, materials, parent.config.lineage)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pixelgrow.data.badfiles import BadFiles
 from pixelgrow.data.images import BadImage
-from pixelgrow.data.loader import to_tensor
+from pixelgrow.data.loader import mirrored, to_tensor, usable
 from pixelgrow.data.opening import open_mixture, open_source
 from pixelgrow.data.scenes import Scenes
 from pixelgrow.data.sources import BadFile, Source, Subset, heldout_split, large_enough
@@ -61,6 +61,8 @@ class Materials:
     recipe: Recipe
     folder: Path
     device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    classes: tuple[str, ...] = field(default=(), init=False)  # of the class folders opened so far, in order of labels
+    _opened: dict[tuple[DataSpec, ...], tuple[Mixture, list[Source]]] = field(default_factory=dict, init=False)
 
     @cached_property
     def text(self) -> TextCache:
@@ -69,17 +71,17 @@ class Materials:
 
     def mixture(self, stage: ModelStage) -> Mixture:
         """What a stage trains on: its own data, or the recipe's."""
-        if stage.data is not None:
-            return self._open(stage.data)[0]
-        return self._main[0]
+        return self._open(stage.data if stage.data is not None else self.recipe.data)[0]
 
-    @cached_property
-    def _main(self) -> tuple[Mixture, list[Source]]:
-        return self._open(self.recipe.data)
+    def _open(self, specs: tuple[DataSpec, ...]) -> tuple[Mixture, list[Source]]:
+        """The mixture without what is held out of it, and what is held out; indexed once for a run."""
+        if specs not in self._opened:
+            self._opened[specs] = self._index(specs)
+        return self._opened[specs]
 
-    def _open(self, specs: Sequence[DataSpec]) -> tuple[Mixture, list[Source]]:
-        """The mixture without what is held out of it, and what is held out."""
+    def _index(self, specs: tuple[DataSpec, ...]) -> tuple[Mixture, list[Source]]:
         sources, weights = open_mixture([spec.opening | _weight(spec) for spec in specs])
+        self._check_classes(sources)
         held: list[Source] = []
         for i, source in enumerate(sources):
             if isinstance(source, Scenes):  # their held-out captions are a split of their own
@@ -93,7 +95,36 @@ class Materials:
     def heldout_sources(self) -> list[Source]:
         """The held-out part, the same for every stage of the run."""
         spec = self.recipe.heldout
-        return [open_source(spec.opening)] if spec.source else self._main[1]
+        if not spec.source:
+            return self._open(self.recipe.data)[1]
+        sources = [open_source(spec.opening)]
+        self._check_classes(sources)
+        return sources
+
+    def _check_classes(self, sources: Sequence[Source]) -> None:
+        """UserError if class folders meet a text encoder, more classes than labels, or folders of other classes."""
+        spec = self.recipe.text
+        for source in sources:
+            names: tuple[str, ...] = getattr(source, "classes", ())
+            if not names:
+                continue
+            if not spec.classes:
+                raise UserError(
+                    f"{source.name} has class folders, not captions, and the text encoder {spec.encoder!r} reads "
+                    f"captions: write text: {{classes: {len(names)}}} into the recipe, or put a metadata.jsonl or a "
+                    ".txt beside each image"
+                )
+            if len(names) > spec.classes:
+                raise UserError(
+                    f"{source.name} has {len(names)} class folders, the recipe says text: {{classes: {spec.classes}}}: "
+                    f"write {{classes: {len(names)}}}"
+                )
+            if self.classes not in ((), names):
+                raise UserError(
+                    f"{source.name} has folders of other classes ({_some(names)}) than the data before it "
+                    f"({_some(self.classes)}), so a label would mean two things: give both the same folders"
+                )
+            self.classes = names
 
     def heldout(self, n: int, size: tuple[int, int]) -> HeldOut:
         """Up to `n` held-out images at `size` (h, w), centre crops; the same ones whenever they are asked for.
@@ -116,9 +147,24 @@ class Materials:
             captions.append(source.text(i))
             origins.append((source, i))
         if not images:
-            names = ", ".join(s.name for s in self.heldout_sources)
-            raise UserError(f"held-out data ({names}) has no readable image of {size[0]}x{size[1]} or larger; add some")
+            raise self._none_held_out(size)
         return HeldOut(to_tensor(np.stack(images)), captions, origins, unreadable)
+
+    def _none_held_out(self, size: tuple[int, int]) -> UserError:
+        names = ", ".join(s.name for s in self.heldout_sources)
+        return UserError(f"held-out data ({names}) has no readable image of {size[0]}x{size[1]} or larger; add some")
+
+    def check(self, stage: Stage, side: int) -> None:
+        """Raise UserError if a stage that works at `side` pixels finds no image, to train on or held out, or may not
+        mirror any that it is told to."""
+        size = (side, side)
+        if isinstance(stage, ModelStage):
+            sources = self.mixture(stage).sources
+            mirrored(sources, stage.flip)
+            for source in sources:
+                usable(source, size)
+        if next(self._order(size), None) is None:
+            raise self._none_held_out(size)
 
     def _order(self, size: tuple[int, int]) -> Iterator[tuple[Source, int]]:
         """Held-out samples of `size` and above, one source after the other in turn."""
@@ -174,6 +220,10 @@ class Materials:
 
 def _each(source: Source, numbers: np.ndarray) -> Iterator[tuple[Source, int]]:
     return ((source, int(i)) for i in numbers)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _weight(spec: DataSpec) -> dict[str, float]:

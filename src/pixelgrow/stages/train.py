@@ -24,11 +24,11 @@ from pixelgrow.sampling import sample
 from pixelgrow.stages.materials import Materials
 from pixelgrow.training import loop
 from pixelgrow.training.denoise import DenoiseObjective, validation_hook
+from pixelgrow.training.loop import CHECKPOINT
 from pixelgrow.training.monitor import grid_hook
 from pixelgrow.training.settings import TrainSettings
 from pixelgrow.writing import writing
 
-CHECKPOINT = "checkpoint"
 WATCHED = 64  # held-out images of the validation loss
 GRID = 16  # pictures of a sample grid
 GRID_STEPS, GRID_GUIDANCE = 16, 2.0
@@ -52,6 +52,12 @@ def read_parent(folder: Path, materials: Materials) -> Parent:
             f"{folder} was trained with the text encoder {config.text.get('encoder')!r} "
             f"(max_tokens {config.text.get('max_tokens')}), the recipe says {spec.encoder!r} ({spec.max_tokens}): "
             "write the recipe's text: as the checkpoint's"
+        )
+    names = config.text.get("classes")
+    if names and materials.classes and names != list(materials.classes):
+        raise UserError(
+            f"{folder} was trained on the classes {', '.join(names)}, the data have {', '.join(materials.classes)}: "
+            "name the folders as they were"
         )
     return Parent(folder, config)
 
@@ -104,7 +110,7 @@ def fit(
         flip=settings.flip,
         workers=settings.workers,
         bad_limit=settings.bad_limit,
-        bad_path=folder / "bad_files.jsonl",
+        bad_path=(folder.parent if phase else folder) / "bad_files.jsonl",  # one account for the phases of a stage
     )
     held = materials.heldout(WATCHED, (side, side))
     materials.account(held, mixture, loader.bad)
@@ -114,13 +120,27 @@ def fit(
     def pictures() -> Tensor:
         few = cond[:GRID]
         return sample(
-            denoiser, few, size=(side, side), seed=recipe.seed, steps=GRID_STEPS, guidance=GRID_GUIDANCE
+            denoiser,
+            few,
+            size=(side, side),
+            seed=recipe.seed,
+            steps=GRID_STEPS,
+            guidance=GRID_GUIDANCE,
+            batch=guided_batch(settings),
         ).images
+
+    sampling = stage.sampling.given if stage.sampling else {}
+
+    def keep(where: Path, images: int) -> None:
+        stopped = lineage[-1] | {"stopped_after": images}
+        save(where, denoiser, materials, [*lineage[:-1], stopped], sampling, settings.noise)
 
     write_prompts(folder, held.captions[:GRID])
     patch = denoiser.net.config.rungs[-1].patch
     hooks = [
-        validation_hook(denoiser, held.images, cond, settings.validate_every or 0, seed=recipe.seed),
+        validation_hook(
+            denoiser, held.images, cond, settings.validate_every or 0, seed=recipe.seed, batch=settings.micro_batch
+        ),
         grid_hook(pictures, folder, settings.sample_every or 0, columns=8, patch=patch),
     ]
     result = loop.train(
@@ -131,10 +151,10 @@ def fit(
         seed=seed,
         hooks=hooks,
         name=f"{recipe.name}/{stage.name}" + (f" ({phase})" if phase else ""),
+        keep=keep,
     )
     averages = result.averages["denoiser"]
     with averages[0].applied() if averages else nullcontext():
-        sampling = stage.sampling.given if stage.sampling else {}
         digest = save(folder / CHECKPOINT, denoiser, materials, lineage, sampling, settings.noise)
     return {
         "sha256": digest,
@@ -149,6 +169,11 @@ def fit(
         "bad_report": loader.bad.report(),
         "usable_images": len(loader),
     }
+
+
+def guided_batch(settings: TrainSettings) -> int:
+    """Pictures that are drawn at a time: guidance evaluates two rows of each, no more in all than a micro-batch."""
+    return max(1, settings.micro_batch // 2)
 
 
 def write_prompts(folder: Path, captions: Sequence[str]) -> None:
@@ -172,7 +197,8 @@ def save(
     config = CheckpointConfig(
         network=denoiser.net.config,
         diffusion=denoiser.config,
-        text={"encoder": text.encoder, "max_tokens": text.max_tokens, "fingerprint": materials.text.fingerprint},
+        text={"encoder": text.encoder, "max_tokens": text.max_tokens, "fingerprint": materials.text.fingerprint}
+        | ({"classes": list(materials.classes)} if materials.classes else {}),
         sampling=sampling or {},
         noise=noise,
         lineage=lineage,

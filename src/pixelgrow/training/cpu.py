@@ -24,6 +24,12 @@ def tune_allocator() -> bool:
     return bool(libc.mallopt(M_MMAP_MAX, 0) and libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
+def trim() -> None:
+    """Hand freed memory back to the kernel after all: between stages, so that the next one's peak is its own."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def flush_denormals(on: bool = True) -> int:
     """Flush denormal numbers to zero, or not, in every thread that computes; returns in how many it was done.
 
@@ -40,6 +46,6 @@ def flush_denormals(on: bool = True) -> int:
 
 
 def prepare() -> None:
-    """Both of the above."""
+    """Settings of the allocator and the arithmetic for a process that trains."""
     tune_allocator()
     flush_denormals()

@@ -38,6 +38,12 @@ class Averages:
             self.sums[name] = self.sums[name] + number if name in self.sums else number
             self.counts[name] = self.counts.get(name, 0) + 1
 
+    def copy(self) -> Averages:
+        """The same sums, apart from what is added from now on."""
+        twin = Averages()
+        twin.sums, twin.counts = dict(self.sums), dict(self.counts)
+        return twin
+
     def stored(self) -> dict[str, tuple[float, int]]:
         """Sums and counts since the last reading, in one transfer."""
         tensors = {n: v for n, v in self.sums.items() if isinstance(v, Tensor)}

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from pixelgrow.data.loader import Batch
 
 logger = logging.getLogger(__name__)
+CHECKPOINT = "checkpoint"  # where in a run's folder its result is
+Keep = Callable[[Path, int], None]
 
 
 @dataclass
@@ -73,23 +75,33 @@ def train(
     name: str = "train",
     flops: float | None = None,
     console: Console | None = None,
+    keep: Keep | None = None,
 ) -> TrainResult:
     """Train until `settings.images` have been seen, going on from `folder/state` if there is one.
 
     batches: the stream of micro-batches (`settings.micro_batch` images each) from a stream position on.
     folder: gets `state/`, `log.jsonl`, `tensorboard/`, `snapshots/`. The modules hold the last weights at the end.
     flops: per image, forward and backward; counted on the first batch if None.
-    Raises UserError (damaged state, full disk, too many steps that are not finite) and Interrupted.
+    keep: called as keep(folder / "checkpoint", images seen) if bad data or steps that are not finite stop the run after
+    it has learnt something: writes the modules, which then hold the first averages, as a result to use.
+    Raises UserError (damaged state, full disk, bad data, too many steps that are not finite) and Interrupted.
     """
-    run = Training(objective, settings, Path(folder), seed)
+    run = Training(objective, settings, Path(folder), seed, keep)
     return run.run(batches, hooks, name, flops, console)
 
 
 class Training:
     """A run in progress: an objective, its optimizers and averages, and how far they are."""
 
-    def __init__(self, objective: Objective, settings: TrainSettings, folder: Path, seed: int) -> None:
-        self.objective, self.settings, self.folder, self.seed = objective, settings, folder, seed
+    def __init__(
+        self,
+        objective: Objective,
+        settings: TrainSettings,
+        folder: Path,
+        seed: int,
+        keep: Keep | None = None,
+    ) -> None:
+        self.objective, self.settings, self.folder, self.seed, self.keep = objective, settings, folder, seed, keep
         self.device = next(p for m in objective.modules.values() for p in m.parameters()).device
         if self.device.type == "cpu":
             cpu.prepare()
@@ -102,9 +114,13 @@ class Training:
         self.averages = {part: [Ema(m, s) for s in settings.ema] for part, m in objective.modules.items()}
         self.counters = Counters()
         self.means = Averages()
-        self.bad = 0  # steps in a row that were not finite; never saved, as no state is while it is not 0
+        self.bad = 0  # steps in a row that were not finite; never saved, as what is saved is before them
+        # A skipped step leaves the tensors as they were, unless another part was updated in it, or buffers.
+        buffers = any(n.startswith("buffers/") for n in self.tensors())
+        self.still = len(objective.modules) == 1 and not buffers
         self.saved = -1
         self.resume()
+        self.good = self._now(self.counters.lines)
 
     # --- state -----------------------------------------------------------------------------------------------------
 
@@ -122,15 +138,29 @@ class Training:
                     named |= {f"optimizer/{slot}/{part}/{n}": t for slot, t in opt.state.get(p, {}).items()}
         return named
 
+    def _now(self, lines: int) -> tuple[Counters, Averages]:
+        return replace(self.counters, lines=lines), self.means.copy()
+
     def save(self, log: Log) -> None:
-        """Write the state, unless it was, or the last steps were not finite."""
-        c = self.counters
-        if self.saved == c.images or self.bad:
+        """Write the state after the last good step, unless it was, or the tensors have moved since."""
+        c, means = self.good
+        if self.saved == c.images or (self.bad and not self.still):
             return
         log.flush()
-        c.lines = log.lines
-        state.save(self.folder / "state", c.images, self.tensors(), asdict(c) | {"means": self.means.stored()})
+        state.save(self.folder / "state", c.images, self.tensors(), asdict(c) | {"means": means.stored()})
         self.saved = c.images
+
+    def _rescue(self, log: Log) -> None:
+        """Before a mistake stops the run: save what was done since the last time, keep a result that can be used."""
+        if not self.good[0].images:
+            return
+        try:
+            self.save(log)
+            if self.keep is not None:
+                with self.averaged():
+                    self.keep(self.folder / CHECKPOINT, self.good[0].images)
+        except UserError as error:  # the mistake itself is what the user has to know
+            logger.warning("%s", error)
 
     @torch.no_grad()
     def resume(self) -> None:
@@ -219,11 +249,20 @@ class Training:
             at = f", noise levels {float(all_sigmas.min()):.3g} to {float(all_sigmas.max()):.3g}"
         where = f"step {c.steps + 1} ({c.images:,} images) of {part}: loss {loss:.3g}, gradient norm {norm:.3g}{at}"
         if self.bad + 1 >= limit:
-            raise UserError(
-                f"not finite {limit} times in a row, last at {where}; the last good state is kept in "
-                f"{self.folder / 'state'}: lower lr, or set precision: fp32"
-            )
+            self.bad += 1
+            raise UserError(f"not finite {limit} times in a row, last at {where}; {self._remedy()}")
         logger.warning("skipped %s", where)
+
+    def _remedy(self) -> str:
+        other = "a lower lr, or precision: fp32"
+        if not self.good[0].images:
+            return f"nothing was learnt before: delete {self.folder} and begin again with {other}"
+        if self.keep is None:
+            return f"the last good state is kept in {self.folder / 'state'}: begin a new run with {other}"
+        return (
+            f"what was learnt before is kept in {self.folder / CHECKPOINT}: put a train stage of another name in this "
+            f"one's place, with that folder as its from: and {other}"
+        )
 
     # --- the loop --------------------------------------------------------------------------------------------------
 
@@ -247,6 +286,8 @@ class Training:
             with asked_to_stop() as stop, Display(name, s.images, c.images, console) as display:
                 while True:
                     done = c.images >= s.images
+                    if not self.bad:
+                        self.good = self._now(log.lines)
                     if stop or done or (c.images and _crossed(s.save_every, before, c.images)):
                         self.save(log)
                     if stop:
@@ -254,20 +295,24 @@ class Training:
                     self._look(hooks, before, log)
                     if done:
                         break
-                    if stream is None:
-                        stream = batches(c.images)
-                    waited = time.perf_counter()
-                    micro = [_next(stream, c.images + i * s.micro_batch) for i in range(s.accumulate)]
-                    waited = time.perf_counter() - waited
-                    if fresh:
-                        fresh = False
-                        if meter.flops is None:
-                            meter.flops = monitor.flops_per_image(self.objective, micro[0])
-                        self._compile()
-                    began = time.perf_counter()
-                    before = c.images
-                    self.step(micro)
-                    worked = time.perf_counter() - began
+                    try:
+                        if stream is None:
+                            stream = batches(c.images)
+                        waited = time.perf_counter()
+                        micro = [_next(stream, c.images + i * s.micro_batch) for i in range(s.accumulate)]
+                        waited = time.perf_counter() - waited
+                        if fresh:
+                            fresh = False
+                            if meter.flops is None:
+                                meter.flops = monitor.flops_per_image(self.objective, micro[0])
+                            self._compile()
+                        began = time.perf_counter()
+                        before = c.images
+                        self.step(micro)
+                        worked = time.perf_counter() - began
+                    except UserError:  # bad data, a worker that died, or steps that are not finite
+                        self._rescue(log)
+                        raise
                     meter.add(s.batch, worked, waited)
                     c.seconds += worked + waited
                     if _crossed(s.log_every, before, c.images) or c.images >= s.images:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from pixelgrow.flops import counted
 from pixelgrow.pictures import grid, to_uint8
+from pixelgrow.training import cpu
 from pixelgrow.training.objective import Objective
 from pixelgrow.writing import writing
 
@@ -120,10 +123,23 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def reset_peak(device: torch.device) -> None:
+    """Let `peak_memory` count from now on; on a CPU where the system can (Linux, proc(5))."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    cpu.trim()
+    with suppress(OSError):  # no such file elsewhere, or not ours to write in a sandbox
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory(device: torch.device) -> int:
-    """The most bytes in use so far: of tensors on a GPU, of the process on a CPU."""
+    """The most bytes in use since `reset_peak`: of tensors on a GPU, of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with suppress(OSError):
+        found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+        if found:
+            return int(found[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
