@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from pixelgrow.flops import FORMULAS
 from pixelgrow.growth import grown_config
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.config import CoreConfig, NetConfig
-from pixelgrow.models.core import Context
 from pixelgrow.models.sizes import core_config, shallow_uvit
 from pixelgrow.models.uvit import UViT
 from pixelgrow.recipe import Recipe, is_folder, read_recipe
@@ -141,7 +140,8 @@ def _measure(
         grid = (config.core_resolution // config.core_stride) ** 2
         x = torch.zeros(batch, grid, config.core.width, requires_grad=entered or trains)
         seen = net.core.embed(torch.zeros(batch), cond)
-        ctx = Context(*(t.detach().requires_grad_(trains) for t in (seen.vec, seen.modulation, seen.text)), seen.bias)
+        leaves = {k: getattr(seen, k).detach().requires_grad_(trains) for k in ("vec", "modulation", "text")}
+        ctx = replace(seen, **leaves)
         return (
             _measured(denoiser, settings, step_cost(denoiser, cond, batch, bf16=bf16)),
             _measured(block, settings, _run(lambda: block(x, ctx), bf16)),

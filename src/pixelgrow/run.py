@@ -21,9 +21,10 @@ from pixelgrow.stages.evaluate import evaluate_stage
 from pixelgrow.stages.grow import grow_stage
 from pixelgrow.stages.materials import Materials
 from pixelgrow.stages.record import Record
-from pixelgrow.stages.train import CHECKPOINT, Parent, read_parent, train_stage
+from pixelgrow.stages.train import Parent, read_parent, train_stage
 from pixelgrow.training import state
 from pixelgrow.training.log import duration
+from pixelgrow.training.loop import CHECKPOINT
 from pixelgrow.training.monitor import reset_peak
 from pixelgrow.writing import writing
 

@@ -16,8 +16,9 @@ from pixelgrow.recipe_spec import GrowStage
 from pixelgrow.sampling import sample
 from pixelgrow.stages.materials import Materials
 from pixelgrow.stages.record import write_json
-from pixelgrow.stages.train import CHECKPOINT, GRID, GRID_GUIDANCE, GRID_STEPS, WATCHED, Parent, fit, guided_batch, save
+from pixelgrow.stages.train import GRID, GRID_GUIDANCE, GRID_STEPS, WATCHED, Parent, fit, guided_batch, save
 from pixelgrow.training import state
+from pixelgrow.training.loop import CHECKPOINT
 from pixelgrow.training.monitor import save_grid
 
 START, REPORT, FROZEN, RESULT = "start", "growth.json", "frozen", "result.json"
