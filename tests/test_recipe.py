@@ -136,6 +136,20 @@ def test_files_that_are_no_recipes(tmp_path: Path, text: str, expected: str) -> 
     assert mistake(write(tmp_path, text)).startswith(expected)
 
 
+def test_a_patch_that_a_growth_would_not_take_is_refused(tmp_path: Path) -> None:
+    again = "  - grow: {name: again, to: 128, images: 1, init: random, patch: 2}\n"
+    tuned = "  - train: {name: tuned, from: grown, images: 1}\n"
+    random = GOOD.replace("to: 64", "to: 64, init: random, patch: 2")
+    for between in ("", tuned):
+        said = mistake(write(tmp_path, random + between + again))
+        assert said.startswith("recipe.yaml: stage 'again': patch: got 2, but init: random keeps")
+    for fine in (
+        GOOD + again,
+        random + again.replace(", patch: 2", "").replace("init: random", "init: preserve, patch: 2"),
+    ):
+        assert load_recipe(write(tmp_path, fine)).stages[-1].name == "again"
+
+
 def test_words_stay_words(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, GOOD.replace("name: mine", "name: no")))
     assert recipe.name == "no"

@@ -258,6 +258,11 @@ def _check_place(stages: Sequence[Stage], where: str) -> None:
         known = _unknown(parent, models, "stage") if models else f"no stage before it makes a model, got {parent!r}"
         raise UserError(f"{where}: {at}: from: {known} (a checkpoint folder is written with a slash)")
     if isinstance(stage, GrowStage):
+        if stage.patch is not None and stage.init != "preserve" and _is_uvit(earlier, stage.parent or models[-1]):
+            raise UserError(
+                f"{where}: {at}: patch: got {stage.patch}, but init: {stage.init} keeps the levels and the patch of "
+                "an earlier growth; drop it"
+            )
         low = resolution_of(stages, stage.parent or models[-1])
         for to in stage.to:
             if low and (to <= low or to % low or (to // low) & (to // low - 1)):
@@ -265,6 +270,16 @@ def _check_place(stages: Sequence[Stage], where: str) -> None:
                     f"{where}: {at}: to: got {to}, expected {low} doubled once or more: {2 * low}, {4 * low}, ..."
                 )
             low = to
+
+
+def _is_uvit(stages: Sequence[Stage], name: str) -> bool:
+    """Whether the model that a stage makes has levels around its core from a growth with `random` or `scratch`."""
+    by_name = {s.name: s for s in _with_parents(stages)}
+    while (stage := by_name.get(name)) is not None:
+        if isinstance(stage, GrowStage) and stage.init != "preserve":
+            return True
+        name = stage.parent or ""
+    return False
 
 
 def is_folder(parent: str) -> bool:
