@@ -69,9 +69,7 @@ class Core(nn.Module):
         if config.classes:
             self.class_token = nn.Embedding(config.classes, config.text_dim)
             self.class_pooled = nn.Embedding(config.classes, config.pooled_dim)
-        self.gain = nn.Linear(d, d)
         self.modulation = nn.Linear(d, 6 * d)
-        zero_(self.gain)
         zero_(self.modulation)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
 
@@ -102,8 +100,7 @@ class Core(nn.Module):
         )
 
     def forward(self, x: Tensor, size: tuple[int, int], ctx: Context) -> Tensor:
-        # Tokens of pure noise hide their own positions: the noise level scales them before positions are added.
-        x = x * (1 + self.gain(ctx.vec)[:, None]) + sincos_positions(size, x.shape[-1], x.device, x.dtype)
+        x = x + sincos_positions(size, x.shape[-1], x.device, x.dtype)
         for block in self.blocks:
             x = block(x, ctx)
         return x
