@@ -161,7 +161,7 @@ class Model:
 
     def _texts(self, prompts: Sequence[str]) -> Sequence[str]:
         """What the encoder is asked for: of a model of classes, the labels."""
-        head, _, count = str(self.config.text["encoder"]).partition(":")
+        head, _, count = str(self.config.text.get("encoder")).partition(":")
         return as_labels(prompts, self.config.text.get("classes", []), int(count)) if head == "labels" else prompts
 
     def settings(self, **given: Any) -> dict[str, Any]:

@@ -100,6 +100,7 @@ def make_start(stage: GrowStage, parent: Parent, folder: Path, materials: Materi
             cond,
             scale=model.noise_scale,
             seed=materials.recipe.seed,
+            batch=stage.micro_batch,
         ),
         "frozen": [] if stage.trains_core else [n for n in names if n in kept],
         "parameters": _counted(model, kept),
