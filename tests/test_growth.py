@@ -99,12 +99,14 @@ def test_random_keeps_the_core_and_throws_the_shallow_ends_away() -> None:
     assert again(held_out(2, 128), torch.ones(2), c).shape == (2, 3, 128, 128)
 
 
-def test_scratch_has_the_shape_of_random_and_loads_nothing() -> None:
+def test_scratch_has_the_shape_of_random_and_loads_no_weight() -> None:
     low = shallow()
+    low.net.core.whiten(torch.randn(100, 8) * 3 + 1)
     x, c = held_out(2, 32), cond(2)
     a, report = grow(low, 32, "scratch", images=x, cond=c)
     b, _ = grow(low, 32, "random", images=x, cond=c)
-    assert not report.loaded
+    assert report.loaded == ["core.text_mean", "core.text_scale"]
+    assert torch.equal(a.net.core.text_scale, low.net.core.text_scale)
     assert {k: v.shape for k, v in a.net.state_dict().items()} == {k: v.shape for k, v in b.net.state_dict().items()}
 
 

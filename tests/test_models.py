@@ -119,6 +119,24 @@ def test_text_noise_level_and_null_matter() -> None:
     torch.testing.assert_close(d(x, s, one), torch.stack([out[0], null[1]]), rtol=1e-4, atol=1e-5)
 
 
+def test_text_tokens_arrive_white() -> None:
+    g = torch.Generator().manual_seed(0)
+    few = torch.randn(5000, 6, generator=g) * torch.tensor([0.05, 0.1, 1, 2, 5, 9]) @ torch.randn(6, 8, generator=g) + 3
+    core = net().net.core
+    tokens = few[:64].view(8, 8, 8)
+    c = Cond(tokens, torch.ones(8, 8, dtype=torch.bool), torch.randn(8, 8), torch.zeros(8, dtype=torch.bool))
+    torch.testing.assert_close(core.embed(torch.zeros(8), c).text, tokens)
+    core.whiten(few)
+    seen = (few - core.text_mean) @ core.text_scale
+    assert seen.mean(0).abs().max() < 1e-3
+    spread = torch.linalg.eigvalsh(seen.T.cov().double())
+    assert spread[:2].max() < 1e-3  # what does not vary is not blown up
+    assert spread[-3:].min() > 0.9
+    torch.testing.assert_close(core.embed(torch.zeros(8), c).text, seen[:64].view(8, 8, 8))
+    null = core.embed(torch.zeros(8), c.dropped()).text
+    torch.testing.assert_close(null[0, 0], core.null_token)
+
+
 def test_class_labels_are_learned_tokens() -> None:
     core = CoreConfig(width=32, depth=1, heads=2, text_dim=8, pooled_dim=8, classes=5)
     d = net(core=core)

@@ -29,6 +29,7 @@ from pixelgrow.diffusion import Denoiser
 from pixelgrow.errors import UserError
 from pixelgrow.recipe import Recipe, load_recipe, read_recipe
 from pixelgrow.run import locked, run
+from pixelgrow.stages import grow, train
 from pixelgrow.stages.materials import Materials
 from pixelgrow.training.denoise import DenoiseObjective
 from pixelgrow.training.objective import Terms
@@ -338,6 +339,8 @@ stages:
   - evaluate: {{name: eval, prompts: 4, steps: 1, guidance: 1, batch: 2}}
 """)
     monkeypatch.setattr(Denoiser, "forward", forward)
+    for stages in (train, grow):
+        monkeypatch.setattr(stages, "GRID_STEPS", 1)
     run(load_recipe(tmp_path / "recipe.yaml"), tmp_path)
     assert max(rows) == 2
 

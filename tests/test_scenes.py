@@ -65,7 +65,7 @@ def test_specifications_stay_within_the_contract(scenes: Scenes) -> None:
         "background": BACKGROUNDS, "pattern": PATTERNS, "relation": RELATIONS, "colour": COLOURS, "shape": SHAPES
     }.items():  # fmt: skip
         assert min(seen[kind, name] for name in names) > 60
-    assert min(seen["count", n] for n in range(1, 6)) > 60
+    assert min(seen["count", n] for n in range(1, 6)) > 30  # five are rare
 
 
 def test_captions_name_all_that_is_asked(scenes: Scenes) -> None:

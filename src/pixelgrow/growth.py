@@ -104,7 +104,7 @@ def grow(
     """Grow `parent` to `to` pixels. `images` (N, 3, to, to) and `cond`: the held-out batch that both are measured on,
     `batch` images at a time.
 
-    `scratch` has the shape of `random` and loads nothing: the baseline. New tensors are a function of `seed`.
+    `scratch` has the shape of `random` and loads no weight: the baseline. New tensors are a function of `seed`.
     Raises UserError if `to` is no power of two above the parent's resolution.
     """
     config = grown_config(parent.net.config, to, init, patch=patch, blocks=blocks)
@@ -117,7 +117,9 @@ def grow(
         net = UViT(config).to(next(parent.net.parameters()))
     old = parent.net.state_dict()
     fresh = net.state_dict()
-    loaded = [] if init == "scratch" else [n for n in fresh if n in old and fresh[n].shape == old[n].shape]
+    loaded = [n for n in fresh if n in old and fresh[n].shape == old[n].shape]
+    if init == "scratch":  # what is known of the text is no weight
+        loaded = [n for n in loaded if n in dict(net.named_buffers())]
     if init == "preserve":
         assert set(loaded) == set(old), "preserve growth keeps every tensor"
     net.load_state_dict(fresh | {n: old[n] for n in loaded}, strict=True)

@@ -9,6 +9,7 @@ from pixelgrow.data.captions import Spec, pick
 from pixelgrow.data.vocabulary import SPIN
 
 GAP = 0.07  # clear space between the contents of cells, of the shorter side (2.2 of 32 pixels)
+WANDER = 0.3  # how much of the free room in its cell an object uses: the less, the sooner captions are bound to places
 LARGEST = (0.0, 0.44, 0.42, 0.38, 0.34, 0.32)  # greatest diameter by the number of objects in the scene
 SCALE = {"small": 0.62, "": 0.92, "large": 1.18}
 ROWS: tuple[tuple[tuple[int, ...], ...], ...] = (
@@ -70,8 +71,8 @@ def _band(spec: Spec, which: int, box: tuple[float, float, float, float], rng: R
     for r, n in enumerate(rows):
         for c in range(n):
             slack_y, slack_x = h / len(rows) - GAP - size, w / n - GAP - size
-            y = top + h / len(rows) * (r + 0.5) + slack_y * (rng.random() - 0.5)
-            x = left + w / n * (c + 0.5) + slack_x * (rng.random() - 0.5)
+            y = top + h / len(rows) * (r + 0.5) + WANDER * slack_y * (rng.random() - 0.5)
+            x = left + w / n * (c + 0.5) + WANDER * slack_x * (rng.random() - 0.5)
             spin = SPIN[group.shape] * (2 * rng.random() - 1)
             places.append(Place(x, y, size / 2, spin) if flip else Place(y, x, size / 2, spin))
     return places

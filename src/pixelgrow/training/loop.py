@@ -115,9 +115,6 @@ class Training:
         self.counters = Counters()
         self.means = Averages()
         self.bad = 0  # steps in a row that were not finite; never saved, as what is saved is before them
-        # A skipped step leaves the tensors as they were, unless another part was updated in it, or buffers.
-        buffers = any(n.startswith("buffers/") for n in self.tensors())
-        self.still = len(objective.modules) == 1 and not buffers
         self.saved = -1
         self.resume()
         self.good = self._now(self.counters.lines)
@@ -138,13 +135,18 @@ class Training:
                     named |= {f"optimizer/{slot}/{part}/{n}": t for slot, t in opt.state.get(p, {}).items()}
         return named
 
-    def _now(self, lines: int) -> tuple[Counters, Averages]:
-        return replace(self.counters, lines=lines), self.means.copy()
+    def _now(self, lines: int) -> tuple[Counters, Averages, list[int]]:
+        return replace(self.counters, lines=lines), self.means.copy(), self._writes()
+
+    def _writes(self) -> list[int]:
+        """How often each buffer was written."""
+        return [b._version for m in self.objective.modules.values() for b in m.buffers()]
 
     def save(self, log: Log) -> None:
         """Write the state after the last good step, unless it was, or the tensors have moved since."""
-        c, means = self.good
-        if self.saved == c.images or (self.bad and not self.still):
+        c, means, writes = self.good
+        # A skipped step leaves the tensors as they were, unless another part was updated in it, or buffers.
+        if self.saved == c.images or (self.bad and (len(self.parameters) > 1 or writes != self._writes())):
             return
         log.flush()
         state.save(self.folder / "state", c.images, self.tensors(), asdict(c) | {"means": means.stored()})
