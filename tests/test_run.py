@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -49,6 +50,16 @@ class RunCli(Protocol):
     """The `run_cli` fixture; see conftest.py."""
 
     def __call__(self, *args: str | Path, cwd: Path | None = None) -> CliResult: ...
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_pictures() -> Iterator[None]:
+    """Grids of few pictures and steps, errors of few images: nothing here looks at what was learnt."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"GRID": 4, "GRID_STEPS": 2, "WATCHED": 8}.items():
+            for stages in (train, grow):
+                patch.setattr(stages, name, value)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -339,8 +350,6 @@ stages:
   - evaluate: {{name: eval, prompts: 4, steps: 1, guidance: 1, batch: 2}}
 """)
     monkeypatch.setattr(Denoiser, "forward", forward)
-    for stages in (train, grow):
-        monkeypatch.setattr(stages, "GRID_STEPS", 1)
     run(load_recipe(tmp_path / "recipe.yaml"), tmp_path)
     assert max(rows) == 2
 

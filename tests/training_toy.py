@@ -130,7 +130,7 @@ def main() -> int:
     seconds, chance, kills = time.monotonic() - began, random.Random(5), 0
     for _ in range(int(sys.argv[3])):
         child = fork(folder / "cut", images)
-        time.sleep(chance.uniform(0.02, 0.3) * seconds)
+        time.sleep(chance.uniform(0.02, 0.15) * seconds)
         os.kill(child, signal.SIGKILL)
         kills += os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     sys.stdout.write(f"{kills}\n")

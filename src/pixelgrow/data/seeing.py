@@ -10,8 +10,8 @@ from pixelgrow.data.vocabulary import BACKGROUNDS, COLOURS, SHAPES, SPIN, covera
 from pixelgrow.errors import UserError
 
 Floats = NDArray[np.float32]
-# RGB distance (of 441) from the background below which a pixel is background: above the 48.5 between a pattern's two tones,
-# of which the border may show one alone.
+# RGB distance (of 441) from the background below which a pixel is background: above the 48.5 between a pattern's two
+# tones, of which the border may show one alone.
 LEAST_CONTRAST = 52.0
 SPECK = 0.007  # components below this share of the picture are specks (7 pixels of 32x32)
 WORKING = 64  # larger pictures are box-reduced until the shorter side is below twice this
