@@ -85,7 +85,7 @@ class Core(nn.Module):
         """Have text tokens arrive with mean 0 and covariance 1, as measured on `tokens` (N, text_dim) of an encoder.
 
         Ours. What tells apart the words of a caption that stand for different objects varies far less than what tells
-        words apart; with both at one scale, "a left of b" is learnt in about half as many steps.
+        words apart; with both at one scale, "a left of b" is learnt sooner.
         """
         assert not self.config.classes, "class labels have no text tokens"
         t = tokens.double()
