@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -78,6 +79,9 @@ def test_every_stage_leaves_its_result(smoke: Path) -> None:
     assert all(record(smoke / s)["done"] for s in ("core", "grown", "eval"))
     assert (smoke / "core" / WEIGHTS).exists()
     assert not (smoke / "core" / "state").exists()
+    core, grown = (load_file(smoke / s / WEIGHTS)["core.text_scale"] for s in ("core", "grown"))
+    assert not core.equal(torch.eye(len(core)))  # the text was whitened, and growth keeps it
+    assert core.equal(grown)
     growth = json.loads((smoke / "grown" / "growth.json").read_text())
     assert growth["dropped"] == []
     assert list(growth["after"].values()) == pytest.approx(list(growth["before"].values()))

@@ -119,7 +119,7 @@ def grow(
     fresh = net.state_dict()
     loaded = [n for n in fresh if n in old and fresh[n].shape == old[n].shape]
     if init == "scratch":  # what is known of the text is no weight
-        loaded = [n for n in loaded if n in dict(net.named_buffers())]
+        loaded = [n for n, _ in net.named_buffers() if n in loaded]
     if init == "preserve":
         assert set(loaded) == set(old), "preserve growth keeps every tensor"
     net.load_state_dict(fresh | {n: old[n] for n in loaded}, strict=True)
