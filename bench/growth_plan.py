@@ -15,8 +15,9 @@ from pixelgrow.growth import Init, grown_config
 from pixelgrow.heldout import SIGMAS
 from pixelgrow.models.config import NetConfig
 from pixelgrow.models.sizes import shallow_uvit
-from pixelgrow.plan import planned_core, step_cost
+from pixelgrow.plan import step_cost
 from pixelgrow.recipe_spec import TextSpec
+from pixelgrow.shapes import planned_core
 from pixelgrow.stages.train import GRID, GRID_STEPS
 
 REGIMES: dict[str, tuple[Init, Literal["finetune", "frozen", "unfreeze"]]] = {

@@ -77,8 +77,9 @@ def fractions(curves: Mapping[str, Curve], plan: Plan, level: str = "mean") -> d
 
 
 def summarize(plan: Plan, root: Path, seeds: int, figures: Path) -> tuple[str, bool]:
-    """Tables of the seeds that are whole, as Markdown, and whether every target is met; writes `root/results.json` and
-    two figures."""
+    """Tables of the seeds that are whole, as Markdown, and whether all seeds are and meet every target.
+
+    Writes `root/results.json` and two figures."""
     accuracy, curves = [], []
     for seed in range(seeds):
         files = {name: root / f"seed{seed}-checker" / name / "metrics.json" for name in plan.regimes}
@@ -101,8 +102,9 @@ def summarize(plan: Plan, root: Path, seeds: int, figures: Path) -> tuple[str, b
     plot(curves, plan, ["mean"], figures / "growth.png")
     plot(curves, plan, LEVELS[1:], figures / "growth_by_noise.png")
     parts = [error_table(curves), accuracy_table(accuracy), fraction_table(curves, plan)]
-    met = all(
-        share is not None and share <= TARGETS[other] for of in curves for other, share in fractions(of, plan).items()
+    found = [fractions(of, plan) for of in curves]
+    met = len(found) == seeds and all(
+        (share := of.get(other)) is not None and share <= target for of in found for other, target in TARGETS.items()
     )
     return "\n\n".join(part for part in parts if part), met
 

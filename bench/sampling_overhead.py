@@ -3,14 +3,16 @@
     python -m bench.sampling_overhead [--checkpoint FOLDER] [--device cuda]
 
 One JSON line for each setting. `ratio` is the time of `sample` over that of the bare loop, the fastest of `repeats`
-interleaved runs of each; `outside` (CPU alone) is the time that `sample` spent outside the network over that inside,
-from one and the same run, which a busy machine disturbs less. The target is 5% for both.
+interleaved runs of each; `outside`, which the target of 5% is for, is on a CPU the time that `sample` spent outside the
+network over that inside, from one and the same run, which a busy machine disturbs less (the median of the runs); on a
+GPU, where the two overlap, ratio - 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -123,7 +125,8 @@ def measure(
                 keywords["guide"] = clocked
             whole = wall(device, lambda clocked=clocked, keywords=keywords: sample(clocked, cond, **keywords))
             times.append((alone, whole, whole / clocked.seconds - 1))
-        alone, whole, outside = (min(column) for column in zip(*times, strict=True))
+        alone, whole, _ = (min(column) for column in zip(*times, strict=True))
+        outside = statistics.median(t[2] for t in times) if device.type == "cpu" else whole / alone - 1
         result = {
             "bench": "sampling_overhead",
             "network": name,
@@ -132,7 +135,7 @@ def measure(
         }
         result |= {"resolution": config.resolution, "batch": batch, "steps": steps} | setting
         result |= {"nfe": nfe, "bare_s": round(alone, 4), "sample_s": round(whole, 4), "ratio": round(whole / alone, 4)}
-        yield result | ({"outside": round(outside, 5)} if device.type == "cpu" else {})
+        yield result | {"outside": round(outside, 5)}
 
 
 def main() -> None:
@@ -151,7 +154,7 @@ def main() -> None:
         denoiser.to(device), args.checkpoint or "tiny, untrained", device, args.batch, args.steps, args.repeats
     ):
         print(json.dumps(result), flush=True)
-        missed |= result.get("outside", 0.0) > TARGET
+        missed |= result["outside"] > TARGET
     if missed:
         sys.exit(f"more than {TARGET:.0%} of the time is spent outside the network's evaluations")
 

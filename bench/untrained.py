@@ -8,7 +8,7 @@ import torch
 from bench.sampling_overhead import conditions
 
 from pixelgrow.diffusion import Denoiser
-from pixelgrow.growth import freeze
+from pixelgrow.growth import freeze, inherited
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.config import CoreConfig, NetConfig
 from pixelgrow.models.uvit import UViT
@@ -31,6 +31,5 @@ def denoiser(net: NetConfig, frozen: NetConfig | None = None) -> Denoiser:
     """A network; the tensors that it has from `frozen`, which it grew out of, do not train."""
     made = Denoiser(UViT(net))
     if frozen is not None:
-        kept = {n: t.shape for n, t in UViT(frozen).state_dict().items()}
-        freeze(made, [n for n, t in made.net.state_dict().items() if kept.get(n) == t.shape])
+        freeze(made.net, inherited(made.net.state_dict(), net, frozen))
     return made

@@ -175,6 +175,15 @@ def test_a_full_disk_leaves_the_previous_checkpoint(saved: Path, monkeypatch: py
     assert sorted(p.name for p in saved.parent.iterdir()) == ["c"]
 
 
+def test_what_a_killed_save_left_is_swept(saved: Path) -> None:
+    left = saved.parent / ".c.abcdefgh.part"
+    left.mkdir()
+    (left / checkpoint.WEIGHTS).write_bytes(b"half")
+    d = model()
+    checkpoint.save(saved, d, config_of(d))
+    assert [p.name for p in saved.parent.iterdir()] == ["c"]
+
+
 @pytest.mark.parametrize("at", [0, 1])
 def test_a_kill_between_the_renames_is_recovered(saved: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
     """Die before the at-th rename of replacing a checkpoint: the folder still loads, old or new, never a mixture."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,9 +16,11 @@ from PIL import Image
 
 from pixelgrow import checkpoint
 from pixelgrow.checkpoint import CheckpointConfig
+from pixelgrow.cli import share_cores
 from pixelgrow.diffusion import Denoiser
 from pixelgrow.models.sizes import core_config, shallow_uvit
 from pixelgrow.models.uvit import UViT
+from pixelgrow.training.state import write_tensors
 
 
 class CliResult(Protocol):
@@ -90,6 +93,8 @@ def test_help_is_quick_and_leaves_torch_alone() -> None:
         (["sample", "MODEL", "1", "--interval", "3", "1"], "expected (lo, hi) with 0 <= lo < hi"),
         (["sample", "MODEL", "--prompts", "nowhere.txt"], "--prompts nowhere.txt: cannot be read"),
         (["grow", "MODEL", "--to", "24", "-o", "out"], "cannot grow from 16 to 24 px"),
+        (["grow", "MODEL", "--to", "0", "-o", "out"], "cannot grow from 16 to 0 px"),
+        (["average", "MODEL", "--length", "0.1", "-o", "out"], "is not a stage that has trained"),
         (["grow", "MODEL", "--to", "32", "-o", "MODEL"], "holds a checkpoint already"),
         (["grow", "MODEL", "--to", "32", "-o", "."], "cannot be written to '.'"),
         (["grow", "MODEL", "--to", "32", "-o", "images"], "images holds 0 and 2 more"),
@@ -107,6 +112,47 @@ def test_a_mistake_is_one_line(words: list[str], expected: str, model: Path, run
     assert expected in result.err
     assert len(result.err.strip().splitlines()) == 1
     assert not (tmp_path / "runs").exists()
+
+
+def test_another_average_of_a_stage_becomes_a_checkpoint(model: Path, run_cli: RunCli, tmp_path: Path) -> None:
+    stage = tmp_path / "core"
+    denoiser, config = checkpoint.load(model)
+    checkpoint.save(stage / "checkpoint", denoiser, config)
+    name = "net.exit.16.conv.weight"
+    last = denoiser.state_dict()[name]
+    for images in (1000, 2000):  # weights that stood still: every average of theirs is themselves
+        kept = {f"{length}/{name}": (2 * last).half() for length in (0.05, 0.1)}
+        write_tensors(stage / "snapshots" / "denoiser" / f"{images:012d}.safetensors", kept)
+    result = run_cli("average", stage, "--length", "0.08", "-o", tmp_path / "out")
+    assert result.code == 0 and "the average of length 0.08" in result.out
+    found, written = checkpoint.load(tmp_path / "out")
+    torch.testing.assert_close(found.state_dict()[name], 2 * last, rtol=1e-3, atol=1e-4)
+    assert torch.equal(found.net.core.null_token, denoiser.net.core.null_token)
+    assert written.lineage[-1] == {"verb": "average", "length": 0.08, "parent": config.sha256}
+    assert run_cli("average", stage, "--length", "0.1", "-o", stage / "checkpoint").code == 2
+    assert "name another folder" in run_cli("average", stage, "--length", "0.1", "-o", stage / "checkpoint").err
+
+
+def test_running_out_of_memory_is_one_line(model: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sample(*_: object, **__: object) -> None:
+        torch.empty(2**50)
+
+    monkeypatch.setattr("pixelgrow.model.sample", sample)
+    result = run_cli("sample", model, "1")
+    assert result.code == 2 and len(result.err.strip().splitlines()) == 1
+    assert "out of memory" in result.err and "smaller --batch" in result.err
+
+
+def test_idle_threads_are_told_to_sleep_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "x")  # so that what follows is undone
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    share_cores()
+    assert "GOMP_SPINCOUNT" not in os.environ
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    share_cores()
+    assert os.environ["GOMP_SPINCOUNT"] == "5000"
 
 
 def class_folder(root: Path) -> Path:
@@ -173,6 +219,12 @@ def test_grow_writes_a_checkpoint(model: Path, run_cli: RunCli, tmp_path: Path) 
     assert "grown from 16 to 32 px (preserve)" in result.out
     assert "0 dropped" in result.out
     assert checkpoint.read_config(tmp_path / "big").lineage[-1]["to"] == 32
+    report = json.loads((tmp_path / "big-growth" / "growth.json").read_text())
+    assert report["resolution"] == [16, 32] and report["loaded"] and report["after"]
+    assert (
+        Image.open(tmp_path / "big-growth" / "after.png").width
+        > Image.open(tmp_path / "big-growth" / "before.png").width
+    )
 
 
 def test_data(run_cli: RunCli, tmp_path: Path) -> None:

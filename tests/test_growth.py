@@ -99,9 +99,34 @@ def test_random_keeps_the_core_and_throws_the_shallow_ends_away() -> None:
     assert again(held_out(2, 128), torch.ones(2), c).shape == (2, 3, 128, 128)
 
 
+def test_random_throws_away_what_preserve_had_added_even_where_a_level_of_the_same_shape_comes() -> None:
+    low = shallow()
+    mid = grow(low, 64, images=held_out(2, 64), cond=cond(2))[0]  # levels 32 and 64 on the finished network
+    high, report = grow(mid, 128, "random", images=held_out(2, 128), cond=cond(2))
+    shared = [n for n, t in high.net.state_dict().items() if n in mid.net.state_dict() and not n.startswith("core.")]
+    assert shared and all(n.startswith("core.") for n in report.loaded) and set(shared) <= set(report.new)
+    assert not torch.equal(high.net.decoder["64"].up.weight, mid.net.decoder["64"].up.weight)
+
+
+def test_several_steps_at_once_are_an_identity_and_report_the_whole_way() -> None:
+    low = shallow(dtype=torch.float64)
+    x, c = held_out(2, 64, torch.float64), cond(2, torch.float64)
+    high, report = grow(low, (32, 64), images=x, cond=c)
+    assert [r.resolution for r in high.net.config.rungs] == [16, 32, 64] and report.resolution == (16, 64)
+    assert set(report.loaded) == set(low.net.state_dict())
+    s = torch.tensor([0.3, 20.0], dtype=torch.float64)
+    assert torch.equal(box_down(high(x, s, c), 4), low(box_down(x, 4), s / 4, c))
+    assert report.before == pytest.approx(report.after, rel=1e-9)
+
+
+def test_a_core_with_a_finer_entry_than_usual_grows_by_default() -> None:
+    config = shallow_uvit("tiny", 32, stride=8, patch=1, core=CORE)
+    assert grown_config(config, 64, "preserve").rungs[-1].patch == 2
+
+
 def test_scratch_has_the_shape_of_random_and_loads_no_weight() -> None:
     low = shallow()
-    low.net.core.whiten(torch.randn(100, 8) * 3 + 1)
+    low.net.core.whiten([torch.randn(100, 8) * 3 + 1])
     x, c = held_out(2, 32), cond(2)
     a, report = grow(low, 32, "scratch", images=x, cond=c)
     b, _ = grow(low, 32, "random", images=x, cond=c)
@@ -121,7 +146,7 @@ def test_the_core_is_told_the_noise_level_it_was_trained_with(init: str, monkeyp
     high, _ = grow(low, 64, init, images=x, cond=c)  # type: ignore[arg-type]
     told = []
     real = UViT.embed
-    monkeypatch.setattr(UViT, "embed", lambda self, level, cond: (told.append(level), real(self, level, cond))[1])
+    monkeypatch.setattr(UViT, "embed", lambda self, level, *rest: (told.append(level), real(self, level, *rest))[1])
     high(x, torch.full((2,), sigma), c)
     low(box_down(x, k), torch.full((2,), sigma / k), c)
     torch.testing.assert_close(told[0], told[1])
@@ -131,7 +156,7 @@ def test_frozen_means_no_gradient() -> None:
     low = shallow()
     x, c = held_out(2, 32), cond(2)
     high, report = grow(low, 32, images=x, cond=c)
-    freeze(high, report.loaded)
+    freeze(high.net, report.loaded)
     high(x, torch.ones(2), c).square().mean().backward()
     for name, p in high.net.named_parameters():
         assert (p.grad is None) == (name in report.loaded), name

@@ -30,7 +30,7 @@ def test_fake_figures_equal_real_ones(frozen: bool) -> None:
     config = grown_config(core, 32, "preserve")
     denoiser = Denoiser(UViT(config))
     if frozen:
-        freeze(denoiser, list(UViT(core).state_dict()))
+        freeze(denoiser.net, list(UViT(core).state_dict()))
     real = step_cost(denoiser, cond(config, 3, 8), 3)
     planned = network_cost(config, SETTINGS, frozen=core if frozen else None, tokens=8)
     everything = sum(p.numel() for p in denoiser.parameters())

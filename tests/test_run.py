@@ -245,6 +245,13 @@ stages:
     assert not (tmp_path / "c" / "core").exists()
 
 
+def test_nothing_is_trained_before_every_shape_fits(tmp_path: Path) -> None:
+    too_coarse = load_recipe("smoke", ["stages.grown.patch=32"])
+    with pytest.raises(UserError, match="patch 32 does not fit a growth to 32 px"):
+        run(too_coarse, tmp_path)
+    assert not (tmp_path / "smoke" / "core").exists()
+
+
 def test_scenes_are_not_mirrored(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"flip: true would make captions of scenes untrue"):
         run(load_recipe("smoke", ["stages.grown.flip=true"]), tmp_path)

@@ -97,7 +97,7 @@ def grown() -> Denoiser:
     parent = core()
     index = torch.arange(4)
     child, report = grow(parent, 16, images=images(index, 16), cond=Labels().cond(["0", "1", "2", "3"]))
-    freeze(child, report.loaded)
+    freeze(child.net, report.loaded)
     return child
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from rich.console import Console
 from torch import nn
 
+from pixelgrow.errors import UserError
 from pixelgrow.training import cpu, monitor
 from pixelgrow.training.log import Averages, Display, Log, duration
 from pixelgrow.training.monitor import Hook, Meter
@@ -99,14 +100,15 @@ def test_seam_ratio_by_brute_force_and_by_sight() -> None:
     assert monitor.seam_ratio(torch.randn(8, 3, 64, 64), 8) == pytest.approx(1, abs=0.05)
     tiles = torch.randn(4, 3, 8, 8).repeat_interleave(8, 2).repeat_interleave(8, 3)
     assert monitor.seam_ratio(tiles + 0.01 * torch.randn_like(tiles), 8) > 100
+    assert monitor.seam_ratio(tiles, 8) > 1e6  # nothing at all inside the patches is the worst seam, not none
     assert monitor.seam_ratio(torch.zeros(1, 3, 8, 8), 4) == 1
     assert monitor.seam_ratio(noise, 64) == 1
 
 
 def test_a_grid_is_written_and_its_seams_logged(tmp_path: Path) -> None:
     images = torch.linspace(-1.2, 1.2, 5)[:, None, None, None].expand(5, 3, 4, 6)
-    hook = monitor.grid_hook(lambda: images, tmp_path, 10, columns=3, patch=2)
-    assert hook.run(640) == {"seam_ratio": 1.0}
+    hook = monitor.grid_hook(lambda: images, tmp_path, 10, columns=3, patches=(2, 8))
+    assert hook.run(640) == {"seams_2": 1.0, "seams_8": 1.0}
     sheet = np.asarray(Image.open(tmp_path / "samples" / "000000640.png"))
     assert sheet.shape == (10, 22, 3)
     assert sheet[0, 0, 0] == 0
@@ -114,6 +116,14 @@ def test_a_grid_is_written_and_its_seams_logged(tmp_path: Path) -> None:
     assert sheet[0, 16, 0] == 128
     assert (sheet[4:6] == 255).all()
     assert [p.name for p in (tmp_path / "samples").iterdir()] == ["000000640.png"]
+
+
+def test_a_grid_that_cannot_be_drawn_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def fails() -> torch.Tensor:
+        raise UserError("sampling gave non-finite pixels")
+
+    assert monitor.grid_hook(fails, tmp_path, 10).run(640) == {}
+    assert "no sample grid at 640 images: sampling gave non-finite pixels" in caplog.text
 
 
 @dataclass(frozen=True)

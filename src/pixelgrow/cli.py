@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -23,6 +24,10 @@ Recipe = Annotated[str, typer.Argument(help="A recipe's file, or the name of one
 
 
 PICTURES = Path("samples.png")
+LESS_MEMORY = (
+    "draw with a smaller --batch; train with more accumulate: (micro-batches a step), a smaller batch:, or "
+    "activation_checkpointing: true. What was saved before is kept"
+)
 
 
 @app.callback()
@@ -133,14 +138,34 @@ def grow(
     checkpoint: Annotated[str, typer.Argument(help="What to grow.")],
     to: Annotated[int, typer.Option("--to", help="Pixels: a power of two times what it has.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The grown checkpoint's folder.")],
-    source: Annotated[str, typer.Option("--data", help="What to measure on: a folder, shards, or scenes.")] = "scenes",
-    init: Annotated[str, typer.Option("--init", help="preserve or random.")] = "preserve",
+    source: Annotated[str, typer.Option("--data", help="Pictures like the model's: a folder, shards, or scenes.")],
+    init: Annotated[str, typer.Option("--init", help="preserve, random or scratch.")] = "preserve",
     seed: Annotated[int, typer.Option("--seed")] = 0,
 ) -> None:
-    """Grow a checkpoint, without training: prints what became of its tensors and the error before and after."""
+    """Grow a checkpoint, without training: prints what became of its tensors and the error before and after.
+
+    The same, and pictures of both, go to a folder beside it, `<out>-growth`. The size of details that growth starts
+    from is measured on the pictures of --data.
+    """
     from pixelgrow.growing import grow_checkpoint
 
     typer.echo(grow_checkpoint(checkpoint, to, out, source=source, init=init, seed=seed))
+
+
+@app.command()
+def average(
+    stage: Annotated[Path, typer.Argument(help="The folder of a stage that has trained, such as runs/photos/core.")],
+    length: Annotated[float, typer.Option("--length", help="As a share of the run (EDM2's sigma_rel).")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The checkpoint's folder.")],
+    images: Annotated[int | None, typer.Option("--images", help="As of so many images; else at the end.")] = None,
+) -> None:
+    """Choose another average of a stage's weights, or an earlier one, after its training: writes a checkpoint.
+
+    An earlier one can guide the finished model: `pixelgrow sample ... --guide`.
+    """
+    from pixelgrow.averaging import average_checkpoint
+
+    typer.echo(average_checkpoint(stage, length, out, images))
 
 
 @app.command()
@@ -216,6 +241,7 @@ def main() -> None:
     log.setLevel(logging.INFO)
     log.handlers = [_Stderr()]
     signal.signal(signal.SIGTERM, _terminated)
+    share_cores()
     try:
         status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
         if status == 130:  # typer has caught a KeyboardInterrupt
@@ -227,11 +253,30 @@ def main() -> None:
     except _Terminated:
         _stop("stopped by SIGTERM: run the same command again to go on", 143)
     except Exception as error:
+        if out_of_memory(error):
+            _stop(f"out of memory ({str(error).splitlines()[0][:120]}): {LESS_MEMORY}", 2)
         if hasattr(error, "format_message"):  # click's, which typer has under a name of its own
             _stop(error.format_message(), 2)
         if type(error).__name__ != "Interrupted":  # of training; its import would bring torch along
             raise
         _stop(str(error), getattr(error, "status", 1))
+
+
+def share_cores() -> None:
+    """Have idle threads of libgomp sleep soon (about 10 us) in place of spinning for milliseconds; before torch is
+    imported. Costs nothing alone, and several times the speed where others use the cores (docs/benchmarks.md)."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether torch, on any device, or Python could not get the memory that was asked for."""
+    words = ("can't allocate memory", "not enough memory")  # of torch's allocator on a CPU, which has no class for it
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and any(w in str(error) for w in words))
+    )
 
 
 class _Stderr(logging.Handler):

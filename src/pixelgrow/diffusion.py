@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -36,6 +37,12 @@ class DiffusionConfig(Frozen):
     sigma_min: float = Field(0.002, gt=0)
     sigma_max: float = Field(80.0, gt=0)
 
+    @model_validator(mode="after")
+    def _range(self) -> DiffusionConfig:
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min: got {self.sigma_min:g}, expected less than sigma_max ({self.sigma_max:g})")
+        return self
+
 
 def column(v: Tensor) -> Tensor:
     """(B,) -> (B, 1, 1, 1)."""
@@ -58,6 +65,16 @@ def coefficients(prediction: Prediction, sigma: Tensor, std: float) -> tuple[Ten
     return c_skip, -c_out if prediction == "v" else c_out, norm
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """What a rung made: `image` (B, 3, H, W) and the `features` (B, C, h, w) that it was drawn from, at its resolution;
+    `ctx`: what every rung of the evaluation sees."""
+
+    image: Tensor
+    features: Tensor
+    ctx: Context
+
+
 class Denoiser(nn.Module):
     """`denoiser(x, sigma, cond) -> x0` around a network of one or more rungs.
 
@@ -76,7 +93,8 @@ class Denoiser(nn.Module):
 
     @property
     def resolution(self) -> int:
-        return self.net.config.resolution
+        """Image side that it denoises; a generator's decoder halves, which see no noisy image, do not count."""
+        return self.net.config.latent_resolution
 
     @property
     def noise_scale(self) -> float:
@@ -93,53 +111,51 @@ class Denoiser(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         """x (B, 3, H, W) at noise level sigma (B,) -> the expected clean image (B, 3, H, W)."""
-        *_, image = self.rungs(x, sigma, cond)
-        return image
+        *_, last = self.rungs(x, sigma, cond)
+        return last.image
 
     def base(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
-        """What the model said before its last `preserve` growth, up-sampled: a free, weaker guide (autoguidance)."""
+        """What the model said before its last `preserve` growth, up-sampled: a weaker guide (autoguidance)."""
         rungs = self.net.config.rungs
         if len(rungs) < 2:
             raise UserError(
                 "this model has no base path: it was not grown with init: preserve; give a checkpoint as the guide"
             )
-        images = self.rungs(x, sigma, cond)
+        steps = self.rungs(x, sigma, cond)
         for _ in rungs[:-1]:
-            image = next(images)
+            image = next(steps).image
         return up_nearest(image, x.shape[-1] // image.shape[-1])
 
-    def rungs(self, x: Tensor, sigma: Tensor, cond: Cond) -> Iterator[Tensor]:
-        """The denoised image of each rung at its own resolution, innermost first; the last is the denoiser's."""
-        self.net.config.check_size((x.shape[-2], x.shape[-1]))
+    def rungs(self, x: Tensor, sigma: Tensor, cond: Cond, guidance: Tensor | None = None) -> Iterator[Drawn]:
+        """What each rung makes of the noisy image, innermost first; the last image is the denoiser's."""
+        self.net.config.check_size((x.shape[-2], x.shape[-1]), self.resolution)
         # Noise level as the core knows it; the same number for every rung. c_noise: arXiv 2206.00364, Table 1.
-        ctx = self.net.embed(torch.log(sigma.float() / self.noise_scale) / 4, cond)
-        features = image = None
+        ctx = self.net.embed(torch.log(sigma.float() / self.noise_scale) / 4, cond, guidance)
+        drawn: Drawn | None = None
         for rung in self.net.config.rungs:
+            if rung.decodes:
+                break
             k = self.resolution // rung.resolution
             x_k = box_down(x, k)
-            if image is None or features is None:
-                image, features = self._first(rung, x_k, sigma / k, ctx)
-            else:
-                image, features = self._refine(rung, x_k, sigma / k, ctx, image, features)
-            yield image
+            drawn = self._refine(rung, x_k, sigma / k, drawn) if drawn else self._first(rung, x_k, sigma / k, ctx)
+            yield drawn
 
-    def _first(self, rung: RungConfig, x: Tensor, sigma: Tensor, ctx: Context) -> tuple[Tensor, Tensor]:
+    def _first(self, rung: RungConfig, x: Tensor, sigma: Tensor, ctx: Context) -> Drawn:
         c_skip, c_out, c_in = map(column, coefficients(self.config.prediction, sigma, self.config.sigma_data))
         out = self.net.rung(rung, c_in * x, ctx)
-        return c_skip * x + c_out * out.image, out.features
+        return Drawn(c_skip * x + c_out * out.image, out.features, ctx)
 
-    def _refine(
-        self, rung: RungConfig, x: Tensor, sigma: Tensor, ctx: Context, low: Tensor, features: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _refine(self, rung: RungConfig, x: Tensor, sigma: Tensor, below: Drawn) -> Drawn:
+        low, ctx = below.image, below.ctx
         _, _, c_in = map(column, coefficients("edm", sigma, self.config.sigma_data))
         c_skip, c_out, _ = map(column, coefficients("edm", sigma, rung.detail_std))
         k = x.shape[-1] // low.shape[-1]
         image = up_nearest(low, k)
         detail = x - up_nearest(box_down(x, k), k)
-        # Three views of the input, each of about unit variance: the noisy image, its details, the image from below.
-        out = self.net.rung(rung, torch.cat([c_in * x, image / self.config.sigma_data], 1), ctx, features)
+        # Two views of the input, each of about unit variance: the noisy image, and the image from below.
+        out = self.net.rung(rung, torch.cat([c_in * x, image / self.config.sigma_data], 1), ctx, below.features)
         assert out.gain is not None
-        return image + (out.gain * c_skip) * detail + c_out * out.image, out.features
+        return Drawn(image + (out.gain * c_skip) * detail + c_out * out.image, out.features, ctx)
 
 
 class NoiseConfig(Frozen):

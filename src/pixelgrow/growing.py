@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import cast, get_args
 
-import torch
-
 from pixelgrow import checkpoint
 from pixelgrow.data.loader import take
 from pixelgrow.data.opening import open_source
 from pixelgrow.errors import UserError
-from pixelgrow.growth import Init, grow
+from pixelgrow.growth import Init, grow, grown_config
 from pixelgrow.model import Model, find
-from pixelgrow.stages.grow import describe
+from pixelgrow.stages.grow import REPORT, describe, draw_both
+from pixelgrow.stages.record import write_json
 from pixelgrow.writing import writing
 
 WATCHED = 64  # images that both models are measured on
@@ -27,21 +26,20 @@ def grow_checkpoint(name: str, to: int, out: Path, *, source: str, init: str, se
         raise UserError(f"{out} holds a checkpoint already: name another folder, or delete it")
     checkpoint.check_target(out)
     model = Model.from_pretrained(name)
+    grown_config(model.denoiser.net.config, to, cast("Init", init))  # a mistake here is told before data are read
     spec = {"source": source} | ({"split": "heldout"} if source == "scenes" else {})
     batch = take(open_source(spec), WATCHED, (to, to))
-    with torch.no_grad():
-        child, report = grow(
-            model.denoiser,
-            to,
-            cast("Init", init),
-            images=batch.image.to(model.device),
-            cond=model.encode(batch.text),
-            seed=seed,
-        )
+    cond = model.encode(batch.text)
+    child, report = grow(
+        model.denoiser, to, cast("Init", init), images=batch.image.to(model.device), cond=cond, seed=seed
+    )
     counts = {k: len(getattr(report, k)) for k in ("loaded", "new", "dropped")}
     entry = {"verb": "grow", "init": init, "from": model.resolution, "to": to, "tensors": counts}
     entry |= {"parent": model.config.sha256, "of": str(find(name))}
     config = model.config.model_copy(update={"lineage": [*model.config.lineage, entry]})
+    beside = out.with_name(f"{out.name}-growth")
     with writing(out):
+        draw_both(beside, model.denoiser, child, cond, seed)
+        write_json(beside / REPORT, report.to_dict())
         checkpoint.save(out, child, config)
-    return describe(report.to_dict()) + f"\nwritten to {out}"
+    return describe(report.to_dict()) + f"\nwritten to {out}; the report and pictures of both to {beside}"

@@ -1,12 +1,16 @@
 """Growth: a checkpoint and a target resolution make a larger checkpoint, and a report of what became of every tensor.
 
-`init: random` is the paper's (arXiv 2405.16759): the core stays, the outer ends are thrown away, new levels around the
-core start at random. `init: preserve` (ours) puts a rung on the finished network that adds nothing at the start.
+One mechanism for two papers. A denoiser grows by levels: `init: random` is Greedy Growing's (arXiv 2405.16759), where
+the core stays, the outer ends are thrown away, and new levels around the core start at random. A one-step generator
+grows by decoder halves alone: `init: random` is PaGoDA's (arXiv 2405.14822), from the features to a new output layer.
+`init: preserve` (ours), of both, puts a rung on the finished network that adds nothing at the start.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -48,13 +52,23 @@ class GrowthReport:
 
 
 def grown_config(
-    config: NetConfig, to: int, init: Init, *, patch: int | None = None, blocks: int = 1, detail_std: float = 0.1
+    config: NetConfig,
+    to: int,
+    init: Init,
+    *,
+    patch: int | None = None,
+    blocks: int = 1,
+    detail_std: float = 0.1,
+    generator: bool = False,
 ) -> NetConfig:
     """The network that `config` grows into at `to` pixels, any power of two above its resolution.
 
-    `patch`: pixels per cell of the new top map; default half the core's stride for `preserve`, which draws details
-    alone, and the core's stride otherwise. Nobody says; ours. Raises UserError if `to` or `patch` do not fit.
+    `patch`: pixels per cell of the new top map; default the core's stride for `random` levels around a core, half of
+    it where details alone are drawn. Nobody says; ours. `generator`: of a one-step generator, decoder halves alone.
+    Raises UserError if `to`, `patch` or `init` do not fit.
     """
+    if generator and init == "scratch":
+        raise UserError("init: scratch is no growth of a one-step generator; expected preserve or random")
     factor = to // config.resolution if config.resolution else 0
     if to % config.resolution or factor < 2 or factor & (factor - 1):
         ways = ", ".join(str(config.resolution * 2**i) for i in (1, 2, 3))
@@ -64,24 +78,25 @@ def grown_config(
     grid = config.core_resolution // config.core_stride
     kept: tuple[LevelConfig, ...] = ()
     below = config.resolution
-    if init != "preserve":
+    around = init != "preserve" and not generator
+    if around:
         first = config.rungs[0]
         shallow = first.resolution == config.core_resolution
         below = config.core_resolution if shallow else first.resolution
         kept = () if shallow else first.levels
         patch = first.patch if kept else patch or config.core_stride
     else:
-        patch = patch or max(1, config.core_stride // 2)
-    coarsest = 2 * (config.rungs[-1].patch if init == "preserve" else config.core_stride)  # the map that it stands on
+        patch = patch or min(max(1, config.core_stride // 2), 2 * config.rungs[-1].patch)
+    coarsest = 2 * (config.core_stride if around else config.rungs[-1].patch)  # the map that it stands on
     if patch & (patch - 1) or patch > coarsest:
         raise UserError(f"patch {patch} does not fit a growth to {to} px: choose a power of two up to {coarsest}")
     sides = [below * 2**i for i in range(1, (to // below).bit_length())]
     new = tuple(level(config.size, side, (side // patch // grid).bit_length() - 1, blocks) for side in sides)
-    if init == "preserve":
-        rungs = (*config.rungs, RungConfig(levels=new, patch=patch, attach="base", detail_std=detail_std))
-    else:
-        rungs = (RungConfig(levels=kept + new, patch=patch, attach="core"),)
-    return config.model_copy(update={"rungs": rungs}).checked()
+    attach: Literal["core", "base", "image", "features"] = "core" if around else "base"
+    if generator:
+        attach = "image" if init == "preserve" else "features"
+    rung = RungConfig(levels=kept + new, patch=patch, attach=attach, detail_std=detail_std)
+    return config.model_copy(update={"rungs": (rung,) if around else (*config.rungs, rung)}).checked()
 
 
 def detail_std(images: Tensor, k: int) -> float:
@@ -91,7 +106,7 @@ def detail_std(images: Tensor, k: int) -> float:
 
 def grow(
     parent: Denoiser,
-    to: int,
+    to: int | Sequence[int],
     init: Init = "preserve",
     *,
     images: Tensor,
@@ -101,51 +116,79 @@ def grow(
     blocks: int = 1,
     batch: int = 64,
 ) -> tuple[Denoiser, GrowthReport]:
-    """Grow `parent` to `to` pixels. `images` (N, 3, to, to) and `cond`: the held-out batch that both are measured on,
-    `batch` images at a time.
+    """Grow `parent` to `to` pixels, at once or over several resolutions in turn.
 
+    `images` (N, 3, to, to) and `cond`: the held-out batch that both are measured on, `batch` images at a time.
     `scratch` has the shape of `random` and loads no weight: the baseline. New tensors are a function of `seed`.
     Raises UserError if `to` is no power of two above the parent's resolution.
     """
-    config = grown_config(parent.net.config, to, init, patch=patch, blocks=blocks)
-    k = to // parent.resolution
-    if init == "preserve":
-        new = config.rungs[-1].model_copy(update={"detail_std": detail_std(images, k)})
-        config = config.model_copy(update={"rungs": (*config.rungs[:-1], new)})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(rng.seed_of(seed, "growth", to))
-        net = UViT(config).to(next(parent.net.parameters()))
-    old = parent.net.state_dict()
-    fresh = net.state_dict()
-    loaded = [n for n in fresh if n in old and fresh[n].shape == old[n].shape]
-    if init == "scratch":  # what is known of the text is no weight
-        loaded = [n for n, _ in net.named_buffers() if n in loaded]
-    if init == "preserve":
-        assert set(loaded) == set(old), "preserve growth keeps every tensor"
-    net.load_state_dict(fresh | {n: old[n] for n in loaded}, strict=True)
+    config = parent.net.config
+    sides = [to] if isinstance(to, int) else list(to)
+    for side in sides:
+        low = config.resolution
+        config = grown_config(config, side, init, patch=patch, blocks=blocks)
+        if init == "preserve":
+            config = with_detail(config, detail_std(box_down(images, sides[-1] // side), side // low))
+    net, report = grow_network(parent.net, config, init, seed)
+    k = config.resolution // parent.resolution
     child = Denoiser(net, parent.config).eval()
 
     def before(x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         return up_nearest(parent(box_down(x, k), sigma / k, cond), k)
 
-    report = GrowthReport(
-        init=init,
-        resolution=(parent.resolution, to),
-        loaded=loaded,
-        new=[n for n in fresh if n not in set(loaded)],
-        dropped=[n for n in old if n not in set(loaded)],
-        parameters={
-            "loaded": sum(fresh[n].numel() for n in loaded),
-            "new": sum(t.numel() for n, t in fresh.items() if n not in set(loaded)),
-        },
-        before=denoising_error(before, images, cond, scale=child.noise_scale, seed=seed, batch=batch),
-        after=denoising_error(child, images, cond, scale=child.noise_scale, seed=seed, batch=batch),
+    measure = partial(denoising_error, images=images, cond=cond, scale=child.noise_scale, seed=seed, batch=batch)
+    return child, replace(report, before=measure(before), after=measure(child))
+
+
+def with_detail(config: NetConfig, std: float) -> NetConfig:
+    """`config` with the deviation of what its last rung adds."""
+    return config.model_copy(
+        update={"rungs": (*config.rungs[:-1], config.rungs[-1].model_copy(update={"detail_std": std}))}
     )
-    return child, report
 
 
-def freeze(denoiser: Denoiser, names: list[str]) -> None:
-    """Stop the gradient of the named tensors of the network: no memory for it, no optimizer state, equal to the bit."""
+def inherited(names: Iterable[str], config: NetConfig, old: NetConfig) -> list[str]:
+    """Which of the tensors of a network of `config` come from the network of `old` that it grew out of.
+
+    All of it where the growth stands on it; else the core, and the levels of the UViT that it was.
+    """
+    on_top = config.rungs[: len(old.rungs)] == old.rungs
+    shallow = old.rungs[0].resolution == old.core_resolution
+    kept = [] if shallow and not on_top else [lv for r in (old.rungs if on_top else old.rungs[:1]) for lv in r.levels]
+    sides = {str(level.resolution) for level in kept}
+    halves = ("encoder", "decoder") + (("entry", "exit", "gain") if on_top else ())
+
+    def stays(name: str) -> bool:
+        part, side, *_ = name.split(".")
+        return part in ("core", "guidance") or (part in halves and side in sides)
+
+    return [n for n in names if stays(n)]
+
+
+def grow_network(old: UViT, config: NetConfig, init: Init, seed: int = 0) -> tuple[UViT, GrowthReport]:
+    """The network of a `grown_config`, with what it has of `old`; and what became of every tensor. New ones are a
+    function of `seed`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng.seed_of(seed, "growth", config.resolution))
+        net = UViT(config).to(next(old.parameters()))
+    kept, fresh = old.state_dict(), net.state_dict()
+    loaded = inherited(fresh, config, old.config)
+    if init == "scratch":  # what is known of the text is no weight
+        loaded = [n for n, _ in net.named_buffers() if n in loaded]
+    net.load_state_dict(fresh | {n: kept[n] for n in loaded}, strict=True)
+    new = [n for n in fresh if n not in set(loaded)]
+    return net, GrowthReport(
+        init=init,
+        resolution=(old.config.resolution, config.resolution),
+        loaded=loaded,
+        new=new,
+        dropped=[n for n in kept if n not in set(loaded)],
+        parameters={k: sum(fresh[n].numel() for n in names) for k, names in (("loaded", loaded), ("new", new))},
+    )
+
+
+def freeze(net: UViT, names: list[str]) -> None:
+    """Stop the gradient of the named tensors of a network: no memory for it, no optimizer state, equal to the bit."""
     frozen = set(names)
-    for name, parameter in denoiser.net.named_parameters():
+    for name, parameter in net.named_parameters():
         parameter.requires_grad_(name not in frozen)

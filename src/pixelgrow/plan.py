@@ -9,7 +9,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,13 +19,13 @@ from torch.utils._pytree import tree_iter
 
 from pixelgrow.diffusion import Denoiser, loss
 from pixelgrow.flops import FORMULAS
-from pixelgrow.growth import grown_config
+from pixelgrow.growth import freeze, inherited
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.config import CoreConfig, NetConfig
-from pixelgrow.models.sizes import core_config, shallow_uvit
 from pixelgrow.models.uvit import UViT
-from pixelgrow.recipe import Recipe, is_folder, read_recipe
-from pixelgrow.recipe_spec import GrowStage, ModelStage, TextSpec, TrainStage
+from pixelgrow.recipe import Recipe, read_recipe
+from pixelgrow.recipe_spec import GrowStage, ModelStage, TrainStage
+from pixelgrow.shapes import networks, parent_network
 from pixelgrow.training.denoise import recompute_blocks
 from pixelgrow.training.settings import TrainSettings
 
@@ -129,9 +128,7 @@ def _measure(
         denoiser = Denoiser(UViT(_shallow(config)))
         net = denoiser.net
         if frozen is not None:
-            kept = {n: t.shape for n, t in UViT(_shallow(frozen)).state_dict().items()}
-            for name, p in net.named_parameters():
-                p.requires_grad_(kept.get(name) != p.shape)
+            freeze(net, inherited(net.state_dict(), config, frozen))
         if settings.activation_checkpointing:
             recompute_blocks(denoiser)
         cond = _cond(config.core, batch, tokens)
@@ -232,65 +229,37 @@ class Live(TorchDispatchMode):
 def plan_recipe(recipe: Recipe, *, gpu: bool | None = None) -> list[StagePlan]:
     """Every training phase of a recipe, in order. `gpu`: plan for one, by default where there is one."""
     gpu = torch.cuda.is_available() if gpu is None else gpu
-    nets: dict[str, NetConfig] = {}
-    plans = []
-    for stage in recipe.stages:
-        if isinstance(stage, ModelStage):
-            for plan, net in _phases(stage, nets, recipe.text, gpu):
-                plans.append(plan)
-                nets[stage.name] = net
-    return plans
+    nets = networks(recipe)
+    return [
+        plan
+        for stage in recipe.stages
+        if isinstance(stage, ModelStage)
+        for plan in _phases(stage, nets, recipe.text.max_tokens, gpu)
+    ]
 
 
-def _phases(
-    stage: TrainStage | GrowStage, nets: dict[str, NetConfig], text: TextSpec, gpu: bool
-) -> Iterator[tuple[StagePlan, NetConfig]]:
-    """The phases of a stage, with the network it makes."""
+def _phases(stage: ModelStage, nets: dict[str, NetConfig], tokens: int, gpu: bool) -> Iterator[StagePlan]:
+    """The phases of a stage."""
+    config = nets[stage.name]
+    phases: Sequence[tuple[str, int, NetConfig | None]] = [("train on", stage.images, None)]
     if isinstance(stage, TrainStage) and stage.parent is None:
-        assert stage.size is not None and stage.resolution is not None
-        core = planned_core(stage.size, text)
-        config = shallow_uvit(stage.size, stage.resolution, stride=stage.stride, patch=stage.patch, core=core)
-        phases: Sequence[tuple[str, int, NetConfig | None]] = [(f"train {stage.size}", stage.images, None)]
-    else:
+        phases = [(f"train {stage.size}", stage.images, None)]
+    elif isinstance(stage, GrowStage):
         assert stage.parent is not None
-        parent = _network(stage.parent, nets)
-        config = parent
-        phases = [("train on", stage.images, None)]
-        if isinstance(stage, GrowStage):
-            for to in stage.to:
-                config = grown_config(config, to, stage.init, patch=stage.patch, blocks=stage.blocks)
-            grown = f"grow {stage.init}"
-            if stage.unfreeze_after is not None:
-                rest = stage.images - stage.unfreeze_after
-                phases = [(f"{grown}, frozen", stage.unfreeze_after, parent), (f"{grown}, unfrozen", rest, None)]
-            elif stage.trains_core:
-                phases = [(grown if stage.init == "scratch" else f"{grown}, finetune", stage.images, None)]
-            else:
-                phases = [(f"{grown}, frozen", stage.images, parent)]
+        parent = parent_network(stage.parent, nets)
+        grown = f"grow {stage.init}"
+        if stage.unfreeze_after is not None:
+            rest = stage.images - stage.unfreeze_after
+            phases = [(f"{grown}, frozen", stage.unfreeze_after, parent), (f"{grown}, unfrozen", rest, None)]
+        elif stage.trains_core:
+            phases = [(grown if stage.init == "scratch" else f"{grown}, finetune", stage.images, None)]
+        else:
+            phases = [(f"{grown}, frozen", stage.images, parent)]
     for what, images, frozen in phases:
         settings = stage.training(images)
         bf16 = settings.precision == "bf16" or (settings.precision == "auto" and gpu)
-        cost = network_cost(config, settings, frozen=frozen, tokens=text.max_tokens, bf16=bf16)
-        yield StagePlan(stage.name, what, config.resolution, images, settings.micro_batch, cost), config
-
-
-def planned_core(size: str, text: TextSpec) -> CoreConfig:
-    """The core of a size for an encoder on this machine; for one that is not, the size's reference width stands in."""
-    from pixelgrow.text_spec import describe
-
-    if text.classes or text.encoder == "minilm" or Path(text.encoder).expanduser().is_dir():
-        spec = describe(text.encoder, text.max_tokens)
-        return core_config(size, text_dim=spec.dim or None, pooled_dim=spec.pooled_dim or None, classes=text.classes)
-    return core_config(size)
-
-
-def _network(parent: str, nets: dict[str, NetConfig]) -> NetConfig:
-    if not is_folder(parent):
-        return nets[parent]
-    from pixelgrow.checkpoint import read_config
-    from pixelgrow.model import find
-
-    return read_config(find(parent)).network
+        cost = network_cost(config, settings, frozen=frozen, tokens=tokens, bf16=bf16)
+        yield StagePlan(stage.name, what, config.resolution, images, settings.micro_batch, cost)
 
 
 def plan_size(size: str, resolution: int, *, core: int | None, stride: int, images: int, batch: int) -> Recipe:

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pixelgrow.errors import UserError
-from pixelgrow.recipe_spec import VERBS, GrowStage, Head, ModelStage, Recipe, Stage, TrainStage
+from pixelgrow.recipe_spec import VERBS, GrowStage, Head, ModelStage, Recipe, Stage, TrainStage, is_folder
 
 FOLDER = Path(__file__).parent / "recipes"
 Where = Sequence[str | int]
@@ -280,11 +280,6 @@ def _is_uvit(stages: Sequence[Stage], name: str) -> bool:
             return True
         name = stage.parent or ""
     return False
-
-
-def is_folder(parent: str) -> bool:
-    """Whether a `from` names a checkpoint folder, not a stage."""
-    return "/" in parent
 
 
 def resolution_of(stages: Iterable[Stage], name: str) -> int | None:

@@ -150,6 +150,11 @@ class ModelStage(TrainSettings):
         return TrainSettings(**given | ({} if images is None else {"images": images}))
 
 
+def is_folder(parent: str) -> bool:
+    """Whether a `from` names a checkpoint folder, not a stage."""
+    return "/" in parent
+
+
 class TrainStage(ModelStage):
     """Train a core in its Shallow-UViT from nothing; or, with `from`, a checkpoint on other data or other terms."""
 

@@ -14,9 +14,9 @@ from typing import Any
 from pixelgrow import checkpoint
 from pixelgrow.errors import UserError
 from pixelgrow.model import find
-from pixelgrow.recipe import Recipe, is_folder, resolution_of
-from pixelgrow.recipe_spec import GrowStage, Stage, TrainStage
+from pixelgrow.recipe_spec import GrowStage, Recipe, Stage, TrainStage, is_folder
 from pixelgrow.report import write_report
+from pixelgrow.shapes import networks, parent_network
 from pixelgrow.stages.evaluate import evaluate_stage
 from pixelgrow.stages.grow import grow_stage
 from pixelgrow.stages.materials import Materials
@@ -43,9 +43,12 @@ def run(recipe: Recipe, root: Path = Path("runs")) -> Path:
         records = {stage.name: Record(folder / stage.name) for stage in recipe.stages}
         for stage in recipe.stages:  # before any work: a change in the last stage is no surprise after the first
             records[stage.name].check(materials.describe(stage))
+        nets = networks(recipe)
         for stage in recipe.stages:
             if not records[stage.name].done:
-                materials.check(stage, _side(stage, recipe))
+                if stage.parent is not None and is_folder(stage.parent):
+                    read_parent(find(stage.parent), materials)
+                materials.check(stage, (nets.get(stage.name) or parent_network(str(stage.parent), nets)).resolution)
         for number, stage in enumerate(recipe.stages, 1):
             record = records[stage.name]
             where = f"stage {number} of {len(recipe.stages)}, {stage.name}"
@@ -89,17 +92,6 @@ def _parent(stage: Stage, folder: Path, materials: Materials) -> Parent | None:
     path = find(stage.parent) if is_folder(stage.parent) else folder / stage.parent / CHECKPOINT
     checkpoint.recover(path)
     return read_parent(path, materials)
-
-
-def _side(stage: Stage, recipe: Recipe) -> int:
-    """Pixels that a stage works at."""
-    side = resolution_of(recipe.stages, stage.name)
-    if side is not None:
-        return side
-    assert stage.parent is not None
-    if is_folder(stage.parent):
-        return checkpoint.read_config(find(stage.parent)).network.resolution
-    return _side(recipe.stage(stage.parent), recipe)
 
 
 @contextmanager

@@ -55,11 +55,13 @@ def recipe_heading(recipe: Recipe, folder: Path) -> RenderableType:
     """Name, data, text, and the stages that are not training."""
     held = recipe.heldout.source or f"{100 * recipe.heldout.fraction:g}% of the data"
     from pixelgrow.recipe_spec import EvaluateStage
+    from pixelgrow.shapes import is_here
 
+    assumed = "" if is_here(recipe.text) else " (not a folder here: its width is taken as the size's reference)"
     lines = [
         f"recipe {recipe.name}, seed {recipe.seed}, in {folder}",
         f"data: {', '.join(_data(d) for d in recipe.data)}; held out: {held}",
-        f"text: {recipe.text.encoder}, {recipe.text.max_tokens} tokens",
+        f"text: {recipe.text.encoder}, {recipe.text.max_tokens} tokens{assumed}",
     ]
     lines += [
         f"{s.name}: evaluate {s.parent}, {s.prompts:,} prompts" for s in recipe.stages if isinstance(s, EvaluateStage)

@@ -46,20 +46,29 @@ class RungConfig(Frozen):
     """What one training stage added: levels in ascending resolution, the last one at the rung's own resolution.
 
     The top level works on a map of `resolution / patch`, each lower level on half of the one above.
-    `attach` says what stands below the lowest level: the core's grid (Shallow-UViT; UViT as the paper grows it),
-    or the finished lower-resolution network (`preserve` growth), whose image and features it refines.
+    `attach` says what stands below the lowest level, and what the rung sees of its own resolution:
+    - `core`: the core's grid (Shallow-UViT; UViT as the paper grows it); sees the noisy image.
+    - `base`: the finished lower-resolution network (`preserve` growth of a denoiser), whose image and features it
+      refines; sees the noisy image.
+    - `image`, `features`: the features of a one-step generator; decoder halves alone, which see nothing else. Its
+      image is added to the one from below (`preserve`, ours) or takes its place (PaGoDA, arXiv 2405.14822).
     `detail_std` is the deviation of the held-out images' details, x - up(box_down(x)), in units of the data range
-    [-1, 1]; it scales the preconditioning of a `base` rung and is measured when the rung is grown.
+    [-1, 1]; it scales what a `base` or `image` rung adds and is measured when the rung is grown.
     """
 
     levels: tuple[LevelConfig, ...] = Field(min_length=1)
     patch: int
-    attach: Literal["core", "base"] = "core"
+    attach: Literal["core", "base", "image", "features"] = "core"
     detail_std: float = 0.1
 
     @property
     def resolution(self) -> int:
         return self.levels[-1].resolution
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it has decoder halves alone: a grown generator's."""
+        return self.attach in ("image", "features")
 
 
 class NetConfig(Frozen):
@@ -67,7 +76,8 @@ class NetConfig(Frozen):
 
     `core_resolution` is the image side that the core was trained at: a level of noise is told to the core as it would
     look at that resolution (sigma * core_resolution / resolution). `core_stride` is pixels per core token there.
-    `size` is the row of the size ladder that gives new levels their widths.
+    `size` is the row of the size ladder that gives new levels their widths. `guided`: the guidance weight is one of
+    its conditions, embedded like a noise level (a one-step generator's; PaGoDA).
     """
 
     size: str
@@ -75,6 +85,7 @@ class NetConfig(Frozen):
     core_resolution: int
     core_stride: int
     rungs: tuple[RungConfig, ...] = Field(min_length=1)
+    guided: bool = False
 
     @model_validator(mode="after")
     def _fits(self) -> NetConfig:
@@ -86,6 +97,8 @@ class NetConfig(Frozen):
         for i, rung in enumerate(self.rungs):
             if (rung.attach == "core") != (i == 0):
                 raise ValueError("the first rung, and it alone, attaches to the core")
+            if rung.attach == "base" and self.rungs[i - 1].decodes:
+                raise ValueError("a rung that sees the noisy image cannot stand on one that does not")
             sides = [level.resolution for level in rung.levels]
             if any(b != 2 * a for a, b in pairwise(sides)) or sides[0] <= below:
                 raise ValueError(f"levels {sides} are not doublings above {below}")
@@ -94,6 +107,8 @@ class NetConfig(Frozen):
             stride = self.map_stride(rung)
             if rung.attach == "core" and self.stride_of(rung) % stride:
                 raise ValueError(f"patch {rung.patch} is too coarse for the core's grid")
+            if rung.decodes and self.cells_below(rung) % stride:
+                raise ValueError(f"patch {rung.patch} is too coarse for the features below")
             below = rung.resolution
         return self
 
@@ -107,6 +122,11 @@ class NetConfig(Frozen):
         return self.rungs[-1].resolution
 
     @property
+    def latent_resolution(self) -> int:
+        """Image side of the highest rung that sees the noisy image: of a generator's latents."""
+        return max(r.resolution for r in self.rungs if not r.decodes)
+
+    @property
     def stride(self) -> int:
         """Pixels of the final image per core token: image sides are multiples of it."""
         return self.core_stride * self.resolution // self.core_resolution
@@ -115,15 +135,25 @@ class NetConfig(Frozen):
         """Pixels of a rung's image per core token."""
         return self.core_stride * rung.resolution // self.core_resolution
 
+    @property
+    def patches(self) -> list[int]:
+        """Sides of the rungs' patches, in pixels of the final image: where seams would show."""
+        return sorted({r.patch * self.resolution // r.resolution for r in self.rungs})
+
     @staticmethod
     def map_stride(rung: RungConfig) -> int:
         """Pixels (of the rung's image) per cell of the rung's lowest map."""
         return rung.patch * 2 ** (len(rung.levels) - 1)
 
-    def check_size(self, size: tuple[int, int]) -> None:
-        """Raise UserError unless images of `size` (h, w) fit the grid."""
+    def cells_below(self, rung: RungConfig) -> int:
+        """Pixels (of a rung's image) per cell of the features of the rung below."""
+        below = self.rungs[self.rungs.index(rung) - 1]
+        return below.patch * rung.resolution // below.resolution
+
+    def check_size(self, size: tuple[int, int], resolution: int | None = None) -> None:
+        """Raise UserError unless images of `size` (h, w) fit the grid, at `resolution` or the network's own."""
         h, w = size
-        s = self.stride
+        s = self.stride if resolution is None else self.core_stride * resolution // self.core_resolution
         if h <= 0 or w <= 0 or h % s or w % s:
             up = (max(s, round(h / s) * s), max(s, round(w / s) * s))
             raise UserError(

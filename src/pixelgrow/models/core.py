@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -81,23 +82,27 @@ class Core(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
 
     @torch.no_grad()
-    def whiten(self, tokens: Tensor) -> None:
-        """Have text tokens arrive with mean 0 and covariance 1, as measured on `tokens` (N, text_dim) of an encoder.
+    def whiten(self, tokens: Iterable[Tensor]) -> None:
+        """Have text tokens arrive with mean 0 and covariance 1, as measured on an encoder's, (N, text_dim) at a time.
 
         Ours. What tells apart the words of a caption that stand for different objects varies far less than what tells
         words apart; with both at one scale, "a left of b" is learnt sooner.
         """
         assert not self.config.classes, "class labels have no text tokens"
-        t = tokens.double()
-        mean = t.mean(0)
-        values, vectors = torch.linalg.eigh((t - mean).T @ (t - mean) / len(t))
+        total = self.text_mean.double() * 0
+        squares, count = self.text_scale.double() * 0, 0
+        for some in tokens:
+            t = some.to(total)
+            total, squares, count = total + t.sum(0), squares + t.T @ t, count + len(t)
+        mean = total / count
+        values, vectors = torch.linalg.eigh(squares / count - mean[:, None] * mean)
         least = 0.01 * values.mean().clamp(min=1e-6)  # directions without variance are not blown up
-        scale = vectors * (values + least).rsqrt() @ vectors.T
+        scale = vectors * (values.clamp(min=0) + least).rsqrt() @ vectors.T
         self.text_mean.copy_(mean)
         self.text_scale.copy_(scale)
 
-    def embed(self, c_noise: Tensor, cond: Cond) -> Context:
-        """Noise level c_noise (B,) and condition -> what the blocks and levels see."""
+    def embed(self, c_noise: Tensor, cond: Cond, extra: Tensor | float = 0.0) -> Context:
+        """Noise level c_noise (B,) and condition -> what the blocks and levels see. `extra` (B, width) joins them."""
         dtype = self.null_token.dtype
         if self.config.classes:
             if cond.labels is None:
@@ -114,7 +119,7 @@ class Core(nn.Module):
         tokens = torch.where(null[:, None, None], self.null_token, tokens)
         mask = torch.where(null[:, None], first, mask)
         pooled = torch.where(null[:, None], self.null_pooled, pooled)
-        vec = F.silu(self.noise(c_noise) + self.pooled(pooled))
+        vec = F.silu(self.noise(c_noise) + self.pooled(pooled) + extra)
         bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, float("-inf"))
         return Context(
             vec=vec,

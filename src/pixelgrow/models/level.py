@@ -27,16 +27,19 @@ class EncoderHalf(nn.Module):
 
 
 class DecoderHalf(nn.Module):
-    """What comes from below, brought to this level's channels and map, plus the skip; then residual blocks."""
+    """What comes from below, brought to this level's channels and map, plus the skip if any; then residual blocks."""
 
     def __init__(self, channels: int, blocks: int, cond_dim: int, below: int) -> None:
         super().__init__()
         self.up = nn.Conv2d(below, channels, 1)
         self.blocks = nn.ModuleList(ResBlock(channels, cond_dim) for _ in range(blocks))
 
-    def forward(self, below: Tensor, skip: Tensor, vec: Tensor) -> Tensor:
-        """(B, C_below, h, w) and skip (B, C, H, W) -> (B, C, H, W)."""
-        x = up_nearest(self.up(below), skip.shape[-1] // below.shape[-1]) + skip
+    def forward(self, below: Tensor, skip: Tensor | int, vec: Tensor) -> Tensor:
+        """(B, C_below, h, w) and skip (B, C, H, W), or the factor H / h alone -> (B, C, H, W)."""
+        if isinstance(skip, Tensor):
+            x = up_nearest(self.up(below), skip.shape[-1] // below.shape[-1]) + skip
+        else:
+            x = up_nearest(self.up(below), skip)
         for block in self.blocks:
             x = block(x, vec)
         return x

@@ -1,7 +1,8 @@
 """Shallow-UViT, UViT, and what growth makes of them: one network of a core and rungs of levels.
 
 A Shallow-UViT is a rung of one level whose map is the core's grid. A UViT is a rung whose levels go down to that grid
-(arXiv 2405.16759; UViT: arXiv 2301.11093). A rung that is attached to `base` refines a finished, smaller network.
+(arXiv 2405.16759; UViT: arXiv 2301.11093). A rung that is attached to `base` refines a finished, smaller network. A
+rung of decoder halves alone draws on the features of a one-step generator (PaGoDA, arXiv 2405.14822).
 Modules are keyed by absolute resolution, so that growth never renames a weight.
 """
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.config import NetConfig, RungConfig
 from pixelgrow.models.core import Context, Core
-from pixelgrow.models.layers import to_map, to_tokens, zero_
+from pixelgrow.models.layers import NoiseEmbedding, to_map, to_tokens, zero_
 from pixelgrow.models.level import DecoderHalf, EncoderHalf, Entry, Exit
 
 
@@ -40,13 +41,22 @@ class UViT(nn.Module):
         self.entry, self.exit = nn.ModuleDict(), nn.ModuleDict()
         self.encoder, self.decoder = nn.ModuleDict(), nn.ModuleDict()
         self.gain = nn.ModuleDict()
+        if config.guided:
+            self.guidance = NoiseEmbedding(d)
+            zero_(self.guidance.out)
         features = 0
         for rung in config.rungs:
             base = rung.attach == "base"
             top = rung.levels[-1]
             key = str(rung.resolution)
-            self.entry[key] = Entry(6 if base else 3, top.channels, rung.patch)
             self.exit[key] = Exit(top.channels, rung.patch, d)
+            if rung.decodes:
+                for i, level in enumerate(rung.levels):
+                    below = rung.levels[i - 1].channels if i else features
+                    self.decoder[str(level.resolution)] = DecoderHalf(level.channels, level.blocks, d, below)
+                features = top.channels
+                continue
+            self.entry[key] = Entry(6 if base else 3, top.channels, rung.patch)
             if base:
                 self.gain[key] = gain = nn.Linear(d, 1)
                 zero_(gain)
@@ -62,9 +72,15 @@ class UViT(nn.Module):
                 self.decoder[str(level.resolution)] = DecoderHalf(*args)
             features = top.channels
 
-    def embed(self, c_noise: Tensor, cond: Cond) -> Context:
-        """Noise level (B,), as the core is told it, and condition -> the context of one evaluation."""
-        return self.core.embed(c_noise, cond)
+    def embed(self, c_noise: Tensor, cond: Cond, guidance: Tensor | None = None) -> Context:
+        """Noise level (B,), as the core is told it, and condition -> the context of one evaluation.
+
+        `guidance` (B,): the weight omega, which a network with `guided` is told and no other.
+        """
+        assert (guidance is not None) == self.config.guided
+        # ln omega / 4: on the scale of c_noise; ours, the paper says "like a noise level"
+        extra = 0.0 if guidance is None else self.guidance(guidance.log() / 4)
+        return self.core.embed(c_noise, cond, extra)
 
     def rung(self, rung: RungConfig, x: Tensor, ctx: Context, features: Tensor | None = None) -> RungOutput:
         """Run one rung on its preconditioned input (B, 3 or 6, H, W); `features` are those of the rung below."""
@@ -83,3 +99,12 @@ class UViT(nn.Module):
             h = self.decoder[str(level.resolution)](h, skips.pop(), ctx.vec)
         gain = self.gain[key](ctx.vec)[:, :, None, None] if key in self.gain else None
         return RungOutput(self.exit[key](h, ctx.vec), h, gain)
+
+    def decode(self, rung: RungConfig, ctx: Context, features: Tensor) -> RungOutput:
+        """Run a rung of decoder halves on the features (B, C, h, w) of the rung below."""
+        h, cells = features, self.config.cells_below(rung)
+        for level in rung.levels:
+            stride = rung.patch * rung.resolution // level.resolution
+            h = self.decoder[str(level.resolution)](h, cells // stride, ctx.vec)
+            cells = stride
+        return RungOutput(self.exit[str(rung.resolution)](h, ctx.vec), h, None)

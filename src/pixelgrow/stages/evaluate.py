@@ -17,7 +17,7 @@ from pixelgrow.sampling import sample
 from pixelgrow.stages.materials import HeldOut, Materials
 from pixelgrow.stages.record import write_json
 from pixelgrow.stages.train import Parent, write_prompts
-from pixelgrow.training.monitor import peak_memory, save_grid, seam_ratio
+from pixelgrow.training.monitor import peak_memory, save_grid, seams
 
 SHOWN = 64  # pictures of the grid
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def evaluate_stage(stage: EvaluateStage, parent: Parent, folder: Path, materials
         "sampling": settings,
         "nfe": drawn.nfe,
         "error": {f"{sigma:g}": error for sigma, error in errors.items()},
-        "seam_ratio": seam_ratio(images, denoiser.net.config.rungs[-1].patch),
+        "seams": seams(images, denoiser.net.config.patches),
         "peak_memory": peak_memory(materials.device),
     }
     if questions := _questions(held):

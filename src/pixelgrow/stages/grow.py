@@ -10,8 +10,7 @@ from typing import Any
 from pixelgrow import checkpoint
 from pixelgrow.diffusion import Denoiser
 from pixelgrow.growth import freeze, grow
-from pixelgrow.heldout import denoising_error
-from pixelgrow.models.layers import box_down, up_nearest
+from pixelgrow.models.cond import Cond
 from pixelgrow.recipe_spec import GrowStage
 from pixelgrow.sampling import sample
 from pixelgrow.stages.materials import Materials
@@ -30,7 +29,7 @@ def grow_stage(stage: GrowStage, parent: Parent, folder: Path, materials: Materi
     if not (folder / REPORT).exists():
         make_start(stage, parent, folder, materials)
     growth = json.loads((folder / REPORT).read_text())
-    loaded = [] if stage.trains_core else list(growth["loaded"])
+    loaded = list(growth["frozen"])
     entry = {
         "stage": stage.name,
         "verb": "grow",
@@ -45,12 +44,12 @@ def grow_stage(stage: GrowStage, parent: Parent, folder: Path, materials: Materi
     lineage = [*parent.config.lineage, entry]
     denoiser, _ = checkpoint.load(folder / START)
     if stage.unfreeze_after is None:
-        freeze(denoiser, loaded)
+        freeze(denoiser.net, loaded)
         return fit(denoiser, stage, stage.training(), folder, materials, lineage)
     # Two phases, each a fresh model built from a checkpoint: nothing that a frozen phase set up outlives it.
     warm = folder / FROZEN
     if not (warm / RESULT).exists():
-        freeze(denoiser, loaded)
+        freeze(denoiser.net, loaded)
         result = fit(denoiser, stage, stage.training(stage.unfreeze_after), warm, materials, lineage, FROZEN)
         write_json(warm / RESULT, result)
         state.clear(warm / "state")
@@ -69,57 +68,38 @@ def make_start(stage: GrowStage, parent: Parent, folder: Path, materials: Materi
     held = materials.heldout(WATCHED, (side, side))
     cond = materials.cond(held.captions)
     images = held.images.to(materials.device)
-    model, reports = before, []
-    for to in stage.to:
-        small = box_down(images, side // to)
-        init = stage.init
-        model, report = grow(
-            model,
-            to,
-            init,
-            images=small,
-            cond=cond,
-            seed=materials.recipe.seed,
-            patch=stage.patch,
-            blocks=stage.blocks,
-            batch=stage.micro_batch,
-        )
-        reports.append(report)
-    last = reports[-1]
-    k = side // before.resolution
-    kept = set(last.loaded).intersection(*(r.loaded for r in reports)) if stage.init != "scratch" else set()
-    names = list(model.net.state_dict())
-    summary = last.to_dict() | {
-        "resolution": [before.resolution, side],
-        "loaded": [n for n in names if n in kept],
-        "new": [n for n in names if n not in kept],
-        "dropped": [n for n in before.net.state_dict() if n not in kept],
-        "before": denoising_error(
-            lambda x, sigma, c: up_nearest(before(box_down(x, k), sigma / k, c), k),
-            images,
-            cond,
-            scale=model.noise_scale,
-            seed=materials.recipe.seed,
-            batch=stage.micro_batch,
-        ),
-        "frozen": [] if stage.trains_core else [n for n in names if n in kept],
-        "parameters": _counted(model, kept),
-    }
-    for name, denoiser in (("before", before), ("after", model)):
-        size = (denoiser.resolution, denoiser.resolution)
+    model, report = grow(
+        before,
+        stage.to,
+        stage.init,
+        images=images,
+        cond=cond,
+        seed=materials.recipe.seed,
+        patch=stage.patch,
+        blocks=stage.blocks,
+        batch=stage.micro_batch,
+    )
+    frozen = [] if stage.trains_core else report.loaded
+    draw_both(folder, before, model, cond, materials.recipe.seed, guided_batch(stage))
+    save(folder / START, model, materials, parent.config.lineage)
+    summary = report.to_dict() | {"frozen": frozen}
+    write_json(folder / REPORT, summary)
+    logger.info("%s", describe(summary))
+
+
+def draw_both(folder: Path, before: Denoiser, after: Denoiser, cond: Cond, seed: int, batch: int = 16) -> None:
+    """Write `before.png` and `after.png`: what a parent and its child draw of the same prompts and noise."""
+    for name, denoiser in (("before", before), ("after", after)):
         drawn = sample(
             denoiser,
             cond[:GRID],
-            size=size,
-            seed=materials.recipe.seed,
+            size=(denoiser.resolution, denoiser.resolution),
+            seed=seed,
             steps=GRID_STEPS,
             guidance=GRID_GUIDANCE,
-            batch=guided_batch(stage),
+            batch=batch,
         )
         save_grid(drawn.images.cpu(), folder / f"{name}.png")
-    save(folder / START, model, materials, parent.config.lineage)
-    write_json(folder / REPORT, summary)
-    logger.info("%s", describe(summary))
 
 
 def describe(growth: dict[str, Any]) -> str:
@@ -138,12 +118,4 @@ def describe(growth: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _counted(model: Denoiser, kept: set[str]) -> dict[str, int]:
-    sizes = {n: t.numel() for n, t in model.net.state_dict().items()}
-    return {
-        "loaded": sum(s for n, s in sizes.items() if n in kept),
-        "new": sum(s for n, s in sizes.items() if n not in kept),
-    }
-
-
-__all__ = ["describe", "grow_stage", "make_start"]
+__all__ = ["REPORT", "describe", "draw_both", "grow_stage", "make_start"]

@@ -202,6 +202,13 @@ class Materials:
         self.text.ensure(captions)
         return self.text.cond(captions).to(self.device)
 
+    def tokens(self, captions: Sequence[str], batch: int = 64) -> Iterator[Tensor]:
+        """The real tokens (N, dim) of encoded captions, `batch` captions at a time."""
+        for start in range(0, len(captions), batch):
+            some = self.text.cond(captions[start : start + batch])
+            assert some.tokens is not None and some.mask is not None
+            yield some.tokens[some.mask]
+
     def describe(self, stage: Stage) -> dict[str, Any]:
         """All that decides what a stage does, but its parents: for `stage.json`."""
         spec = self.recipe.text

@@ -123,9 +123,7 @@ def fit(
     texts = list(loader.texts())
     materials.encode(chain(texts, held.captions))  # at once: the encoder is loaded and dropped once
     if fresh and not materials.recipe.text.classes:
-        few = materials.text.cond(texts[:: -(-len(texts) // SPREAD)])
-        assert few.tokens is not None and few.mask is not None
-        denoiser.net.core.whiten(few.tokens[few.mask].to(materials.device))
+        denoiser.net.core.whiten(materials.tokens(texts[:: -(-len(texts) // SPREAD)]))
     cond = materials.cond(held.captions)
 
     def pictures() -> Tensor:
@@ -147,12 +145,11 @@ def fit(
         save(where, denoiser, materials, [*lineage[:-1], stopped], sampling, settings.noise)
 
     write_prompts(folder, held.captions[:GRID])
-    patch = denoiser.net.config.rungs[-1].patch
     hooks = [
         validation_hook(
             denoiser, held.images, cond, settings.validate_every or 0, seed=recipe.seed, batch=settings.micro_batch
         ),
-        grid_hook(pictures, folder, settings.sample_every or 0, columns=8, patch=patch),
+        grid_hook(pictures, folder, settings.sample_every or 0, columns=8, patches=denoiser.net.config.patches),
     ]
     result = loop.train(
         DenoiseObjective(denoiser, materials.text, settings, seed),

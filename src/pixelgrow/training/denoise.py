@@ -65,7 +65,7 @@ class DenoiseObjective:
             rows = ((u * 3).long() == i).nonzero()[:, 0]
             if len(rows):
                 logs[name] = losses.detach()[rows.to(device)]
-        return Terms(losses.mean(), logs, sigma)
+        return Terms(losses.mean(), logs, sigma, losses.detach())
 
 
 def recompute_blocks(denoiser: Denoiser) -> None:

@@ -132,7 +132,8 @@ def reconstruct(folder: Path, length: float, images: int | None = None) -> dict[
     if mixture.error > 0.05:
         logger.warning("the stored averages make up length %g only to %.0f%%", length, 100 * mixture.error)
     total: dict[str, Tensor] = {}
-    for (t, s), w in zip(stored, mixture.weights.tolist(), strict=True):
+    weights = mixture.weights / mixture.weights.sum()  # a wanted profile that is met in part is no smaller network
+    for (t, s), w in zip(stored, weights.tolist(), strict=True):
         with safe_open(files[t], framework="pt") as file:
             for key in file.keys():  # noqa: SIM118
                 kept, name = key.split("/", 1)

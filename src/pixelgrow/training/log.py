@@ -98,6 +98,8 @@ class Log:
     def flush(self) -> None:
         """Wait until all records are on the disk."""
         flush(self.path)
+        if self.board is not None:
+            self.board.flush()
 
     def close(self) -> None:
         """Close the files."""

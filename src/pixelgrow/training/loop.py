@@ -25,7 +25,7 @@ from pixelgrow.training import cpu, monitor, optim, state
 from pixelgrow.training.ema import Ema
 from pixelgrow.training.log import Averages, Display, Log
 from pixelgrow.training.monitor import Hook
-from pixelgrow.training.objective import Objective, Terms
+from pixelgrow.training.objective import Objective, Terms, noise_levels
 from pixelgrow.training.settings import TrainSettings
 from pixelgrow.training.stopping import Interrupted, asked_to_stop
 
@@ -244,12 +244,8 @@ class Training:
 
     def _stumbled(self, part: str, loss: float, norm: float, terms: Sequence[Terms]) -> None:
         c, limit = self.counters, self.settings.max_bad_steps
-        sigmas = [t.sigma.detach().float() for t in terms if t.sigma is not None]
-        at = ""
-        if sigmas:
-            all_sigmas = torch.cat(sigmas)
-            at = f", noise levels {float(all_sigmas.min()):.3g} to {float(all_sigmas.max()):.3g}"
-        where = f"step {c.steps + 1} ({c.images:,} images) of {part}: loss {loss:.3g}, gradient norm {norm:.3g}{at}"
+        where = f"step {c.steps + 1} ({c.images:,} images) of {part}: loss {loss:.3g}, gradient norm {norm:.3g}"
+        where += noise_levels(terms)
         if self.bad + 1 >= limit:
             self.bad += 1
             raise UserError(f"not finite {limit} times in a row, last at {where}; {self._remedy()}")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pixelgrow.errors import UserError
 from pixelgrow.flops import counted
 from pixelgrow.pictures import grid, to_uint8
 from pixelgrow.training import cpu
 from pixelgrow.training.objective import Objective
 from pixelgrow.writing import writing
+
+logger = logging.getLogger(__name__)
+UNSEEN = 1e-8  # squared difference of pixels in [-1, 1]; an 8-bit step is 6e-5
 
 
 @dataclass(frozen=True)
@@ -44,16 +49,23 @@ class Hook:
         return now >= end or (now == 0 and self.at_start) or now // self.every > before // self.every
 
 
-def grid_hook(sample: Callable[[], Tensor], folder: Path, every: int, columns: int = 8, patch: int = 8) -> Hook:
-    """Write `samples/<images>.png` of `sample() -> (B, 3, H, W)` in [-1, 1] and log the energy ratio at its seams.
+def grid_hook(
+    sample: Callable[[], Tensor], folder: Path, every: int, columns: int = 8, patches: Sequence[int] = (8,)
+) -> Hook:
+    """Write `samples/<images>.png` of `sample() -> (B, 3, H, W)` in [-1, 1] and log the energy ratios at its seams.
 
-    sample: draws the same pictures of the same noise each time. patch: side of the network's patches in pixels.
+    sample: draws the same pictures of the same noise each time. patches: sides of the network's patches in pixels, each
+    logged as `seams_<side>`. Pictures that cannot be drawn are no reason to stop: a warning says why.
     """
 
     def run(images: int) -> Mapping[str, float]:
-        pictures = sample().float().cpu()
+        try:
+            pictures = sample().float().cpu()
+        except UserError as error:
+            logger.warning("no sample grid at %s images: %s", f"{images:,}", error)
+            return {}
         save_grid(pictures, folder / "samples" / f"{images:09d}.png", columns)
-        return {"seam_ratio": seam_ratio(pictures, patch)}
+        return seams(pictures, patches)
 
     return Hook("samples", every, run)
 
@@ -67,10 +79,16 @@ def save_grid(images: Tensor, path: Path, columns: int = 8) -> None:
         part.replace(path)
 
 
+def seams(images: Tensor, patches: Sequence[int]) -> dict[str, float]:
+    """`seam_ratio` of images (B, C, H, W) at each of several patch sides: {"seams_8": ratio}."""
+    return {f"seams_{side}": seam_ratio(images, side) for side in patches}
+
+
 def seam_ratio(images: Tensor, patch: int) -> float:
     """Energy of the differences across patch boundaries over that inside patches; 1 where no seam shows.
 
-    images: (B, C, H, W). Means of squared differences of neighbouring pixels, along both axes together.
+    images: (B, C, H, W) in [-1, 1]. Means of squared differences of neighbouring pixels, along both axes together.
+    Differences far below an 8-bit step count as none, so that patches of one tone each give a large number.
     """
     across = inside = 0.0
     n_across = n_inside = 0
@@ -79,9 +97,9 @@ def seam_ratio(images: Tensor, patch: int) -> float:
         seam = (torch.arange(len(energy)) + 1) % patch == 0
         across, n_across = across + float(energy[seam].sum()), n_across + int(seam.sum())
         inside, n_inside = inside + float(energy[~seam].sum()), n_inside + int((~seam).sum())
-    if not n_across or not n_inside or inside == 0:
+    if not n_across or not n_inside:
         return 1.0
-    return (across / n_across) / (inside / n_inside)
+    return (across / n_across + UNSEEN) / (inside / n_inside + UNSEEN)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -17,12 +19,25 @@ class Terms:
 
     loss: scalar, what is differentiated; a mean over the micro-batch.
     logs: more numbers, averaged over steps; tensors stay on their device until they are written.
-    sigma: (B,) noise levels of the micro-batch, named when a step is not finite.
+    sigma, losses: (B,) noise levels and losses of the micro-batch's samples; a step that is not finite is told by the
+    noise levels of those that are not.
     """
 
     loss: Tensor
     logs: dict[str, Tensor | float] = field(default_factory=dict)
     sigma: Tensor | None = None
+    losses: Tensor | None = None
+
+
+def noise_levels(terms: Sequence[Terms]) -> str:
+    """`, noise level 0.0123`: of the samples whose losses are not finite; of all where only the gradient is not."""
+    found = [t.sigma.detach().float().cpu() for t in terms if t.sigma is not None]
+    wrong = [t.sigma[~t.losses.isfinite()].float().cpu() for t in terms if t.sigma is not None and t.losses is not None]
+    levels = torch.cat(wrong if any(map(len, wrong)) else found) if found else torch.empty(0)
+    if not len(levels):
+        return ""
+    low, high = float(levels.min()), float(levels.max())
+    return f", noise level {low:.3g}" if low == high else f", noise levels {low:.3g} to {high:.3g}"
 
 
 class Objective(Protocol):

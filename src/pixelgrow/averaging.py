@@ -1,0 +1,31 @@
+"""The `average` verb: the snapshots that a stage left to a checkpoint of another average of its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pixelgrow import checkpoint
+from pixelgrow.errors import UserError
+from pixelgrow.training.ema import reconstruct
+from pixelgrow.training.loop import CHECKPOINT
+from pixelgrow.writing import writing
+
+
+def average_checkpoint(stage: Path, length: float, out: Path, images: int | None = None) -> str:
+    """Write the average of `length` (sigma_rel) as of `images` to `out`; returns a line on it. Raises UserError.
+
+    stage: a stage's folder, with `checkpoint/` and `snapshots/`. What did not train is the checkpoint's own.
+    """
+    if not (stage / CHECKPOINT / checkpoint.CONFIG).is_file():
+        raise UserError(f"{stage} is not a stage that has trained: expected a folder such as runs/photos/core")
+    checkpoint.check_target(out)
+    if out.resolve() == (stage / CHECKPOINT).resolve():
+        raise UserError(f"{out} is the stage's own checkpoint: name another folder")
+    denoiser, config = checkpoint.load(stage / CHECKPOINT)
+    tensors = reconstruct(stage / "snapshots" / "denoiser", length, images)
+    state = denoiser.state_dict()
+    denoiser.load_state_dict(state | {n: t.to(state[n].dtype) for n, t in tensors.items()}, strict=True)
+    entry = {"verb": "average", "length": length, "parent": config.sha256} | ({"images": images} if images else {})
+    with writing(out):
+        checkpoint.save(out, denoiser, config.model_copy(update={"lineage": [*config.lineage, entry]}))
+    return f"the average of length {length:g} of {stage}, {len(tensors)} tensors, written to {out}"

@@ -1,0 +1,53 @@
+"""The network that each stage of a recipe makes, known before anything is trained or allocated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pixelgrow.checkpoint import read_config
+from pixelgrow.growth import grown_config
+from pixelgrow.model import find
+from pixelgrow.models.config import CoreConfig, NetConfig
+from pixelgrow.models.sizes import core_config, shallow_uvit
+from pixelgrow.recipe_spec import GrowStage, ModelStage, Recipe, TextSpec, TrainStage, is_folder
+from pixelgrow.text_spec import describe
+
+
+def networks(recipe: Recipe) -> dict[str, NetConfig]:
+    """The network of every stage that makes one, by name. Raises UserError for shapes that do not go together."""
+    nets: dict[str, NetConfig] = {}
+    for stage in recipe.stages:
+        if isinstance(stage, ModelStage):
+            nets[stage.name] = network(stage, nets, recipe.text)
+    return nets
+
+
+def network(stage: ModelStage, nets: dict[str, NetConfig], text: TextSpec) -> NetConfig:
+    """The network that a stage makes, given those of the stages before it."""
+    if isinstance(stage, TrainStage) and stage.parent is None:
+        assert stage.size is not None and stage.resolution is not None
+        core = planned_core(stage.size, text)
+        return shallow_uvit(stage.size, stage.resolution, stride=stage.stride, patch=stage.patch, core=core)
+    config = parent_network(str(stage.parent), nets)
+    if isinstance(stage, GrowStage):
+        for to in stage.to:
+            config = grown_config(config, to, stage.init, patch=stage.patch, blocks=stage.blocks)
+    return config
+
+
+def parent_network(parent: str, nets: dict[str, NetConfig]) -> NetConfig:
+    """The network of a stage, or of the checkpoint folder that a `from` names."""
+    return read_config(find(parent)).network if is_folder(parent) else nets[parent]
+
+
+def planned_core(size: str, text: TextSpec) -> CoreConfig:
+    """The core of a size for an encoder on this machine; for one that is not, the size's reference width stands in."""
+    if is_here(text):
+        spec = describe(text.encoder, text.max_tokens)
+        return core_config(size, text_dim=spec.dim or None, pooled_dim=spec.pooled_dim or None, classes=text.classes)
+    return core_config(size)
+
+
+def is_here(text: TextSpec) -> bool:
+    """Whether an encoder's width can be read without asking a hub."""
+    return bool(text.classes) or text.encoder == "minilm" or Path(text.encoder).expanduser().is_dir()
