@@ -221,10 +221,9 @@ def test_grow_writes_a_checkpoint(model: Path, run_cli: RunCli, tmp_path: Path) 
     assert checkpoint.read_config(tmp_path / "big").lineage[-1]["to"] == 32
     report = json.loads((tmp_path / "big-growth" / "growth.json").read_text())
     assert report["resolution"] == [16, 32] and report["loaded"] and report["after"]
-    assert (
-        Image.open(tmp_path / "big-growth" / "after.png").width
-        > Image.open(tmp_path / "big-growth" / "before.png").width
-    )
+    before, after = (tmp_path / "big-growth" / f"{name}.png" for name in ("before", "after"))
+    with Image.open(before) as low, Image.open(after) as high:
+        assert high.width > low.width
 
 
 def test_data(run_cli: RunCli, tmp_path: Path) -> None:
