@@ -294,6 +294,7 @@ def test_two_networks_in_turn(tmp_path: Path) -> None:
         def __init__(self) -> None:
             super().__init__()
             self.modules |= {"second": torch.nn.Conv2d(3, 3, 1)}
+            self.rates |= {"second": 0.5}
 
         def loss(self, batch, part: str) -> Terms:
             first = self.modules["net"](batch.image)

@@ -133,6 +133,7 @@ class Rows:
 
 class Products:
     modules = {"net": nn.Linear(32, 64, bias=False)}  # noqa: RUF012
+    rates = {"net": 1.0}  # noqa: RUF012
 
     def loss(self, batch: Rows, part: str) -> Terms:
         x = torch.ones(len(batch.index), 32, requires_grad=True)
@@ -148,6 +149,7 @@ def test_flops_are_those_of_the_products_forward_and_backward() -> None:
 
 class Attention:
     modules = {"net": nn.Linear(8, 8, bias=False)}  # noqa: RUF012
+    rates = {"net": 1.0}  # noqa: RUF012
 
     def loss(self, batch: Rows, part: str) -> Terms:
         q = self.modules["net"](torch.ones(len(batch.index), 1, 16, 8))

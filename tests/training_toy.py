@@ -42,6 +42,7 @@ class Toy:
         )
         net[0].requires_grad_(not frozen)
         self.modules: dict[str, nn.Module] = {"net": net}
+        self.rates = {"net": 1.0}
         self.poison = poison
         self.seen: list[int] = []
 

@@ -21,8 +21,13 @@ from pixelgrow.diffusion import Denoiser, DiffusionConfig, NoiseConfig
 from pixelgrow.errors import UserError
 from pixelgrow.models.config import NetConfig
 from pixelgrow.models.uvit import UViT
+from pixelgrow.onestep.generator import Generator
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+
+
+Objective = Literal["denoise", "generate"]
+KINDS: dict[Objective, str] = {"denoise": "a multi-step denoiser", "generate": "a one-step generator"}
 
 
 class CheckpointConfig(BaseModel):
@@ -33,7 +38,7 @@ class CheckpointConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     format: Literal[1] = 1
-    objective: Literal["denoise"] = "denoise"
+    objective: Objective = "denoise"
     network: NetConfig
     diffusion: DiffusionConfig
     noise: NoiseConfig | None = None
@@ -99,14 +104,20 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def save(folder: Path, denoiser: Denoiser, config: CheckpointConfig, card: str = "") -> str:
-    """Write a checkpoint folder; returns the SHA-256 of its weights. Network and diffusion are the denoiser's own."""
-    tensors = {k: v.detach().cpu().contiguous() for k, v in denoiser.net.state_dict().items()}
+def save(folder: Path, model: Denoiser | Generator, config: CheckpointConfig, card: str = "") -> str:
+    """Write a checkpoint folder; returns the SHA-256 of its weights. Objective, network and diffusion are the model's
+    own."""
+    tensors = {k: v.detach().cpu().contiguous() for k, v in model.net.state_dict().items()}
     with replacing(folder) as temporary:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         digest = file_hash(temporary / WEIGHTS)
         full = config.model_copy(
-            update={"network": denoiser.net.config, "diffusion": denoiser.config, "sha256": digest}
+            update={
+                "objective": "generate" if isinstance(model, Generator) else "denoise",
+                "network": model.net.config,
+                "diffusion": model.config,
+                "sha256": digest,
+            }
         )
         (temporary / CONFIG).write_text(full.model_dump_json(indent=2) + "\n")
         (temporary / CARD).write_text(card or model_card(full))
@@ -146,8 +157,25 @@ def read_tensors(folder: Path, digest: str = "") -> dict[str, torch.Tensor]:
 
 def load(folder: Path | str, device: torch.device | str = "cpu") -> tuple[Denoiser, CheckpointConfig]:
     """The denoiser in a checkpoint folder, in evaluation mode, and its configuration. Loads are strict."""
-    folder = Path(folder)
+    net, config = _load(Path(folder), "denoise")
+    return Denoiser(net, config.diffusion).to(device).eval(), config
+
+
+def load_generator(folder: Path | str, device: torch.device | str = "cpu") -> tuple[Generator, CheckpointConfig]:
+    """The one-step generator in a checkpoint folder, in evaluation mode, and its configuration."""
+    net, config = _load(Path(folder), "generate")
+    return Generator(net, config.diffusion).to(device).eval(), config
+
+
+def check_objective(folder: Path, config: CheckpointConfig, wanted: Objective) -> None:
+    """Raise UserError unless a checkpoint is of the wanted kind."""
+    if config.objective != wanted:
+        raise UserError(f"{folder} is {KINDS[config.objective]}, expected {KINDS[wanted]}: name another checkpoint")
+
+
+def _load(folder: Path, objective: Objective) -> tuple[UViT, CheckpointConfig]:
     config = read_config(folder)
+    check_objective(folder, config, objective)
     tensors = read_tensors(folder, config.sha256)
     with torch.device("meta"):
         net = UViT(config.network)
@@ -162,7 +190,7 @@ def load(folder: Path | str, device: torch.device | str = "cpu") -> tuple[Denois
             "checkpoint again"
         )
     net.load_state_dict(tensors, strict=True, assign=True)
-    return Denoiser(net, config.diffusion).to(device).eval(), config
+    return net, config
 
 
 def model_card(config: CheckpointConfig) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, PngImagePlugin
 
 from pixelgrow import __version__
+from pixelgrow.checkpoint import check_objective
 from pixelgrow.errors import UserError
 from pixelgrow.guidance import Network
 from pixelgrow.model import Model, find
@@ -97,7 +98,11 @@ def _check_writable(out: Path, folder: Path, single: bool) -> None:
 
 def _guide(name: str, model: Model) -> Model | Network:
     """The weaker model of a name: `base` is what the model was before its last `preserve` growth."""
-    return model.denoiser.base if name == "base" else Model.from_pretrained(name)
+    if name == "base":
+        return model.denoiser.base
+    guide = Model.from_pretrained(name)
+    check_objective(find(name), guide.config, "denoise")
+    return guide
 
 
 def parse_size(text: str) -> tuple[int, int]:

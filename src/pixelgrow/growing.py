@@ -26,6 +26,7 @@ def grow_checkpoint(name: str, to: int, out: Path, *, source: str, init: str, se
         raise UserError(f"{out} holds a checkpoint already: name another folder, or delete it")
     checkpoint.check_target(out)
     model = Model.from_pretrained(name)
+    checkpoint.check_objective(find(name), model.config, "denoise")
     grown_config(model.denoiser.net.config, to, cast("Init", init))  # a mistake here is told before data are read
     spec = {"source": source} | ({"split": "heldout"} if source == "scenes" else {})
     batch = take(open_source(spec), WATCHED, (to, to))

@@ -15,8 +15,9 @@ from pixelgrow.diffusion import Denoiser, NoiseSchedule
 from pixelgrow.errors import UserError
 from pixelgrow.guidance import Network
 from pixelgrow.models.cond import Cond
+from pixelgrow.onestep.generator import Generator
 from pixelgrow.pictures import to_uint8
-from pixelgrow.sampling import Schedule, sample
+from pixelgrow.sampling import Schedule, generate, sample
 from pixelgrow.text import LabelEncoder, TextEncoder, as_labels, load_encoder
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -71,7 +72,15 @@ class Model:
         """Load a checkpoint folder, a built-in model ("tiny") or a repository of the hub; raises UserError."""
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(*checkpoint.load(find(name), device))
+        folder = find(name)
+        if checkpoint.read_config(folder).objective == "generate":
+            return OneStepModel(*checkpoint.load_generator(folder, device))
+        return cls(*checkpoint.load(folder, device))
+
+    @property
+    def network(self) -> Denoiser | Generator:
+        """What a checkpoint of this model holds."""
+        return self.denoiser
 
     @property
     def device(self) -> torch.device:
@@ -170,7 +179,7 @@ class Model:
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write the checkpoint folder, in the place of a checkpoint there; UserError if it holds other files."""
-        checkpoint.save(Path(folder), self.denoiser, self.config)
+        checkpoint.save(Path(folder), self.network, self.config)
 
     def push_to_hub(self, repo: str, *, private: bool = False) -> str:
         """Upload the checkpoint to `owner/name` on the hub; returns its address."""
@@ -185,6 +194,52 @@ class Model:
             self.save_pretrained(folder)
             api.upload_folder(repo_id=repo, folder_path=folder)
         return str(url)
+
+
+class OneStepModel(Model):
+    """A one-step generator with its text encoder: each picture takes one network evaluation, and no settings."""
+
+    def __init__(self, generator: Generator, config: CheckpointConfig) -> None:
+        super().__init__(generator.denoiser, config)
+        self.generator = generator
+
+    @property
+    def network(self) -> Denoiser | Generator:
+        return self.generator
+
+    @property
+    def resolution(self) -> int:
+        return self.generator.resolution
+
+    def sample(
+        self,
+        prompts: Sequence[str] | str,
+        *,
+        seed: int = 0,
+        index: Sequence[int] | None = None,
+        size: tuple[int, int] | None = None,
+        batch: int = 64,
+        progress: Callable[[int, int], None] | None = None,
+        **settings: Any,
+    ) -> list[Image.Image]:
+        """A picture for each prompt; raises UserError for settings of multi-step sampling."""
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if not prompts:
+            raise UserError("no prompt was given: expected at least one")
+        self.settings(**settings)
+        size = size or (self.resolution, self.resolution)
+        cond = self.encode(self._texts(prompts))
+        drawn = generate(self.generator, cond, size=size, seed=seed, index=index, batch=batch)
+        return [Image.fromarray(p) for p in to_uint8(drawn.images)]
+
+    def settings(self, **given: Any) -> dict[str, Any]:
+        """None: what is given is refused."""
+        if named := [k for k, v in given.items() if v is not None]:
+            raise UserError(
+                f"{', '.join(named)}: a one-step generator draws in one network evaluation and takes no such setting; "
+                "drop it, or name a multi-step checkpoint"
+            )
+        return {}
 
 
 def noise_grid(name: str, denoiser: Denoiser, config: CheckpointConfig) -> str | Schedule:

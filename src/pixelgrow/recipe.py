@@ -12,7 +12,18 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pixelgrow.errors import UserError
-from pixelgrow.recipe_spec import VERBS, GrowStage, Head, ModelStage, Recipe, Stage, TrainStage, is_folder
+from pixelgrow.recipe_spec import (
+    VERBS,
+    DistillStage,
+    GrowStage,
+    Head,
+    ModelStage,
+    PairsStage,
+    Recipe,
+    Stage,
+    TrainStage,
+    is_folder,
+)
 
 FOLDER = Path(__file__).parent / "recipes"
 Where = Sequence[str | int]
@@ -131,6 +142,10 @@ def _item(items: list[Any], key: str, override: str, stages: bool) -> int:
     raise UserError(f"--set {override!r}: got {key!r}, expected {known}")
 
 
+def _verbs() -> str:
+    return ", ".join(f"{verb}:" for verb in VERBS)
+
+
 def _stage_name(entry: Any) -> str:
     body = next(iter(entry.values()), None) if isinstance(entry, dict) else None
     return str(body.get("name", "")) if isinstance(body, dict) else ""
@@ -151,7 +166,7 @@ def read_recipe(raw: dict[str, Any], where: str) -> Recipe:
     for i, entry in enumerate(entries):
         at: Where = ("stages", i)
         if not isinstance(entry, dict) or len(entry) != 1:
-            raise UserError(f"{where}: {_dotted(at)}: got {_kind(entry)}, expected one of train:, grow:, evaluate:")
+            raise UserError(f"{where}: {_dotted(at)}: got {_kind(entry)}, expected one of {_verbs()}")
         ((verb, body),) = entry.items()
         if verb not in VERBS:
             raise UserError(f"{where}: {_dotted(at)}: {_unknown(str(verb), VERBS, 'stage')}")
@@ -257,6 +272,10 @@ def _check_place(stages: Sequence[Stage], where: str) -> None:
     elif parent not in models and not is_folder(parent):
         known = _unknown(parent, models, "stage") if models else f"no stage before it makes a model, got {parent!r}"
         raise UserError(f"{where}: {at}: from: {known} (a checkpoint folder is written with a slash)")
+    if isinstance(stage, GrowStage | DistillStage) and stage.pairs is not None:
+        made = [s.name for s in earlier if isinstance(s, PairsStage)]
+        if stage.pairs not in made:
+            raise UserError(f"{where}: {at}: pairs: {_unknown(stage.pairs, made, 'stage of pairs')}")
     if isinstance(stage, GrowStage):
         if stage.patch is not None and stage.init != "preserve" and _is_uvit(earlier, stage.parent or models[-1]):
             raise UserError(
@@ -288,9 +307,9 @@ def resolution_of(stages: Iterable[Stage], name: str) -> int | None:
     stage = by_name.get(name)
     if isinstance(stage, GrowStage):
         return stage.to[-1]
-    if isinstance(stage, TrainStage):
-        return stage.resolution or resolution_of(by_name.values(), stage.parent or "")
-    return None
+    if isinstance(stage, TrainStage) and stage.resolution:
+        return stage.resolution
+    return resolution_of(by_name.values(), stage.parent or "") if isinstance(stage, ModelStage) else None
 
 
 def _with_parents(stages: Sequence[Stage]) -> list[Stage]:

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from pixelgrow.diffusion import DiffusionConfig
 from pixelgrow.models.sizes import SIZES
+from pixelgrow.onestep.settings import LossSettings
 from pixelgrow.sampling import SAMPLERS
 from pixelgrow.training.settings import TrainSettings
 
@@ -146,7 +147,9 @@ class ModelStage(TrainSettings):
 
     def training(self, images: int | None = None) -> TrainSettings:
         """The training settings alone; for a phase of `images`, with every length that was left out filled in anew."""
-        given = {k: getattr(self, k) for k in self.model_fields_set if k in TrainSettings.model_fields}
+        mine = type(self).model_fields
+        own = {k for k, f in TrainSettings.model_fields.items() if mine[k].default != f.default} | self.model_fields_set
+        given = {k: getattr(self, k) for k in own if k in TrainSettings.model_fields}
         return TrainSettings(**given | ({} if images is None else {"images": images}))
 
 
@@ -197,6 +200,9 @@ class GrowStage(ModelStage):
     unfreeze_after: int | None = Field(None, ge=1)
     patch: int | None = Field(None, ge=1, description="pixels per cell of the new top map")
     blocks: int = Field(1, ge=1, description="residual blocks in each new half level")
+    pairs: str | None = Field(None, description="of a one-step generator: the stage that made its teacher's pairs")
+    fraction: float = Field(1.0, gt=0, le=1, description="of the pairs")
+    losses: LossSettings | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -230,6 +236,61 @@ class GrowStage(ModelStage):
         return self.init == "scratch" or self.core == "finetune"
 
 
+class DistillStage(ModelStage):
+    """Distil a teacher to a one-step generator (PaGoDA, arXiv 2405.14822) on the pairs of the stage `pairs`.
+
+    Learning rate, betas and decay are ours; the released code has RAdam at 8e-6.
+    """
+
+    pairs: str
+    fraction: float = Field(1.0, gt=0, le=1, description="of the pairs; the paper found 1% enough")
+    losses: LossSettings = LossSettings()
+    lr: float = Field(2e-4, gt=0)
+    betas: tuple[float, float] = (0.0, 0.99)
+    weight_decay: float = Field(0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _of_denoisers(self) -> DistillStage:
+        odd = {"noise", "weighting", "multiscale", "cond_dropout", "sampling"} & self.model_fields_set
+        if odd:
+            raise ValueError(f"{min(odd)} is for the training of a denoiser, a one-step generator has none; drop it")
+        return self
+
+
+class PairsStage(Spec):
+    """Join a teacher's data with latents by its ODE, for distilling it (PaGoDA, arXiv 2405.14822).
+
+    `n` images are inverted, and their mirror images too with `flip`; with `direction: draw` the teacher draws an image
+    from each of `n` latents instead (the distillation baseline). `guidance` 1 is none, as in the paper's inversion.
+    """
+
+    name: str = Field(pattern=NAME)
+    parent: str | None = Field(None, alias="from")
+    data: tuple[DataSpec, ...] | None = None
+    n: int = Field(ge=1)
+    direction: Literal["invert", "draw"] = "invert"
+    sampler: Literal["heun", "ddim", "dpm++2m"] = "heun"
+    steps: int = Field(40, ge=2, description="levels of the grid; heun evaluates 2 * steps - 1 times")
+    guidance: float = Field(1.0, ge=0)
+    flip: bool = False
+    batch: int = Field(64, ge=1)
+    shard: int = Field(1024, ge=1, description="images in a file; a multiple of batch")
+    bad_limit: float = Field(0.01, ge=0, le=1)
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _listed(cls, data: Any) -> Any:
+        return [data] if isinstance(data, Mapping) else data
+
+    @model_validator(mode="after")
+    def _shards(self) -> PairsStage:
+        if self.shard % self.batch:
+            raise ValueError(f"shard: got {self.shard}, expected a multiple of batch ({self.batch})")
+        if self.flip and self.direction == "draw":
+            raise ValueError("flip mirrors images that are inverted; drop it, or direction: draw")
+        return self
+
+
 class EvaluateStage(SamplingSpec):
     """Draw held-out prompts, ask the checker (scenes), and measure the held-out error by noise level.
 
@@ -242,8 +303,14 @@ class EvaluateStage(SamplingSpec):
     batch: int = Field(64, ge=1)
 
 
-Stage = TrainStage | GrowStage | EvaluateStage
-VERBS: dict[str, type[Stage]] = {"train": TrainStage, "grow": GrowStage, "evaluate": EvaluateStage}
+Stage = TrainStage | GrowStage | PairsStage | DistillStage | EvaluateStage
+VERBS: dict[str, type[Stage]] = {
+    "train": TrainStage,
+    "grow": GrowStage,
+    "pairs": PairsStage,
+    "distill": DistillStage,
+    "evaluate": EvaluateStage,
+}
 
 
 class Head(Spec):

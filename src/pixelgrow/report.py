@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from pixelgrow import __version__
-from pixelgrow.recipe_spec import EvaluateStage, GrowStage, Recipe, Stage, TrainStage
+from pixelgrow.recipe_spec import DistillStage, EvaluateStage, GrowStage, PairsStage, Recipe, Stage, TrainStage
 from pixelgrow.report_page import PAGE
 from pixelgrow.report_svg import Curve, chart
 from pixelgrow.stages.record import Record
@@ -23,6 +23,29 @@ from pixelgrow.training.log import duration
 from pixelgrow.writing import writing
 
 FILE = "report.html"
+# Titles, and curves by the key of their records; what was not logged is not drawn.
+CHARTS = {
+    "Training loss": {
+        "loss": "loss",
+        "reconstruction": "generator/rec",
+        "discriminator": "discriminator/loss",
+    },
+    "Held-out error": {
+        "mean": "validation/mean",
+        "sigma 0.2": "validation/0.2",
+        "sigma 1": "validation/1",
+        "sigma 5": "validation/5",
+    },
+    "Distance to held-out pictures": {
+        "prior samples": "validation/prior_distance",
+        "reconstructions": "validation/rec_distance",
+    },
+    "PSNR, dB": {
+        "reconstructions": "validation/rec_psnr",
+        "to the teacher's solutions": "validation/solved_psnr",
+        "drift from the base": "validation/drift_psnr",
+    },
+}
 
 
 def write_report(recipe: Recipe, folder: Path) -> Path:
@@ -98,6 +121,10 @@ def _what(stage: Stage) -> str:
         core = "all trains" if stage.trains_core else "frozen"
         core = f"unfrozen after {stage.unfreeze_after:,}" if stage.unfreeze_after else core
         return f"grow {stage.parent} to {stage.to[-1]} px, {stage.init}, {core}"
+    if isinstance(stage, PairsStage):
+        return f"{stage.direction} pairs of {stage.parent}"
+    if isinstance(stage, DistillStage):
+        return f"distil {stage.parent} to one step on {stage.pairs}"
     return f"evaluate {stage.parent}"
 
 
@@ -105,6 +132,8 @@ def _stage(stage: Stage, folder: Path, values: dict[str, Any]) -> str:
     parts = [f'<section id="{escape(stage.name)}"><h2>{escape(stage.name)} <small>{escape(_what(stage))}</small></h2>']
     if isinstance(stage, EvaluateStage):
         parts.append(_evaluation(folder, values.get("result", {})))
+    elif isinstance(stage, PairsStage):
+        parts.append(_pairs(values.get("result", {})))
     else:
         if isinstance(stage, GrowStage):
             parts.append(_growth(folder))
@@ -126,13 +155,9 @@ def _skipped(steps: int) -> str:
 
 def _training(folder: Path, title: str) -> str:
     lines = _log(folder / "log.jsonl")
-    held = [
-        Curve(f"sigma {name.partition('/')[2]}", _series(lines, name))
-        for name in ("validation/0.2", "validation/1", "validation/5")
-    ]
     charts = [
-        chart("Training loss", [Curve("loss", _series(lines, "loss"))]),
-        chart("Held-out error", [Curve("mean", _series(lines, "validation/mean")), *held]),
+        chart(title, [Curve(name, _series(lines, key)) for name, key in curves.items()])
+        for title, curves in CHARTS.items()
     ]
     grids = sorted((folder / "samples").glob("*.png"))
     shown = [(grids[(len(grids) - 1) // 2], "on the way"), (grids[-1], "at the end")][-len(grids) :] if grids else []
@@ -140,6 +165,19 @@ def _training(folder: Path, title: str) -> str:
     heading = f"<h3>{title}</h3>" if title else ""
     prompts = folder / "samples" / "prompts.txt"
     return f'{heading}<div class="row">{"".join(charts)}</div><div class="row">{pictures}</div>{_prompts(prompts)}'
+
+
+def _pairs(result: dict[str, Any]) -> str:
+    bands = [[escape(k), *(f"{v:g}" for v in numbers.values())] for k, numbers in result.get("latents", {}).items()]
+    trips = [[escape(sigma), f"{value:.1f}"] for sigma, value in result.get("round_trip_psnr", {}).items()]
+    note = f"{result.get('pairs', 0):,} pairs, {result.get('bytes_per_pair', 0):,.0f} bytes each"
+    return (
+        f'<p>{note}.</p><div class="row"><div>'
+        f'<p class="note">Latents by band of frequencies; white noise has deviation 1 and kurtosis 3:</p>'
+        f"{_table(['band', 'mean', 'deviation', 'kurtosis'], bands)}</div>"
+        f'<div><p class="note">Inverted to a noise level and solved back:</p>'
+        f"{_table(['sigma', 'PSNR, dB'], trips)}</div></div>"
+    )
 
 
 def _growth(folder: Path) -> str:
@@ -162,11 +200,14 @@ def _growth(folder: Path) -> str:
     head = ["noise level at the core", f"parent, {low} px up-sampled", "grown, no step yet", "trained"]
     pictures = [("before.png", f"the parent, {low} px"), ("after.png", f"grown, {high} px, before its first step")]
     images = "".join(_picture(folder / name, what) for name, what in pictures if (folder / name).exists())
+    errors = (
+        f'<div><p class="note">Held-out squared error of the denoised image at {high} px:</p>{_table(head, rows)}</div>'
+        if rows
+        else ""
+    )
     return (
         f"<h3>Growth from {low} to {high} px ({escape(growth['init'])})</h3>"
-        f'<div class="row">{_table(["tensors", "", "parameters"], tensors)}'
-        f'<div><p class="note">Held-out squared error of the denoised image at {high} px:</p>'
-        f"{_table(head, rows)}</div></div>"
+        f'<div class="row">{_table(["tensors", "", "parameters"], tensors)}{errors}</div>'
         f'<div class="row">{images}</div>'
     )
 

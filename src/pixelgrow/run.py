@@ -14,17 +14,18 @@ from typing import Any
 from pixelgrow import checkpoint
 from pixelgrow.errors import UserError
 from pixelgrow.model import find
-from pixelgrow.recipe_spec import GrowStage, Recipe, Stage, TrainStage, is_folder
+from pixelgrow.recipe_spec import DistillStage, GrowStage, PairsStage, Recipe, Stage, TrainStage, is_folder
 from pixelgrow.report import write_report
 from pixelgrow.shapes import networks, parent_network
+from pixelgrow.stages.distill import distill_stage, grow_generator_stage
 from pixelgrow.stages.evaluate import evaluate_stage
 from pixelgrow.stages.grow import grow_stage
 from pixelgrow.stages.materials import Materials
+from pixelgrow.stages.pairs import pairs_stage
 from pixelgrow.stages.record import Record
 from pixelgrow.stages.train import Parent, read_parent, train_stage
 from pixelgrow.training import state
 from pixelgrow.training.log import duration
-from pixelgrow.training.loop import CHECKPOINT
 from pixelgrow.training.monitor import reset_peak
 from pixelgrow.writing import writing
 
@@ -52,7 +53,7 @@ def run(recipe: Recipe, root: Path = Path("runs")) -> Path:
         for number, stage in enumerate(recipe.stages, 1):
             record = records[stage.name]
             where = f"stage {number} of {len(recipe.stages)}, {stage.name}"
-            parent = _parent(stage, folder, materials)
+            parent = _parent(stage, materials)
             settings = materials.describe(stage)
             parents = {} if parent is None else {str(stage.parent): parent.config.sha256}
             record.check(settings, parents)
@@ -81,15 +82,20 @@ def _execute(stage: Stage, parent: Parent | None, folder: Path, materials: Mater
     if isinstance(stage, TrainStage):
         return train_stage(stage, parent, folder, materials)
     assert parent is not None
+    if isinstance(stage, DistillStage):
+        return distill_stage(stage, parent, folder, materials)
     if isinstance(stage, GrowStage):
-        return grow_stage(stage, parent, folder, materials)
+        grow = grow_generator_stage if parent.config.objective == "generate" else grow_stage
+        return grow(stage, parent, folder, materials)
+    if isinstance(stage, PairsStage):
+        return pairs_stage(stage, parent, folder, materials)
     return evaluate_stage(stage, parent, folder, materials)
 
 
-def _parent(stage: Stage, folder: Path, materials: Materials) -> Parent | None:
+def _parent(stage: Stage, materials: Materials) -> Parent | None:
     if stage.parent is None:
         return None
-    path = find(stage.parent) if is_folder(stage.parent) else folder / stage.parent / CHECKPOINT
+    path = materials.checkpoint(stage.parent)
     checkpoint.recover(path)
     return read_parent(path, materials)
 

@@ -39,6 +39,13 @@ class DenoiserLike(Protocol):
     def __call__(self, x: Tensor, sigma: Tensor, cond: Cond, /) -> Tensor: ...
 
 
+class OneStep(Protocol):
+    """All that is asked of a one-step generator."""
+
+    def latent_size(self, size: tuple[int, int], /) -> tuple[int, int]: ...
+    def __call__(self, z: Tensor, cond: Cond, /) -> Tensor: ...
+
+
 class Schedule(Protocol):
     """A training distribution of sigma by its inverse CDF: u float64 in [0, 1) -> sigma, increasing."""
 
@@ -279,6 +286,29 @@ def sample(
         images.append(x.clamp(-1, 1))
         nfe = denoise.nfe
     return Samples(torch.cat(images), nfe)
+
+
+@torch.no_grad()
+def generate(
+    generator: OneStep,
+    cond: Cond,
+    *,
+    size: tuple[int, int],
+    seed: int = 0,
+    index: Sequence[int] | None = None,
+    batch: int = 64,
+) -> Samples:
+    """One image of `size` (h, w) for each of the N conditions, in one evaluation of a one-step generator.
+
+    Image i is a function of (seed, its index, its condition), as in `sample`, and starts from the same noise.
+    """
+    numbers = list(range(len(cond))) if index is None else [int(i) for i in index]
+    latent, device, images = generator.latent_size(size), cond.null.device, []
+    for start in range(0, len(cond), batch):
+        rows = slice(start, start + batch)
+        z = initial_noise(latent, seed, numbers[rows]).to(device)
+        images.append(generator(z, cond[rows]).float().clamp(-1, 1))
+    return Samples(torch.cat(images), 1)
 
 
 def _grid(grid: str | Schedule | Tensor | Sequence[float], steps: int, denoiser: DenoiserLike) -> Tensor:

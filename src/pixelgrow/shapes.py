@@ -30,8 +30,9 @@ def network(stage: ModelStage, nets: dict[str, NetConfig], text: TextSpec) -> Ne
         return shallow_uvit(stage.size, stage.resolution, stride=stage.stride, patch=stage.patch, core=core)
     config = parent_network(str(stage.parent), nets)
     if isinstance(stage, GrowStage):
+        one_step = stage.pairs is not None
         for to in stage.to:
-            config = grown_config(config, to, stage.init, patch=stage.patch, blocks=stage.blocks)
+            config = grown_config(config, to, stage.init, patch=stage.patch, blocks=stage.blocks, generator=one_step)
     return config
 
 

@@ -54,7 +54,7 @@ def _table(*columns: str, title: str = "") -> Table:
 def recipe_heading(recipe: Recipe, folder: Path) -> RenderableType:
     """Name, data, text, and the stages that are not training."""
     held = recipe.heldout.source or f"{100 * recipe.heldout.fraction:g}% of the data"
-    from pixelgrow.recipe_spec import EvaluateStage
+    from pixelgrow.recipe_spec import DistillStage, EvaluateStage, GrowStage, PairsStage
     from pixelgrow.shapes import is_here
 
     assumed = "" if is_here(recipe.text) else " (not a folder here: its width is taken as the size's reference)"
@@ -63,9 +63,15 @@ def recipe_heading(recipe: Recipe, folder: Path) -> RenderableType:
         f"data: {', '.join(_data(d) for d in recipe.data)}; held out: {held}",
         f"text: {recipe.text.encoder}, {recipe.text.max_tokens} tokens{assumed}",
     ]
-    lines += [
-        f"{s.name}: evaluate {s.parent}, {s.prompts:,} prompts" for s in recipe.stages if isinstance(s, EvaluateStage)
-    ]
+    for s in recipe.stages:
+        if isinstance(s, EvaluateStage):
+            lines.append(f"{s.name}: evaluate {s.parent}, {s.prompts:,} prompts")
+        elif isinstance(s, PairsStage):
+            lines.append(f"{s.name}: {s.direction} {s.n:,} pairs of {s.parent}, {s.sampler}, {s.steps} levels")
+        elif isinstance(s, DistillStage):
+            lines.append(f"{s.name}: distil {s.parent} on {s.pairs}, {s.images:,} images; not in the table")
+        elif isinstance(s, GrowStage) and s.pairs is not None:
+            lines.append(f"{s.name}: grow generator {s.parent} to {s.to[-1]} px, {s.images:,} images; not in the table")
     return Text("\n".join(lines))
 
 

@@ -35,12 +35,14 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class _Raw:
-    """What a worker hands over: uint8 (B, 3, H, W), captions, and the bad files met: (source number, file)."""
+class Raw:
+    """What a worker hands over: uint8 (B, 3, H, W), captions, the bad files met: (source number, file), and where each
+    image is from: (B, 2) int64, source number and sample number in it."""
 
     image: np.ndarray
     text: tuple[str, ...]
     bad: tuple[tuple[int, BadFile], ...]
+    origin: np.ndarray
 
 
 class Loader:
@@ -111,13 +113,13 @@ class Loader:
                     self.bad.add(source, [bad])
                 yield Batch(_to_float(torch.from_numpy(raw.image)), raw.text, torch.arange(at, at + self.batch))
 
-    def _try_load(self, start: int) -> "_Raw | UserError":
+    def _try_load(self, start: int) -> "Raw | UserError":
         try:
             return self.load(start)
         except UserError as error:  # travels from a worker as a value: raised there it would lose its one line
             return error
 
-    def load(self, start: int) -> _Raw:
+    def load(self, start: int) -> Raw:
         """Decode the batch at stream position `start`, here and now."""
         positions = range(start, start + self.batch)
         centre = [0.5] * self.batch
@@ -128,21 +130,23 @@ class Loader:
         image = np.empty((self.batch, 3, *self.size), np.uint8)
         texts: list[str] = []
         bad: list[tuple[int, BadFile]] = []
+        origin = np.empty((self.batch, 2), np.int64)
         for row, position in enumerate(positions):
-            picture, text = self._sample(position, (crop[row], crop[row]), mirror[row] < 0.5, bad)
+            picture, text, origin[row] = self._sample(position, (crop[row], crop[row]), mirror[row] < 0.5, bad)
             image[row] = picture.transpose(2, 0, 1)
             texts.append(text)
-        return _Raw(image, tuple(texts), tuple(bad))
+        return Raw(image, tuple(texts), tuple(bad), origin)
 
     def _sample(
         self, position: int, crop: tuple[float, float], mirror: bool, bad: list[tuple[int, BadFile]]
-    ) -> tuple[np.ndarray, str]:
+    ) -> tuple[np.ndarray, str, tuple[int, int]]:
         first = draw = self.order.at(position)
         for attempt in range(_MAX_ATTEMPTS):
             source, item = self.sources[draw.source], int(self.usable[draw.source][draw.item])
             try:
                 picture, text = source.image(item, self.size, crop), source.text(item)
-                return picture[:, ::-1] if mirror and self.mirror[draw.source] else picture, text
+                picture = picture[:, ::-1] if mirror and self.mirror[draw.source] else picture
+                return picture, text, (draw.source, item)
             except BadImage as error:
                 bad.append((draw.source, BadFile(source.key(item), error.reason)))
                 draw = self.order.instead(first, attempt)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -129,8 +130,13 @@ class Core(nn.Module):
         )
 
     def forward(self, x: Tensor, size: tuple[int, int], ctx: Context) -> Tensor:
+        (last,) = deque(self.layers(x, size, ctx), maxlen=1)
+        return last
+
+    def layers(self, x: Tensor, size: tuple[int, int], ctx: Context) -> Iterator[Tensor]:
+        """The tokens (B, h*w, width) after each block."""
         # Tokens of pure noise hide their own positions: the noise level scales them before positions are added.
         x = x * (1 + self.gain(ctx.vec)[:, None]) + sincos_positions(size, x.shape[-1], x.device, x.dtype)
         for block in self.blocks:
             x = block(x, ctx)
-        return x
+            yield x

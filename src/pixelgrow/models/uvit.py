@@ -85,11 +85,7 @@ class UViT(nn.Module):
     def rung(self, rung: RungConfig, x: Tensor, ctx: Context, features: Tensor | None = None) -> RungOutput:
         """Run one rung on its preconditioned input (B, 3 or 6, H, W); `features` are those of the rung below."""
         key = str(rung.resolution)
-        h = self.entry[key](x.contiguous(memory_format=torch.channels_last))
-        skips = []
-        for level in reversed(rung.levels):
-            skip, h = self.encoder[str(level.resolution)](h, ctx.vec)
-            skips.append(skip)
+        h, skips = self.encode(rung, x, ctx)
         if features is None:
             size = (h.shape[-2], h.shape[-1])
             h = to_map(self.core(to_tokens(h), size, ctx), size)
@@ -99,6 +95,15 @@ class UViT(nn.Module):
             h = self.decoder[str(level.resolution)](h, skips.pop(), ctx.vec)
         gain = self.gain[key](ctx.vec)[:, :, None, None] if key in self.gain else None
         return RungOutput(self.exit[key](h, ctx.vec), h, gain)
+
+    def encode(self, rung: RungConfig, x: Tensor, ctx: Context) -> tuple[Tensor, list[Tensor]]:
+        """A rung's entry and encoder halves: preconditioned input -> what goes down, and the skips, highest first."""
+        h = self.entry[str(rung.resolution)](x.contiguous(memory_format=torch.channels_last))
+        skips = []
+        for level in reversed(rung.levels):
+            skip, h = self.encoder[str(level.resolution)](h, ctx.vec)
+            skips.append(skip)
+        return h, skips
 
     def decode(self, rung: RungConfig, ctx: Context, features: Tensor) -> RungOutput:
         """Run a rung of decoder halves on the features (B, C, h, w) of the rung below."""

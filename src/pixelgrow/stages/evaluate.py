@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
 from pixelgrow import checkpoint
 from pixelgrow.data.checker import score
 from pixelgrow.data.scenes import Scenes
+from pixelgrow.diffusion import Denoiser
+from pixelgrow.errors import UserError
 from pixelgrow.heldout import denoising_error
 from pixelgrow.model import DEFAULTS, noise_grid
+from pixelgrow.onestep.generator import Generator
 from pixelgrow.pictures import to_uint8
 from pixelgrow.recipe_spec import EvaluateStage
-from pixelgrow.sampling import sample
+from pixelgrow.sampling import generate, sample
 from pixelgrow.stages.materials import HeldOut, Materials
 from pixelgrow.stages.record import write_json
 from pixelgrow.stages.train import Parent, write_prompts
@@ -25,38 +29,51 @@ logger = logging.getLogger(__name__)
 
 def evaluate_stage(stage: EvaluateStage, parent: Parent, folder: Path, materials: Materials) -> dict[str, Any]:
     """Run an `evaluate` stage: writes `metrics.json` and `samples/grid.png`; returns the metrics."""
-    denoiser, config = checkpoint.load(parent.folder, materials.device)
-    settings = DEFAULTS | config.sampling | stage.given
-    size = (denoiser.resolution, denoiser.resolution)
-    held = materials.heldout(stage.prompts, size)
+    one_step = parent.config.objective == "generate"
+    load: Any = checkpoint.load_generator if one_step else checkpoint.load
+    model: Denoiser | Generator = load(parent.folder, materials.device)[0]
+    side = model.resolution
+    held = materials.heldout(stage.prompts, (side, side))
     cond = materials.cond(held.captions)
-    drawn = sample(
-        denoiser,
-        cond,
-        size=size,
-        seed=materials.recipe.seed,
-        batch=stage.batch,
-        progress=_note,
-        **(settings | {"grid": noise_grid(settings.get("grid", "karras"), denoiser, config)}),
-    )
+    began = time.perf_counter()
+    settings: dict[str, Any] = {}
+    if isinstance(model, Generator):
+        if stage.given:
+            raise UserError(
+                f"stage {stage.name!r}: {min(stage.given)}: a one-step generator has no such setting; drop it"
+            )
+        drawn = generate(model, cond, size=(side, side), seed=materials.recipe.seed, batch=stage.batch)
+    else:
+        settings = DEFAULTS | parent.config.sampling | stage.given
+        drawn = sample(
+            model,
+            cond,
+            size=(side, side),
+            seed=materials.recipe.seed,
+            batch=stage.batch,
+            progress=_note,
+            **(settings | {"grid": noise_grid(settings.get("grid", "karras"), model, parent.config)}),
+        )
     images = drawn.images.cpu()
-    errors = denoising_error(
-        denoiser,
-        held.images.to(materials.device),
-        cond,
-        scale=denoiser.noise_scale,
-        seed=materials.recipe.seed,
-        batch=stage.batch,
-    )
     metrics: dict[str, Any] = {
         "prompts": len(held.captions),
         "bad_files": [f"{source.name}: {file.key}: {file.reason}" for source, file in held.bad],
         "sampling": settings,
         "nfe": drawn.nfe,
-        "error": {f"{sigma:g}": error for sigma, error in errors.items()},
-        "seams": seams(images, denoiser.net.config.patches),
+        "seconds_per_image": round((time.perf_counter() - began) / len(images), 5),
+        "seams": seams(images, model.net.config.patches),
         "peak_memory": peak_memory(materials.device),
     }
+    if isinstance(model, Denoiser):
+        errors = denoising_error(
+            model,
+            held.images.to(materials.device),
+            cond,
+            scale=model.noise_scale,
+            seed=materials.recipe.seed,
+            batch=stage.batch,
+        )
+        metrics["error"] = {f"{sigma:g}": error for sigma, error in errors.items()}
     if questions := _questions(held):
         metrics["accuracy"] = score(list(to_uint8(images)), questions)
         logger.info("checker: %s", ", ".join(f"{k} {100 * v:.1f}%" for k, v in metrics["accuracy"].items()))

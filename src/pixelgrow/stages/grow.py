@@ -110,7 +110,7 @@ def describe(growth: dict[str, Any]) -> str:
     lines = [
         f"grown from {low} to {high} px ({growth['init']}): {counts} tensors; "
         f"{size['loaded']:,} parameters loaded, {size['new']:,} new",
-        "held-out error by noise level at the core:",
+        *(["held-out error by noise level at the core:"] if growth["before"] else []),
     ]
     after = {float(k): v for k, v in growth["after"].items()}
     for sigma, error in growth["before"].items():

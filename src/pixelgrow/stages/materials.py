@@ -20,10 +20,12 @@ from pixelgrow.data.opening import open_mixture, open_source
 from pixelgrow.data.scenes import Scenes
 from pixelgrow.data.sources import BadFile, Source, Subset, heldout_split, large_enough
 from pixelgrow.errors import UserError
+from pixelgrow.model import find
 from pixelgrow.models.cond import Cond
-from pixelgrow.recipe_spec import DataSpec, ModelStage, Recipe, Stage
+from pixelgrow.recipe_spec import DataSpec, DistillStage, GrowStage, ModelStage, PairsStage, Recipe, Stage, is_folder
 from pixelgrow.rng import seed_of
 from pixelgrow.text_cache import TextCache
+from pixelgrow.training.loop import CHECKPOINT
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,15 @@ class HeldOut:
     bad: list[tuple[Source, BadFile]]
 
 
+@dataclass(frozen=True)
+class MadePairs:
+    """Where a stage's pairs are, the stage that made them, and the folder of the checkpoint of their teacher."""
+
+    folder: Path
+    stage: PairsStage
+    teacher: Path
+
+
 @dataclass
 class Materials:
     """Opened once for a run, each part when it is first asked for."""
@@ -69,7 +80,17 @@ class Materials:
         spec = self.recipe.text
         return TextCache(self.folder / "text", spec.encoder, spec.max_tokens, device=self.device)
 
-    def mixture(self, stage: ModelStage) -> Mixture:
+    def pairs_of(self, stage: DistillStage | GrowStage) -> MadePairs:
+        """The pairs that a stage names."""
+        made = self.recipe.stage(str(stage.pairs))
+        assert isinstance(made, PairsStage) and made.parent is not None
+        return MadePairs(self.folder / made.name, made, self.checkpoint(made.parent))
+
+    def checkpoint(self, parent: str) -> Path:
+        """The checkpoint folder that a `from` means: of a stage of this run, or of its own."""
+        return find(parent) if is_folder(parent) else self.folder / parent / CHECKPOINT
+
+    def mixture(self, stage: ModelStage | PairsStage) -> Mixture:
         """What a stage trains on: its own data, or the recipe's."""
         return self._open(stage.data if stage.data is not None else self.recipe.data)[0]
 
@@ -158,7 +179,7 @@ class Materials:
         """Raise UserError if a stage that works at `side` pixels finds no image, to train on or held out, or may not
         mirror any that it is told to."""
         size = (side, side)
-        if isinstance(stage, ModelStage):
+        if isinstance(stage, ModelStage | PairsStage):
             sources = self.mixture(stage).sources
             mirrored(sources, stage.flip)
             for source in sources:
@@ -220,7 +241,7 @@ class Materials:
             "fingerprint": self.text.fingerprint,
         }
         settings["heldout"] = [{"source": s.name, "fingerprint": s.fingerprint} for s in self.heldout_sources]
-        if isinstance(stage, ModelStage):
+        if isinstance(stage, ModelStage | PairsStage):
             settings["data"] = self.mixture(stage).describe()
         return settings
 

@@ -19,12 +19,13 @@ from pixelgrow.diffusion import Denoiser, NoiseConfig
 from pixelgrow.errors import UserError
 from pixelgrow.models.sizes import core_config, shallow_uvit
 from pixelgrow.models.uvit import UViT
+from pixelgrow.onestep.generator import Generator
 from pixelgrow.recipe_spec import ModelStage, TrainStage
 from pixelgrow.sampling import sample
 from pixelgrow.stages.materials import Materials
 from pixelgrow.training import loop
 from pixelgrow.training.denoise import DenoiseObjective, validation_hook
-from pixelgrow.training.loop import CHECKPOINT
+from pixelgrow.training.loop import CHECKPOINT, TrainResult
 from pixelgrow.training.monitor import grid_hook
 from pixelgrow.training.settings import TrainSettings
 from pixelgrow.writing import writing
@@ -161,9 +162,26 @@ def fit(
         name=f"{recipe.name}/{stage.name}" + (f" ({phase})" if phase else ""),
         keep=keep,
     )
-    averages = result.averages["denoiser"]
+    return finish(
+        result, "denoiser", denoiser, folder / CHECKPOINT, materials, lineage, loader, sampling, settings.noise
+    )
+
+
+def finish(
+    result: TrainResult,
+    part: str,
+    model: Denoiser | Generator,
+    folder: Path,
+    materials: Materials,
+    lineage: list[dict[str, Any]],
+    loader: Loader,
+    sampling: dict[str, Any] | None = None,
+    noise: NoiseConfig | None = None,
+) -> dict[str, Any]:
+    """Write the checkpoint of a run that is through, of its first average; returns the numbers of the run."""
+    averages = result.averages[part]
     with averages[0].applied() if averages else nullcontext():
-        digest = save(folder / CHECKPOINT, denoiser, materials, lineage, sampling, settings.noise)
+        digest = save(folder, model, materials, lineage, sampling, noise)
     return {
         "sha256": digest,
         "images": result.images,
@@ -172,7 +190,7 @@ def fit(
         "images_per_second": result.images_per_second,
         "matmul_share": result.matmul_share,
         "peak_memory": result.peak_memory,
-        "parameters": parameters_of(denoiser),
+        "parameters": parameters_of(model),
         "bad_files": len(loader.bad),
         "bad_report": loader.bad.report(),
         "usable_images": len(loader),
@@ -194,7 +212,7 @@ def write_prompts(folder: Path, captions: Sequence[str]) -> None:
 
 def save(
     folder: Path,
-    denoiser: Denoiser,
+    model: Denoiser | Generator,
     materials: Materials,
     lineage: list[dict[str, Any]],
     sampling: dict[str, Any] | None = None,
@@ -203,8 +221,8 @@ def save(
     """Write a checkpoint of the run; returns the hash of its weights. Raises UserError if the disk is full."""
     text = materials.recipe.text
     config = CheckpointConfig(
-        network=denoiser.net.config,
-        diffusion=denoiser.config,
+        network=model.net.config,
+        diffusion=model.config,
         text={"encoder": text.encoder, "max_tokens": text.max_tokens, "fingerprint": materials.text.fingerprint}
         | ({"classes": list(materials.classes)} if materials.classes else {}),
         sampling=sampling or {},
@@ -212,10 +230,10 @@ def save(
         lineage=lineage,
     )
     with writing(folder):
-        return checkpoint.save(folder, denoiser, config)
+        return checkpoint.save(folder, model, config)
 
 
-def parameters_of(denoiser: Denoiser) -> Mapping[str, int]:
+def parameters_of(model: Denoiser | Generator) -> Mapping[str, int]:
     """Parameters in all, and how many of them train."""
-    sizes = [(p.numel(), p.requires_grad) for p in denoiser.parameters()]
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return {"all": sum(n for n, _ in sizes), "training": sum(n for n, trains in sizes if trains)}

@@ -40,6 +40,7 @@ class DenoiseObjective:
 
     def __init__(self, denoiser: Denoiser, text: Conditions, settings: TrainSettings, seed: int) -> None:
         self.modules: dict[str, nn.Module] = {"denoiser": denoiser}
+        self.rates: Mapping[str, float] = {"denoiser": 1.0}
         self.denoiser, self.text, self.settings, self.seed = denoiser, text, settings, seed
         self.schedule = NoiseSchedule(settings.noise, denoiser)
         self.device = next(denoiser.parameters()).device

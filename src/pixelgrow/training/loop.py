@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,6 @@ from pixelgrow.training.stopping import Interrupted, asked_to_stop
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from pixelgrow.data.loader import Batch
 
 logger = logging.getLogger(__name__)
 CHECKPOINT = "checkpoint"  # where in a run's folder its result is
@@ -66,7 +64,7 @@ class TrainResult:
 
 def train(
     objective: Objective,
-    batches: Callable[[int], Iterator[Batch]],
+    batches: Callable[[int], Iterator[Any]],
     settings: TrainSettings,
     folder: Path,
     *,
@@ -198,14 +196,14 @@ class Training:
 
     # --- one step --------------------------------------------------------------------------------------------------
 
-    def step(self, micro: Sequence[Batch]) -> None:
+    def step(self, micro: Sequence[Any]) -> None:
         """One update of every part from the micro-batches of one batch."""
         c, s = self.counters, self.settings
         torch.manual_seed(seed_of(self.seed, "step", c.images))
         middle = c.images + s.batch / 2
         good = True
         for part in self.objective.modules:
-            optim.set_rate(self.optimizers[part], s.lr * optim.rate(middle, s))
+            optim.set_rate(self.optimizers[part], s.lr * self.objective.rates[part] * optim.rate(middle, s))
             terms = self._gradients(micro, part)
             grads = [p.grad for p in self.parameters[part].values() if p.grad is not None]
             # the only values a step waits for: whether it is sound, and by how much to clip
@@ -233,7 +231,7 @@ class Training:
         c.skipped += not good
         self.bad = 0 if good else self.bad + 1
 
-    def _gradients(self, micro: Sequence[Batch], part: str) -> list[Terms]:
+    def _gradients(self, micro: Sequence[Any], part: str) -> list[Terms]:
         terms = []
         for batch in micro:
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
@@ -266,7 +264,7 @@ class Training:
 
     def run(
         self,
-        batches: Callable[[int], Iterator[Batch]],
+        batches: Callable[[int], Iterator[Any]],
         hooks: Sequence[Hook],
         name: str,
         flops: float | None,
@@ -278,7 +276,7 @@ class Training:
         before = c.images - s.batch if c.images else 0
         rate = monitor.matmul_rate(self.device, torch.bfloat16 if self.bf16 else torch.float32)
         meter = monitor.Meter(flops, rate)
-        stream: Iterator[Batch] | None = None
+        stream: Iterator[Any] | None = None
         fresh = True
         try:
             with asked_to_stop() as stop, Display(name, s.images, c.images, console) as display:
@@ -392,7 +390,7 @@ def _like(p: nn.Parameter, stored: Tensor) -> Tensor:
     return torch.empty_like(p, dtype=stored.dtype, memory_format=torch.preserve_format).copy_(stored)
 
 
-def _next(stream: Iterator[Batch], images: int) -> Batch:
+def _next(stream: Iterator[Any], images: int) -> Any:
     batch = next(stream, None)
     assert batch is not None, f"the stream of batches ended at {images} images; it must be endless"
     assert int(batch.index[0]) == images, f"got a batch of index {int(batch.index[0])} on, expected {images}"

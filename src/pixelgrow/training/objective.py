@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from pixelgrow.data.loader import Batch
 
 
 @dataclass(frozen=True)
@@ -44,11 +41,13 @@ class Objective(Protocol):
     """What trains and how well it does.
 
     modules: what trains, by name, `requires_grad` already set; each has its own optimizer and averages, and they are
-    updated in turn within a step.
+    updated in turn within a step. rates: a factor on the learning rate of each.
     """
 
     modules: dict[str, nn.Module]
+    rates: Mapping[str, float]
 
-    def loss(self, batch: Batch, part: str) -> Terms:
-        """The loss that `modules[part]` descends on `batch`. All randomness is keyed by `batch.index`."""
+    def loss(self, batch: Any, part: str) -> Terms:
+        """The loss that `modules[part]` descends on a batch of the stage's stream, a frozen dataclass of tensors and
+        tuples over images. All randomness is keyed by `batch.index` (B,)."""
         ...

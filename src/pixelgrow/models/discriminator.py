@@ -1,0 +1,40 @@
+"""A discriminator on the tokens of a frozen network: a head for each layer of features, a verdict for each token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+
+class Head(nn.Module):
+    """Tokens (B, N, width) and condition (B, cond_dim) -> logits (B, N): spectral norm, projection of the condition.
+
+    Projection: Miyato & Koyama, arXiv 1802.05637; per-token verdicts and spectral norm: PaGoDA, arXiv 2405.14822.
+    """
+
+    def __init__(self, width: int, cond_dim: int, hidden: int) -> None:
+        super().__init__()
+        self.down = spectral_norm(nn.Linear(width, hidden))
+        self.mix = spectral_norm(nn.Linear(hidden, hidden))
+        self.out = spectral_norm(nn.Linear(hidden, 1))
+        self.cond = spectral_norm(nn.Linear(cond_dim, hidden))
+
+    def forward(self, tokens: Tensor, vec: Tensor) -> Tensor:
+        h = F.leaky_relu(self.down(F.layer_norm(tokens, tokens.shape[-1:])), 0.2)
+        h = F.leaky_relu(h + self.mix(h), 0.2)  # (B, N, hidden)
+        told = self.cond(F.layer_norm(vec, vec.shape[-1:]))[:, :, None]  # (B, hidden, 1)
+        return (self.out(h) + h @ told / h.shape[-1] ** 0.5)[..., 0]
+
+
+class Discriminator(nn.Module):
+    """`heads` of them: features of several layers, tokens (B, N_i, width) each, and a condition -> logits (B, N_i)."""
+
+    def __init__(self, heads: int, width: int, cond_dim: int, hidden: int = 64) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(Head(width, cond_dim, hidden) for _ in range(heads))
+
+    def forward(self, features: Sequence[Tensor], vec: Tensor) -> list[Tensor]:
+        return [head(tokens, vec) for head, tokens in zip(self.heads, features, strict=True)]

@@ -1,0 +1,139 @@
+"""The objective of a one-step generator: reconstruct the pairs, look real on prior samples (PaGoDA, section 3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pixelgrow import rng
+from pixelgrow.models.cond import Cond
+from pixelgrow.models.discriminator import Discriminator
+from pixelgrow.onestep.features import Seen, TeacherFeatures
+from pixelgrow.onestep.generator import Generator
+from pixelgrow.onestep.losses import (
+    DRAWS,
+    at_output,
+    balanced,
+    diff_augment,
+    feature_distance,
+    hinge_discriminator,
+    hinge_generator,
+)
+from pixelgrow.onestep.settings import LossSettings
+from pixelgrow.training.objective import Terms
+
+GENERATOR, DISCRIMINATOR = "generator", "discriminator"
+
+
+@dataclass(frozen=True)
+class DistillBatch:
+    """`image` (B, 3, H, W) real pictures of `text`; `latent` (B, 3, h, w) and the picture `target` (B, 3, H, W) of
+    `target_text` that a pair joins it to; `index` (B,) int64, the positions in the training stream."""
+
+    image: Tensor
+    text: tuple[str, ...]
+    index: Tensor
+    latent: Tensor
+    target: Tensor
+    target_text: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+
+class Conditions(Protocol):
+    """Where captions' encodings come from: `text_cache.TextCache`."""
+
+    def cond(self, texts: Sequence[str]) -> Cond:
+        """The conditions of captions, on the CPU."""
+        ...
+
+
+class DistillObjective:
+    """Generator and discriminator, updated in turn; prior samples and augmentations keyed by (seed, index).
+
+    The discriminator looks at the frozen teacher's tokens of real and drawn pictures under their captions.
+    """
+
+    def __init__(
+        self, generator: Generator, features: TeacherFeatures, text: Conditions, losses: LossSettings, seed: int
+    ) -> None:
+        self.generator, self.features, self.text, self.losses, self.seed = generator, features, text, losses, seed
+        self.device = next(generator.parameters()).device
+        self.modules: dict[str, nn.Module] = {GENERATOR: generator}
+        self.rates: Mapping[str, float] = {GENERATOR: 1.0, DISCRIMINATOR: losses.discriminator_rate}
+        generator.train()
+        if losses.adversarial:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(rng.seed_of(seed, "discriminator"))
+                made = Discriminator(features.count(generator.resolution), features.width, features.width)
+            self.discriminator = made.to(self.device)
+            self.modules[DISCRIMINATOR] = self.discriminator
+
+    def loss(self, batch: DistillBatch, part: str) -> Terms:
+        """The loss of a part on a batch; see the class."""
+        return self._generator(batch) if part == GENERATOR else self._discriminator(batch)
+
+    def _generator(self, batch: DistillBatch) -> Terms:
+        s, n = self.losses, len(batch)
+        target = batch.target.to(self.device)
+        crop = self._uniform("crop", batch.index, 2)
+        latent = batch.latent.to(self.device)
+        if not s.adversarial:
+            cond = self.text.cond(batch.target_text).to(self.device)
+            rec = at_output(self.generator(latent, cond), lambda y: self._distance(y, target, cond, crop))
+            return Terms(rec.loss, {"rec": rec.value})
+        both = self.text.cond(batch.target_text + batch.text).to(self.device)
+        first, cond = both[:n], both[n:]
+        drawn = self.generator(torch.cat([latent, self._prior(batch.index, GENERATOR)]), both)
+        rec = at_output(drawn[:n], lambda y: self._distance(y, target, first, crop))
+        draws = self._uniform("augment generator", batch.index, DRAWS)
+        adv = at_output(drawn[n:], lambda y: hinge_generator(self._verdict(self._see(y, cond, draws))))
+        if s.balance == "fixed":
+            loss, weight = rec.loss + s.scale * adv.loss, torch.tensor(s.scale)
+        else:
+            made = balanced(rec, adv, self.generator.last_layer, s.norms, s.scale)
+            loss, weight = made.loss, made.weight
+        return Terms(loss, {"rec": rec.value, "adv": adv.value, "adv_weight": weight})
+
+    def _discriminator(self, batch: DistillBatch) -> Terms:
+        n = len(batch)
+        cond = self.text.cond(batch.text + batch.text).to(self.device)
+        draws = self._uniform("augment discriminator", batch.index, DRAWS)
+        with torch.no_grad():
+            fake = self.generator(self._prior(batch.index, DISCRIMINATOR), cond[:n])
+            seen = self._see(torch.cat([batch.image.to(self.device), fake]), cond, torch.cat([draws, draws]))
+        verdict = self._verdict(seen)
+        real, drawn = [v[:n] for v in verdict], [v[n:] for v in verdict]
+        means = {name: torch.stack([v.mean() for v in some]).mean() for name, some in (("real", real), ("fake", drawn))}
+        return Terms(hinge_discriminator(real, drawn), {name: mean.detach() for name, mean in means.items()})
+
+    def _distance(self, images: Tensor, target: Tensor, cond: Cond, crop: Tensor) -> Tensor:
+        """Scalar: how far pictures are from those of their pairs."""
+        total = self.losses.pixels * (images - target).square().mean()
+        if self.losses.features:
+            with torch.no_grad():
+                wanted = self.features(target, cond, crop).tokens
+            total = (
+                total + self.losses.features * feature_distance(self.features(images, cond, crop).tokens, wanted).mean()
+            )
+        return total
+
+    def _see(self, images: Tensor, cond: Cond, draws: Tensor) -> Seen:
+        return self.features(diff_augment(images, draws, self.losses.augment), cond, draws[:, :2])
+
+    def _verdict(self, seen: Seen) -> list[Tensor]:
+        return self.discriminator(seen.tokens, seen.vec)
+
+    def _prior(self, index: Tensor, whose: str) -> Tensor:
+        side = self.generator.latent_resolution
+        return rng.normal((3, side, side), self.seed, f"prior {whose}", index, self.device)
+
+    def _uniform(self, stream: str, index: Tensor, count: int) -> Tensor:
+        """(B, count) in [0, 1), row b a function of (seed, stream, index[b])."""
+        columns = [rng.uniform(self.seed, f"{stream} {i}", index) for i in range(count)]
+        return torch.stack(columns, 1).float().to(self.device)

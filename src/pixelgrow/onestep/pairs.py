@@ -1,0 +1,179 @@
+"""Data-latent pairs: images and the latents that a teacher's ODE joins them to (PaGoDA, arXiv 2405.14822, section 3.1).
+
+A folder of shards, `00000.safetensors` and on: `latent` (N, 3, h, w) float16 of unit variance where the teacher is
+perfect, `origin` (N, 3) int64 (source number, sample number, mirrored), and for pairs that were drawn, not inverted,
+`image` (N, 3, h, w) float16. `pairs.json` says what made them. A shard is written whole or not at all, with a checksum.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pixelgrow.errors import UserError
+from pixelgrow.models.layers import box_down, up_nearest
+from pixelgrow.sampling import Denoise, invert, karras_grid, solve
+from pixelgrow.training.state import flush
+from pixelgrow.writing import writing
+
+FORMAT = 1
+INDEX = "pairs.json"
+Direction = Literal["invert", "draw"]
+
+
+@dataclass(frozen=True)
+class Ode:
+    """How latents and images are joined: a solver on Karras' noise levels. 40 levels of Heun's method are 79
+    evaluations (the paper's); the image is taken as the state at sigma_min, no noise is added (the released code's)."""
+
+    sampler: str
+    steps: int
+    sigma_min: float
+    sigma_max: float
+
+    @property
+    def sigmas(self) -> Tensor:
+        """The falling grid (steps + 1,), from sigma_max to 0."""
+        return karras_grid(self.steps, self.sigma_min, self.sigma_max)
+
+    def to_latent(self, denoise: Denoise, x: Tensor) -> Tensor:
+        """Images (B, 3, h, w) -> latents of about unit variance."""
+        return invert(denoise, x, self.sigmas, self.sampler) / self.sigma_max
+
+    def to_image(self, denoise: Denoise, z: Tensor) -> Tensor:
+        """Latents (B, 3, h, w) -> images."""
+        return solve(denoise, self.sigma_max * z, self.sigmas, self.sampler)
+
+    @torch.no_grad()
+    def round_trip(
+        self, denoise: Denoise, x: Tensor, parts: Sequence[float] = (0.25, 0.5, 0.75, 1.0)
+    ) -> dict[str, float]:
+        """PSNR in dB of images (B, 3, h, w) inverted to a noise level and solved back, by noise level: the given parts
+        of the way along the grid."""
+        sigmas, found = self.sigmas, {}
+        for part in parts:
+            grid = sigmas[round((1 - part) * (len(sigmas) - 2)) :]
+            back = solve(denoise, invert(denoise, x, grid, self.sampler), grid, self.sampler)
+            found[f"{float(grid[0]):.3g}"] = round(psnr(back, x), 2)
+        return found
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of images in [-1, 1]: over all of them together."""
+    return float(10 * torch.log10(4 / (a.double() - b.double()).square().mean()))
+
+
+def spread(latents: Tensor) -> dict[str, dict[str, float]]:
+    """Mean, deviation and kurtosis of latents (N, 3, h, w) by band of frequencies: {"1 px": {...}, "2 px": ...}.
+
+    Haar bands, scaled so that white noise of variance 1 has deviation 1 and kurtosis 3 in each. A deviation below 1 is
+    the prior hole in one number: the data's latents lie in a shell that prior samples miss.
+    """
+    found, k, low = {}, 1, latents.double()
+    while min(low.shape[-2:]) > 1 and low.shape[-1] % 2 == low.shape[-2] % 2 == 0:
+        down = box_down(low, 2)
+        found[f"{k} px"] = _moments((low - up_nearest(down, 2)) * (4 / 3) ** 0.5)
+        low, k = 2 * down, 2 * k
+    return found | {f"{k} px and above": _moments(low)}
+
+
+def _moments(x: Tensor) -> dict[str, float]:
+    mean, std = x.mean(), x.std(correction=0)
+    kurtosis = ((x - mean) / std).pow(4).mean()
+    return {"mean": round(float(mean), 4), "std": round(float(std), 4), "kurtosis": round(float(kurtosis), 3)}
+
+
+# --- shards -----------------------------------------------------------------------------------------------------------
+
+
+def shard_path(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}.safetensors"
+
+
+def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a shard whole or not at all. Raises UserError if the disk is full."""
+    part = path.with_name(f".{path.name}.part")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, part, metadata={"crc32": str(_checksum(tensors))})
+        flush(part)
+        part.replace(path)
+        flush(path.parent)
+
+
+def read_shard(path: Path) -> dict[str, Tensor] | None:
+    """The tensors of a shard; None where it is missing, cut off or damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            crc = (file.metadata() or {}).get("crc32")
+    except (OSError, SafetensorError):
+        return None
+    return tensors if crc == str(_checksum(tensors)) else None
+
+
+def _checksum(tensors: dict[str, Tensor]) -> int:
+    crc = 0
+    for name in sorted(tensors):
+        crc = zlib.crc32(tensors[name].contiguous().numpy().tobytes(), crc)
+    return crc
+
+
+class Pairs:
+    """A finished folder of pairs, to train on.
+
+    `facts`: what `pairs.json` says. Raises UserError where it is missing or damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / INDEX
+        try:
+            self.facts: dict[str, Any] = json.loads(path.read_text())
+            if self.facts["format"] != FORMAT:
+                raise UserError(f"{path}: got format {self.facts['format']}, expected {FORMAT}; make the pairs again")
+            self.direction: Direction = self.facts["direction"]
+            shards = int(self.facts["shards"])
+        except FileNotFoundError:
+            raise UserError(f"{folder} holds no finished pairs: it has no {INDEX}; run the pairs stage first") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{path} is damaged ({type(error).__name__}); delete {folder} to make the pairs again"
+            ) from None
+        parts = []
+        for number in range(shards):
+            shard = read_shard(shard_path(folder, number))
+            if shard is None:
+                raise UserError(
+                    f"{shard_path(folder, number)} is damaged or missing; delete {path} and run the recipe again: the "
+                    "shard is made anew"
+                )
+            parts.append(shard)
+        self.latents = torch.cat([p["latent"] for p in parts])  # (N, 3, h, w) float16
+        self.origins = torch.cat([p["origin"] for p in parts])  # (N, 3) int64
+        self.images = torch.cat([p["image"] for p in parts]) if self.direction == "draw" else None
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def check(self, teachers: Sequence[str], data: Sequence[dict[str, Any]]) -> None:
+        """Raise UserError unless the pairs are one of `teachers`' (hashes) and of the sources described by `data`."""
+        if self.facts["teacher"] not in teachers:
+            raise UserError(
+                f"the pairs are of the teacher {self.facts['teacher'][:12]}, this model comes from "
+                f"{', '.join(t[:12] for t in teachers) or 'none'}: make pairs with this model's teacher"
+            )
+        was, now = ([s["fingerprint"] for s in of] for of in (self.facts["data"], data))
+        if was != now:
+            raise UserError(
+                f"the pairs were made of other data ({', '.join(s['source'] for s in self.facts['data'])}, "
+                f"now {', '.join(s['source'] for s in data)}; files may have changed): make the pairs again"
+            )

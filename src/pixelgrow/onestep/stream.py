@@ -1,0 +1,97 @@
+"""The stream that a one-step generator trains on: real pictures, and beside them pictures with their latents."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pixelgrow.data.images import BadImage
+from pixelgrow.data.loader import Loader, to_tensor
+from pixelgrow.data.order import Order
+from pixelgrow.data.sources import Source, large_enough
+from pixelgrow.errors import UserError
+from pixelgrow.onestep.distill import DistillBatch
+from pixelgrow.onestep.pairs import Pairs
+from pixelgrow.rng import seed_of
+
+
+class PairStream:
+    """An endless, exactly resumable stream of `DistillBatch`es: `loader`'s pictures, and a pair for each of them.
+
+    Pairs come in an order of their own, each with its picture at `loader.size`: the same centre crop that was inverted,
+    from the original file, so that a generator is grown on details that the teacher never saw. Pairs whose original is
+    smaller are left out. `fraction`: of the pairs, the first (1% does not hurt, PaGoDA).
+    Raises UserError if none is left, or if drawn pairs are asked for at another size than they were drawn at.
+    """
+
+    def __init__(self, loader: Loader, pairs: Pairs, fraction: float = 1.0) -> None:
+        self.loader, self.pairs, self.sources = loader, pairs, loader.sources
+        first = max(1, round(fraction * len(pairs)))
+        if pairs.images is None:
+            self.usable = np.flatnonzero(_fits(pairs.origins[:first], self.sources, loader.size))
+        elif pairs.images.shape[-2:] == loader.size:
+            self.usable = np.arange(first)
+        else:
+            h, w = pairs.images.shape[-2:]
+            raise UserError(
+                f"the pairs were drawn by the teacher at {h}x{w}, this stage needs pictures of "
+                f"{loader.size[0]}x{loader.size[1]}: grow with pairs that were inverted"
+            )
+        if not len(self.usable):
+            raise UserError(
+                f"none of the {first} pairs is of an image of at least {loader.size[0]}x{loader.size[1]} pixels: make "
+                "pairs of larger images (data: in the pairs stage)"
+            )
+        self.order = Order([len(self.usable)], seed=seed_of(loader.seed, "pairs"))
+
+    def texts(self) -> list[str]:
+        """The captions of the pairs, for the text cache."""
+        return [self._text(int(n)) for n in self.usable]
+
+    def batches(self, start: int = 0) -> Generator[DistillBatch, None, None]:
+        """Batches from stream position `start` on, without end. Close it to stop the loader's workers."""
+        with contextlib.closing(self.loader.batches(start)) as real:
+            for batch in real:
+                numbers = [int(self.usable[self.order.at(int(i)).item]) for i in batch.index]
+                yield DistillBatch(
+                    image=batch.image,
+                    text=batch.text,
+                    index=batch.index,
+                    latent=self.pairs.latents[numbers].float(),
+                    target=self.target(numbers),
+                    target_text=tuple(self._text(n) for n in numbers),
+                )
+
+    def target(self, numbers: Sequence[int]) -> Tensor:
+        """The pictures (B, 3, H, W) of some pairs."""
+        if self.pairs.images is not None:
+            return self.pairs.images[list(numbers)].float()
+        return to_tensor(np.stack([self._picture(n) for n in numbers]))
+
+    def _picture(self, number: int) -> np.ndarray:
+        source, item, mirrored = (int(v) for v in self.pairs.origins[number])
+        try:
+            picture = self.sources[source].image(item, self.loader.size, (0.5, 0.5))
+        except BadImage as bad:
+            raise UserError(
+                f"{self.sources[source].name}: {self.sources[source].key(item)}, of which a pair was made, cannot be "
+                f"decoded any more ({bad.reason}): put it back, or make the pairs again"
+            ) from bad
+        return picture[:, ::-1] if mirrored else picture
+
+    def _text(self, number: int) -> str:
+        source, item, _ = (int(v) for v in self.pairs.origins[number])
+        return self.sources[source].text(item)
+
+
+def _fits(origins: Tensor, sources: Sequence[Source], size: tuple[int, int]) -> np.ndarray:
+    """Which pairs (N,) are of originals of at least `size`."""
+    fits = np.zeros(len(origins), bool)
+    for number, source in enumerate(sources):
+        mine = (origins[:, 0] == number).numpy()
+        fits[mine] = np.isin(origins[torch.from_numpy(mine), 1].numpy(), large_enough(source, size))
+    return fits

@@ -1,0 +1,153 @@
+"""The `distill` stage, and the `grow` stage of a generator: from a teacher and its pairs to a one-step checkpoint."""
+
+from __future__ import annotations
+
+import json
+import logging
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pixelgrow import checkpoint, rng
+from pixelgrow.data.loader import Loader
+from pixelgrow.errors import UserError
+from pixelgrow.growth import detail_std, freeze, grow_network, grown_config, with_detail
+from pixelgrow.guidance import Guided
+from pixelgrow.models.layers import box_down
+from pixelgrow.onestep.distill import GENERATOR, DistillObjective
+from pixelgrow.onestep.features import TeacherFeatures
+from pixelgrow.onestep.generator import Generator
+from pixelgrow.onestep.pairs import Ode, Pairs
+from pixelgrow.onestep.settings import LossSettings
+from pixelgrow.onestep.stream import PairStream
+from pixelgrow.onestep.watch import Watch, Watched
+from pixelgrow.recipe_spec import DistillStage, GrowStage
+from pixelgrow.sampling import initial_noise, sample
+from pixelgrow.stages.grow import REPORT, START, describe
+from pixelgrow.stages.materials import Materials
+from pixelgrow.stages.record import write_json
+from pixelgrow.stages.train import GRID_GUIDANCE, GRID_STEPS, WATCHED, Parent, finish, write_prompts
+from pixelgrow.training import loop
+from pixelgrow.training.loop import CHECKPOINT
+from pixelgrow.training.monitor import Hook, grid_hook
+
+COLUMNS = 8
+logger = logging.getLogger(__name__)
+
+
+def distill_stage(stage: DistillStage, parent: Parent, folder: Path, materials: Materials) -> dict[str, Any]:
+    """Run a `distill` stage; returns the numbers of its run."""
+    teacher, config = checkpoint.load(parent.folder)
+    generator = Generator(teacher.net, teacher.config)
+    entry = {"stage": stage.name, "verb": "distill", "recipe": materials.recipe.name, "images": stage.images}
+    lineage = [*config.lineage, entry | {"parent": config.sha256}]
+    return _fit(generator, stage, stage.losses, folder, materials, lineage)
+
+
+def grow_generator_stage(stage: GrowStage, parent: Parent, folder: Path, materials: Materials) -> dict[str, Any]:
+    """Run a `grow` stage of a one-step generator: decoder halves on its features, the rest frozen."""
+    if stage.pairs is None:
+        raise UserError(f"stage {stage.name!r}: {stage.parent} is a one-step generator: write pairs: STAGE to grow it")
+    if not (folder / REPORT).exists():
+        _make_start(stage, parent, folder, materials)
+    growth = json.loads((folder / REPORT).read_text())
+    generator, _ = checkpoint.load_generator(folder / START)
+    freeze(generator.net, growth["frozen"])
+    entry = {
+        "stage": stage.name,
+        "verb": "grow",
+        "recipe": materials.recipe.name,
+        "init": stage.init,
+        "from": parent.config.network.resolution,
+        "to": stage.to[-1],
+        "tensors": {k: len(growth[k]) for k in ("loaded", "new", "dropped", "frozen")},
+        "images": stage.images,
+        "parent": parent.config.sha256,
+    }
+    losses = stage.losses or LossSettings(balance="fixed", scale=1.0)  # the paper's weight of 1 where it grows
+    return _fit(generator, stage, losses, folder, materials, [*parent.config.lineage, entry])
+
+
+def _make_start(stage: GrowStage, parent: Parent, folder: Path, materials: Materials) -> None:
+    """Write `start/`, the grown generator before its first step, and `growth.json`."""
+    before, _ = checkpoint.load_generator(parent.folder)
+    config = before.net.config
+    images = materials.heldout(WATCHED, (stage.to[-1], stage.to[-1])).images
+    for side in stage.to:
+        low = config.resolution
+        config = grown_config(config, side, stage.init, patch=stage.patch, blocks=stage.blocks, generator=True)
+        config = with_detail(config, detail_std(box_down(images, stage.to[-1] // side), side // low))
+    net, report = grow_network(before.net, config, stage.init, materials.recipe.seed)
+    checkpoint.save(folder / START, Generator(net, before.config), parent.config)
+    summary = report.to_dict() | {"frozen": [] if stage.trains_core else report.loaded}
+    write_json(folder / REPORT, summary)
+    logger.info("%s", describe(summary))
+
+
+def _fit(
+    generator: Generator,
+    stage: DistillStage | GrowStage,
+    losses: LossSettings,
+    folder: Path,
+    materials: Materials,
+    lineage: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """Train a generator on its teacher's pairs, going on where it was cut off; write `folder/checkpoint`."""
+    recipe, settings = materials.recipe, stage.training()
+    made = materials.pairs_of(stage)
+    pairs, teacher_folder = Pairs(made.folder), made.teacher
+    pairs.check([str(entry.get("parent")) for entry in lineage], materials.mixture(made.stage).describe())
+    teacher, teacher_config = checkpoint.load(teacher_folder, materials.device)
+    generator = generator.to(materials.device)
+    seed = rng.seed_of(recipe.seed, "stage", stage.name, "")
+    size = (generator.resolution, generator.resolution)
+    mixture = materials.mixture(made.stage)
+    loader = Loader(
+        mixture.sources,
+        mixture.weights,
+        size=size,
+        batch=settings.micro_batch,
+        seed=seed,
+        flip=settings.flip,
+        workers=settings.workers,
+        bad_limit=settings.bad_limit,
+        bad_path=folder / "bad_files.jsonl",
+    )
+    stream = PairStream(loader, pairs, stage.fraction)
+    held = materials.heldout(WATCHED, size)
+    materials.account(held, mixture, loader.bad)
+    materials.encode(chain(loader.texts(), stream.texts(), held.captions))
+    cond = materials.cond(held.captions)
+    features = TeacherFeatures(teacher)
+    objective = DistillObjective(generator, features, materials.text, losses, seed)
+
+    low = (teacher.resolution, teacher.resolution)
+    solver = pairs.facts["solver"]
+    ode = Ode(solver["sampler"], min(20, int(solver["steps"])), teacher.sigma_min, teacher.sigma_max)
+    images = held.images.to(materials.device)
+    with torch.no_grad():
+        small = box_down(images, generator.resolution // teacher.resolution)
+        latents = ode.to_latent(Guided(teacher, cond, guidance=float(solver["guidance"])), small)
+        solved = sample(
+            teacher,
+            cond[:COLUMNS],
+            size=low,
+            seed=recipe.seed,
+            steps=GRID_STEPS,
+            guidance=float(teacher_config.sampling.get("guidance", GRID_GUIDANCE)),
+        ).images
+    prior = initial_noise(low, recipe.seed, range(len(images))).to(materials.device)
+    watch = Watch(generator, features, Watched(images, cond, latents, prior, solved), settings.micro_batch)
+    write_prompts(folder, held.captions[:COLUMNS])
+    hooks = [
+        Hook("validation", settings.validate_every or 0, watch.numbers, at_start=True),
+        grid_hook(
+            lambda: watch.grid(COLUMNS), folder, settings.sample_every or 0, COLUMNS, generator.net.config.patches
+        ),
+    ]
+    result = loop.train(
+        objective, stream.batches, settings, folder, seed=seed, hooks=hooks, name=f"{recipe.name}/{stage.name}"
+    )
+    return finish(result, GENERATOR, generator, folder / CHECKPOINT, materials, lineage, loader)

@@ -1,0 +1,166 @@
+"""The `pairs` stage: a teacher's data joined with latents, in shards that are done once."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pixelgrow import checkpoint, rng
+from pixelgrow.data.loader import Loader, mirrored, to_tensor
+from pixelgrow.diffusion import Denoiser
+from pixelgrow.guidance import Guided
+from pixelgrow.models.cond import Cond
+from pixelgrow.onestep.pairs import FORMAT, INDEX, Ode, read_shard, shard_path, spread, write_shard
+from pixelgrow.recipe_spec import PairsStage
+from pixelgrow.sampling import initial_noise
+from pixelgrow.stages.materials import Materials
+from pixelgrow.stages.record import write_json
+from pixelgrow.stages.train import Parent
+from pixelgrow.training.log import duration
+
+CHECKED = 16  # images that are inverted and solved back
+DESCRIBED = 16384  # pairs whose latents are described
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every shard of a stage is made with."""
+
+    stage: PairsStage
+    denoiser: Denoiser
+    ode: Ode
+    loader: Loader
+    materials: Materials
+    seed: int
+
+    def denoise(self, cond: Cond) -> Guided:
+        return Guided(self.denoiser, cond, guidance=self.stage.guidance)
+
+    def batches(self, start: int, stop: int) -> Iterator[tuple[Tensor, tuple[str, ...], Tensor, range]]:
+        """Images (B, 3, h, w), captions, origins (B, 3) and numbers of the stream from image `start` to `stop`."""
+        for at in range(start, stop, self.stage.batch):
+            raw = self.loader.load(at)
+            for source, bad in raw.bad:
+                self.loader.bad.add(source, [bad])
+            rows = min(self.stage.batch, stop - at)
+            images = to_tensor(raw.image[:rows].transpose(0, 2, 3, 1))
+            origin = torch.nn.functional.pad(torch.from_numpy(raw.origin[:rows]), (0, 1))
+            yield images, raw.text[:rows], origin, range(at, at + rows)
+
+    @torch.no_grad()
+    def shard(self, start: int, stop: int, note: Callable[[int], None]) -> dict[str, Tensor]:
+        """The pairs of the images `start` to `stop` of the stream; `note` is told how many more are done."""
+        found: dict[str, list[Tensor]] = {}
+
+        def keep(**tensors: Tensor) -> None:
+            for name, tensor in tensors.items():
+                found.setdefault(name, []).append(tensor.cpu())
+
+        device = self.materials.device
+        for images, captions, origin, numbers in self.batches(start, stop):
+            cond = self.materials.text.cond(captions).to(device)
+            if self.stage.direction == "draw":
+                z = initial_noise((images.shape[-2], images.shape[-1]), self.seed, numbers)
+                drawn = self.ode.to_image(self.denoise(cond), z.to(device)).clamp(-1, 1)
+                keep(latent=z.half(), image=drawn.half(), origin=origin)
+            else:
+                keep(latent=self.ode.to_latent(self.denoise(cond), images.to(device)).half(), origin=origin)
+                may = torch.tensor([self._mirrors(int(source)) for source in origin[:, 0]])
+                if may.any():
+                    z = self.ode.to_latent(self.denoise(cond[may.to(device)]), images[may].flip(-1).to(device))
+                    keep(latent=z.half(), origin=origin[may] + torch.tensor([0, 0, 1]))
+            note(len(numbers))
+        return {name: torch.cat(parts) for name, parts in found.items()}
+
+    def _mirrors(self, source: int) -> bool:
+        return mirrored(self.loader.sources, self.stage.flip)[source]
+
+
+class Progress:
+    """A line now and then of how far the pairs are; `speed` in images a second."""
+
+    def __init__(self, name: str, total: int, pause: float = 15.0) -> None:
+        self.name, self.total, self.pause, self.done = name, total, pause, 0
+        self.began = self.said = time.monotonic()
+
+    @property
+    def speed(self) -> float:
+        return self.done / max(1e-9, time.monotonic() - self.began)
+
+    def add(self, images: int) -> None:
+        self.done += images
+        if time.monotonic() - self.said > self.pause:
+            self.said = time.monotonic()
+            left = duration((self.total - self.done) / self.speed)
+            logger.info(
+                "%s: %d of %d images, %.3g a second, %s left", self.name, self.done, self.total, self.speed, left
+            )
+
+
+def pairs_stage(stage: PairsStage, parent: Parent, folder: Path, materials: Materials) -> dict[str, Any]:
+    """Run a `pairs` stage; returns the numbers of its run. Shards that are there and whole are not made again."""
+    denoiser, _ = checkpoint.load(parent.folder, materials.device)
+    seed = rng.seed_of(materials.recipe.seed, "stage", stage.name)
+    side = denoiser.resolution
+    mixture = materials.mixture(stage)
+    loader = Loader(
+        mixture.sources,
+        mixture.weights,
+        size=(side, side),
+        batch=stage.batch,
+        seed=seed,
+        random_crop=False,
+        bad_limit=stage.bad_limit,
+        bad_path=folder / "bad_files.jsonl",
+    )
+    materials.encode(loader.texts())
+    ode = Ode(stage.sampler, stage.steps, denoiser.sigma_min, denoiser.sigma_max)
+    work = Work(stage, denoiser, ode, loader, materials, seed)
+    progress = Progress(stage.name, stage.n)
+    starts = range(0, stage.n, stage.shard)
+    for number, start in enumerate(starts):
+        stop = min(start + stage.shard, stage.n)
+        if read_shard(shard_path(folder, number)) is None:
+            write_shard(shard_path(folder, number), work.shard(start, stop, progress.add))
+        else:
+            progress.total -= stop - start
+    shards = [shard for i in range(len(starts)) if (shard := read_shard(shard_path(folder, i))) is not None]
+    pairs = sum(len(shard["latent"]) for shard in shards)
+    latents = torch.cat([shard["latent"] for shard in shards])[:DESCRIBED]
+    images, captions, *_ = next(work.batches(0, min(CHECKED, stage.n)))
+    denoise = work.denoise(materials.cond(captions[:CHECKED]))
+    facts: dict[str, Any] = {
+        "format": FORMAT,
+        "teacher": parent.config.sha256,
+        "direction": stage.direction,
+        "solver": {"sampler": stage.sampler, "steps": stage.steps, "guidance": stage.guidance},
+        "resolution": [side, side],
+        "data": mixture.describe(),
+        "pairs": pairs,
+        "shards": len(shards),
+        "latents": spread(latents),
+        "round_trip_psnr": ode.round_trip(denoise, images[:CHECKED].to(materials.device)),
+    }
+    write_json(folder / INDEX, facts)
+    for band, numbers in facts["latents"].items():
+        logger.info("latents, %s: %s", band, ", ".join(f"{k} {v:g}" for k, v in numbers.items()))
+    psnrs = ", ".join(f"{v:g} dB from sigma {k}" for k, v in facts["round_trip_psnr"].items())
+    logger.info("inverted and solved back: %s", psnrs)
+    return {
+        "images": stage.n,
+        "pairs": pairs,
+        "images_per_second": progress.speed,
+        "bytes_per_pair": sum(shard_path(folder, i).stat().st_size for i in range(len(shards))) / pairs,
+        "bad_files": len(loader.bad),
+        "bad_report": loader.bad.report(),
+        "latents": facts["latents"],
+        "round_trip_psnr": facts["round_trip_psnr"],
+    }

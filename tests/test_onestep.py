@@ -1,0 +1,328 @@
+"""One step: the generator, its growth, pairs, distillation, and a whole run of them."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pixelgrow import checkpoint
+from pixelgrow.errors import UserError
+from pixelgrow.growth import freeze, grow_network, grown_config
+from pixelgrow.model import Model, OneStepModel
+from pixelgrow.models.layers import box_down, up_nearest
+from pixelgrow.models.sizes import shallow_uvit
+from pixelgrow.models.uvit import UViT
+from pixelgrow.onestep.distill import DISCRIMINATOR, GENERATOR, DistillBatch, DistillObjective
+from pixelgrow.onestep.features import TeacherFeatures, cropped
+from pixelgrow.onestep.generator import Generator
+from pixelgrow.onestep.pairs import Ode, Pairs, psnr, read_shard, shard_path, spread, write_shard
+from pixelgrow.onestep.settings import LossSettings
+from pixelgrow.onestep.watch import energy_distance
+from pixelgrow.recipe import load_recipe, read_recipe
+from pixelgrow.run import run
+from pixelgrow.sampling import generate, initial_noise
+from pixelgrow.stages import distill, train
+from test_growth import CORE, cond, shallow
+
+WEIGHTS = "checkpoint/model.safetensors"
+
+
+def generator(dtype: torch.dtype = torch.float32) -> Generator:
+    return Generator(shallow(dtype=dtype).net)
+
+
+def grown(low: Generator, to: int, init: Any) -> tuple[Generator, list[str]]:
+    net, report = grow_network(low.net, grown_config(low.net.config, to, init, generator=True), init)
+    return Generator(net, low.config), report.loaded
+
+
+# --- the network ------------------------------------------------------------------------------------------------------
+
+
+def test_a_generator_is_its_teacher_asked_once_at_the_highest_noise() -> None:
+    teacher = shallow()
+    z, c = torch.randn(3, 3, 16, 16), cond(3)
+    want = teacher(80 * z, torch.full((3,), 80.0), c)
+    assert torch.equal(Generator(teacher.net)(z, c), want)
+    one_step = generate(Generator(teacher.net), c, size=(16, 16), seed=4, batch=2)
+    again = teacher(80 * initial_noise((16, 16), 4, range(3)), torch.full((3,), 80.0), c)
+    torch.testing.assert_close(one_step.images, again.clamp(-1, 1))
+    assert one_step.nfe == 1
+
+
+@pytest.mark.parametrize("to", [32, 64])
+def test_preserve_growth_of_a_generator_is_an_identity(to: int) -> None:
+    low = generator(torch.float64)
+    z, c = torch.randn(2, 3, 16, 16, dtype=torch.float64), cond(2, torch.float64)
+    high, _ = grown(low, to, "preserve")
+    assert (high.resolution, high.latent_resolution) == (to, 16)
+    assert torch.equal(high(z, c), up_nearest(low(z, c), to // 16))
+    for p in high.net.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    twice, _ = grown(high, 2 * to, "preserve")
+    assert torch.equal(twice(z, c), up_nearest(high(z, c), 2))
+
+
+def test_the_papers_growth_of_a_generator_draws_from_the_features_with_a_new_output_layer() -> None:
+    low = generator()
+    z, c = torch.randn(2, 3, 16, 24), cond(2)  # not square
+    high, loaded = grown(low, 64, "random")
+    assert set(loaded) == set(low.net.state_dict())
+    assert high(z, c).shape == (2, 3, 64, 96)
+    assert high.last_layer is high.net.exit["64"].conv.weight
+    images = [r.image for r in high.rungs(z, c)]
+    assert torch.equal(images[0], low(z, c))  # the base's own picture is still there
+    assert not [n for n in high.net.state_dict() if n.startswith(("encoder.32", "encoder.64", "entry.64"))]
+    with pytest.raises(UserError, match="no growth of a one-step generator"):
+        grown_config(low.net.config, 64, "scratch", generator=True)
+
+
+def test_a_denoiser_that_was_grown_is_a_teacher_too() -> None:
+    small = UViT(shallow_uvit("tiny", 16, core=CORE))
+    net, _ = grow_network(small, grown_config(small.config, 32, "preserve"), "preserve")
+    made = Generator(net)
+    assert (made.latent_resolution, made.denoiser.sigma_max) == (32, 160.0)
+    high, _ = grown(made, 64, "preserve")
+    z = torch.randn(1, 3, 32, 32)
+    assert high(z, cond(1)).shape == (1, 3, 64, 64)
+    assert high.latent_size((64, 128)) == (32, 64)
+
+
+# --- pairs ------------------------------------------------------------------------------------------------------------
+
+
+def test_inverted_latents_of_gaussian_data_are_white_and_lead_back() -> None:
+    """N(0, 0.5^2): the ideal denoiser is s^2 / (s^2 + sigma^2) x, and latents are x / 0.5 up to sigma_min."""
+
+    def denoise(x: torch.Tensor, sigma: float) -> torch.Tensor:
+        return 0.25 / (0.25 + sigma**2) * x
+
+    ode = Ode("heun", 40, 0.002, 80.0)
+    x = 0.5 * torch.randn(64, 3, 8, 8, dtype=torch.float64)
+    z = ode.to_latent(denoise, x)
+    want = x / 80 * ((0.25 + 80**2) / (0.25 + 0.002**2)) ** 0.5
+    torch.testing.assert_close(z, want, rtol=1e-2, atol=0)
+    assert psnr(ode.to_image(denoise, z), x) > 50
+    assert min(ode.round_trip(denoise, x).values()) > 50
+    bands = spread(z)
+    assert list(bands) == ["1 px", "2 px", "4 px", "8 px and above"]
+    assert all(band["std"] == pytest.approx(1, abs=0.06) for band in bands.values())
+    assert bands["1 px"]["kurtosis"] == pytest.approx(3, abs=0.1)
+
+
+def test_a_thin_shell_shows_in_the_band_that_it_is_in() -> None:
+    noise = torch.randn(256, 3, 8, 8)
+    smooth = up_nearest(box_down(noise, 4), 4)
+    bands = spread(noise - 0.5 * smooth)
+    assert bands["1 px"]["std"] == pytest.approx(1, abs=0.03)
+    assert bands["4 px"]["std"] == pytest.approx(0.5, abs=0.03)
+
+
+def test_a_shard_that_is_cut_off_or_changed_is_none(tmp_path: Path) -> None:
+    path = shard_path(tmp_path, 0)
+    assert read_shard(path) is None
+    tensors = {"latent": torch.randn(4, 3, 8, 8).half(), "origin": torch.zeros(4, 3, dtype=torch.int64)}
+    write_shard(path, tensors)
+    found = read_shard(path)
+    assert found is not None and all(torch.equal(found[k], t) for k, t in tensors.items())
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-7])
+    assert read_shard(path) is None
+    path.write_bytes(whole[:-7] + b"\x01" * 7)
+    assert read_shard(path) is None
+
+
+def test_energy_distance_tells_a_shift_from_none() -> None:
+    a, b = torch.randn(200, 4), torch.randn(150, 4)
+    assert abs(energy_distance(a, b)) < 0.05
+    assert energy_distance(a, b + 1) > 0.5
+
+
+# --- the objective ----------------------------------------------------------------------------------------------------
+
+
+class Conditions:
+    def cond(self, texts: Any) -> Any:
+        return cond(len(texts))
+
+
+def batch(n: int, side: int, latent: int = 16) -> DistillBatch:
+    g = torch.Generator().manual_seed(1)
+    picture = torch.rand(2, n, 3, side, side, generator=g) * 2 - 1
+    z = torch.randn(n, 3, latent, latent, generator=g)
+    return DistillBatch(picture[0], ("a",) * n, torch.arange(n), z, picture[1], ("b",) * n)
+
+
+def test_the_teachers_features_see_all_of_a_picture_and_a_part_of_a_large_one() -> None:
+    seen = TeacherFeatures(shallow())
+    crop = torch.tensor([[0.0, 0.0], [0.999, 0.5]])
+    small = seen(torch.rand(2, 3, 16, 16), cond(2), crop)
+    assert [t.shape for t in small.tokens] == [(2, 16, 32)] * seen.count(16)
+    assert len(seen(torch.rand(2, 3, 64, 64), cond(2), crop).tokens) == seen.count(64) == 2 * seen.count(16)
+    images = torch.arange(2 * 3 * 8 * 8.0).view(2, 3, 8, 8)
+    parts = cropped(images, 4, crop)
+    assert torch.equal(parts[0], images[0, :, :4, :4]) and torch.equal(parts[1], images[1, :, 4:, 2:6])
+    assert not any(p.requires_grad for p in seen.teacher.parameters())
+
+
+@pytest.mark.parametrize("adversarial", [True, False])
+def test_a_generator_learns_its_pairs_and_the_teacher_stays(adversarial: bool) -> None:
+    teacher, made = shallow(), generator()
+    kept = {n: t.clone() for n, t in teacher.net.state_dict().items()}
+    objective = DistillObjective(
+        made, TeacherFeatures(teacher), Conditions(), LossSettings(adversarial=adversarial), seed=0
+    )
+    assert list(objective.modules) == ([GENERATOR, DISCRIMINATOR] if adversarial else [GENERATOR])
+    some = batch(4, 16)
+    optimizers = {part: torch.optim.Adam(m.parameters(), 1e-3) for part, m in objective.modules.items()}
+    rec = []
+    for _ in range(12):
+        for part, optimizer in optimizers.items():
+            optimizer.zero_grad()
+            terms = objective.loss(some, part)
+            terms.loss.backward()
+            optimizer.step()
+            if part == GENERATOR:
+                rec.append(float(terms.logs["rec"]))
+                assert not adversarial or 0.01 <= float(terms.logs["adv_weight"]) <= 10
+    assert rec[-1] < 0.7 * rec[0]
+    assert all(torch.equal(t, kept[n]) for n, t in teacher.net.state_dict().items())
+
+
+def test_the_discriminators_step_leaves_the_generator_alone_and_tells_real_from_drawn() -> None:
+    made = generator()
+    objective = DistillObjective(made, TeacherFeatures(shallow()), Conditions(), LossSettings(augment=()), seed=0)
+    some = batch(8, 16)
+    optimizer = torch.optim.Adam(objective.modules[DISCRIMINATOR].parameters(), 3e-3)
+    for _ in range(30):
+        optimizer.zero_grad()
+        terms = objective.loss(some, DISCRIMINATOR)
+        terms.loss.backward()
+        optimizer.step()
+    assert all(p.grad is None for p in made.parameters())
+    assert float(terms.logs["real"]) > float(terms.logs["fake"]) + 0.3
+
+
+def test_frozen_tensors_of_a_grown_generator_stay_to_the_bit() -> None:
+    low = generator()
+    high, loaded = grown(low, 32, "preserve")
+    freeze(high.net, loaded)
+    losses = LossSettings(balance="fixed", scale=1.0)
+    objective = DistillObjective(high, TeacherFeatures(shallow()), Conditions(), losses, seed=0)
+    trained = [p for p in high.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, 1e-3)
+    for _ in range(2):
+        objective.loss(batch(2, 32), GENERATOR).loss.backward()
+        optimizer.step()
+    old, new = low.net.state_dict(), high.net.state_dict()
+    assert all(torch.equal(new[n], t) for n, t in old.items())
+    assert new["exit.32.conv.weight"].abs().max() > 0
+
+
+# --- a whole run ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run: a core, its pairs, a one-step generator, grown; looked at with few pictures."""
+    root = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (train, distill):
+            patch.setattr(module, "WATCHED", 8)
+            patch.setattr(module, "GRID_STEPS", 2)
+        run(load_recipe("smoke-onestep"), root)
+    return root / "smoke-onestep"
+
+
+def test_every_stage_of_the_one_step_way_leaves_its_result(made: Path) -> None:
+    facts = json.loads((made / "pairs" / "pairs.json").read_text())
+    assert (facts["pairs"], facts["shards"], facts["direction"]) == (24, 3, "invert")
+    assert facts["teacher"] == checkpoint.read_config(made / "core" / "checkpoint").sha256
+    log = [json.loads(line) for line in (made / "onestep32" / "log.jsonl").read_text().splitlines()]
+    last = [line for line in log if "validation/drift_psnr" in line][-1]
+    assert last["validation/drift_psnr"] > 20 and "generator/adv_weight" in {k for line in log for k in line}
+    metrics = json.loads((made / "eval" / "metrics.json").read_text())
+    assert metrics["nfe"] == 1 and "accuracy" in metrics and "error" not in metrics
+    page = (made / "report.html").read_text()
+    assert "distil core to one step on pairs" in page and "drift from the base" in page
+
+
+def test_a_grown_generators_base_is_the_one_that_was_distilled(made: Path) -> None:
+    low, high = (checkpoint.load_generator(made / n / "checkpoint")[0] for n in ("onestep", "onestep32"))
+    old, new = low.net.state_dict(), high.net.state_dict()
+    assert all(torch.equal(new[n], t) for n, t in old.items())
+    lineage = checkpoint.read_config(made / "onestep32" / "checkpoint").lineage
+    assert [e["verb"] for e in lineage] == ["train", "distill", "grow"]
+
+
+def test_a_one_step_model_draws_and_takes_no_setting(made: Path) -> None:
+    model = Model.from_pretrained(made / "onestep32")
+    assert isinstance(model, OneStepModel)
+    first = model.sample(["a red circle", "a blue star"], seed=3)
+    assert [p.size for p in first] == [(32, 32)] * 2
+    assert model.sample("a blue star", seed=3, index=[1])[0].tobytes() == first[1].tobytes()
+    with pytest.raises(UserError, match="steps: a one-step generator draws in one network evaluation"):
+        model.sample("a blue star", steps=4)
+
+
+def test_a_multi_step_checkpoint_is_no_generator_and_the_other_way_round(made: Path) -> None:
+    with pytest.raises(UserError, match="is a multi-step denoiser, expected a one-step generator"):
+        checkpoint.load_generator(made / "core" / "checkpoint")
+    with pytest.raises(UserError, match="is a one-step generator, expected a multi-step denoiser"):
+        checkpoint.load(made / "onestep" / "checkpoint")
+
+
+def test_pairs_of_another_teacher_or_other_data_are_refused(made: Path) -> None:
+    pairs = Pairs(made / "pairs")
+    teacher, data = pairs.facts["teacher"], pairs.facts["data"]
+    pairs.check([teacher], data)
+    with pytest.raises(UserError, match="this model comes from abc"):
+        pairs.check(["abc"], data)
+    with pytest.raises(UserError, match="made of other data"):
+        pairs.check([teacher], [data[0] | {"fingerprint": "other"}])
+    with pytest.raises(UserError, match="holds no finished pairs"):
+        Pairs(made / "core")
+
+
+def test_pairs_that_were_cut_off_and_damaged_end_with_the_same_bytes(made: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "smoke-onestep"
+    shutil.copytree(made, cut)
+    for stage in ("onestep", "onestep32", "eval"):
+        shutil.rmtree(cut / stage)
+    record = json.loads((cut / "pairs" / "stage.json").read_text())
+    (cut / "pairs" / "stage.json").write_text(json.dumps(record | {"done": False}))
+    (cut / "pairs" / "pairs.json").unlink()
+    shard_path(cut / "pairs", 2).unlink()
+    damaged = shard_path(cut / "pairs", 1)
+    damaged.write_bytes(damaged.read_bytes()[: random.Random(0).randrange(100, 2000)])
+    kept = shard_path(cut / "pairs", 0).stat().st_mtime_ns
+    recipe = load_recipe("smoke-onestep")
+    run(recipe.model_copy(update={"stages": recipe.stages[:2]}), tmp_path)
+    assert shard_path(cut / "pairs", 0).stat().st_mtime_ns == kept
+    for name in ("00000.safetensors", "00001.safetensors", "00002.safetensors", "pairs.json"):
+        assert (cut / "pairs" / name).read_bytes() == (made / "pairs" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"pairs": "paris"}, "unknown stage of pairs 'paris'; did you mean 'pairs'?"),
+        ({"noise": {"mean": 0}}, "noise is for the training of a denoiser"),
+        ({"losses": {"norms": "cubed"}}, "expected to be 'squared' or 'plain'"),
+    ],
+)
+def test_mistakes_in_a_recipe_are_one_line(change: dict[str, Any], words: str) -> None:
+    stages = [
+        {"train": {"name": "core", "size": "tiny", "resolution": 16, "images": 16}},
+        {"pairs": {"name": "pairs", "n": 8}},
+        {"distill": {"name": "onestep", "from": "core", "pairs": "pairs", "images": 8} | change},
+    ]
+    with pytest.raises(UserError) as error:
+        read_recipe({"name": "x", "data": {"source": "scenes"}, "stages": stages}, "x.yaml")
+    assert words in str(error.value) and "\n" not in str(error.value)
