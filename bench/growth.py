@@ -25,7 +25,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench.growth_plan import REGIMES, Plan, describe, make_plan
+from bench.growth_plan import PATCH, REGIMES, Plan, describe, make_plan
 from bench.growth_summary import summarize
 
 from pixelgrow.errors import UserError
@@ -34,7 +34,7 @@ from pixelgrow.recipe_spec import Recipe
 from pixelgrow.run import run
 from pixelgrow.training.stopping import Interrupted
 
-NOISE = {"mean": -0.4, "std": 1.2}
+NOISE = {"mean": 0.8, "std": 1.8}  # the shipped core's: wide enough for every level that the error is measured at
 
 
 def recipe(seed: int, plan: Plan, args: argparse.Namespace) -> Recipe:
@@ -50,7 +50,7 @@ def recipe(seed: int, plan: Plan, args: argparse.Namespace) -> Recipe:
     for name, phases in plan.regimes.items():
         init, core = REGIMES[name]
         how = {"unfreeze_after": phases[0].images} if core == "unfreeze" else core
-        grow = {"name": name, "from": "core", "to": args.to, "init": init, "core": how}
+        grow = {"name": name, "from": "core", "to": args.to, "init": init, "core": how, "patch": PATCH}
         stages.append({"grow": grow | settings(sum(p.images for p in phases))})
     return read_recipe(_head(f"seed{seed}", seed, plan, args.heldout, args) | {"stages": stages}, "bench growth")
 
@@ -112,18 +112,18 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seeds", type=int, default=3)
     made.add_argument("--regimes", nargs="+", choices=list(REGIMES), default=list(REGIMES), metavar="REGIME")
     made.add_argument("--budget", type=float, default=1.0, help="factor on both budgets below")
-    made.add_argument("--core", type=float, default=6.0, help="TFLOP of a core's training")
-    made.add_argument("--growth", type=float, default=9.0, help="TFLOP of a growth's training")
+    made.add_argument("--core", type=float, default=4.0, help="TFLOP of a core's training")
+    made.add_argument("--growth", type=float, default=8.0, help="TFLOP of a growth's training")
     made.add_argument("--size", default="tiny")
     made.add_argument("--low", type=int, default=32, help="pixels of the core")
     made.add_argument("--to", type=int, default=64, help="pixels of the grown models")
-    made.add_argument("--batch", type=int, default=32)
+    made.add_argument("--batch", type=int, default=16)
     made.add_argument("--lr", type=float, default=1e-3)
     made.add_argument("--captions", type=int, default=4000, help="distinct training captions")
     made.add_argument("--encoder", default="minilm")
     made.add_argument("--heldout", type=int, default=32, help="images that the error is measured on, 64 at most")
     made.add_argument("--evaluations", type=int, default=10, help="of the error, evenly along each run")
-    made.add_argument("--prompts", type=int, default=128, help="held-out captions for the checker")
+    made.add_argument("--prompts", type=int, default=64, help="held-out captions for the checker")
     made.add_argument("--steps", type=int, default=12, help="of sampling them")
     made.add_argument("--guidance", type=float, default=2.0)
     made.add_argument("--rate", type=float, default=90.0, help="GFLOP/s that training achieves, to tell the time")

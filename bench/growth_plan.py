@@ -28,6 +28,7 @@ REGIMES: dict[str, tuple[Init, Literal["finetune", "frozen", "unfreeze"]]] = {
     "frozen-preserve": ("preserve", "frozen"),
     "unfreeze-preserve": ("preserve", "unfreeze"),
 }
+PATCH = 4  # pixels per cell of the top map, of a UViT and of a `preserve` rung alike
 TERA = 1e12
 
 
@@ -89,7 +90,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
     evaluation: dict[str, float] = {}
     for name in args.regimes:
         init, how = REGIMES[name]
-        net = grown_config(small, args.to, init)
+        net = grown_config(small, args.to, init, patch=PATCH)
         if how == "unfreeze":
             regimes[name] = (phase(budget / 2, net, small), phase(budget / 2, net))
         elif how == "frozen":
