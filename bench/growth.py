@@ -34,8 +34,8 @@ from pixelgrow.recipe_spec import Recipe
 from pixelgrow.run import run
 from pixelgrow.training.stopping import Interrupted
 
-# The shipped recipe's: what learns to draw from nothing is trained at every level that the error is measured at; what is
-# put on a finished core by `preserve`, at those where details are decided.
+# The shipped recipe's: what learns to draw from nothing is trained at every level that the error is measured at; what
+# `preserve` puts on a finished core, at those where details are decided.
 NOISE = {"mean": 0.8, "std": 1.8}
 DETAILS = {"mean": -0.4, "std": 1.2}
 
