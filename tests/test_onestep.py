@@ -30,7 +30,8 @@ from pixelgrow.sampling import generate, initial_noise
 from pixelgrow.stages import distill, train
 from test_growth import CORE, cond, shallow
 
-WEIGHTS = "checkpoint/model.safetensors"
+DISTILL = {"name": "onestep", "from": "core", "pairs": "pairs", "images": 8}
+GROW = {"name": "grown", "to": 32, "images": 8}
 
 
 def generator(dtype: torch.dtype = torch.float32) -> Generator:
@@ -318,11 +319,29 @@ def test_pairs_that_were_cut_off_and_damaged_end_with_the_same_bytes(made: Path,
     ],
 )
 def test_mistakes_in_a_recipe_are_one_line(change: dict[str, Any], words: str) -> None:
-    stages = [
+    mistake([{"distill": DISTILL | change}], words)
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        ({"grow": GROW}, "onestep is a one-step generator: write pairs:"),
+        ({"grow": GROW | {"from": "core", "pairs": "pairs"}}, "core is a multi-step model, which grows without"),
+        ({"grow": GROW | {"from": "core", "fraction": 0.5}}, "fraction is for the growth of a one-step generator"),
+        ({"grow": GROW | {"pairs": "pairs", "multiscale": True}}, "multiscale is for the training of a denoiser"),
+        ({"pairs": {"name": "more", "n": 8}}, "from: onestep is a one-step generator, expected a multi-step model"),
+        ({"train": {"name": "more", "from": "onestep", "images": 8}}, "is a one-step generator"),
+    ],
+)
+def test_generators_and_denoisers_are_not_taken_for_each_other(stage: dict[str, Any], words: str) -> None:
+    mistake([{"distill": DISTILL}, stage], words)
+
+
+def mistake(stages: list[dict[str, Any]], words: str) -> None:
+    first: list[dict[str, Any]] = [
         {"train": {"name": "core", "size": "tiny", "resolution": 16, "images": 16}},
         {"pairs": {"name": "pairs", "n": 8}},
-        {"distill": {"name": "onestep", "from": "core", "pairs": "pairs", "images": 8} | change},
     ]
     with pytest.raises(UserError) as error:
-        read_recipe({"name": "x", "data": {"source": "scenes"}, "stages": stages}, "x.yaml")
+        read_recipe({"name": "x", "data": {"source": "scenes"}, "stages": first + stages}, "x.yaml")
     assert words in str(error.value) and "\n" not in str(error.value)

@@ -130,7 +130,7 @@ def _measure(
         if frozen is not None:
             freeze(net, inherited(net.state_dict(), config, frozen))
         if settings.activation_checkpointing:
-            recompute_blocks(denoiser)
+            recompute_blocks(net)
         cond = _cond(config.core, batch, tokens)
         block = net.core.blocks[0]
         trains, entered = (next(m.parameters()).requires_grad for m in (block, net.entry))

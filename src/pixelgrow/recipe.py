@@ -15,6 +15,7 @@ from pixelgrow.errors import UserError
 from pixelgrow.recipe_spec import (
     VERBS,
     DistillStage,
+    EvaluateStage,
     GrowStage,
     Head,
     ModelStage,
@@ -272,6 +273,7 @@ def _check_place(stages: Sequence[Stage], where: str) -> None:
     elif parent not in models and not is_folder(parent):
         known = _unknown(parent, models, "stage") if models else f"no stage before it makes a model, got {parent!r}"
         raise UserError(f"{where}: {at}: from: {known} (a checkpoint folder is written with a slash)")
+    _check_kind(earlier, stage, models, f"{where}: {at}")
     if isinstance(stage, GrowStage | DistillStage) and stage.pairs is not None:
         made = [s.name for s in earlier if isinstance(s, PairsStage)]
         if stage.pairs not in made:
@@ -289,6 +291,24 @@ def _check_place(stages: Sequence[Stage], where: str) -> None:
                     f"{where}: {at}: to: got {to}, expected {low} doubled once or more: {2 * low}, {4 * low}, ..."
                 )
             low = to
+
+
+def _check_kind(earlier: Sequence[Stage], stage: Stage, models: Sequence[str], where: str) -> None:
+    """One-step generators are grown with pairs, and are no teachers; a folder's kind is seen when it is read."""
+    parent = stage.parent or (models[-1] if models else "")
+    made = next((s for s in _with_parents(earlier) if s.name == parent), None)
+    if made is None or isinstance(stage, EvaluateStage) or (isinstance(stage, TrainStage) and stage.parent is None):
+        return
+    generator = isinstance(made, DistillStage) or (isinstance(made, GrowStage) and made.pairs is not None)
+    if not isinstance(stage, GrowStage):
+        if generator:
+            raise UserError(
+                f"{where}: from: {parent} is a one-step generator, expected a multi-step model; name another"
+            )
+    elif generator and stage.pairs is None:
+        raise UserError(f"{where}: {parent} is a one-step generator: write pairs: and the name of its pairs' stage")
+    elif not generator and stage.pairs is not None:
+        raise UserError(f"{where}: pairs: {parent} is a multi-step model, which grows without; drop it")
 
 
 def _is_uvit(stages: Sequence[Stage], name: str) -> bool:

@@ -224,6 +224,14 @@ class GrowStage(ModelStage):
                 raise ValueError(f"unfreeze_after goes with core: frozen, not with core: {self.core}")
             if self.unfreeze_after >= self.images:
                 raise ValueError(f"unfreeze_after ({self.unfreeze_after}) is not below images ({self.images})")
+        if self.pairs is None:
+            odd = {"fraction", "losses"} & self.model_fields_set
+            if odd:
+                raise ValueError(f"{min(odd)} is for the growth of a one-step generator; write pairs: too, or drop it")
+        else:
+            _no_denoiser(self)
+            if self.unfreeze_after is not None:
+                raise ValueError("unfreeze_after is for the growth of a denoiser; drop it, or write core: finetune")
         if self.init == "scratch" and (
             self.unfreeze_after or ("core" in self.model_fields_set and self.core == "frozen")
         ):
@@ -234,6 +242,13 @@ class GrowStage(ModelStage):
     def trains_core(self) -> bool:
         """Whether the core trains from the first image on."""
         return self.init == "scratch" or self.core == "finetune"
+
+
+def _no_denoiser(stage: ModelStage) -> None:
+    """ValueError if the training of a one-step generator is told what is a denoiser's alone."""
+    odd = {"noise", "weighting", "multiscale", "cond_dropout", "sampling"} & stage.model_fields_set
+    if odd:
+        raise ValueError(f"{min(odd)} is for the training of a denoiser, a one-step generator has none; drop it")
 
 
 class DistillStage(ModelStage):
@@ -251,9 +266,7 @@ class DistillStage(ModelStage):
 
     @model_validator(mode="after")
     def _of_denoisers(self) -> DistillStage:
-        odd = {"noise", "weighting", "multiscale", "cond_dropout", "sampling"} & self.model_fields_set
-        if odd:
-            raise ValueError(f"{min(odd)} is for the training of a denoiser, a one-step generator has none; drop it")
+        _no_denoiser(self)
         return self
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from pixelgrow import checkpoint
 from pixelgrow.errors import UserError
 from pixelgrow.model import find
+from pixelgrow.onestep.pairs import INDEX
 from pixelgrow.recipe_spec import DistillStage, GrowStage, PairsStage, Recipe, Stage, TrainStage, is_folder
 from pixelgrow.report import write_report
 from pixelgrow.shapes import networks, parent_network
@@ -56,6 +57,8 @@ def run(recipe: Recipe, root: Path = Path("runs")) -> Path:
             parent = _parent(stage, materials)
             settings = materials.describe(stage)
             parents = {} if parent is None else {str(stage.parent): parent.config.sha256}
+            if isinstance(stage, DistillStage | GrowStage) and stage.pairs is not None:
+                parents[stage.pairs] = checkpoint.file_hash(folder / stage.pairs / INDEX)
             record.check(settings, parents)
             if record.done:
                 logger.info("%s: done before", where)

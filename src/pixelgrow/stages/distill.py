@@ -30,6 +30,7 @@ from pixelgrow.stages.materials import Materials
 from pixelgrow.stages.record import write_json
 from pixelgrow.stages.train import GRID_GUIDANCE, GRID_STEPS, WATCHED, Parent, finish, write_prompts
 from pixelgrow.training import loop
+from pixelgrow.training.denoise import recompute_blocks
 from pixelgrow.training.loop import CHECKPOINT
 from pixelgrow.training.monitor import Hook, grid_hook
 
@@ -122,6 +123,8 @@ def _fit(
     cond = materials.cond(held.captions)
     features = TeacherFeatures(teacher)
     objective = DistillObjective(generator, features, materials.text, losses, seed)
+    if settings.activation_checkpointing:
+        recompute_blocks(generator.net)
 
     low = (teacher.resolution, teacher.resolution)
     solver = pairs.facts["solver"]
@@ -129,7 +132,9 @@ def _fit(
     images = held.images.to(materials.device)
     with torch.no_grad():
         small = box_down(images, generator.resolution // teacher.resolution)
-        latents = ode.to_latent(Guided(teacher, cond, guidance=float(solver["guidance"])), small)
+        rows = [slice(start, start + settings.micro_batch) for start in range(0, len(small), settings.micro_batch)]
+        weight = float(solver["guidance"])
+        latents = torch.cat([ode.to_latent(Guided(teacher, cond[r], guidance=weight), small[r]) for r in rows])
         solved = sample(
             teacher,
             cond[:COLUMNS],

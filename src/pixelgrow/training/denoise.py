@@ -13,6 +13,7 @@ from pixelgrow import diffusion, rng
 from pixelgrow.diffusion import Denoiser, NoiseSchedule
 from pixelgrow.heldout import denoising_error
 from pixelgrow.models.cond import Cond
+from pixelgrow.models.uvit import UViT
 from pixelgrow.training.monitor import Hook
 from pixelgrow.training.objective import Terms
 from pixelgrow.training.settings import TrainSettings
@@ -48,7 +49,7 @@ class DenoiseObjective:
         self.halvings = max(0, (denoiser.resolution // 32).bit_length() - 1) if settings.multiscale else 0
         denoiser.train()
         if settings.activation_checkpointing:
-            recompute_blocks(denoiser)
+            recompute_blocks(denoiser.net)
 
     def loss(self, batch: Batch, part: str = "denoiser") -> Terms:
         """The mean weighted error of a batch; see the class."""
@@ -69,9 +70,8 @@ class DenoiseObjective:
         return Terms(losses.mean(), logs, sigma, losses.detach())
 
 
-def recompute_blocks(denoiser: Denoiser) -> None:
+def recompute_blocks(net: UViT) -> None:
     """Keep of each transformer block and level half its input alone, and compute the rest again going backward."""
-    net = denoiser.net
     for block in (*net.core.blocks, *net.encoder.values(), *net.decoder.values()):
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
