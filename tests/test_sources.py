@@ -129,6 +129,16 @@ def test_class_folders(tmp_path: Path) -> None:
     assert Subset(source, np.array([2]), "view").classes == source.classes
 
 
+def test_a_class_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
+    """Its name would be written into a checkpoint, after training."""
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.mkdir(folder)
+    with open(folder + b"/1.png", "wb") as file:
+        file.write(picture())
+    with pytest.raises(UserError, match=r"the class folder b'caf\\xe9' has a name that is not UTF-8.*rename"):
+        open_source(str(tmp_path))
+
+
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_tar_shards_as_img2dataset_writes_them(tmp_path: Path, format: int) -> None:
     long = "k" * 80 + "/" + "l" * 80 if format == tarfile.USTAR_FORMAT else "ü" * 150

@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from pixelgrow.data.sources import BadFile, Source, bad_of, files_of
@@ -45,7 +45,7 @@ class BadFiles:
         if new:
             self._found[source] |= new
             self._list(self._sources[source], new)
-            self._check(source)
+            check_share(self._sources[source], self._found[source], self.limit, self.path)
 
     def __len__(self) -> int:
         return sum(len(found) for found in self._found)
@@ -65,16 +65,6 @@ class BadFiles:
         ]
         where = f", listed in {self.path}" if self.path else ""
         return f"{len(self)} bad file{'s' if len(self) > 1 else ''} skipped ({'; '.join(parts)}){where}"
-
-    def _check(self, number: int) -> None:
-        source, found = self._sources[number], self._found[number]
-        if len(found) > self.limit * files_of(source):
-            key, reason = next(iter(found.items()))
-            where = f"all listed in {self.path}" if self.path else f"the first: {key}: {reason}"
-            raise UserError(
-                f"{source.name}: {len(found)} of {files_of(source)} files are bad, the limit is {self.limit:.3g} of "
-                f"them ({where}); repair or remove them, or raise bad_limit"
-            )
 
     def _warn(self, source: Source, rows: dict[str, str]) -> None:
         if self._warned == WARNINGS:
@@ -126,3 +116,14 @@ class BadFiles:
             for key, reason in rows.items():
                 row = {"source": source.name, "file": key, "reason": reason, "fingerprint": source.fingerprint}
                 file.write(json.dumps(row) + "\n")
+
+
+def check_share(source: Source, found: Mapping[str, str], limit: float, listed: Path | None = None) -> None:
+    """Raise `UserError` if the bad files of a source (file -> reason) are more than the share `limit` of its files."""
+    if len(found) > limit * files_of(source):
+        key, reason = next(iter(found.items()))
+        where = f"all listed in {listed}" if listed else f"the first: {key}: {reason}"
+        raise UserError(
+            f"{source.name}: {len(found)} of {files_of(source)} files are bad, the limit is {limit:.3g} of them "
+            f"({where}); repair or remove them, or raise bad_limit"
+        )

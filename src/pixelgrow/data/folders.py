@@ -184,7 +184,8 @@ class ClassFolder(FileSource):
         self._root = os.fsencode(path)
         self._keys = Strings()
         self._labels = array("i")
-        classes: list[bytes] = []
+        classes: list[str] = []
+        last = b""
         for folder, names in walk(self._root, self._bad):
             top = folder.split(b"/", 1)[0]
             for name in names:
@@ -193,8 +194,9 @@ class ClassFolder(FileSource):
                     if is_image(name):
                         if not top:
                             raise BadImage("not in the folder of a class")
-                        if top not in classes[-1:]:  # the walk is sorted: a class comes once, empty ones never
-                            classes.append(top)
+                        if top != last:  # the walk is sorted: a class comes once, empty ones never
+                            classes.append(self._class_name(top))
+                            last = top
                         with open_regular(os.path.join(self._root, key)) as file:
                             self._admit(file, key, stamp(file))
                         self._keys.append(key)
@@ -205,8 +207,18 @@ class ClassFolder(FileSource):
                         self.ignored += 1
                 except BadImage as error:
                     self._reject(os.fsdecode(key), error.reason)
-        self.classes = tuple(os.fsdecode(name) for name in classes)
+        self.classes = tuple(classes)
         self._finish()
+
+    def _class_name(self, folder: bytes) -> str:
+        """The name of a class's folder; UserError if it is no text: checkpoints keep it as text."""
+        try:
+            return folder.decode()
+        except UnicodeDecodeError:
+            raise UserError(
+                f"{self.name}: the class folder {folder!r} has a name that is not UTF-8, and a checkpoint keeps the "
+                "names of its classes: rename the folder"
+            ) from None
 
     def key(self, i: int) -> str:
         return os.fsdecode(self._keys[i])
