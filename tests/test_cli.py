@@ -235,6 +235,26 @@ def test_data(run_cli: RunCli, tmp_path: Path) -> None:
     assert [line.split() for line in result.out.splitlines() if line.startswith("16x16")] == [["16x16", "3"]]
 
 
+def test_data_names_bad_files(run_cli: RunCli, tmp_path: Path) -> None:
+    """One for each reason; all in a list like a run's; also where a name is no text, and ours is not its language."""
+    folder = class_folder(tmp_path)
+    for name in (b"x.png", b"y.png", b"\xe9.gif"):
+        (Path(os.fsdecode(os.fsencode(folder) + b"/0/" + name))).write_bytes(b"")
+    command = [sys.executable, "-c", "from pixelgrow.cli import main; main()", "data", "images", "--bad", "bad.jsonl"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"LC_ALL": "C.UTF-8"})
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [line[-2:] for line in lines if line and line[0] in ("not", "format")] == [
+        ["2", "0/x.png"],
+        ["1", "0/\\udce9.gif"],
+    ]
+    rows = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert sorted(row["file"] for row in rows) == ["0/x.png", "0/y.png", "0/\udce9.gif"]
+    assert rows[0].keys() == {"source", "file", "reason", "fingerprint"}
+    result = run_cli("data", "images", "--bad", "images", cwd=tmp_path)
+    assert (result.code, "cannot write images: Is a directory" in result.err) == (2, True)
+
+
 def test_dry_run_touches_nothing(run_cli: RunCli, tmp_path: Path) -> None:
     result = run_cli("run", "smoke", "--dry-run", "--rate", "1e9", cwd=tmp_path)
     assert result.code == 0, result.err

@@ -378,7 +378,8 @@ def test_inspection(tmp_path: Path) -> None:
     assert found.sides == ((64, 4),)
     assert found.stages == (((64, 64), 4), ((80, 80), 1))
     assert found.classes == (("a", 2), ("b", 2))
-    assert sum(count for _, count in found.reasons()) == 3
+    why = {reason.example: reason.files for reason in found.reasons()}
+    assert why == {"b/4.png": 1, "b/5.png": 1, "b/6.gif": 1}
     assert found.sheet is not None
     with Image.open(found.sheet) as sheet:
         assert sheet.size == (1024, 632)

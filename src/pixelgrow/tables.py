@@ -139,6 +139,8 @@ def inspection_tables(found: Inspection) -> RenderableType:
     facts.add_row("files", f"{found.files:,}")
     facts.add_row("usable image-caption pairs", f"{found.samples:,}")
     facts.add_row("files passed over, neither image nor caption", f"{found.ignored:,}")
+    if found.unnamed:
+        facts.add_row("images without a line in metadata.jsonl, passed over", f"{found.unnamed:,}")
     facts.add_row(f"bad files (headers of all, {found.decoded:,} decoded)", f"{len(found.bad):,}")
     facts.add_row(f"distinct captions among {found.captions:,}", f"{found.distinct:,}")
     facts.add_row("words in a caption", _spread(found.words))
@@ -156,9 +158,9 @@ def inspection_tables(found: Inspection) -> RenderableType:
             classes.add_row(name, f"{n:,}")
         parts += [Text(), classes]
     if found.bad:
-        bad = _table("bad files", "")
-        for reason, n in found.reasons():
-            bad.add_row(Text(reason), f"{n:,}")
+        bad = _table("bad files", "", "such as")
+        for reason in found.reasons():
+            bad.add_row(Text(reason.text), f"{reason.files:,}", Text(reason.example))
         parts += [Text(), bad]
     if found.sheet is not None:
         parts += [Text(), Text(f"contact sheet: {found.sheet}")]

@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from pixelgrow.data.sources import BadFile, Source, bad_of, files_of
@@ -113,16 +113,27 @@ class BadFiles:
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:
-            for key, reason in rows.items():
-                row = {"source": source.name, "file": key, "reason": reason, "fingerprint": source.fingerprint}
-                file.write(json.dumps(row) + "\n")
+            file.writelines(_lines(source.name, source.fingerprint, rows))
+
+
+def write_list(path: Path, name: str, fingerprint: str, files: Iterable[BadFile]) -> None:
+    """Write the bad files of one source in a run's form, whole or not at all; `UserError` if it cannot be written."""
+    part = path.with_name(f".{path.name}.part")
+    with writing(path):
+        part.write_text("".join(_lines(name, fingerprint, {bad.key: bad.reason for bad in files})), encoding="utf-8")
+        part.replace(path)
+
+
+def _lines(name: str, fingerprint: str, found: Mapping[str, str]) -> Iterator[str]:
+    for key, reason in found.items():
+        yield json.dumps({"source": name, "file": key, "reason": reason, "fingerprint": fingerprint}) + "\n"
 
 
 def check_share(source: Source, found: Mapping[str, str], limit: float, listed: Path | None = None) -> None:
     """Raise `UserError` if the bad files of a source (file -> reason) are more than the share `limit` of its files."""
     if len(found) > limit * files_of(source):
         key, reason = next(iter(found.items()))
-        where = f"all listed in {listed}" if listed else f"the first: {key}: {reason}"
+        where = f"all listed in {listed}" if listed else f"the first: {key}: {reason}; pixelgrow data --bad lists all"
         raise UserError(
             f"{source.name}: {len(found)} of {files_of(source)} files are bad, the limit is {limit:.3g} of them "
             f"({where}); repair or remove them, or raise bad_limit"

@@ -27,7 +27,7 @@ class _Group:
 
 
 class TarShards(FileSource):
-    """A folder of .tar files, or one of them; read in place, 40 bytes and the key in memory for each sample.
+    """A folder of .tar files, or one of them; read in place, 48 bytes and the key in memory for each sample.
 
     A caption is key.txt, else "caption" or "text" in key.json. The members of a key must be neighbours: interleaved
     keys raise `UserError`, for they would cut a sample in two. Compressed shards cannot be read in place: `UserError`.
@@ -135,6 +135,7 @@ class TarShards(FileSource):
         except BadImage as error:
             self._reject(f"{name}/{member}", error.reason)
             return
+        self._note(text)
         self._keys.append(f"{name}/{member}".encode(errors="surrogateescape"))
         self._shard.append(number)
         self._where.extend((start, length, caption[0]))
@@ -161,8 +162,8 @@ class TarShards(FileSource):
         return self._keys[i].decode(errors="surrogateescape")
 
     def text(self, i: int) -> str:
-        length, is_json = self._what[2 * i : 2 * i + 2]
-        return self._caption(self._shards[self._shard[i]], bool(is_json), self._where[3 * i + 2], length)
+        shard, (length, is_json) = self._shards[self._shard[i]], self._what[2 * i : 2 * i + 2]
+        return self._again(i, shard, lambda: (self._caption(shard, bool(is_json), self._where[3 * i + 2], length),))[0]
 
     def read(self, i: int) -> bytes:
         start, length = self._where[3 * i : 3 * i + 2]
