@@ -22,6 +22,8 @@ from pixelgrow.models.sizes import core_config, shallow_uvit
 from pixelgrow.models.uvit import UViT
 from pixelgrow.training.state import write_tensors
 
+LONG = "x" * 300
+
 
 class CliResult(Protocol):
     """What `run_cli` returns; see conftest.py."""
@@ -81,6 +83,13 @@ def test_help_is_quick_and_leaves_torch_alone() -> None:
         (["run", "smoke", "--runs", "FILE"], "cannot write FILE/smoke: Not a directory"),
         (["data", "images", "--sheet", "images"], "cannot write images: Is a directory"),
         (["data", "images", "--sheet", "FILE/x.png"], "cannot write FILE/x.png: File exists"),
+        (["info", LONG], "File name too long; allow reading it, or name another place"),
+        (["run", LONG], "File name too long"),
+        (["run", "smoke", "--dry-run", "--set", f"text.encoder={LONG}"], "File name too long"),
+        (["average", LONG, "--length", "0.1", "-o", "out"], "File name too long"),
+        (["average", "MODEL", "--length", "0.1", "-o", LONG], "is not a stage that has trained"),
+        (["sample", "MODEL", "1", "-o", f"{LONG}/x.png"], "File name too long"),
+        (["grow", "MODEL", "--to", "32", "-o", LONG], "File name too long"),
         (["plan", "--size", "giant"], "got 'giant', expected one of tiny, small"),
         (["data", "nowhere"], "nowhere: no such folder or file"),
         (["sample", "MODEL", "1", "--size", "16"], "--size '16': expected HEIGHTxWIDTH"),
@@ -221,10 +230,11 @@ def test_grow_writes_a_checkpoint(model: Path, run_cli: RunCli, tmp_path: Path) 
     assert checkpoint.read_config(tmp_path / "big").lineage[-1]["to"] == 32
     report = json.loads((tmp_path / "big-growth" / "growth.json").read_text())
     assert report["resolution"] == [16, 32] and report["loaded"] and report["after"]
-    assert (
-        Image.open(tmp_path / "big-growth" / "after.png").width
-        > Image.open(tmp_path / "big-growth" / "before.png").width
-    )
+    with (
+        Image.open(tmp_path / "big-growth" / "before.png") as before,
+        Image.open(tmp_path / "big-growth" / "after.png") as after,
+    ):
+        assert after.width > before.width
 
 
 def test_data(run_cli: RunCli, tmp_path: Path) -> None:

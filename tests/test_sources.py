@@ -162,6 +162,19 @@ def test_tar_shards_as_img2dataset_writes_them(tmp_path: Path, format: int) -> N
     assert len(as_files(tmp_path / "00001.tar")) == 3
 
 
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_a_header_that_claims_the_moon_ends_its_shard(tmp_path: Path, kind: bytes) -> None:
+    whole = write_tar(tmp_path / "x.tar", [("a.jpg", picture()), ("a.txt", b"a")]).read_bytes()
+    header = tarfile.TarInfo("long")
+    header.type, header.size = kind, 2**62
+    end = whole.rstrip(b"\0")
+    end += bytes(-len(end) % 512)
+    (tmp_path / "x.tar").write_bytes(end + header.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    source = as_files(tmp_path / "x.tar")
+    assert [source.text(i) for i in range(len(source))] == ["a"]
+    assert reasons(source) == {"x.tar": f"shard: a header that claims {2**62} bytes, what follows is lost"}
+
+
 def test_interleaved_keys_are_an_error(tmp_path: Path) -> None:
     members = [("a.jpg", picture()), ("b.jpg", picture()), ("a.txt", b"a"), ("b.txt", b"b")]
     with pytest.raises(UserError, match=r"x\.tar: the members of key 'a' are not neighbours"):

@@ -91,7 +91,8 @@ def _check_writable(out: Path, folder: Path, single: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    if not single and out.is_dir():
+        is_folder = out.is_dir()
+    if is_folder and not single:
         raise UserError(f"--out {out}: that is a folder; expected the name of a PNG to write, or --single")
 
 

@@ -18,6 +18,7 @@ from pixelgrow.models.cond import Cond
 from pixelgrow.pictures import to_uint8
 from pixelgrow.sampling import Schedule, sample
 from pixelgrow.text import LabelEncoder, TextEncoder, as_labels, load_encoder
+from pixelgrow.writing import reading
 
 WEIGHTS = Path(__file__).parent / "weights"
 # What `sample` does where neither the caller nor the checkpoint says.
@@ -35,10 +36,12 @@ def find(name: str | Path) -> Path:
     `owner/name` is looked up on the hub (or in its local cache) where no such folder exists. Raises UserError.
     """
     folder = Path(name)
-    for candidate in (folder, folder / "checkpoint", WEIGHTS / str(name)):
-        if (candidate / checkpoint.CONFIG).is_file():
-            return candidate
-    if str(name).count("/") == 1 and not folder.exists():
+    with reading(folder):
+        for candidate in (folder, folder / "checkpoint", WEIGHTS / str(name)):
+            if (candidate / checkpoint.CONFIG).is_file():
+                return candidate
+        exists = folder.exists()
+    if str(name).count("/") == 1 and not exists:
         return _from_hub(str(name))
     known = ", ".join(builtin()) or "none"
     raise UserError(

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from pixelgrow.errors import UserError
 from pixelgrow.recipe_spec import VERBS, GrowStage, Head, ModelStage, Recipe, Stage, TrainStage, is_folder
+from pixelgrow.writing import reading
 
 FOLDER = Path(__file__).parent / "recipes"
 Where = Sequence[str | int]
@@ -30,10 +31,9 @@ def load_recipe(recipe: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     An override's value is YAML; a stage is named by its name or its number. Raises UserError, one line, for whatever is
     wrong in it.
     """
-    path = Path(recipe)
-    if not path.is_file():
-        path = FOLDER / f"{recipe}.yaml"
-    if not path.is_file():
+    with reading(recipe):
+        path = next((p for p in (Path(recipe), FOLDER / f"{recipe}.yaml") if p.is_file()), None)
+    if path is None:
         raise UserError(f"recipe {str(recipe)!r} is neither a file nor one of {', '.join(builtin())}")
     where = str(recipe)
     raw = _mapping(path, where)
@@ -46,7 +46,14 @@ def load_recipe(recipe: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with two of its traps taken out: `1e-3` is a number, `no` and `on` are words. A key twice is a mistake."""
+    """YAML without its traps: `1e-3` is a number; `no`, `on` and `2024-01-31` are words. A key twice is a mistake."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:  # `!!int x`, or digits by the thousand
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.constructor.ConstructorError(None, None, f"no readable {kind}", node.start_mark) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -64,7 +71,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, rule) for tag, rule in rules if tag != "tag:yaml.org,2002:bool"]
+    first: [(tag, rule) for tag, rule in rules if tag.rpartition(":")[2] not in ("bool", "timestamp")]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false|True|False)$"), list("tTfF"))
@@ -80,6 +87,8 @@ def _mapping(path: Path, where: str) -> dict[str, Any]:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
         raise UserError(f"{where}{line}: not readable as YAML: {error.problem}") from error
+    except RecursionError as error:
+        raise UserError(f"{where}: not readable as YAML: nested too deeply") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{where}: not readable as YAML: {' '.join(str(error).split())}") from error
     except OSError as error:
@@ -97,7 +106,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override!r}: expected a.b=value, such as stages.core.images=1000")
     try:
         value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"--set {override!r}: the value is not readable as YAML") from error
     here: Any = raw
     for depth, key in enumerate(keys):

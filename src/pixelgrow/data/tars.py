@@ -6,7 +6,7 @@ import tarfile
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from pixelgrow.data.files import is_image, is_other_image, open_regular, read_regular
 from pixelgrow.data.images import BadImage
@@ -14,6 +14,20 @@ from pixelgrow.data.index import MAX_CAPTION, FileSource, Strings, caption_of, d
 from pixelgrow.errors import UserError
 
 _MAX_JSON = 1 << 20
+_MAX_HEADER = 1 << 20  # bytes; of a long name, say
+
+
+class _Headers:
+    """A shard as tarfile sees it: it reads headers alone, so whoever claims a long one is damaged."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.tell, self.seek = file.tell, file.seek
+
+    def read(self, length: int) -> bytes:
+        if length > _MAX_HEADER:
+            raise tarfile.ReadError(f"a header that claims {length} bytes")
+        return self._file.read(length)
 
 
 @dataclass
@@ -87,11 +101,11 @@ class TarShards(FileSource):
     def _members(self, name: str, raw: BinaryIO, size: int) -> Iterator[tarfile.TarInfo]:
         """The visible regular files of a shard, in order; where the shard is damaged it ends, and is listed."""
         try:
-            with tarfile.open(fileobj=raw, mode="r:") as tar:
+            with tarfile.open(fileobj=cast("BinaryIO", _Headers(raw)), mode="r:") as tar:
                 while (member := tar.next()) is not None:
                     tar.members = []  # type: ignore[attr-defined]  # it keeps every member it has seen
                     base = os.path.basename(member.name)
-                    if member.offset_data + member.size > size:
+                    if not 0 <= member.size <= size - member.offset_data:
                         raise tarfile.ReadError(f"ends within {member.name}")
                     if member.isreg() and member.sparse is None and not base.startswith("."):
                         yield member
