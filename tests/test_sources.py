@@ -4,6 +4,8 @@ import io
 import json
 import os
 import pickle
+import subprocess
+import sys
 import tarfile
 import tracemalloc
 from pathlib import Path
@@ -275,6 +277,19 @@ def test_one_line_for_each_mistake(tmp_path: Path) -> None:
             open_source(spec)  # type: ignore[arg-type]
         assert message in str(caught.value), str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_the_example_makes_a_folder_once(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "examples" / "photographs.py"
+    command = [sys.executable, str(script), "photographs", "-n", "1", "--side", "40"]
+    for expected, words in ((0, ""), (2, "photographs.py: cannot write photographs: File exists; name another place")):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr.startswith(words), len(done.stderr.splitlines())) == (
+            expected,
+            True,
+            int(bool(expected)),
+        )
+    assert len(as_files(tmp_path / "photographs")) == 12
 
 
 def test_mixtures(tmp_path: Path) -> None:
