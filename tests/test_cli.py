@@ -101,6 +101,12 @@ def test_help_is_quick_and_leaves_torch_alone() -> None:
         (["sample", "MODEL", "1", "--schedule", "native"], "does not say what noise"),
         (["sample", "MODEL", "1", "--interval", "3", "1"], "expected (lo, hi) with 0 <= lo < hi"),
         (["sample", "MODEL", "--prompts", "nowhere.txt"], "--prompts nowhere.txt: cannot be read"),
+        (["sample", "MODEL", "--prompts", "FILE"], "--prompts FILE: no prompt in it; expected one a line"),
+        (["sample", "MODEL", "1", "--schedule", "foo"], "(--schedule) 'foo' does not exist; expected 'karras' or"),
+        (["sample", "MODEL", "1", "--steps", "1000000000000"], "steps=1000000000000: expected 1 to 10000"),
+        (["sample", "MODEL", "1", "--size", "1000000x1000000"], "each from 1 to 8192 pixels"),
+        (["sample", "MODEL", "1", "-n", "1000000000000"], "expected 100000 pictures at most"),
+        (["data", "images/0/a.png"], "images/0/a.png: a single image is no source"),
         (["grow", "MODEL", "--to", "24", "-o", "out"], "cannot grow from 16 to 24 px"),
         (["grow", "MODEL", "--to", "0", "-o", "out"], "cannot grow from 16 to 0 px"),
         (["average", "MODEL", "--length", "0.1", "-o", "out"], "is not a stage that has trained"),
@@ -186,6 +192,12 @@ def test_sample_writes_a_grid_with_its_settings(model: Path, run_cli: RunCli, tm
     assert facts["sha256"] == checkpoint.read_config(model).sha256
 
 
+def test_a_byte_order_mark_is_no_prompt(model: Path, run_cli: RunCli, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbf1\n")
+    assert run_cli("sample", model, "--prompts", "prompts.txt", "--steps", "1", "-o", "o", cwd=tmp_path).code == 0
+    assert [p.name for p in (tmp_path / "o").iterdir()] == ["0000-1.png"]
+
+
 def test_sample_writes_single_files_that_the_grid_holds(model: Path, run_cli: RunCli, tmp_path: Path) -> None:
     words = ["sample", str(model), "0", "1", "--steps", "2", "--size", "16x24"]
     assert run_cli(*words, "-o", "grid.png", cwd=tmp_path).code == 0
@@ -230,11 +242,9 @@ def test_grow_writes_a_checkpoint(model: Path, run_cli: RunCli, tmp_path: Path) 
     assert checkpoint.read_config(tmp_path / "big").lineage[-1]["to"] == 32
     report = json.loads((tmp_path / "big-growth" / "growth.json").read_text())
     assert report["resolution"] == [16, 32] and report["loaded"] and report["after"]
-    with (
-        Image.open(tmp_path / "big-growth" / "before.png") as before,
-        Image.open(tmp_path / "big-growth" / "after.png") as after,
-    ):
-        assert after.width > before.width
+    before, after = (tmp_path / "big-growth" / f"{name}.png" for name in ("before", "after"))
+    with Image.open(before) as low, Image.open(after) as high:
+        assert high.width > low.width
 
 
 def test_data(run_cli: RunCli, tmp_path: Path) -> None:
@@ -272,6 +282,36 @@ def test_dry_run_touches_nothing(run_cli: RunCli, tmp_path: Path) -> None:
     for words in (*stages, "activations", "as given"):
         assert words in result.out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_says_what_is_not_there(run_cli: RunCli, tmp_path: Path) -> None:
+    words = [
+        "text.encoder=minlm",
+        "heldout.source=held",
+        "stages.grown.data=more",
+        "data=scenes",
+        "heldout={source: h}",
+    ]
+    sets = [word for setting in words for word in ("--set", setting)]
+    result = run_cli("run", "photos", "--dry-run", "--rate", "1e9", *sets, cwd=tmp_path)
+    assert result.code == 0, result.err
+    assert "data: scenes; held out: h (not there yet)" in result.out
+    assert "grown: data more (not there yet)" in result.out
+    assert "minlm, 32 tokens (neither minilm nor a folder here: taken as a name on the hub" in result.out
+
+
+def test_names_are_shown_as_they_are(run_cli: RunCli, tmp_path: Path, model: Path) -> None:
+    names = ["cats [old]", "[bold]", ":cat:"]
+    for i, name in enumerate(names):
+        (tmp_path / "m[/a]" / name).mkdir(parents=True)
+        Image.new("RGB", (20 + i, 20)).save(tmp_path / "m[/a]" / name / "a.png")
+        (tmp_path / "m[/a]" / name / "b.png").write_bytes(b"")
+    result = run_cli("data", "m[/a]", cwd=tmp_path)
+    assert result.code == 0, result.err
+    for name in (*names, "m[/a] (class folders)", ":cat:/b.png"):
+        assert name in result.out
+    (tmp_path / "m[/b]").symlink_to(model)
+    assert "m[/b]" in run_cli("info", "m[/b]", cwd=tmp_path).out
 
 
 def test_control_c_says_how_to_go_on(run_cli: RunCli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

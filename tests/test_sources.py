@@ -196,6 +196,7 @@ def test_what_can_be_wrong_in_a_shard(tmp_path: Path) -> None:
         *(("two.jpg", picture()), ("two.png", picture()), ("two.txt", b"text")),
         *(("latin.jpg", picture()), ("latin.txt", "ü".encode("latin-1"))),
         *(("notjson.jpg", picture()), ("notjson.json", b"{")),
+        *(("null.jpg", picture()), ("null.json", b'{"caption": null, "text": "zz"}')),
         *(("list.jpg", picture()), ("list.json", b"[]")),
         *(("nokey.jpg", picture()), ("nokey.json", b'{"url": ""}')),
         *(("broken.jpg", b"\xff\xd8\xff"), ("broken.txt", b"text")),
@@ -210,7 +211,9 @@ def test_what_can_be_wrong_in_a_shard(tmp_path: Path) -> None:
     (tmp_path / "e.tar").write_bytes(whole[:at] + b"junk" * 256 + whole[at:])
     (tmp_path / "f.tar").mkdir()
     source = as_files(tmp_path)
-    assert {source.key(i) for i in range(len(source))} == {"a.tar/ok.jpg", "d.tar/ok.jpg", "e.tar/ok.jpg"}
+    keys = ["a.tar/ok.jpg", "a.tar/null.jpg", "d.tar/ok.jpg", "e.tar/ok.jpg"]
+    assert [source.key(i) for i in range(len(source))] == keys
+    assert source.text(1) == "zz"
     found = reasons(source)
     expected = {
         "a.tar/nocaption.jpg": "no caption",
@@ -243,6 +246,22 @@ def test_compressed_shards_are_refused(tmp_path: Path, name: str) -> None:
         open_source(str(tmp_path))
 
 
+def test_a_compressed_archive_beside_images_is_passed_over(tmp_path: Path) -> None:
+    for key in ("cat/1", "dog/2"):
+        (tmp_path / key).parent.mkdir()
+        (tmp_path / f"{key}.png").write_bytes(picture())
+    (tmp_path / "backup.tar.gz").write_bytes(b"")
+    source = as_files(tmp_path)
+    assert (source.classes, source.ignored) == (("cat", "dog"), 1)
+
+
+def test_captions_one_folder_below_are_named(tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        captioned(tmp_path / split)
+    with pytest.raises(UserError, match=r"captions are in .*/train/metadata\.jsonl; name .*/train as the source"):
+        open_source(str(tmp_path))
+
+
 def test_one_line_for_each_mistake(tmp_path: Path) -> None:
     empty, loose = tmp_path / "empty", tmp_path / "loose"
     empty.mkdir()
@@ -265,8 +284,9 @@ def test_one_line_for_each_mistake(tmp_path: Path) -> None:
         ({"source": str(loose), "kind": "tar"}, "no .tar files in it"),
         ({"source": str(loose), "kind": "folder"}, "no caption"),
         ({"source": str(loose), "kind": "classes"}, "not in the folder of a class"),
-        ({"source": str(tmp_path / "file.png"), "kind": "folder"}, "expects a folder"),
-        (str(tmp_path / "file.png"), "shard: "),
+        ({"source": str(tmp_path / "norows/metadata.jsonl"), "kind": "folder"}, "expects a folder"),
+        (str(tmp_path / "file.png"), "a single image is no source"),
+        ({"source": "scenes", "n": 10**12}, "expected n from 1 to 100000000"),
         ({"source": str(loose), "kind": "zip"}, "kind is 'zip'"),
         ({"source": str(loose), "kidn": "tar"}, "unknown setting 'kidn'"),
         ({"source": "scenes", "m": 3}, "unknown setting 'm'"),

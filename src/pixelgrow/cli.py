@@ -236,7 +236,8 @@ def _rate(given: float | None) -> tuple[float, str]:
 def _show(*parts: object) -> None:
     from rich.console import Console
 
-    console = Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 200)
+    shown = sys.stdout.isatty()  # names of files and classes are not ours: [a] is no markup in them, :cat: no emoji
+    console = Console(soft_wrap=not shown, width=None if shown else 200, markup=False, emoji=False)
     for part in parts:
         console.print(part)
 

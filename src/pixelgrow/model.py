@@ -197,10 +197,12 @@ def noise_grid(name: str, denoiser: Denoiser, config: CheckpointConfig) -> str |
     """
     if name != "native":
         if name != "karras":
-            raise UserError(f"grid {name!r} does not exist; expected 'karras' or 'native'")
+            raise UserError(f"grid (--schedule) {name!r} does not exist; expected 'karras' or 'native'")
         return name
     if config.noise is None:
-        raise UserError("grid 'native': the checkpoint does not say what noise it was trained with; use 'karras'")
+        raise UserError(
+            "grid (--schedule) 'native': the checkpoint does not say what noise it was trained with; use 'karras'"
+        )
     return NoiseSchedule(config.noise, denoiser)
 
 

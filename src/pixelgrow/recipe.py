@@ -28,8 +28,8 @@ def builtin() -> list[str]:
 def load_recipe(recipe: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """The recipe at a path, or of a name that the package carries, with overrides such as `stages.core.images=1000`.
 
-    An override's value is YAML; a stage is named by its name or its number. Raises UserError, one line, for whatever is
-    wrong in it.
+    An override's value is YAML; a stage is named by its name or its number, or as messages name it:
+    `stages[0].train.images=1000`. Raises UserError, one line, for whatever is wrong in it.
     """
     with reading(recipe):
         path = next((p for p in (Path(recipe), FOLDER / f"{recipe}.yaml") if p.is_file()), None)
@@ -101,7 +101,7 @@ def _mapping(path: Path, where: str) -> dict[str, Any]:
 def _override(raw: dict[str, Any], override: str) -> None:
     """Set what `a.b=c` says, in place."""
     name, equals, text = override.partition("=")
-    keys = name.strip().split(".")
+    keys = re.sub(r"\[(\d+)\]", r".\1", name.strip()).split(".")  # stages[0] as messages have it
     if not equals or not all(keys):
         raise UserError(f"--set {override!r}: expected a.b=value, such as stages.core.images=1000")
     try:
@@ -118,8 +118,8 @@ def _override(raw: dict[str, Any], override: str) -> None:
                 here[item] = value
                 return
             here = here[item]
-            if stages and isinstance(here, dict) and len(here) == 1:
-                (here,) = here.values()
+            if stages and isinstance(here, dict) and len(here) == 1 and keys[depth + 1] not in here:
+                (here,) = here.values()  # the verb may be left out
             continue
         if not isinstance(here, dict):
             raise UserError(f"--set {override!r}: {'.'.join(keys[:depth])} is {_kind(here)} and has no {key!r}")
@@ -185,7 +185,8 @@ def _message(model: type[BaseModel], error: Any, at: Where, also: Sequence[str])
     loc = [*at, *error["loc"]]
     if error["type"] == "extra_forbidden":
         owner = _model_at(model, error["loc"][:-1])
-        return f"{_dotted(loc[:-1])}: {_unknown(str(loc[-1]), [*_keys(owner), *also], 'key')}".removeprefix(": ")
+        known = [*_keys(owner), *(also if owner is model else ())]
+        return f"{_dotted(loc[:-1])}: {_unknown(str(loc[-1]), known, 'key')}".removeprefix(": ")
     if error["type"] == "missing":
         return f"{_dotted(loc)} is missing"
     if error["type"] == "value_error":

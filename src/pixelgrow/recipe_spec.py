@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from pixelgrow.data.scenes import MAX_SCENES
 from pixelgrow.diffusion import DiffusionConfig
 from pixelgrow.models.sizes import SIZES
 from pixelgrow.sampling_spec import SamplingSpec, Spec
@@ -25,7 +26,12 @@ class TextSpec(Spec):
     @model_validator(mode="before")
     @classmethod
     def _classes(cls, given: Any) -> Any:
-        if isinstance(given, Mapping) and "classes" in given and "encoder" not in given:
+        if isinstance(given, Mapping) and "classes" in given:
+            if "encoder" in given:
+                raise ValueError(
+                    f"got encoder: {given['encoder']} and classes: {given['classes']}, expected one of the two; "
+                    f"for class labels write text={{classes: {given['classes']}}} and nothing else"
+                )
             return {k: v for k, v in given.items() if k != "classes"} | {"encoder": f"labels:{given['classes']}"}
         return given
 
@@ -45,7 +51,7 @@ class TextSpec(Spec):
 
 
 class DataSpec(Spec):
-    """One source of captioned images, or of images in classes.
+    """One source of captioned images, or of images in classes; a word alone is its `source`.
 
     `source`: scenes (drawn, with `n`, `captions`, `seed`, `split`) or the path of a folder or of tar shards.
     `kind` says what a path holds, should looking at it not tell. `weight`: share of the mixture; by size if left out.
@@ -54,10 +60,15 @@ class DataSpec(Spec):
     source: str
     kind: Literal["auto", "folder", "classes", "tar"] = "auto"
     weight: float | None = Field(None, gt=0)
-    n: int | None = Field(None, ge=1)
+    n: int | None = Field(None, ge=1, le=MAX_SCENES)
     captions: int | None = Field(None, ge=1)
     seed: int | None = None
     split: Literal["train", "heldout"] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, given: Any) -> Any:
+        return {"source": given} if isinstance(given, str) else given
 
     @model_validator(mode="after")
     def _scenes_alone(self) -> DataSpec:
@@ -74,6 +85,13 @@ class DataSpec(Spec):
         return self.model_dump(
             exclude_none=True, include={"source", *(SCENES if self.source == "scenes" else ["kind"])}
         )
+
+
+def _listed(data: Any) -> Any:
+    return [data] if isinstance(data, Mapping | str) else data
+
+
+Mixture = Annotated[tuple[DataSpec, ...], BeforeValidator(_listed), Field(min_length=1)]  # one source, or several
 
 
 class HeldoutSpec(DataSpec):
@@ -100,13 +118,8 @@ class ModelStage(TrainSettings):
 
     name: str = Field(pattern=NAME)
     parent: str | None = Field(None, alias="from")
-    data: tuple[DataSpec, ...] | None = None
+    data: Mixture | None = None
     sampling: SamplingSpec | None = None
-
-    @field_validator("data", mode="before")
-    @classmethod
-    def _listed(cls, data: Any) -> Any:
-        return [data] if isinstance(data, Mapping) else data
 
     def training(self, images: int | None = None) -> TrainSettings:
         """The training settings alone; for a phase of `images`, with every length that was left out filled in anew."""
@@ -216,13 +229,8 @@ class Head(Spec):
     name: str = Field(pattern=NAME)
     seed: int = 0
     text: TextSpec = TextSpec()
-    data: tuple[DataSpec, ...] = Field(min_length=1)
+    data: Mixture
     heldout: HeldoutSpec = HeldoutSpec()
-
-    @field_validator("data", mode="before")
-    @classmethod
-    def _listed(cls, data: Any) -> Any:
-        return [data] if isinstance(data, Mapping) else data
 
 
 class Recipe(Head):

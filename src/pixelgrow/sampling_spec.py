@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from pixelgrow.sampling import SAMPLERS
+from pixelgrow.sampling import MAX_STEPS, SAMPLERS
 
 
 class Spec(BaseModel):
@@ -18,7 +18,7 @@ class Spec(BaseModel):
 class SamplingSpec(Spec):
     """How a checkpoint is sampled where nobody says otherwise; what is left out is the library's default."""
 
-    steps: int | None = Field(None, ge=1)
+    steps: int | None = Field(None, ge=1, le=MAX_STEPS)
     guidance: float | None = Field(None, ge=0)
     sampler: str | None = None
     threshold: float | None = Field(None, gt=0, le=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pixelgrow.training.log import duration
+from pixelgrow.writing import reading
 
 if TYPE_CHECKING:
     from pixelgrow.checkpoint import CheckpointConfig
@@ -53,16 +55,23 @@ def _table(*columns: str, title: str = "") -> Table:
 
 def recipe_heading(recipe: Recipe, folder: Path) -> RenderableType:
     """Name, data, text, and the stages that are not training."""
-    held = recipe.heldout.source or f"{100 * recipe.heldout.fraction:g}% of the data"
-    from pixelgrow.recipe_spec import EvaluateStage
+    held = _data(recipe.heldout) if recipe.heldout.source else f"{100 * recipe.heldout.fraction:g}% of the data"
+    from pixelgrow.recipe_spec import EvaluateStage, ModelStage
     from pixelgrow.shapes import is_here
 
-    assumed = "" if is_here(recipe.text) else " (not a folder here: its width is taken as the size's reference)"
+    assumed = (
+        ""
+        if is_here(recipe.text)
+        else " (neither minilm nor a folder here: taken as a name on the hub, its width as the size's reference)"
+    )
     lines = [
         f"recipe {recipe.name}, seed {recipe.seed}, in {folder}",
         f"data: {', '.join(_data(d) for d in recipe.data)}; held out: {held}",
         f"text: {recipe.text.encoder}, {recipe.text.max_tokens} tokens{assumed}",
     ]
+    for s in recipe.stages:
+        if isinstance(s, ModelStage) and s.data is not None:
+            lines.append(f"{s.name}: data {', '.join(_data(d) for d in s.data)}")
     lines += [
         f"{s.name}: evaluate {s.parent}, {s.prompts:,} prompts" for s in recipe.stages if isinstance(s, EvaluateStage)
     ]
@@ -70,7 +79,8 @@ def recipe_heading(recipe: Recipe, folder: Path) -> RenderableType:
 
 
 def _data(spec: DataSpec) -> str:
-    found = "" if spec.source == "scenes" or Path(spec.source).expanduser().exists() else " (not there yet)"
+    with reading(spec.source):
+        found = "" if spec.source == "scenes" or Path(expanduser(spec.source)).exists() else " (not there yet)"
     return spec.source + (f" x {spec.weight:g}" if spec.weight is not None else "") + found
 
 

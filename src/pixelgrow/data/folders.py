@@ -252,11 +252,12 @@ class ClassFolder(FileSource):
 
 
 def folder_kind(path: str) -> type[FileSource]:
-    """Which of the three kinds a folder is. Raises `UserError` if its captions are in no form that we know."""
-    if os.path.lexists(os.path.join(path, METADATA)):
-        return MetadataFolder
+    """Which kind a folder without metadata.jsonl is. Raises `UserError` if its captions are in no form that we know."""
     loose = nested = 0
     for folder, names in walk(os.fsencode(path), {}):
+        if contains(names, os.fsencode(METADATA)):
+            below = os.path.join(path, os.fsdecode(folder[:-1]))
+            raise UserError(f"{path}: its captions are in {os.path.join(below, METADATA)}; name {below} as the source")
         images = [name for name in names if is_image(name)]
         if any(contains(names, _caption_name(name)) for name in images):
             return PairedFolder

@@ -13,6 +13,7 @@ from pixelgrow.data.images import BadImage
 from pixelgrow.data.index import MAX_CAPTION, FileSource, Strings, caption_of, decode_caption, stamp
 from pixelgrow.errors import UserError
 
+COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
 _MAX_JSON = 1 << 20
 _MAX_HEADER = 1 << 20  # bytes; of a long name, say
 
@@ -170,7 +171,7 @@ class TarShards(FileSource):
             raise BadImage("caption file is not JSON") from None
         if not isinstance(row, dict):
             raise BadImage("caption file is not a JSON object")
-        return caption_of(row.get("caption", row.get("text")))
+        return caption_of(row.get("text") if row.get("caption") is None else row["caption"])
 
     def key(self, i: int) -> str:
         return self._keys[i].decode(errors="surrogateescape")
@@ -190,7 +191,7 @@ def shard_paths(path: str) -> list[str]:
         return [path]
     names = sorted(n for n in os.listdir(path) if not n.startswith("."))
     shards = [os.path.join(path, n) for n in names if n.endswith(".tar")]
-    compressed = [n for n in names if n.endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz"))]
+    compressed = [n for n in names if n.endswith(COMPRESSED)]
     if compressed:
         raise UserError(f"{path}: {compressed[0]} is a compressed shard; expected plain .tar: decompress them first")
     if not shards:
