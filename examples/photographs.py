@@ -50,26 +50,36 @@ def crops(n: int, side: int) -> Iterator[tuple[str, bytes, str]]:
             yield f"{Path(name).stem}_{i:04d}", data.getvalue(), rng.choice(captions)
 
 
+def write_shard(path: Path, samples: Iterator[tuple[str, bytes, str]]) -> None:
+    """Each image beside its caption, in a tar."""
+    with tarfile.open(path, "w") as tar:
+        for key, data, caption in samples:
+            for ending, content in (("jpg", data), ("txt", caption.encode())):
+                member = tarfile.TarInfo(f"{key}.{ending}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+
+def write_folder(path: Path, samples: Iterator[tuple[str, bytes, str]]) -> None:
+    """Images, and their captions in a metadata.jsonl. Raises FileExistsError if the folder is there."""
+    path.mkdir(parents=True)
+    rows = []
+    for key, data, caption in samples:
+        (path / f"{key}.jpg").write_bytes(data)
+        rows.append(json.dumps({"file_name": f"{key}.jpg", "text": caption}))
+    (path / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="a folder to make, or a file that ends in .tar")
     parser.add_argument("-n", type=int, default=120, help="crops of each picture")
     parser.add_argument("--side", type=int, default=160, help="pixels")
     args = parser.parse_args()
-    if args.out.suffix == ".tar":
-        with tarfile.open(args.out, "w") as tar:
-            for key, data, caption in crops(args.n, args.side):
-                for ending, content in (("jpg", data), ("txt", caption.encode())):
-                    member = tarfile.TarInfo(f"{key}.{ending}")
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-    else:
-        args.out.mkdir(parents=True)
-        rows = []
-        for key, data, caption in crops(args.n, args.side):
-            (args.out / f"{key}.jpg").write_bytes(data)
-            rows.append(json.dumps({"file_name": f"{key}.jpg", "text": caption}))
-        (args.out / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+    try:
+        (write_shard if args.out.suffix == ".tar" else write_folder)(args.out, crops(args.n, args.side))
+    except OSError as error:
+        parser.exit(2, f"photographs.py: cannot write {args.out}: {error.strerror}; name another place, or delete it\n")
 
 
 if __name__ == "__main__":

@@ -149,6 +149,7 @@ class Case:
     usable: set[str]
     small: set[str]
     bad: dict[str, str]  # key -> a part of its reason
+    unnamed: int = 0  # images that no line of metadata.jsonl names
 
 
 def write_images(folder: Path, with_caption: Callable[[str], None]) -> Case:
@@ -230,7 +231,9 @@ def metadata_case(folder: Path) -> Case:
         case.bad[f"metadata.jsonl:{len(rows)}"] = reason
     row("plain.webp", "the line behind the longest")
     (folder / "metadata.jsonl").write_bytes(b"\n".join(rows))
-    (folder / "not_named.jpg").write_bytes(JPEG)
+    for name in ("not_named.jpg", "deep/not_named.gif"):
+        (folder / name).write_bytes(JPEG)
+        case.unnamed += 1
     return case
 
 
@@ -303,6 +306,7 @@ def test_every_kind_of_file_is_accounted_for(case: tuple[Path, Case], tmp_path: 
     small = {source.key(i) for i in range(len(source)) if min(source.size(i)) < 16}
     assert small == expected.small
     assert source.files == len(expected.usable) + len(expected.small) + len(expected.bad)
+    assert source.unnamed == expected.unnamed
     assert loader.bad.report().startswith(f"{len(expected.bad)} bad files skipped")
 
 
@@ -373,6 +377,32 @@ def test_a_list_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(UserError, match=r"cannot write .*No space left on device"):
         BadFiles([source], 1.0, tmp_path / "list")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("edit", [b"other", b"", None], ids=["edited", "emptied", "deleted"])
+@pytest.mark.parametrize("kind", ["metadata.jsonl", "0.txt"])
+def test_captions_that_change_during_a_run_are_one_line(
+    tmp_path: Path, kind: str, edit: bytes | None, workers: int
+) -> None:
+    """Neither a traceback, nor a caption that was never encoded, nor one that belongs to another picture."""
+    for i in range(2):
+        (tmp_path / f"{i}.jpg").write_bytes(JPEG)
+        (tmp_path / f"{i}.txt").write_text(f"caption {i}")
+    if kind == "metadata.jsonl":
+        rows = [json.dumps({"file_name": f"{i}.jpg", "text": f"caption {i}"}) for i in range(2)]
+        (tmp_path / kind).write_text("\n".join(rows))
+    loader = Loader(open_source(str(tmp_path)), size=SIZE, batch=2, bad_limit=1, workers=workers)
+    assert sorted(loader.texts()) == ["caption 0", "caption 1"]
+    before = (tmp_path / kind).read_bytes()
+    if edit is None:
+        (tmp_path / kind).unlink()
+    else:
+        (tmp_path / kind).write_bytes(edit and before.replace(b"0.jpg", b"1.jpg").replace(b"caption 0", edit))
+    stream = loader.batches()
+    with pytest.raises(UserError, match=rf"{kind}: changed since the run began \(.+\); put it back") as caught:
+        list(itertools.islice(stream, 4))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="permissions as on Unix")

@@ -96,6 +96,22 @@ def damage_width(folder: Path) -> str:
     return r"0 tensors missing, 0 unknown; the first to differ is core\..*8.*expected .*16"
 
 
+def damaged(where: str, value: object, message: str):  # type: ignore[no-untyped-def]
+    """A damage that sets one field of config.json."""
+
+    def damage(folder: Path) -> str:
+        raw = json.loads((folder / checkpoint.CONFIG).read_text())
+        *path, last = where.split(".")
+        here = raw
+        for key in path:
+            here = here[int(key) if key.isdigit() else key]
+        here[last] = value
+        (folder / checkpoint.CONFIG).write_text(json.dumps(raw))
+        return rf"config.json is damaged or of another version \({message}"
+
+    return damage
+
+
 def damage_unreadable_weights(folder: Path) -> str:
     (folder / checkpoint.WEIGHTS).unlink()
     (folder / checkpoint.WEIGHTS).mkdir()  # as unreadable as a file without permission, to root too
@@ -126,6 +142,14 @@ def damage_none(folder: Path) -> str:
         damage_unreadable_weights,
         damage_unreadable_config,
         damage_none,
+        damaged("network.core.heads", 0, "network.core.heads: Input should be greater than or equal to 1"),
+        damaged("network.core_stride", 0, "network.core_stride: "),
+        damaged("network.rungs.0.patch", 0, "network.rungs.0.patch: "),
+        damaged("network.core.heads", 7, "network.core: width .* is not a multiple of 4 and of heads 7"),
+        damaged("network.core.hats", 7, "network.core.hats: Extra inputs"),
+        damaged("sampling", {"stpes": 3}, "sampling: stpes: Extra inputs"),
+        damaged("sampling", {"steps": "few"}, "sampling: steps: Input should be a valid integer"),
+        damaged("format", 2, "format: "),
     ],
 )
 def test_damage_is_one_line_that_names_the_file(saved: Path, damage) -> None:  # type: ignore[no-untyped-def]

@@ -22,6 +22,8 @@ from pixelgrow.models.sizes import core_config, shallow_uvit
 from pixelgrow.models.uvit import UViT
 from pixelgrow.training.state import write_tensors
 
+LONG = "x" * 300
+
 
 class CliResult(Protocol):
     """What `run_cli` returns; see conftest.py."""
@@ -81,6 +83,13 @@ def test_help_is_quick_and_leaves_torch_alone() -> None:
         (["run", "smoke", "--runs", "FILE"], "cannot write FILE/smoke: Not a directory"),
         (["data", "images", "--sheet", "images"], "cannot write images: Is a directory"),
         (["data", "images", "--sheet", "FILE/x.png"], "cannot write FILE/x.png: File exists"),
+        (["info", LONG], "File name too long; allow reading it, or name another place"),
+        (["run", LONG], "File name too long"),
+        (["run", "smoke", "--dry-run", "--set", f"text.encoder={LONG}"], "File name too long"),
+        (["average", LONG, "--length", "0.1", "-o", "out"], "File name too long"),
+        (["average", "MODEL", "--length", "0.1", "-o", LONG], "is not a stage that has trained"),
+        (["sample", "MODEL", "1", "-o", f"{LONG}/x.png"], "File name too long"),
+        (["grow", "MODEL", "--to", "32", "-o", LONG], "File name too long"),
         (["plan", "--size", "giant"], "got 'giant', expected one of tiny, small"),
         (["data", "nowhere"], "nowhere: no such folder or file"),
         (["sample", "MODEL", "1", "--size", "16"], "--size '16': expected HEIGHTxWIDTH"),
@@ -92,6 +101,12 @@ def test_help_is_quick_and_leaves_torch_alone() -> None:
         (["sample", "MODEL", "1", "--schedule", "native"], "does not say what noise"),
         (["sample", "MODEL", "1", "--interval", "3", "1"], "expected (lo, hi) with 0 <= lo < hi"),
         (["sample", "MODEL", "--prompts", "nowhere.txt"], "--prompts nowhere.txt: cannot be read"),
+        (["sample", "MODEL", "--prompts", "FILE"], "--prompts FILE: no prompt in it; expected one a line"),
+        (["sample", "MODEL", "1", "--schedule", "foo"], "(--schedule) 'foo' does not exist; expected 'karras' or"),
+        (["sample", "MODEL", "1", "--steps", "1000000000000"], "steps=1000000000000: expected 1 to 10000"),
+        (["sample", "MODEL", "1", "--size", "1000000x1000000"], "each from 1 to 8192 pixels"),
+        (["sample", "MODEL", "1", "-n", "1000000000000"], "expected 100000 pictures at most"),
+        (["data", "images/0/a.png"], "images/0/a.png: a single image is no source"),
         (["grow", "MODEL", "--to", "24", "-o", "out"], "cannot grow from 16 to 24 px"),
         (["grow", "MODEL", "--to", "0", "-o", "out"], "cannot grow from 16 to 0 px"),
         (["average", "MODEL", "--length", "0.1", "-o", "out"], "is not a stage that has trained"),
@@ -177,6 +192,12 @@ def test_sample_writes_a_grid_with_its_settings(model: Path, run_cli: RunCli, tm
     assert facts["sha256"] == checkpoint.read_config(model).sha256
 
 
+def test_a_byte_order_mark_is_no_prompt(model: Path, run_cli: RunCli, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbf1\n")
+    assert run_cli("sample", model, "--prompts", "prompts.txt", "--steps", "1", "-o", "o", cwd=tmp_path).code == 0
+    assert [p.name for p in (tmp_path / "o").iterdir()] == ["0000-1.png"]
+
+
 def test_sample_writes_single_files_that_the_grid_holds(model: Path, run_cli: RunCli, tmp_path: Path) -> None:
     words = ["sample", str(model), "0", "1", "--steps", "2", "--size", "16x24"]
     assert run_cli(*words, "-o", "grid.png", cwd=tmp_path).code == 0
@@ -234,6 +255,26 @@ def test_data(run_cli: RunCli, tmp_path: Path) -> None:
     assert [line.split() for line in result.out.splitlines() if line.startswith("16x16")] == [["16x16", "3"]]
 
 
+def test_data_names_bad_files(run_cli: RunCli, tmp_path: Path) -> None:
+    """One for each reason; all in a list like a run's; also where a name is no text, and ours is not its language."""
+    folder = class_folder(tmp_path)
+    for name in (b"x.png", b"y.png", b"\xe9.gif"):
+        (Path(os.fsdecode(os.fsencode(folder) + b"/0/" + name))).write_bytes(b"")
+    command = [sys.executable, "-c", "from pixelgrow.cli import main; main()", "data", "images", "--bad", "bad.jsonl"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"LC_ALL": "C.UTF-8"})
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [line[-2:] for line in lines if line and line[0] in ("not", "format")] == [
+        ["2", "0/x.png"],
+        ["1", "0/\\udce9.gif"],
+    ]
+    rows = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert sorted(row["file"] for row in rows) == ["0/x.png", "0/y.png", "0/\udce9.gif"]
+    assert rows[0].keys() == {"source", "file", "reason", "fingerprint"}
+    result = run_cli("data", "images", "--bad", "images", cwd=tmp_path)
+    assert (result.code, "cannot write images: Is a directory" in result.err) == (2, True)
+
+
 def test_dry_run_touches_nothing(run_cli: RunCli, tmp_path: Path) -> None:
     result = run_cli("run", "smoke", "--dry-run", "--rate", "1e9", cwd=tmp_path)
     assert result.code == 0, result.err
@@ -241,6 +282,36 @@ def test_dry_run_touches_nothing(run_cli: RunCli, tmp_path: Path) -> None:
     for words in (*stages, "activations", "as given"):
         assert words in result.out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_says_what_is_not_there(run_cli: RunCli, tmp_path: Path) -> None:
+    words = [
+        "text.encoder=minlm",
+        "heldout.source=held",
+        "stages.grown.data=more",
+        "data=scenes",
+        "heldout={source: h}",
+    ]
+    sets = [word for setting in words for word in ("--set", setting)]
+    result = run_cli("run", "photos", "--dry-run", "--rate", "1e9", *sets, cwd=tmp_path)
+    assert result.code == 0, result.err
+    assert "data: scenes; held out: h (not there yet)" in result.out
+    assert "grown: data more (not there yet)" in result.out
+    assert "minlm, 32 tokens (neither minilm nor a folder here: taken as a name on the hub" in result.out
+
+
+def test_names_are_shown_as_they_are(run_cli: RunCli, tmp_path: Path, model: Path) -> None:
+    names = ["cats [old]", "[bold]", ":cat:"]
+    for i, name in enumerate(names):
+        (tmp_path / "m[/a]" / name).mkdir(parents=True)
+        Image.new("RGB", (20 + i, 20)).save(tmp_path / "m[/a]" / name / "a.png")
+        (tmp_path / "m[/a]" / name / "b.png").write_bytes(b"")
+    result = run_cli("data", "m[/a]", cwd=tmp_path)
+    assert result.code == 0, result.err
+    for name in (*names, "m[/a] (class folders)", ":cat:/b.png"):
+        assert name in result.out
+    (tmp_path / "m[/b]").symlink_to(model)
+    assert "m[/b]" in run_cli("info", "m[/b]", cwd=tmp_path).out
 
 
 def test_control_c_says_how_to_go_on(run_cli: RunCli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

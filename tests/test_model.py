@@ -140,7 +140,7 @@ def test_the_grid_of_the_training_noise_is_a_setting(monkeypatch: pytest.MonkeyP
     model = untrained()
     with pytest.raises(UserError, match="does not say what noise"):
         model.sample(["1"], grid="native")
-    with pytest.raises(UserError, match="grid 'linear' does not exist"):
+    with pytest.raises(UserError, match="'linear' does not exist; expected 'karras'"):
         model.sample(["1"], grid="linear")
     noise = NoiseConfig(mean=0.3, std=0.7)
     model.config = model.config.model_copy(

@@ -87,6 +87,28 @@ def test_overrides(tmp_path: Path) -> None:
         ("stages.nope.images=1", "--set 'stages.nope.images=1': got 'nope', expected one of core, grown, eval"),
         ("stages=[{trian: {}}]", "recipe.yaml: stages[0]: unknown stage 'trian'; did you mean 'train'?"),
         ("stages=[{grow: {name: a, to: 64, images: 1}}]", "recipe.yaml: stage 'a' has no model to start from"),
+        ("seed=!!int 2024-13-45", "--set 'seed=!!int 2024-13-45': the value is not readable as YAML"),
+        ("seed=" + "[" * 2000, "--set 'seed=[["),
+        ("seed=" + "1" * 5000, "--set 'seed=11"),
+        ("name=2024-13-45", None),
+        ("name=2024-01-31", None),
+        ("text.kind=1", "recipe.yaml: text: unknown key 'kind'; expected one of encoder, max_tokens"),
+        (
+            "text={encoder: minilm, classes: 3}",
+            "recipe.yaml: text: got encoder: minilm and classes: 3, expected one of",
+        ),
+        ("text.classes=3", None),
+        ("data=scenes", None),
+        ("data=[scenes, {source: folder}]", None),
+        ("data=[]", "recipe.yaml: data: got a list, "),
+        ("heldout=folder", None),
+        ("stages.core.data=folder", None),
+        ("stages.0.train.images=5", None),
+        ("stages[0].train.images=5", None),
+        ("stages[0].grow.images=5", "recipe.yaml: stages[0].train: unknown key 'grow'"),
+        ("stages[0].train.imagess=5", "recipe.yaml: stages[0].train: unknown key 'imagess'; did you mean 'images'?"),
+        ("data.n=1e12", "recipe.yaml: data[0].n: got 1000000000000.0, expected to be less than or equal to 100000000"),
+        ("stages.eval.steps=1000000", "recipe.yaml: stages[2].evaluate.steps: got 1000000, expected to be less than"),
         ("stages=3", "recipe.yaml: stages: got 3, expected a list"),
         ("data.split=train", None),
         ("data={source: folder, split: train}", "recipe.yaml: data[0]: split belongs to `source: scenes`"),
@@ -120,6 +142,8 @@ def test_one_line_for_each_mistake(tmp_path: Path, override: str, expected: str 
     ("text", "expected"),
     [
         ("name: [", "recipe.yaml:1: not readable as YAML: "),
+        ("name: a\nseed: !!int x", "recipe.yaml:2: not readable as YAML: no readable int"),
+        ("[" * 2000, "recipe.yaml: not readable as YAML: nested too deeply"),
         ("name: a\nname: b", "recipe.yaml:2: not readable as YAML: the key 'name' stands twice"),
         ("name: a\ndata: {{source: x}}", "recipe.yaml:2: not readable as YAML: a key is a mapping or a list"),
         ("name: a\ndata: {[a]: x}", "recipe.yaml:2: not readable as YAML: a key is a mapping or a list"),
@@ -148,6 +172,18 @@ def test_a_patch_that_a_growth_would_not_take_is_refused(tmp_path: Path) -> None
         random + again.replace(", patch: 2", "").replace("init: random", "init: preserve, patch: 2"),
     ):
         assert load_recipe(write(tmp_path, fine)).stages[-1].name == "again"
+
+
+def test_short_forms(tmp_path: Path) -> None:
+    overrides = ["data=pictures", "stages[0].train.images=5", "stages.1.grow.data=[a, {source: b}]"]
+    recipe = load_recipe(write(tmp_path), overrides)
+    assert [d.source for d in recipe.data] == ["pictures"]
+    core, grown, _ = recipe.stages
+    assert isinstance(core, TrainStage) and core.images == 5
+    assert isinstance(grown, GrowStage) and grown.data is not None
+    assert [d.source for d in grown.data] == ["a", "b"]
+    said = mistake(write(tmp_path, GOOD + "text: {encoder: minilm}\n"), "text.classes=3")
+    assert "text={classes: 3}" in said
 
 
 def test_words_stay_words(tmp_path: Path) -> None:

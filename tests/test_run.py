@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -252,6 +253,51 @@ def test_nothing_is_trained_before_every_shape_fits(tmp_path: Path) -> None:
     assert not (tmp_path / "smoke" / "core").exists()
 
 
+def test_nothing_is_trained_before_every_source_is_good_enough(tmp_path: Path) -> None:
+    """What only the second stage would meet: too many bad files, captions for labels, a checkpoint that is nowhere."""
+    good, bad = class_images(tmp_path), class_images(tmp_path / "bad")
+    for name in ("a", "b"):
+        (bad / "dark" / f"{name}.png").write_bytes(b"")
+    small = "images: 8, batch: 8"
+    (tmp_path / "recipe.yaml").write_text(f"""
+name: c
+text: {{classes: 2}}
+data: {{source: {good}}}
+stages:
+  - train: {{name: core, size: tiny, resolution: 16, {small}}}
+  - train: {{name: tuned, from: core, {small}}}
+""")
+    for override, words in (
+        (f"stages.tuned.data.source={bad}", r"bad/images \(train\): 2 of 26 files are bad, the limit is 0.01 .*dark/a"),
+        ("stages.tuned.data.source=scenes", r"scenes has captions, not class folders, .*\{classes: 2\}: write text:"),
+        ("stages.tuned.from=./nope/x", r"\./nope/x is not a checkpoint"),
+    ):
+        with pytest.raises(UserError, match=words):
+            run(load_recipe(tmp_path / "recipe.yaml", [override]), tmp_path)
+        assert not (tmp_path / "c" / "core").exists()
+
+
+def test_what_is_held_out_is_no_training_data(tmp_path: Path) -> None:
+    folder = class_images(tmp_path)
+    with pytest.raises(UserError, match=r"images is trained on and held out: name another source in heldout"):
+        run(load_recipe("smoke", same(folder)), tmp_path)
+    scenes = "{source: scenes, n: 8, captions: 8"
+    for overrides in (
+        ["data.split=heldout"],
+        ["data.split=heldout", "heldout={fraction: 0.1}"],
+        [f"heldout={scenes}}}"],
+        [f"stages.grown.data={scenes}, split: heldout}}"],
+    ):
+        with pytest.raises(UserError, match=r"scenes to train on and held-out scenes both have split: (train|heldout)"):
+            run(load_recipe("smoke", overrides), tmp_path)
+    assert not (tmp_path / "smoke" / "core").exists()
+
+
+def same(folder: Path) -> list[str]:
+    """Overrides of the smoke recipe that hold a class folder out of itself."""
+    return [f"data={{source: {folder}}}", f"heldout={{source: {folder}}}", "text={classes: 2}"]
+
+
 def test_scenes_are_not_mirrored(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"flip: true would make captions of scenes untrue"):
         run(load_recipe("smoke", ["stages.grown.flip=true"]), tmp_path)
@@ -408,7 +454,10 @@ def test_a_label_means_one_class(tmp_path: Path) -> None:
 
 
 def materials_of(folder: Path) -> Materials:
-    sources = [{"source": str(folder), "weight": 3}, {"source": "scenes", "weight": 1, "n": 10, "captions": 10}]
+    other = folder.parent / "other"
+    if not other.exists():
+        shutil.copytree(folder, other)
+    sources = [{"source": str(folder), "weight": 3}, {"source": str(other), "weight": 1}]
     raw = {"name": "mix", "data": sources, "heldout": {"fraction": 0.3}, "text": {"classes": 2}}
     stage = {"train": {"name": "core", "size": "tiny", "resolution": 16, "images": 8}}
     return Materials(read_recipe(raw | {"stages": [stage]}, "test"), folder)

@@ -4,6 +4,8 @@ import io
 import json
 import os
 import pickle
+import subprocess
+import sys
 import tarfile
 import tracemalloc
 from pathlib import Path
@@ -129,6 +131,16 @@ def test_class_folders(tmp_path: Path) -> None:
     assert Subset(source, np.array([2]), "view").classes == source.classes
 
 
+def test_a_class_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
+    """Its name would be written into a checkpoint, after training."""
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.mkdir(folder)
+    with open(folder + b"/1.png", "wb") as file:
+        file.write(picture())
+    with pytest.raises(UserError, match=r"the class folder b'caf\\xe9' has a name that is not UTF-8.*rename"):
+        open_source(str(tmp_path))
+
+
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_tar_shards_as_img2dataset_writes_them(tmp_path: Path, format: int) -> None:
     long = "k" * 80 + "/" + "l" * 80 if format == tarfile.USTAR_FORMAT else "ü" * 150
@@ -152,6 +164,19 @@ def test_tar_shards_as_img2dataset_writes_them(tmp_path: Path, format: int) -> N
     assert len(as_files(tmp_path / "00001.tar")) == 3
 
 
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_a_header_that_claims_the_moon_ends_its_shard(tmp_path: Path, kind: bytes) -> None:
+    whole = write_tar(tmp_path / "x.tar", [("a.jpg", picture()), ("a.txt", b"a")]).read_bytes()
+    header = tarfile.TarInfo("long")
+    header.type, header.size = kind, 2**62
+    end = whole.rstrip(b"\0")
+    end += bytes(-len(end) % 512)
+    (tmp_path / "x.tar").write_bytes(end + header.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    source = as_files(tmp_path / "x.tar")
+    assert [source.text(i) for i in range(len(source))] == ["a"]
+    assert reasons(source) == {"x.tar": f"shard: a header that claims {2**62} bytes, what follows is lost"}
+
+
 def test_interleaved_keys_are_an_error(tmp_path: Path) -> None:
     members = [("a.jpg", picture()), ("b.jpg", picture()), ("a.txt", b"a"), ("b.txt", b"b")]
     with pytest.raises(UserError, match=r"x\.tar: the members of key 'a' are not neighbours"):
@@ -171,6 +196,7 @@ def test_what_can_be_wrong_in_a_shard(tmp_path: Path) -> None:
         *(("two.jpg", picture()), ("two.png", picture()), ("two.txt", b"text")),
         *(("latin.jpg", picture()), ("latin.txt", "ü".encode("latin-1"))),
         *(("notjson.jpg", picture()), ("notjson.json", b"{")),
+        *(("null.jpg", picture()), ("null.json", b'{"caption": null, "text": "zz"}')),
         *(("list.jpg", picture()), ("list.json", b"[]")),
         *(("nokey.jpg", picture()), ("nokey.json", b'{"url": ""}')),
         *(("broken.jpg", b"\xff\xd8\xff"), ("broken.txt", b"text")),
@@ -185,7 +211,9 @@ def test_what_can_be_wrong_in_a_shard(tmp_path: Path) -> None:
     (tmp_path / "e.tar").write_bytes(whole[:at] + b"junk" * 256 + whole[at:])
     (tmp_path / "f.tar").mkdir()
     source = as_files(tmp_path)
-    assert {source.key(i) for i in range(len(source))} == {"a.tar/ok.jpg", "d.tar/ok.jpg", "e.tar/ok.jpg"}
+    keys = ["a.tar/ok.jpg", "a.tar/null.jpg", "d.tar/ok.jpg", "e.tar/ok.jpg"]
+    assert [source.key(i) for i in range(len(source))] == keys
+    assert source.text(1) == "zz"
     found = reasons(source)
     expected = {
         "a.tar/nocaption.jpg": "no caption",
@@ -218,6 +246,22 @@ def test_compressed_shards_are_refused(tmp_path: Path, name: str) -> None:
         open_source(str(tmp_path))
 
 
+def test_a_compressed_archive_beside_images_is_passed_over(tmp_path: Path) -> None:
+    for key in ("cat/1", "dog/2"):
+        (tmp_path / key).parent.mkdir()
+        (tmp_path / f"{key}.png").write_bytes(picture())
+    (tmp_path / "backup.tar.gz").write_bytes(b"")
+    source = as_files(tmp_path)
+    assert (source.classes, source.ignored) == (("cat", "dog"), 1)
+
+
+def test_captions_one_folder_below_are_named(tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        captioned(tmp_path / split)
+    with pytest.raises(UserError, match=r"captions are in .*/train/metadata\.jsonl; name .*/train as the source"):
+        open_source(str(tmp_path))
+
+
 def test_one_line_for_each_mistake(tmp_path: Path) -> None:
     empty, loose = tmp_path / "empty", tmp_path / "loose"
     empty.mkdir()
@@ -240,8 +284,9 @@ def test_one_line_for_each_mistake(tmp_path: Path) -> None:
         ({"source": str(loose), "kind": "tar"}, "no .tar files in it"),
         ({"source": str(loose), "kind": "folder"}, "no caption"),
         ({"source": str(loose), "kind": "classes"}, "not in the folder of a class"),
-        ({"source": str(tmp_path / "file.png"), "kind": "folder"}, "expects a folder"),
-        (str(tmp_path / "file.png"), "shard: "),
+        ({"source": str(tmp_path / "norows/metadata.jsonl"), "kind": "folder"}, "expects a folder"),
+        (str(tmp_path / "file.png"), "a single image is no source"),
+        ({"source": "scenes", "n": 10**12}, "expected n from 1 to 100000000"),
         ({"source": str(loose), "kind": "zip"}, "kind is 'zip'"),
         ({"source": str(loose), "kidn": "tar"}, "unknown setting 'kidn'"),
         ({"source": "scenes", "m": 3}, "unknown setting 'm'"),
@@ -252,6 +297,19 @@ def test_one_line_for_each_mistake(tmp_path: Path) -> None:
             open_source(spec)  # type: ignore[arg-type]
         assert message in str(caught.value), str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+def test_the_example_makes_a_folder_once(tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "examples" / "photographs.py"
+    command = [sys.executable, str(script), "photographs", "-n", "1", "--side", "40"]
+    for expected, words in ((0, ""), (2, "photographs.py: cannot write photographs: File exists; name another place")):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr.startswith(words), len(done.stderr.splitlines())) == (
+            expected,
+            True,
+            int(bool(expected)),
+        )
+    assert len(as_files(tmp_path / "photographs")) == 12
 
 
 def test_mixtures(tmp_path: Path) -> None:
@@ -368,7 +426,8 @@ def test_inspection(tmp_path: Path) -> None:
     assert found.sides == ((64, 4),)
     assert found.stages == (((64, 64), 4), ((80, 80), 1))
     assert found.classes == (("a", 2), ("b", 2))
-    assert sum(count for _, count in found.reasons()) == 3
+    why = {reason.example: reason.files for reason in found.reasons()}
+    assert why == {"b/4.png": 1, "b/5.png": 1, "b/6.gif": 1}
     assert found.sheet is not None
     with Image.open(found.sheet) as sheet:
         assert sheet.size == (1024, 632)

@@ -250,9 +250,26 @@ def _other_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
+def _setting(**values: Any) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | values))
+
+    return damage
+
+
+def _index(text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / "model.safetensors.index.json").write_text(text) and None
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        *((_index(text), "index.json is damaged") for text in ("{", "[]", '{"weight_map": 3}', "[" * 100_000)),
+        (_index('{"weight_map": {"a": 3}}'), "index.json is damaged"),
+        (_setting(model_type="clip", text_config=None), "text_config in .* is None"),
+        (_setting(d_model=None), "d_model in its config.json is None"),
+        (_setting(num_layers="two"), "cannot be loaded"),
         (_no_config, "config.json"),
         (_other_type, "type 'gpt2'"),
         (_no_type, "config.json"),

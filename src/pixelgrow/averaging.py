@@ -8,7 +8,7 @@ from pixelgrow import checkpoint
 from pixelgrow.errors import UserError
 from pixelgrow.training.ema import reconstruct
 from pixelgrow.training.loop import CHECKPOINT
-from pixelgrow.writing import writing
+from pixelgrow.writing import reading, writing
 
 
 def average_checkpoint(stage: Path, length: float, out: Path, images: int | None = None) -> str:
@@ -16,7 +16,9 @@ def average_checkpoint(stage: Path, length: float, out: Path, images: int | None
 
     stage: a stage's folder, with `checkpoint/` and `snapshots/`. What did not train is the checkpoint's own.
     """
-    if not (stage / CHECKPOINT / checkpoint.CONFIG).is_file():
+    with reading(stage):
+        trained = (stage / CHECKPOINT / checkpoint.CONFIG).is_file()
+    if not trained:
         raise UserError(f"{stage} is not a stage that has trained: expected a folder such as runs/photos/core")
     checkpoint.check_target(out)
     if out.resolve() == (stage / CHECKPOINT).resolve():

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import safetensors
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from safetensors.torch import load_file, save_file
 
 from pixelgrow.diffusion import Denoiser, DiffusionConfig, NoiseConfig
@@ -22,6 +22,8 @@ from pixelgrow.errors import UserError
 from pixelgrow.models.config import NetConfig
 from pixelgrow.models.uvit import UViT
 from pixelgrow.onestep.generator import Generator
+from pixelgrow.sampling_spec import SamplingSpec
+from pixelgrow.writing import writing
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 
@@ -47,19 +49,38 @@ class CheckpointConfig(BaseModel):
     lineage: list[dict[str, Any]] = []
     sha256: str = ""
 
+    @field_validator("sampling")
+    @classmethod
+    def _sampling(cls, given: dict[str, Any]) -> dict[str, Any]:
+        try:
+            SamplingSpec.model_validate(given)
+        except ValidationError as error:
+            raise ValueError(_reason(error)) from None
+        return given
+
+
+def _reason(error: ValidationError) -> str:
+    """The first mistake of a configuration, in one line that names the field."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(map(str, first["loc"]))
+    return f"{where}: {first['msg']}".removeprefix(": ").replace("Value error, ", "")
+
 
 def check_target(folder: Path) -> None:
     """Raise UserError unless a checkpoint may be written to `folder`: whatever else it held would be deleted."""
     remedy = "name a new or empty folder, or one that holds a checkpoint alone"
     if folder.name in ("", ".."):
         raise UserError(f"a checkpoint cannot be written to {str(folder)!r}: expected a folder with a name; {remedy}")
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise UserError(f"a checkpoint cannot be written to {folder}: it is a file or a link, not a folder; {remedy}")
-    if folder.is_dir():
-        others = sorted(p.name for p in folder.iterdir() if p.name not in (WEIGHTS, CONFIG, CARD) or p.is_dir())
-        if others:
-            more = f" and {len(others) - 1} more" if others[1:] else ""
-            raise UserError(f"{folder} holds {others[0]}{more}, which a checkpoint there would replace; {remedy}")
+    with writing(folder):
+        if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+            raise UserError(
+                f"a checkpoint cannot be written to {folder}: it is a file or a link, not a folder; {remedy}"
+            )
+        entries = list(folder.iterdir()) if folder.exists() else []
+        others = sorted(p.name for p in entries if p.name not in (WEIGHTS, CONFIG, CARD) or p.is_dir())
+    if others:
+        more = f" and {len(others) - 1} more" if others[1:] else ""
+        raise UserError(f"{folder} holds {others[0]}{more}, which a checkpoint there would replace; {remedy}")
 
 
 @contextmanager
@@ -133,8 +154,8 @@ def read_config(folder: Path) -> CheckpointConfig:
         return CheckpointConfig.model_validate(json.loads(path.read_text()))
     except FileNotFoundError:
         raise UserError(f"{folder} is not a checkpoint: it has no {CONFIG}; give a folder that a run wrote") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as e:
-        reason = str(e).splitlines()[0]
+    except (ValueError, RecursionError) as e:
+        reason = _reason(e) if isinstance(e, ValidationError) else str(e).splitlines()[0]
         raise UserError(f"{path} is damaged or of another version ({reason}); copy the checkpoint again") from None
     except OSError as e:
         raise UserError(f"{path} cannot be read ({e.strerror}): expected a file you may read; correct it") from None

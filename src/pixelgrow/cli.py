@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, NoReturn
@@ -114,15 +115,20 @@ def data(
     kind: Annotated[str, typer.Option("--kind", help="auto, folder, classes or tar.")] = "auto",
     decode: Annotated[int, typer.Option("--decode", min=0, help="Images to decode, to find damage; 0: all.")] = 1000,
     sheet: Annotated[Path, typer.Option("--sheet", help="Where to write a contact sheet.")] = Path("contact-sheet.png"),
+    bad: Annotated[Path | None, typer.Option("--bad", help="Where to list all bad files, as bad_files.jsonl.")] = None,
 ) -> None:
     """Look into a source of images: counts, sizes, captions, bad files, a contact sheet."""
+    from pixelgrow.data.badfiles import write_list
     from pixelgrow.data.inspect import inspect_source
     from pixelgrow.data.opening import open_source
     from pixelgrow.tables import inspection_tables
 
     opened = open_source({"source": source} | ({} if source == "scenes" else {"kind": kind}))
     sizes = {"stages": _sizes(recipe)} if recipe is not None else {}
-    _show(inspection_tables(inspect_source(opened, decode=decode or None, sheet=sheet, **sizes)))
+    found = inspect_source(opened, decode=decode or None, sheet=sheet, **sizes)
+    if bad is not None:
+        write_list(bad, found.name, found.fingerprint, found.bad)
+    _show(inspection_tables(found))
 
 
 def _sizes(recipe: str) -> list[tuple[int, int]]:
@@ -230,7 +236,8 @@ def _rate(given: float | None) -> tuple[float, str]:
 def _show(*parts: object) -> None:
     from rich.console import Console
 
-    console = Console(soft_wrap=not sys.stdout.isatty(), width=None if sys.stdout.isatty() else 200)
+    shown = sys.stdout.isatty()  # names of files and classes are not ours: [a] is no markup in them, :cat: no emoji
+    console = Console(soft_wrap=not shown, width=None if shown else 200, markup=False, emoji=False)
     for part in parts:
         console.print(part)
 
@@ -241,6 +248,8 @@ def main() -> None:
     log.setLevel(logging.INFO)
     log.handlers = [_Stderr()]
     signal.signal(signal.SIGTERM, _terminated)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     share_cores()
     try:
         status = app(sys.argv[1:] or ["--help"], standalone_mode=False)

@@ -23,6 +23,7 @@ from pixelgrow.model import Model, find
 from pixelgrow.pictures import grid
 from pixelgrow.writing import writing
 
+MAX_PICTURES = 100_000  # of a call
 logger = logging.getLogger(__name__)
 
 
@@ -46,6 +47,11 @@ class Request:
 def draw(request: Request) -> list[Path]:
     """Draw a request's pictures; returns the files written. Raises UserError."""
     prompts = request.prompts + _read(request.file)
+    if len(prompts) * request.n > MAX_PICTURES:
+        raise UserError(
+            f"{len(prompts)} prompts with -n {request.n}: expected {MAX_PICTURES} pictures at most; draw them in "
+            "several calls, each with another --seed"
+        )
     if not prompts:
         raise UserError("no prompt was given: write one after the checkpoint, or name a file with --prompts")
     size = None if request.size is None else parse_size(request.size)
@@ -92,7 +98,8 @@ def _check_writable(out: Path, folder: Path, single: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    if not single and out.is_dir():
+        is_folder = out.is_dir()
+    if is_folder and not single:
         raise UserError(f"--out {out}: that is a folder; expected the name of a PNG to write, or --single")
 
 
@@ -127,12 +134,15 @@ def _read(file: Path | None) -> list[str]:
     if file is None:
         return []
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(
             f"--prompts {file}: cannot be read ({error}); expected a text file, one prompt a line"
         ) from error
-    return [line.strip() for line in lines if line.strip()]
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"--prompts {file}: no prompt in it; expected one a line")
+    return prompts
 
 
 def _slug(prompt: str) -> str:

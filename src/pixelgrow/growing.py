@@ -22,7 +22,9 @@ def grow_checkpoint(name: str, to: int, out: Path, *, source: str, init: str, se
     """Grow a checkpoint to `to` pixels and write it to `out`; returns the report in words. Raises UserError."""
     if init not in get_args(Init):
         raise UserError(f"--init {init!r}: expected one of {', '.join(get_args(Init))}")
-    if (out / checkpoint.CONFIG).exists():
+    with writing(out):
+        exists = (out / checkpoint.CONFIG).exists()
+    if exists:
         raise UserError(f"{out} holds a checkpoint already: name another folder, or delete it")
     checkpoint.check_target(out)
     model = Model.from_pretrained(name)

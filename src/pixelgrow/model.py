@@ -19,6 +19,7 @@ from pixelgrow.onestep.generator import Generator
 from pixelgrow.pictures import to_uint8
 from pixelgrow.sampling import Schedule, generate, sample
 from pixelgrow.text import LabelEncoder, TextEncoder, as_labels, load_encoder
+from pixelgrow.writing import reading
 
 WEIGHTS = Path(__file__).parent / "weights"
 # What `sample` does where neither the caller nor the checkpoint says.
@@ -36,10 +37,12 @@ def find(name: str | Path) -> Path:
     `owner/name` is looked up on the hub (or in its local cache) where no such folder exists. Raises UserError.
     """
     folder = Path(name)
-    for candidate in (folder, folder / "checkpoint", WEIGHTS / str(name)):
-        if (candidate / checkpoint.CONFIG).is_file():
-            return candidate
-    if str(name).count("/") == 1 and not folder.exists():
+    with reading(folder):
+        for candidate in (folder, folder / "checkpoint", WEIGHTS / str(name)):
+            if (candidate / checkpoint.CONFIG).is_file():
+                return candidate
+        exists = folder.exists()
+    if str(name).count("/") == 1 and not exists:
         return _from_hub(str(name))
     known = ", ".join(builtin()) or "none"
     raise UserError(
@@ -249,10 +252,12 @@ def noise_grid(name: str, denoiser: Denoiser, config: CheckpointConfig) -> str |
     """
     if name != "native":
         if name != "karras":
-            raise UserError(f"grid {name!r} does not exist; expected 'karras' or 'native'")
+            raise UserError(f"grid (--schedule) {name!r} does not exist; expected 'karras' or 'native'")
         return name
     if config.noise is None:
-        raise UserError("grid 'native': the checkpoint does not say what noise it was trained with; use 'karras'")
+        raise UserError(
+            "grid (--schedule) 'native': the checkpoint does not say what noise it was trained with; use 'karras'"
+        )
     return NoiseSchedule(config.noise, denoiser)
 
 

@@ -25,6 +25,7 @@ from pixelgrow.recipe_spec import (
     TrainStage,
     is_folder,
 )
+from pixelgrow.writing import reading
 
 FOLDER = Path(__file__).parent / "recipes"
 Where = Sequence[str | int]
@@ -39,13 +40,12 @@ def builtin() -> list[str]:
 def load_recipe(recipe: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """The recipe at a path, or of a name that the package carries, with overrides such as `stages.core.images=1000`.
 
-    An override's value is YAML; a stage is named by its name or its number. Raises UserError, one line, for whatever is
-    wrong in it.
+    An override's value is YAML; a stage is named by its name or its number, or as messages name it:
+    `stages[0].train.images=1000`. Raises UserError, one line, for whatever is wrong in it.
     """
-    path = Path(recipe)
-    if not path.is_file():
-        path = FOLDER / f"{recipe}.yaml"
-    if not path.is_file():
+    with reading(recipe):
+        path = next((p for p in (Path(recipe), FOLDER / f"{recipe}.yaml") if p.is_file()), None)
+    if path is None:
         raise UserError(f"recipe {str(recipe)!r} is neither a file nor one of {', '.join(builtin())}")
     where = str(recipe)
     raw = _mapping(path, where)
@@ -58,7 +58,14 @@ def load_recipe(recipe: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with two of its traps taken out: `1e-3` is a number, `no` and `on` are words. A key twice is a mistake."""
+    """YAML without its traps: `1e-3` is a number; `no`, `on` and `2024-01-31` are words. A key twice is a mistake."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:  # `!!int x`, or digits by the thousand
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.constructor.ConstructorError(None, None, f"no readable {kind}", node.start_mark) from error
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -76,7 +83,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, rule) for tag, rule in rules if tag != "tag:yaml.org,2002:bool"]
+    first: [(tag, rule) for tag, rule in rules if tag.rpartition(":")[2] not in ("bool", "timestamp")]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|false|True|False)$"), list("tTfF"))
@@ -92,6 +99,8 @@ def _mapping(path: Path, where: str) -> dict[str, Any]:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
         raise UserError(f"{where}{line}: not readable as YAML: {error.problem}") from error
+    except RecursionError as error:
+        raise UserError(f"{where}: not readable as YAML: nested too deeply") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{where}: not readable as YAML: {' '.join(str(error).split())}") from error
     except OSError as error:
@@ -104,12 +113,12 @@ def _mapping(path: Path, where: str) -> dict[str, Any]:
 def _override(raw: dict[str, Any], override: str) -> None:
     """Set what `a.b=c` says, in place."""
     name, equals, text = override.partition("=")
-    keys = name.strip().split(".")
+    keys = re.sub(r"\[(\d+)\]", r".\1", name.strip()).split(".")  # stages[0] as messages have it
     if not equals or not all(keys):
         raise UserError(f"--set {override!r}: expected a.b=value, such as stages.core.images=1000")
     try:
         value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise UserError(f"--set {override!r}: the value is not readable as YAML") from error
     here: Any = raw
     for depth, key in enumerate(keys):
@@ -121,8 +130,8 @@ def _override(raw: dict[str, Any], override: str) -> None:
                 here[item] = value
                 return
             here = here[item]
-            if stages and isinstance(here, dict) and len(here) == 1:
-                (here,) = here.values()
+            if stages and isinstance(here, dict) and len(here) == 1 and keys[depth + 1] not in here:
+                (here,) = here.values()  # the verb may be left out
             continue
         if not isinstance(here, dict):
             raise UserError(f"--set {override!r}: {'.'.join(keys[:depth])} is {_kind(here)} and has no {key!r}")
@@ -192,7 +201,8 @@ def _message(model: type[BaseModel], error: Any, at: Where, also: Sequence[str])
     loc = [*at, *error["loc"]]
     if error["type"] == "extra_forbidden":
         owner = _model_at(model, error["loc"][:-1])
-        return f"{_dotted(loc[:-1])}: {_unknown(str(loc[-1]), [*_keys(owner), *also], 'key')}".removeprefix(": ")
+        known = [*_keys(owner), *(also if owner is model else ())]
+        return f"{_dotted(loc[:-1])}: {_unknown(str(loc[-1]), known, 'key')}".removeprefix(": ")
     if error["type"] == "missing":
         return f"{_dotted(loc)} is missing"
     if error["type"] == "value_error":

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from pixelgrow.data.scenes import MAX_SCENES
 from pixelgrow.diffusion import DiffusionConfig
 from pixelgrow.models.sizes import SIZES
 from pixelgrow.onestep.settings import LossSettings
-from pixelgrow.sampling import SAMPLERS
+from pixelgrow.sampling_spec import SamplingSpec, Spec
 from pixelgrow.training.settings import TrainSettings
 
 SCENES = ("n", "captions", "seed", "split")  # what the built-in scenes are told
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of recipes and stages: they become folders
-
-
-class Spec(BaseModel):
-    """Base of a recipe's parts: immutable, unknown keys refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_by_name=True, validate_by_alias=True)
 
 
 class TextSpec(Spec):
@@ -32,7 +27,12 @@ class TextSpec(Spec):
     @model_validator(mode="before")
     @classmethod
     def _classes(cls, given: Any) -> Any:
-        if isinstance(given, Mapping) and "classes" in given and "encoder" not in given:
+        if isinstance(given, Mapping) and "classes" in given:
+            if "encoder" in given:
+                raise ValueError(
+                    f"got encoder: {given['encoder']} and classes: {given['classes']}, expected one of the two; "
+                    f"for class labels write text={{classes: {given['classes']}}} and nothing else"
+                )
             return {k: v for k, v in given.items() if k != "classes"} | {"encoder": f"labels:{given['classes']}"}
         return given
 
@@ -52,7 +52,7 @@ class TextSpec(Spec):
 
 
 class DataSpec(Spec):
-    """One source of captioned images, or of images in classes.
+    """One source of captioned images, or of images in classes; a word alone is its `source`.
 
     `source`: scenes (drawn, with `n`, `captions`, `seed`, `split`) or the path of a folder or of tar shards.
     `kind` says what a path holds, should looking at it not tell. `weight`: share of the mixture; by size if left out.
@@ -61,10 +61,15 @@ class DataSpec(Spec):
     source: str
     kind: Literal["auto", "folder", "classes", "tar"] = "auto"
     weight: float | None = Field(None, gt=0)
-    n: int | None = Field(None, ge=1)
+    n: int | None = Field(None, ge=1, le=MAX_SCENES)
     captions: int | None = Field(None, ge=1)
     seed: int | None = None
     split: Literal["train", "heldout"] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, given: Any) -> Any:
+        return {"source": given} if isinstance(given, str) else given
 
     @model_validator(mode="after")
     def _scenes_alone(self) -> DataSpec:
@@ -81,6 +86,13 @@ class DataSpec(Spec):
         return self.model_dump(
             exclude_none=True, include={"source", *(SCENES if self.source == "scenes" else ["kind"])}
         )
+
+
+def _listed(data: Any) -> Any:
+    return [data] if isinstance(data, Mapping | str) else data
+
+
+Mixture = Annotated[tuple[DataSpec, ...], BeforeValidator(_listed), Field(min_length=1)]  # one source, or several
 
 
 class HeldoutSpec(DataSpec):
@@ -100,36 +112,6 @@ class HeldoutSpec(DataSpec):
         return self
 
 
-class SamplingSpec(Spec):
-    """How a checkpoint is sampled where nobody says otherwise; what is left out is the library's default."""
-
-    steps: int | None = Field(None, ge=1)
-    guidance: float | None = Field(None, ge=0)
-    sampler: str | None = None
-    threshold: float | None = Field(None, gt=0, le=1)
-    grid: Literal["karras", "native"] | None = None
-    interval: tuple[float, float] | None = Field(None, description="guide from lo to hi alone, in sigma of the picture")
-
-    @field_validator("sampler")
-    @classmethod
-    def _sampler(cls, sampler: str | None) -> str | None:
-        if sampler is not None and sampler not in SAMPLERS:
-            raise ValueError(f"got {sampler!r}, expected one of {', '.join(SAMPLERS)}")
-        return sampler
-
-    @field_validator("interval")
-    @classmethod
-    def _interval(cls, interval: tuple[float, float] | None) -> tuple[float, float] | None:
-        if interval is not None and not 0 <= interval[0] < interval[1]:
-            raise ValueError(f"got {list(interval)}, expected [lo, hi] with 0 <= lo < hi")
-        return interval
-
-    @property
-    def given(self) -> dict[str, Any]:
-        """What is not left out."""
-        return {k: v for k in SamplingSpec.model_fields if (v := getattr(self, k)) is not None}
-
-
 class ModelStage(TrainSettings):
     """What stages that make a checkpoint share: a name, a parent, data of their own, and the training settings."""
 
@@ -137,13 +119,8 @@ class ModelStage(TrainSettings):
 
     name: str = Field(pattern=NAME)
     parent: str | None = Field(None, alias="from")
-    data: tuple[DataSpec, ...] | None = None
+    data: Mixture | None = None
     sampling: SamplingSpec | None = None
-
-    @field_validator("data", mode="before")
-    @classmethod
-    def _listed(cls, data: Any) -> Any:
-        return [data] if isinstance(data, Mapping) else data
 
     def training(self, images: int | None = None) -> TrainSettings:
         """The training settings alone; for a phase of `images`, with every length that was left out filled in anew."""
@@ -249,6 +226,8 @@ def _no_denoiser(stage: ModelStage) -> None:
     odd = {"noise", "weighting", "multiscale", "cond_dropout", "sampling"} & stage.model_fields_set
     if odd:
         raise ValueError(f"{min(odd)} is for the training of a denoiser, a one-step generator has none; drop it")
+    if stage.data is not None:
+        raise ValueError("data: a one-step generator trains on the data of its pairs; drop it")
 
 
 class DistillStage(ModelStage):
@@ -279,7 +258,7 @@ class PairsStage(Spec):
 
     name: str = Field(pattern=NAME)
     parent: str | None = Field(None, alias="from")
-    data: tuple[DataSpec, ...] | None = None
+    data: Mixture | None = None
     n: int = Field(ge=1)
     direction: Literal["invert", "draw"] = "invert"
     sampler: Literal["heun", "ddim", "dpm++2m"] = "heun"
@@ -289,11 +268,6 @@ class PairsStage(Spec):
     batch: int = Field(64, ge=1)
     shard: int = Field(1024, ge=1, description="images in a file; a multiple of batch")
     bad_limit: float = Field(0.01, ge=0, le=1)
-
-    @field_validator("data", mode="before")
-    @classmethod
-    def _listed(cls, data: Any) -> Any:
-        return [data] if isinstance(data, Mapping) else data
 
     @model_validator(mode="after")
     def _shards(self) -> PairsStage:
@@ -332,13 +306,8 @@ class Head(Spec):
     name: str = Field(pattern=NAME)
     seed: int = 0
     text: TextSpec = TextSpec()
-    data: tuple[DataSpec, ...] = Field(min_length=1)
+    data: Mixture
     heldout: HeldoutSpec = HeldoutSpec()
-
-    @field_validator("data", mode="before")
-    @classmethod
-    def _listed(cls, data: Any) -> Any:
-        return [data] if isinstance(data, Mapping) else data
 
 
 class Recipe(Head):

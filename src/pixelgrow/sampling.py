@@ -26,6 +26,7 @@ Denoise = Callable[[Tensor, float], Tensor]
 """`(x (B,...), sigma) -> x0 (B,...)` in x's dtype."""
 Noise = Callable[[int], Tensor]
 """Step number -> standard normal noise in the shape of x, for the samplers that add some."""
+MAX_STEPS, MAX_SIDE = 10_000, 8192  # more is a slip of the finger
 Solver = Callable[[Denoise, Tensor, list[float], Noise], Iterator[Tensor]]
 
 
@@ -98,8 +99,8 @@ def _crossing(below: Callable[[Tensor], Tensor]) -> float:
 
 
 def _check_grid(steps: int, sigma_min: float, sigma_max: float) -> None:
-    if steps < 1:
-        raise UserError(f"steps={steps}: expected at least 1; 16 to 64 are usual")
+    if not 1 <= steps <= MAX_STEPS:
+        raise UserError(f"steps={steps}: expected 1 to {MAX_STEPS}; 16 to 64 are usual")
     if not 0 < sigma_min < sigma_max < math.inf:
         raise UserError(
             f"noise levels from {sigma_min} to {sigma_max}: expected 0 < sigma_min < sigma_max < inf; "
@@ -256,8 +257,11 @@ def sample(
         raise UserError(
             f"{n} conditions and {len(numbers)} indices: expected an index for each of 1 or more conditions"
         )
-    if min(size) < 1 or batch < 1:
-        raise UserError(f"size={size}, batch={batch}: expected (height, width) in pixels and a batch of at least 1")
+    if min(size) < 1 or max(size) > MAX_SIDE or batch < 1:
+        raise UserError(
+            f"size={size}, batch={batch}: expected (height, width), each from 1 to {MAX_SIDE} pixels, and a batch of 1 "
+            "or more"
+        )
     sigmas = _grid(grid, steps, denoiser)
     device = cond.null.device if device is None else torch.device(device)
     starts = range(0, n, batch)

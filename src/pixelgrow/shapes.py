@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os.path import expanduser
 from pathlib import Path
 
 from pixelgrow.checkpoint import read_config
@@ -11,6 +12,7 @@ from pixelgrow.models.config import CoreConfig, NetConfig
 from pixelgrow.models.sizes import core_config, shallow_uvit
 from pixelgrow.recipe_spec import GrowStage, ModelStage, Recipe, TextSpec, TrainStage, is_folder
 from pixelgrow.text_spec import describe
+from pixelgrow.writing import reading
 
 
 def networks(recipe: Recipe) -> dict[str, NetConfig]:
@@ -51,4 +53,5 @@ def planned_core(size: str, text: TextSpec) -> CoreConfig:
 
 def is_here(text: TextSpec) -> bool:
     """Whether an encoder's width can be read without asking a hub."""
-    return bool(text.classes) or text.encoder == "minilm" or Path(text.encoder).expanduser().is_dir()
+    with reading(text.encoder):
+        return bool(text.classes) or text.encoder == "minilm" or Path(expanduser(text.encoder)).is_dir()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pixelgrow.training.log import duration
+from pixelgrow.writing import reading
 
 if TYPE_CHECKING:
     from pixelgrow.checkpoint import CheckpointConfig
@@ -53,17 +55,23 @@ def _table(*columns: str, title: str = "") -> Table:
 
 def recipe_heading(recipe: Recipe, folder: Path) -> RenderableType:
     """Name, data, text, and the stages that are not training."""
-    held = recipe.heldout.source or f"{100 * recipe.heldout.fraction:g}% of the data"
-    from pixelgrow.recipe_spec import DistillStage, EvaluateStage, GrowStage, PairsStage
+    held = _data(recipe.heldout) if recipe.heldout.source else f"{100 * recipe.heldout.fraction:g}% of the data"
+    from pixelgrow.recipe_spec import DistillStage, EvaluateStage, GrowStage, ModelStage, PairsStage
     from pixelgrow.shapes import is_here
 
-    assumed = "" if is_here(recipe.text) else " (not a folder here: its width is taken as the size's reference)"
+    assumed = (
+        ""
+        if is_here(recipe.text)
+        else " (neither minilm nor a folder here: taken as a name on the hub, its width as the size's reference)"
+    )
     lines = [
         f"recipe {recipe.name}, seed {recipe.seed}, in {folder}",
         f"data: {', '.join(_data(d) for d in recipe.data)}; held out: {held}",
         f"text: {recipe.text.encoder}, {recipe.text.max_tokens} tokens{assumed}",
     ]
     for s in recipe.stages:
+        if isinstance(s, ModelStage | PairsStage) and s.data is not None:
+            lines.append(f"{s.name}: data {', '.join(_data(d) for d in s.data)}")
         if isinstance(s, EvaluateStage):
             lines.append(f"{s.name}: evaluate {s.parent}, {s.prompts:,} prompts")
         elif isinstance(s, PairsStage):
@@ -76,7 +84,8 @@ def recipe_heading(recipe: Recipe, folder: Path) -> RenderableType:
 
 
 def _data(spec: DataSpec) -> str:
-    found = "" if spec.source == "scenes" or Path(spec.source).expanduser().exists() else " (not there yet)"
+    with reading(spec.source):
+        found = "" if spec.source == "scenes" or Path(expanduser(spec.source)).exists() else " (not there yet)"
     return spec.source + (f" x {spec.weight:g}" if spec.weight is not None else "") + found
 
 
@@ -145,6 +154,8 @@ def inspection_tables(found: Inspection) -> RenderableType:
     facts.add_row("files", f"{found.files:,}")
     facts.add_row("usable image-caption pairs", f"{found.samples:,}")
     facts.add_row("files passed over, neither image nor caption", f"{found.ignored:,}")
+    if found.unnamed:
+        facts.add_row("images without a line in metadata.jsonl, passed over", f"{found.unnamed:,}")
     facts.add_row(f"bad files (headers of all, {found.decoded:,} decoded)", f"{len(found.bad):,}")
     facts.add_row(f"distinct captions among {found.captions:,}", f"{found.distinct:,}")
     facts.add_row("words in a caption", _spread(found.words))
@@ -162,9 +173,9 @@ def inspection_tables(found: Inspection) -> RenderableType:
             classes.add_row(name, f"{n:,}")
         parts += [Text(), classes]
     if found.bad:
-        bad = _table("bad files", "")
-        for reason, n in found.reasons():
-            bad.add_row(Text(reason), f"{n:,}")
+        bad = _table("bad files", "", "such as")
+        for reason in found.reasons():
+            bad.add_row(Text(reason.text), f"{reason.files:,}", Text(reason.example))
         parts += [Text(), bad]
     if found.sheet is not None:
         parts += [Text(), Text(f"contact sheet: {found.sheet}")]

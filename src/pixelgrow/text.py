@@ -145,6 +145,7 @@ def load_encoder(
 def load_spec(spec: EncoderSpec, device: torch.device | str = "cpu") -> TextEncoder:
     """Load the encoder that `spec` describes."""
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     assert spec.folder is not None
@@ -167,7 +168,10 @@ def load_spec(spec: EncoderSpec, device: torch.device | str = "cpu") -> TextEnco
                 output_loading_info=True,
                 **extra,
             )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+    except (
+        *(OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError),
+        *(SafetensorError, StrictDataclassError),
+    ) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
             f"text encoder {spec.name!r}: {spec.folder} cannot be loaded ({reason}); expected a model and tokenizer "

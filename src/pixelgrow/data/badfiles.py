@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from pixelgrow.data.sources import BadFile, Source, bad_of, files_of
@@ -45,7 +45,7 @@ class BadFiles:
         if new:
             self._found[source] |= new
             self._list(self._sources[source], new)
-            self._check(source)
+            check_share(self._sources[source], self._found[source], self.limit, self.path)
 
     def __len__(self) -> int:
         return sum(len(found) for found in self._found)
@@ -65,16 +65,6 @@ class BadFiles:
         ]
         where = f", listed in {self.path}" if self.path else ""
         return f"{len(self)} bad file{'s' if len(self) > 1 else ''} skipped ({'; '.join(parts)}){where}"
-
-    def _check(self, number: int) -> None:
-        source, found = self._sources[number], self._found[number]
-        if len(found) > self.limit * files_of(source):
-            key, reason = next(iter(found.items()))
-            where = f"all listed in {self.path}" if self.path else f"the first: {key}: {reason}"
-            raise UserError(
-                f"{source.name}: {len(found)} of {files_of(source)} files are bad, the limit is {self.limit:.3g} of "
-                f"them ({where}); repair or remove them, or raise bad_limit"
-            )
 
     def _warn(self, source: Source, rows: dict[str, str]) -> None:
         if self._warned == WARNINGS:
@@ -123,6 +113,28 @@ class BadFiles:
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:
-            for key, reason in rows.items():
-                row = {"source": source.name, "file": key, "reason": reason, "fingerprint": source.fingerprint}
-                file.write(json.dumps(row) + "\n")
+            file.writelines(_lines(source.name, source.fingerprint, rows))
+
+
+def write_list(path: Path, name: str, fingerprint: str, files: Iterable[BadFile]) -> None:
+    """Write the bad files of one source in a run's form, whole or not at all; `UserError` if it cannot be written."""
+    part = path.with_name(f".{path.name}.part")
+    with writing(path):
+        part.write_text("".join(_lines(name, fingerprint, {bad.key: bad.reason for bad in files})), encoding="utf-8")
+        part.replace(path)
+
+
+def _lines(name: str, fingerprint: str, found: Mapping[str, str]) -> Iterator[str]:
+    for key, reason in found.items():
+        yield json.dumps({"source": name, "file": key, "reason": reason, "fingerprint": fingerprint}) + "\n"
+
+
+def check_share(source: Source, found: Mapping[str, str], limit: float, listed: Path | None = None) -> None:
+    """Raise `UserError` if the bad files of a source (file -> reason) are more than the share `limit` of its files."""
+    if len(found) > limit * files_of(source):
+        key, reason = next(iter(found.items()))
+        where = f"all listed in {listed}" if listed else f"the first: {key}: {reason}; pixelgrow data --bad lists all"
+        raise UserError(
+            f"{source.name}: {len(found)} of {files_of(source)} files are bad, the limit is {limit:.3g} of them "
+            f"({where}); repair or remove them, or raise bad_limit"
+        )

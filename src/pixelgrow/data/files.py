@@ -132,6 +132,11 @@ def walk(root: bytes, bad: dict[str, str]) -> Iterator[tuple[bytes, list[bytes]]
     yield from _walk(root, b"", (), bad)
 
 
+def holds_images(root: str) -> bool:
+    """Whether a folder, or one in it, holds an image that we decode."""
+    return any(is_image(name) for _, names in walk(os.fsencode(root), {}) for name in names)
+
+
 def _walk(
     root: bytes, folder: bytes, above: tuple[tuple[int, int], ...], bad: dict[str, str]
 ) -> Iterator[tuple[bytes, list[bytes]]]:

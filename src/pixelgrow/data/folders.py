@@ -1,6 +1,5 @@
 """Folders of images: captions in metadata.jsonl, captions in .txt files beside the images, or one folder per class."""
 
-import hashlib
 import json
 import os
 from array import array
@@ -19,7 +18,7 @@ from pixelgrow.data.files import (
     walk,
 )
 from pixelgrow.data.images import BadImage
-from pixelgrow.data.index import MAX_CAPTION, FileSource, Strings, caption_of, decode_caption, stamp
+from pixelgrow.data.index import MAX_CAPTION, FileSource, Strings, caption_of, decode_caption, hash_of, stamp
 from pixelgrow.errors import UserError
 
 METADATA = "metadata.jsonl"
@@ -30,8 +29,9 @@ _UNSUPPORTED = "format not supported (JPEG, PNG and WebP are)"
 class MetadataFolder(FileSource):
     """A folder with a metadata.jsonl, one `{"file_name": ..., "text": ...}` a line.
 
-    The index holds where each line stands (20 bytes a sample); the line is read again when it is asked for. A file
-    may have several captions, each a sample; a line that repeats another is bad. Images without a line are ignored.
+    The index holds where each line stands and a hash of it (28 bytes a sample); the line is read again when it is asked
+    for. A file may have several captions, each a sample; a line that repeats another is bad. Images without a line are
+    passed over, and counted as `unnamed`.
     """
 
     kind = "metadata.jsonl"
@@ -41,30 +41,44 @@ class MetadataFolder(FileSource):
         self._root = os.fsencode(path)
         self._metadata = os.path.join(path, METADATA)
         self._starts, self._lengths = array("q"), array("i")
-        self._last = -1, ("", "")  # the row read last: image and caption of a sample are asked for in turn
-        names, rows, lines = array("Q"), set(), 0  # hashes, so that a million rows stay small
+        self._last: tuple[int, tuple[str, ...]] = (
+            -1,
+            (),
+        )  # the row read last: image and caption of a sample are asked for in turn
+        names, good, rows, lines = array("Q"), array("Q"), set(), 0  # hashes, so that a million rows stay small
         for number, start, line in self._read_lines():
             lines = number
             key = f"{METADATA}:{number}"
             try:
-                key, text = self._parse(line)
-                row = _hash(key, text)
-                if row in rows:
-                    key = f"{METADATA}:{number}"
+                name, value = self._parse(line)
+                names.append(hash_of(name))
+                text = caption_of(value)
+                if hash_of(name, text) in rows:
                     raise BadImage("repeats an earlier line")
-                rows.add(row)
+                rows.add(hash_of(name, text))
+                key = name
                 with open_regular(os.path.join(self._root, os.fsencode(key))) as file:
                     self._admit(file, os.fsencode(key), text.encode(), stamp(file))
             except BadImage as error:
                 self._reject(key, error.reason)
                 continue
-            names.append(_hash(key))
+            good.append(hash_of(key))
+            self._note(key, text)
             self._starts.append(start)
             self._lengths.append(len(line))
         del rows
         if not lines:
             raise UserError(f"{self._metadata}: empty; expected one line per image with file_name and text")
-        self._finish(distinct=len(np.unique(np.frombuffer(names, np.uint64))) if names else 0)
+        self._pass_over(np.unique(np.frombuffer(names, np.uint64)))
+        self._finish(distinct=len(np.unique(np.frombuffer(good, np.uint64))))
+
+    def _pass_over(self, named: np.ndarray) -> None:
+        """Count what else is in the folder. `named`: sorted hashes of the file names in metadata.jsonl."""
+        for folder, files in walk(self._root, {}):
+            images = [folder + name for name in files if is_image(name) or is_other_image(name)]
+            hashes = np.fromiter((hash_of(os.fsdecode(key)) for key in images), np.uint64, len(images))
+            self.unnamed += int((~np.isin(hashes, named)).sum())
+            self.ignored += len(files) - len(images) - (not folder and contains(files, os.fsencode(METADATA)))
 
     def _nothing(self) -> str:
         return (
@@ -93,8 +107,8 @@ class MetadataFolder(FileSource):
                 start = end
 
     @staticmethod
-    def _parse(line: bytes) -> tuple[str, str]:
-        """(file name, caption) of a line. Raises `BadImage`."""
+    def _parse(line: bytes) -> tuple[str, object]:
+        """(file name, what is to be its caption) of a line. Raises `BadImage`."""
         try:
             row = json.loads(line.decode())
         except UnicodeDecodeError:
@@ -106,13 +120,17 @@ class MetadataFolder(FileSource):
         name = row.get("file_name")
         if not isinstance(name, str) or not name:
             raise BadImage("no file_name")
-        return _inside(name), caption_of(row.get("text"))
+        return _inside(name), row.get("text")
 
-    def _row(self, i: int) -> tuple[str, str]:
+    def _row(self, i: int) -> tuple[str, ...]:
+        """(file name, caption) of sample i; `UserError` if its line has changed since the index was made."""
         if i != self._last[0]:
-            line = read_regular(self._metadata, self._starts[i], self._lengths[i])
-            self._last = i, self._parse(line)
+            self._last = i, self._again(i, self._metadata, lambda: self._read_row(i))
         return self._last[1]
+
+    def _read_row(self, i: int) -> tuple[str, str]:
+        name, value = self._parse(read_regular(self._metadata, self._starts[i], self._lengths[i]))
+        return name, caption_of(value)
 
     def key(self, i: int) -> str:
         return self._row(i)[0]
@@ -155,6 +173,7 @@ class PairedFolder(FileSource):
         text = self._caption(key)
         with open_regular(os.path.join(self._root, key)) as file:
             self._admit(file, key, text.encode(), stamp(file))
+        self._note(text)
         self._keys.append(key)
 
     def _caption(self, key: bytes) -> str:
@@ -168,7 +187,9 @@ class PairedFolder(FileSource):
         return os.fsdecode(self._keys[i])
 
     def text(self, i: int) -> str:
-        return self._caption(self._keys[i])
+        key = self._keys[i]
+        where = os.path.join(self.name, os.fsdecode(_caption_name(key)))
+        return self._again(i, where, lambda: (self._caption(key),))[0]
 
     def read(self, i: int) -> bytes:
         return read_regular(os.path.join(self._root, self._keys[i]))
@@ -184,7 +205,8 @@ class ClassFolder(FileSource):
         self._root = os.fsencode(path)
         self._keys = Strings()
         self._labels = array("i")
-        classes: list[bytes] = []
+        classes: list[str] = []
+        last = b""
         for folder, names in walk(self._root, self._bad):
             top = folder.split(b"/", 1)[0]
             for name in names:
@@ -193,8 +215,9 @@ class ClassFolder(FileSource):
                     if is_image(name):
                         if not top:
                             raise BadImage("not in the folder of a class")
-                        if top not in classes[-1:]:  # the walk is sorted: a class comes once, empty ones never
-                            classes.append(top)
+                        if top != last:  # the walk is sorted: a class comes once, empty ones never
+                            classes.append(self._class_name(top))
+                            last = top
                         with open_regular(os.path.join(self._root, key)) as file:
                             self._admit(file, key, stamp(file))
                         self._keys.append(key)
@@ -205,8 +228,18 @@ class ClassFolder(FileSource):
                         self.ignored += 1
                 except BadImage as error:
                     self._reject(os.fsdecode(key), error.reason)
-        self.classes = tuple(os.fsdecode(name) for name in classes)
+        self.classes = tuple(classes)
         self._finish()
+
+    def _class_name(self, folder: bytes) -> str:
+        """The name of a class's folder; UserError if it is no text: checkpoints keep it as text."""
+        try:
+            return folder.decode()
+        except UnicodeDecodeError:
+            raise UserError(
+                f"{self.name}: the class folder {folder!r} has a name that is not UTF-8, and a checkpoint keeps the "
+                "names of its classes: rename the folder"
+            ) from None
 
     def key(self, i: int) -> str:
         return os.fsdecode(self._keys[i])
@@ -219,11 +252,12 @@ class ClassFolder(FileSource):
 
 
 def folder_kind(path: str) -> type[FileSource]:
-    """Which of the three kinds a folder is. Raises `UserError` if its captions are in no form that we know."""
-    if os.path.lexists(os.path.join(path, METADATA)):
-        return MetadataFolder
+    """Which kind a folder without metadata.jsonl is. Raises `UserError` if its captions are in no form that we know."""
     loose = nested = 0
     for folder, names in walk(os.fsencode(path), {}):
+        if contains(names, os.fsencode(METADATA)):
+            below = os.path.join(path, os.fsdecode(folder[:-1]))
+            raise UserError(f"{path}: its captions are in {os.path.join(below, METADATA)}; name {below} as the source")
         images = [name for name in names if is_image(name)]
         if any(contains(names, _caption_name(name)) for name in images):
             return PairedFolder
@@ -252,8 +286,3 @@ def _inside(name: str) -> str:
     except UnicodeEncodeError:
         raise BadImage("file name is not valid Unicode") from None
     return plain
-
-
-def _hash(*parts: str) -> int:
-    data = "\0".join(parts).encode(errors="surrogatepass")
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")

@@ -6,6 +6,7 @@ import logging
 import os
 from abc import ABC, abstractmethod
 from array import array
+from collections.abc import Callable
 from typing import BinaryIO
 
 import numpy as np
@@ -39,7 +40,8 @@ class Strings:
 class FileSource(ABC):
     """Base of the sources of files. A subclass scans its files once, in `__init__`:
 
-    `_admit(key, file, ...)` for each candidate, `_reject` for what cannot be one, then `_finish`.
+    `_admit(file, ...)` for each candidate, `_reject` for what cannot be one, then `_finish`. What stays in files, of a
+    caption, is noted by `_note` and read again by `_again`, which sees that it is the same.
     """
 
     kind = "files"
@@ -52,7 +54,9 @@ class FileSource(ABC):
         self.bad: tuple[BadFile, ...] = ()
         self.files = 0
         self.ignored = 0  # files that claim to be neither image nor caption
+        self.unnamed = 0  # images that stand in no line of the captions' file
         self._sizes = array("i")
+        self._noted = array("Q")
         self._bad: dict[str, str] = {}
         self._digest = hashlib.blake2b(digest_size=16)
 
@@ -65,7 +69,7 @@ class FileSource(ABC):
 
     @abstractmethod
     def text(self, i: int) -> str:
-        """The caption of sample i."""
+        """The caption of sample i. Raises `UserError` if it is not what it was when the index was made."""
 
     @abstractmethod
     def key(self, i: int) -> str:
@@ -88,6 +92,24 @@ class FileSource(ABC):
         self._digest.update(b"\0".join((*about, b"\n")))
         if len(self._sizes) % 400_000 == 0:
             log.info("%s: %d images so far", self.name, len(self._sizes) // 2)
+
+    def _note(self, *said: str) -> None:
+        """Keep a hash of what the captions' file says of the sample that was just admitted."""
+        self._noted.append(hash_of(*said))
+
+    def _again(self, i: int, where: str, read: Callable[[], tuple[str, ...]]) -> tuple[str, ...]:
+        """`read()`: what the captions' file `where` says of sample i; `UserError` if it said something else before."""
+        try:
+            said = read()
+        except BadImage as error:
+            reason = error.reason
+        else:
+            if hash_of(*said) == self._noted[i]:
+                return said
+            reason = "it says something else of an image"
+        raise UserError(
+            f"{where}: changed since the run began ({reason}); put it back as it was, or run under another name"
+        )
 
     def _reject(self, key: str, reason: str) -> None:
         """List a file that is no sample, once."""
@@ -114,6 +136,12 @@ class FileSource(ABC):
             f"{self.name}: none of its {len(self.bad)} files is usable (first: {first.key}: {first.reason}); "
             "expected JPEG, PNG or WebP images with captions"
         )
+
+
+def hash_of(*parts: str) -> int:
+    """A 64-bit hash of strings in order."""
+    data = "\0".join(parts).encode(errors="surrogatepass")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
 
 
 def stamp(file: BinaryIO) -> bytes:

@@ -1,5 +1,7 @@
 """What is in a source: counts, resolutions, captions, bad files, a contact sheet."""
 
+from __future__ import annotations
+
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -30,6 +32,15 @@ class Lengths:
 
 
 @dataclass(frozen=True)
+class Reason:
+    """What is wrong with `files` bad files, of which `example` is the first."""
+
+    text: str
+    files: int
+    example: str
+
+
+@dataclass(frozen=True)
 class Inspection:
     """What `inspect_source` found. Sizes are (h, w) in pixels."""
 
@@ -39,6 +50,7 @@ class Inspection:
     files: int  # distinct files, bad ones included
     samples: int  # usable (image, caption) pairs
     ignored: int  # files that claim to be neither image nor caption
+    unnamed: int  # images that stand in no line of the captions' file
     decoded: int  # samples that were decoded to look for damage
     bad: tuple[BadFile, ...]  # found by the index and by decoding
     sides: tuple[tuple[int, int], ...]  # (from this smaller side on, up to twice that: number of samples)
@@ -50,9 +62,10 @@ class Inspection:
     classes: tuple[tuple[str, int], ...]  # (name, number of samples), by label
     sheet: Path | None
 
-    def reasons(self) -> list[tuple[str, int]]:
-        """(reason, number of bad files), the most frequent first."""
-        return Counter(bad.reason for bad in self.bad).most_common()
+    def reasons(self) -> list[Reason]:
+        """Why files are bad, the most frequent reason first."""
+        first = {bad.reason: bad.key for bad in reversed(self.bad)}
+        return [Reason(why, n, first[why]) for why, n in Counter(bad.reason for bad in self.bad).most_common()]
 
 
 def inspect_source(
@@ -87,6 +100,7 @@ def inspect_source(
         files=files_of(source),
         samples=len(source),
         ignored=getattr(source, "ignored", 0),
+        unnamed=getattr(source, "unnamed", 0),
         decoded=len(decoded),
         bad=tuple(bad),
         sides=_histogram(sizes_of(source).min(axis=1)),

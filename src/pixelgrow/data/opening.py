@@ -3,10 +3,11 @@
 import os
 from collections.abc import Mapping, Sequence
 
-from pixelgrow.data.folders import ClassFolder, MetadataFolder, PairedFolder, folder_kind
+from pixelgrow.data.files import holds_images, is_image, is_other_image
+from pixelgrow.data.folders import METADATA, ClassFolder, MetadataFolder, PairedFolder, folder_kind
 from pixelgrow.data.index import FileSource
 from pixelgrow.data.sources import Source
-from pixelgrow.data.tars import TarShards
+from pixelgrow.data.tars import COMPRESSED, TarShards
 from pixelgrow.errors import UserError
 
 Spec = Mapping[str, object]
@@ -63,6 +64,8 @@ def open_mixture(specs: Spec | str | Sequence[Spec | str]) -> tuple[list[Source]
 
 def _source_class(path: str, kind: str) -> type[FileSource]:
     if not os.path.isdir(path):
+        if is_image(os.fsencode(path)) or is_other_image(os.fsencode(path)):
+            raise UserError(f"{path}: a single image is no source; expected a folder of images, a .tar, or scenes")
         if kind in ("auto", "tar"):
             return TarShards
         raise UserError(f"{path}: kind {kind} expects a folder, got a file")
@@ -71,10 +74,14 @@ def _source_class(path: str, kind: str) -> type[FileSource]:
     if kind == "classes":
         return ClassFolder
     if kind == "folder":
-        return MetadataFolder if os.path.lexists(os.path.join(path, "metadata.jsonl")) else PairedFolder
-    has_shards = any(name.endswith((".tar", ".tar.gz", ".tgz")) for name in os.listdir(path))
-    if has_shards and not os.path.lexists(os.path.join(path, "metadata.jsonl")):
+        return MetadataFolder if os.path.lexists(os.path.join(path, METADATA)) else PairedFolder
+    names = os.listdir(path)
+    if METADATA in names:
+        return MetadataFolder
+    if any(name.endswith(".tar") for name in names):
         return TarShards
+    if any(name.endswith(COMPRESSED) for name in names) and not holds_images(path):
+        return TarShards  # which says what to do with them
     return folder_kind(path)
 
 

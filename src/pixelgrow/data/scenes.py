@@ -22,6 +22,7 @@ MOST = 5  # objects in a picture
 # How many objects a group or two groups have, the fewer the oftener: a total of n has 6 - n tickets, squared for pairs.
 SINGLES = tuple((n,) for n in range(1, MOST + 1) for _ in range(MOST + 1 - n))
 PAIRS = tuple((a, b) for a in range(1, MOST) for b in range(1, MOST + 1 - a) for _ in range((MOST + 1 - a - b) ** 2))
+MAX_SCENES = 100_000_000  # pictures of a source: a shuffled order takes 24 bytes each
 SPLITS = ("train", "heldout")
 Image = NDArray[np.uint8]
 
@@ -153,8 +154,11 @@ class Scenes:
     mirror = False  # captions say "left of"
 
     def __init__(self, n: int = 1_000_000, captions: int = 50_000, seed: int = 0, split: str = "train") -> None:
-        if n < 1 or captions < 1:
-            raise UserError(f"scenes: got n={n} and captions={captions}, expected both at least 1; correct the recipe")
+        if not 1 <= n <= MAX_SCENES or captions < 1:
+            raise UserError(
+                f"scenes: got n={n} and captions={captions}, expected n from 1 to {MAX_SCENES} and captions from 1; "
+                "correct the recipe"
+            )
         if split not in SPLITS:
             raise UserError(f"scenes: got split={split!r}, expected one of {', '.join(SPLITS)}; correct the recipe")
         self.n, self.captions, self.seed, self.split = n, captions, seed, split

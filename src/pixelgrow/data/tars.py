@@ -6,14 +6,29 @@ import tarfile
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from pixelgrow.data.files import is_image, is_other_image, open_regular, read_regular
 from pixelgrow.data.images import BadImage
 from pixelgrow.data.index import MAX_CAPTION, FileSource, Strings, caption_of, decode_caption, stamp
 from pixelgrow.errors import UserError
 
+COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
 _MAX_JSON = 1 << 20
+_MAX_HEADER = 1 << 20  # bytes; of a long name, say
+
+
+class _Headers:
+    """A shard as tarfile sees it: it reads headers alone, so whoever claims a long one is damaged."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.tell, self.seek = file.tell, file.seek
+
+    def read(self, length: int) -> bytes:
+        if length > _MAX_HEADER:
+            raise tarfile.ReadError(f"a header that claims {length} bytes")
+        return self._file.read(length)
 
 
 @dataclass
@@ -27,7 +42,7 @@ class _Group:
 
 
 class TarShards(FileSource):
-    """A folder of .tar files, or one of them; read in place, 40 bytes and the key in memory for each sample.
+    """A folder of .tar files, or one of them; read in place, 48 bytes and the key in memory for each sample.
 
     A caption is key.txt, else "caption" or "text" in key.json. The members of a key must be neighbours: interleaved
     keys raise `UserError`, for they would cut a sample in two. Compressed shards cannot be read in place: `UserError`.
@@ -87,11 +102,11 @@ class TarShards(FileSource):
     def _members(self, name: str, raw: BinaryIO, size: int) -> Iterator[tarfile.TarInfo]:
         """The visible regular files of a shard, in order; where the shard is damaged it ends, and is listed."""
         try:
-            with tarfile.open(fileobj=raw, mode="r:") as tar:
+            with tarfile.open(fileobj=cast("BinaryIO", _Headers(raw)), mode="r:") as tar:
                 while (member := tar.next()) is not None:
                     tar.members = []  # type: ignore[attr-defined]  # it keeps every member it has seen
                     base = os.path.basename(member.name)
-                    if member.offset_data + member.size > size:
+                    if not 0 <= member.size <= size - member.offset_data:
                         raise tarfile.ReadError(f"ends within {member.name}")
                     if member.isreg() and member.sparse is None and not base.startswith("."):
                         yield member
@@ -135,6 +150,7 @@ class TarShards(FileSource):
         except BadImage as error:
             self._reject(f"{name}/{member}", error.reason)
             return
+        self._note(text)
         self._keys.append(f"{name}/{member}".encode(errors="surrogateescape"))
         self._shard.append(number)
         self._where.extend((start, length, caption[0]))
@@ -155,14 +171,14 @@ class TarShards(FileSource):
             raise BadImage("caption file is not JSON") from None
         if not isinstance(row, dict):
             raise BadImage("caption file is not a JSON object")
-        return caption_of(row.get("caption", row.get("text")))
+        return caption_of(row.get("text") if row.get("caption") is None else row["caption"])
 
     def key(self, i: int) -> str:
         return self._keys[i].decode(errors="surrogateescape")
 
     def text(self, i: int) -> str:
-        length, is_json = self._what[2 * i : 2 * i + 2]
-        return self._caption(self._shards[self._shard[i]], bool(is_json), self._where[3 * i + 2], length)
+        shard, (length, is_json) = self._shards[self._shard[i]], self._what[2 * i : 2 * i + 2]
+        return self._again(i, shard, lambda: (self._caption(shard, bool(is_json), self._where[3 * i + 2], length),))[0]
 
     def read(self, i: int) -> bytes:
         start, length = self._where[3 * i : 3 * i + 2]
@@ -175,7 +191,7 @@ def shard_paths(path: str) -> list[str]:
         return [path]
     names = sorted(n for n in os.listdir(path) if not n.startswith("."))
     shards = [os.path.join(path, n) for n in names if n.endswith(".tar")]
-    compressed = [n for n in names if n.endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz"))]
+    compressed = [n for n in names if n.endswith(COMPRESSED)]
     if compressed:
         raise UserError(f"{path}: {compressed[0]} is a compressed shard; expected plain .tar: decompress them first")
     if not shards:

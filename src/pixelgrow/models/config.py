@@ -19,9 +19,9 @@ class Frozen(BaseModel):
 class CoreConfig(Frozen):
     """The text-conditioned transformer. `classes` > 0 replaces the text encoder by learned class tokens."""
 
-    width: int
-    depth: int
-    heads: int
+    width: int = Field(ge=1)
+    depth: int = Field(ge=1)
+    heads: int = Field(ge=1)
     mlp_ratio: int = 4
     text_dim: int = 384
     pooled_dim: int = 384
@@ -37,8 +37,8 @@ class CoreConfig(Frozen):
 class LevelConfig(Frozen):
     """One resolution: encoder half and decoder half of `blocks` residual blocks each, `channels` wide."""
 
-    resolution: int
-    channels: int
+    resolution: int = Field(ge=1)
+    channels: int = Field(ge=1)
     blocks: int = 1
 
 
@@ -57,7 +57,7 @@ class RungConfig(Frozen):
     """
 
     levels: tuple[LevelConfig, ...] = Field(min_length=1)
-    patch: int
+    patch: int = Field(ge=1)
     attach: Literal["core", "base", "image", "features"] = "core"
     detail_std: float = 0.1
 
@@ -82,8 +82,8 @@ class NetConfig(Frozen):
 
     size: str
     core: CoreConfig
-    core_resolution: int
-    core_stride: int
+    core_resolution: int = Field(ge=1)
+    core_stride: int = Field(ge=1)
     rungs: tuple[RungConfig, ...] = Field(min_length=1)
     guided: bool = False
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pixelgrow.data.badfiles import BadFiles
+from pixelgrow.data.badfiles import BadFiles, check_share
 from pixelgrow.data.images import BadImage
 from pixelgrow.data.loader import mirrored, to_tensor, usable
 from pixelgrow.data.opening import open_mixture, open_source
 from pixelgrow.data.scenes import Scenes
-from pixelgrow.data.sources import BadFile, Source, Subset, heldout_split, large_enough
+from pixelgrow.data.sources import BadFile, Source, Subset, bad_of, heldout_split, large_enough
 from pixelgrow.errors import UserError
 from pixelgrow.model import find
 from pixelgrow.models.cond import Cond
@@ -123,10 +124,16 @@ class Materials:
         return sources
 
     def _check_classes(self, sources: Sequence[Source]) -> None:
-        """UserError if class folders meet a text encoder, more classes than labels, or folders of other classes."""
+        """UserError if class folders meet a text encoder, captions meet labels, or classes are more than the labels or
+        others than before."""
         spec = self.recipe.text
         for source in sources:
             names: tuple[str, ...] = getattr(source, "classes", ())
+            if not names and spec.classes:
+                raise UserError(
+                    f"{source.name} has captions, not class folders, and the recipe says text: {{classes: "
+                    f"{spec.classes}}}: write text: {{encoder: minilm}}, or name a folder of class folders"
+                )
             if not names:
                 continue
             if not spec.classes:
@@ -176,16 +183,32 @@ class Materials:
         return UserError(f"held-out data ({names}) has no readable image of {size[0]}x{size[1]} or larger; add some")
 
     def check(self, stage: Stage, side: int) -> None:
-        """Raise UserError if a stage that works at `side` pixels finds no image, to train on or held out, or may not
-        mirror any that it is told to."""
+        """Raise UserError if a stage that works at `side` pixels finds no image, to train on or held out, or too many
+        bad ones, trains on what is held out, or may not mirror any image that it is told to."""
         size = (side, side)
         if isinstance(stage, ModelStage | PairsStage):
             sources = self.mixture(stage).sources
             mirrored(sources, stage.flip)
+            self._check_apart(sources)
             for source in sources:
                 usable(source, size)
+                check_share(source, {bad.key: bad.reason for bad in bad_of(source)}, stage.bad_limit)
         if next(self._order(size), None) is None:
             raise self._none_held_out(size)
+
+    def _check_apart(self, sources: Sequence[Source]) -> None:
+        """UserError if a source to train on is one that is held out, or scenes of the same split."""
+        for source, held in product(sources, self.heldout_sources):
+            if isinstance(source, Scenes) and isinstance(held, Scenes) and source.split == held.split:
+                raise UserError(
+                    f"scenes to train on and held-out scenes both have split: {held.split}, so nothing is held out: "
+                    "write split: train into data and split: heldout into heldout"
+                )
+            if source.fingerprint == held.fingerprint:
+                raise UserError(
+                    f"{source.name} is trained on and held out: name another source in heldout, or write heldout: "
+                    "{fraction: 0.02} to hold out a part of it"
+                )
 
     def _order(self, size: tuple[int, int]) -> Iterator[tuple[Source, int]]:
         """Held-out samples of `size` and above, one source after the other in turn."""
