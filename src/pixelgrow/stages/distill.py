@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from pixelgrow import checkpoint, rng
-from pixelgrow.data.loader import Loader
 from pixelgrow.errors import UserError
 from pixelgrow.growth import detail_std, freeze, grow_network, grown_config, with_detail
 from pixelgrow.guidance import Guided
@@ -25,8 +24,8 @@ from pixelgrow.onestep.stream import PairStream
 from pixelgrow.onestep.watch import Watch, Watched
 from pixelgrow.recipe_spec import DistillStage, GrowStage
 from pixelgrow.sampling import initial_noise, sample
-from pixelgrow.stages.grow import REPORT, START, describe
-from pixelgrow.stages.materials import Materials
+from pixelgrow.stages.grow import REPORT, START, describe, lineage_entry
+from pixelgrow.stages.materials import BAD_FILES, Materials
 from pixelgrow.stages.record import write_json
 from pixelgrow.stages.train import GRID_GUIDANCE, GRID_STEPS, WATCHED, Parent, finish, write_prompts
 from pixelgrow.training import loop
@@ -56,17 +55,7 @@ def grow_generator_stage(stage: GrowStage, parent: Parent, folder: Path, materia
     growth = json.loads((folder / REPORT).read_text())
     generator, _ = checkpoint.load_generator(folder / START)
     freeze(generator.net, growth["frozen"])
-    entry = {
-        "stage": stage.name,
-        "verb": "grow",
-        "recipe": materials.recipe.name,
-        "init": stage.init,
-        "from": parent.config.network.resolution,
-        "to": stage.to[-1],
-        "tensors": {k: len(growth[k]) for k in ("loaded", "new", "dropped", "frozen")},
-        "images": stage.images,
-        "parent": parent.config.sha256,
-    }
+    entry = lineage_entry(stage, parent, growth, materials)
     losses = stage.losses or LossSettings(balance="fixed", scale=1.0)  # the paper's weight of 1 where it grows
     return _fit(generator, stage, losses, folder, materials, [*parent.config.lineage, entry])
 
@@ -103,21 +92,10 @@ def _fit(
     teacher, teacher_config = checkpoint.load(teacher_folder, materials.device)
     generator = generator.to(materials.device)
     seed = rng.seed_of(recipe.seed, "stage", stage.name, "")
-    size = (generator.resolution, generator.resolution)
     mixture = materials.mixture(made.stage)
-    loader = Loader(
-        mixture.sources,
-        mixture.weights,
-        size=size,
-        batch=settings.micro_batch,
-        seed=seed,
-        flip=settings.flip,
-        workers=settings.workers,
-        bad_limit=settings.bad_limit,
-        bad_path=folder / "bad_files.jsonl",
-    )
+    loader = materials.loader(mixture, generator.resolution, settings, seed, folder / BAD_FILES)
     stream = PairStream(loader, pairs, stage.fraction)
-    held = materials.heldout(WATCHED, size)
+    held = materials.heldout(WATCHED, loader.size)
     materials.account(held, mixture, loader.bad)
     materials.encode(chain(loader.texts(), stream.texts(), held.captions))
     cond = materials.cond(held.captions)

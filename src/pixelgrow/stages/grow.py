@@ -30,17 +30,7 @@ def grow_stage(stage: GrowStage, parent: Parent, folder: Path, materials: Materi
         make_start(stage, parent, folder, materials)
     growth = json.loads((folder / REPORT).read_text())
     loaded = list(growth["frozen"])
-    entry = {
-        "stage": stage.name,
-        "verb": "grow",
-        "recipe": materials.recipe.name,
-        "init": stage.init,
-        "from": parent.config.network.resolution,
-        "to": stage.to[-1],
-        "tensors": {k: len(growth[k]) for k in ("loaded", "new", "dropped")} | {"frozen": len(loaded)},
-        "images": stage.images,
-        "parent": parent.config.sha256,
-    }
+    entry = lineage_entry(stage, parent, growth, materials)
     lineage = [*parent.config.lineage, entry]
     denoiser, _ = checkpoint.load(folder / START)
     if stage.unfreeze_after is None:
@@ -59,6 +49,21 @@ def grow_stage(stage: GrowStage, parent: Parent, folder: Path, materials: Materi
     second = fit(denoiser, stage, stage.training(stage.images - stage.unfreeze_after), folder, materials, lineage)
     both = {k: first[k] + second[k] for k in ("images", "seconds", "skipped_steps")}
     return second | both | {"phases": [first, second]}
+
+
+def lineage_entry(stage: GrowStage, parent: Parent, growth: dict[str, Any], materials: Materials) -> dict[str, Any]:
+    """What a growth adds to the lineage, of denoisers and generators alike."""
+    return {
+        "stage": stage.name,
+        "verb": "grow",
+        "recipe": materials.recipe.name,
+        "init": stage.init,
+        "from": parent.config.network.resolution,
+        "to": stage.to[-1],
+        "tensors": {k: len(growth[k]) for k in ("loaded", "new", "dropped", "frozen")},
+        "images": stage.images,
+        "parent": parent.config.sha256,
+    }
 
 
 def make_start(stage: GrowStage, parent: Parent, folder: Path, materials: Materials) -> None:
@@ -118,4 +123,4 @@ def describe(growth: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-__all__ = ["REPORT", "describe", "draw_both", "grow_stage", "make_start"]
+__all__ = ["REPORT", "describe", "draw_both", "grow_stage", "lineage_entry", "make_start"]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pixelgrow.data.badfiles import BadFiles, check_share
 from pixelgrow.data.images import BadImage
-from pixelgrow.data.loader import mirrored, to_tensor, usable
+from pixelgrow.data.loader import Loader, mirrored, to_tensor, usable
 from pixelgrow.data.opening import open_mixture, open_source
 from pixelgrow.data.scenes import Scenes
 from pixelgrow.data.sources import BadFile, Source, Subset, bad_of, heldout_split, large_enough
@@ -27,7 +27,9 @@ from pixelgrow.recipe_spec import DataSpec, DistillStage, GrowStage, ModelStage,
 from pixelgrow.rng import seed_of
 from pixelgrow.text_cache import TextCache
 from pixelgrow.training.loop import CHECKPOINT
+from pixelgrow.training.settings import TrainSettings
 
+BAD_FILES = "bad_files.jsonl"  # in a stage's folder
 logger = logging.getLogger(__name__)
 
 
@@ -94,6 +96,20 @@ class Materials:
     def mixture(self, stage: ModelStage | PairsStage) -> Mixture:
         """What a stage trains on: its own data, or the recipe's."""
         return self._open(stage.data if stage.data is not None else self.recipe.data)[0]
+
+    def loader(self, mixture: Mixture, side: int, settings: TrainSettings, seed: int, bad_path: Path) -> Loader:
+        """The stream of training images of `side` pixels; `bad_path`: where bad files are listed."""
+        return Loader(
+            mixture.sources,
+            mixture.weights,
+            size=(side, side),
+            batch=settings.micro_batch,
+            seed=seed,
+            flip=settings.flip,
+            workers=settings.workers,
+            bad_limit=settings.bad_limit,
+            bad_path=bad_path,
+        )
 
     def _open(self, specs: tuple[DataSpec, ...]) -> tuple[Mixture, list[Source]]:
         """The mixture without what is held out of it, and what is held out; indexed once for a run."""

@@ -20,7 +20,7 @@ from pixelgrow.models.cond import Cond
 from pixelgrow.onestep.pairs import FORMAT, INDEX, Ode, read_shard, shard_path, spread, write_shard
 from pixelgrow.recipe_spec import PairsStage
 from pixelgrow.sampling import initial_noise
-from pixelgrow.stages.materials import Materials
+from pixelgrow.stages.materials import BAD_FILES, Materials
 from pixelgrow.stages.record import write_json
 from pixelgrow.stages.train import Parent
 from pixelgrow.training.log import duration
@@ -119,7 +119,7 @@ def pairs_stage(stage: PairsStage, parent: Parent, folder: Path, materials: Mate
         seed=seed,
         random_crop=False,
         bad_limit=stage.bad_limit,
-        bad_path=folder / "bad_files.jsonl",
+        bad_path=folder / BAD_FILES,
     )
     materials.encode(loader.texts())
     ode = Ode(stage.sampler, stage.steps, denoiser.sigma_min, denoiser.sigma_max)

@@ -22,7 +22,7 @@ from pixelgrow.models.uvit import UViT
 from pixelgrow.onestep.generator import Generator
 from pixelgrow.recipe_spec import ModelStage, TrainStage
 from pixelgrow.sampling import sample
-from pixelgrow.stages.materials import Materials
+from pixelgrow.stages.materials import BAD_FILES, Materials
 from pixelgrow.training import loop
 from pixelgrow.training.denoise import DenoiseObjective, validation_hook
 from pixelgrow.training.loop import CHECKPOINT, TrainResult
@@ -108,17 +108,8 @@ def fit(
     # A stream of each stage's and phase's own, so that a grown model does not meet the core's images and noise again.
     seed = rng.seed_of(recipe.seed, "stage", stage.name, phase)
     mixture = materials.mixture(stage)
-    loader = Loader(
-        mixture.sources,
-        mixture.weights,
-        size=(side, side),
-        batch=settings.micro_batch,
-        seed=seed,
-        flip=settings.flip,
-        workers=settings.workers,
-        bad_limit=settings.bad_limit,
-        bad_path=(folder.parent if phase else folder) / "bad_files.jsonl",  # one account for the phases of a stage
-    )
+    bad_path = (folder.parent if phase else folder) / BAD_FILES  # one account for the phases of a stage
+    loader = materials.loader(mixture, side, settings, seed, bad_path)
     held = materials.heldout(WATCHED, (side, side))
     materials.account(held, mixture, loader.bad)
     texts = list(loader.texts())
