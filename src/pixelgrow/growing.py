@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import cast, get_args
 
@@ -15,6 +16,7 @@ from pixelgrow.stages.grow import REPORT, describe, draw_both
 from pixelgrow.stages.record import write_json
 from pixelgrow.writing import writing
 
+logger = logging.getLogger(__name__)
 WATCHED = 64  # images that both models are measured on
 
 
@@ -32,6 +34,7 @@ def grow_checkpoint(name: str, to: int, out: Path, *, source: str, init: str, se
     grown_config(model.denoiser.net.config, to, cast("Init", init))  # a mistake here is told before data are read
     spec = {"source": source} | ({"split": "heldout"} if source == "scenes" else {})
     batch = take(open_source(spec), WATCHED, (to, to))
+    logger.info("growing to %d px; measuring and drawing both on %d images of %s", to, len(batch.text), source)
     cond = model.encode(batch.text)
     child, report = grow(
         model.denoiser, to, cast("Init", init), images=batch.image.to(model.device), cond=cond, seed=seed

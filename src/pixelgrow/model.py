@@ -150,10 +150,15 @@ class Model:
         )
         settings["grid"] = noise_grid(settings.get("grid", "karras"), self.denoiser, self.config)
         if isinstance(guide, Model):
-            if guide.config.text != self.config.text or guide.resolution != self.resolution:
+            if guide.resolution != self.resolution:
                 raise UserError(
-                    f"the guide is a {guide.resolution} px model with text {guide.config.text}: expected "
-                    f"{self.resolution} px and {self.config.text}, an earlier or smaller model of the same recipe"
+                    f"the guide is a {guide.resolution} px model, expected {self.resolution} px: name an earlier or "
+                    "smaller model of that resolution, or base for this one ungrown"
+                )
+            if guide.config.text != self.config.text:
+                raise UserError(
+                    f"the guide's text is {_text(guide.config)}, expected {_text(self.config)}: name a model of the "
+                    "same text encoder"
                 )
             guide = guide.denoiser
         size = size or (self.resolution, self.resolution)
@@ -197,6 +202,12 @@ class Model:
             self.save_pretrained(folder)
             api.upload_folder(repo_id=repo, folder_path=folder)
         return str(url)
+
+
+def _text(config: CheckpointConfig) -> str:
+    """A text encoder in a few words."""
+    text = config.text
+    return f"{text.get('encoder')!r}, {text.get('max_tokens')} tokens, {str(text.get('fingerprint'))[:12]}"
 
 
 class OneStepModel(Model):

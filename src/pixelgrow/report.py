@@ -201,7 +201,9 @@ def _growth(folder: Path) -> str:
     pictures = [("before.png", f"the parent, {low} px"), ("after.png", f"grown, {high} px, before its first step")]
     images = "".join(_picture(folder / name, what) for name, what in pictures if (folder / name).exists())
     errors = (
-        f'<div><p class="note">Held-out squared error of the denoised image at {high} px:</p>{_table(head, rows)}</div>'
+        f'<div><p class="note">Held-out squared error of the denoised image at {high} px'
+        f"{', kept by the growth itself' if growth['init'] == 'preserve' else ''}:</p>"
+        f"{_table(head, rows)}</div>"
         if rows
         else ""
     )

@@ -107,6 +107,10 @@ def draw_both(folder: Path, before: Denoiser, after: Denoiser, cond: Cond, seed:
         save_grid(drawn.images.cpu(), folder / f"{name}.png")
 
 
+def _kept(growth: dict[str, Any]) -> str:
+    return ", the same before and after: preserve keeps the function" if growth["init"] == "preserve" else ""
+
+
 def describe(growth: dict[str, Any]) -> str:
     """The growth in a few lines, for the terminal."""
     low, high = growth["resolution"]
@@ -115,7 +119,7 @@ def describe(growth: dict[str, Any]) -> str:
     lines = [
         f"grown from {low} to {high} px ({growth['init']}): {counts} tensors; "
         f"{size['loaded']:,} parameters loaded, {size['new']:,} new",
-        *(["held-out error by noise level at the core:"] if growth["before"] else []),
+        *([f"held-out error by noise level at the core{_kept(growth)}:"] if growth["before"] else []),
     ]
     after = {float(k): v for k, v in growth["after"].items()}
     for sigma, error in growth["before"].items():

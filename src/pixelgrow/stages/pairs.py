@@ -135,6 +135,7 @@ def pairs_stage(stage: PairsStage, parent: Parent, folder: Path, materials: Mate
     shards = [shard for i in range(len(starts)) if (shard := read_shard(shard_path(folder, i))) is not None]
     pairs = sum(len(shard["latent"]) for shard in shards)
     latents = torch.cat([shard["latent"] for shard in shards])[:DESCRIBED]
+    logger.info("%s: %d pairs; inverting %d images and solving them back", stage.name, pairs, min(CHECKED, stage.n))
     images, captions, *_ = next(work.batches(0, min(CHECKED, stage.n)))
     denoise = work.denoise(materials.cond(captions[:CHECKED]))
     facts: dict[str, Any] = {

@@ -130,7 +130,12 @@ def reconstruct(folder: Path, length: float, images: int | None = None) -> dict[
             stored += [(t, float(s)) for s in sorted({key.split("/", 1)[0] for key in file.keys()})]  # noqa: SIM118
     mixture = solve_weights([t for t, _ in stored], [s for _, s in stored], at, length)
     if mixture.error > 0.05:
-        logger.warning("the stored averages make up length %g only to %.0f%%", length, 100 * mixture.error)
+        logger.warning(
+            "the average of length %g is met with an error of %.0f%%: snapshots are too few or too far from it; a "
+            "stage's snapshot_every and ema say what is stored",
+            length,
+            100 * mixture.error,
+        )
     total: dict[str, Tensor] = {}
     weights = mixture.weights / mixture.weights.sum()  # a wanted profile that is met in part is no smaller network
     for (t, s), w in zip(stored, weights.tolist(), strict=True):
