@@ -220,7 +220,7 @@ def measure(case: Case, under: Conditions) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "parameters": sum(p.numel() for p in denoiser.parameters()),
         "gflop_per_image": round(flops / under.batch / 1e9, 4),
-        "gemm_gflops": round(statistics.median(rates) / 1e9, 1),
+        "gemm_gflops": round(statistics.median(rates) / 1e9, 4),
         "share": round(statistics.median(shares), 4),
         "shares": [round(s, 4) for s in shares],
         "target": TARGETS.get(case.name) if (under.device, under.dtype) == ("cpu", "fp32") else None,

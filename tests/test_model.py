@@ -173,5 +173,5 @@ def test_calls_that_make_no_sense_are_one_line() -> None:
         model.sample(["1"], size=(10, 16))
     with pytest.raises(UserError, match="the guide is a 32 px model"):
         model.sample(["1"], guide=untrained(32))
-    with pytest.raises(UserError, match="expected 16 px"):
+    with pytest.raises(UserError, match="name a model of the same text encoder"):
         model.sample(["1"], guide=untrained(encoder="labels:4"))

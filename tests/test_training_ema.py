@@ -140,7 +140,7 @@ def test_what_cannot_be_put_together_is_told(tmp_path: Path, caplog: pytest.LogC
         reconstruct(tmp_path, 0.5)
     snapshots(tmp_path, walk(80), keep=40)
     reconstruct(tmp_path, 0.01)
-    assert "length 0.01 only to" in caplog.text
+    assert "the average of length 0.01 is met with an error of" in caplog.text
 
 
 def test_lending_puts_everything_back() -> None:
