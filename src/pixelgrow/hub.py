@@ -6,9 +6,11 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from os.path import expanduser
 from pathlib import Path
+from typing import Any
 
 from pixelgrow.errors import UserError
 from pixelgrow.writing import reading
@@ -110,3 +112,49 @@ def _blocks(file: Path, size: int) -> Iterator[bytes]:
             for i in range(_BLOCKS):
                 stream.seek(i * (size - _BLOCK) // (_BLOCKS - 1))
                 yield stream.read(_BLOCK)
+
+
+@contextmanager
+def loading(label: str, folder: Path) -> Iterator[None]:
+    """Turn what transformers raises over a folder that does not fit into one line, and keep it quiet: no progress bar,
+    no report on the weights of other heads."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+    from transformers.utils import logging as hf
+
+    verbosity, bar = hf.get_verbosity(), hf.is_progress_bar_enabled()
+    hf.set_verbosity_error()
+    hf.disable_progress_bar()
+    try:
+        yield
+    except (
+        *(OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError),
+        *(SafetensorError, StrictDataclassError),
+    ) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{label}: {folder} cannot be loaded ({reason}); expected a model, and a tokenizer where it reads text, "
+            "that transformers' save_pretrained wrote; fetch or save it again"
+        ) from error
+    finally:
+        hf.set_verbosity(verbosity)
+        if bar:
+            hf.enable_progress_bar()
+
+
+def pretrained(label: str, folder: Path, model_class: Any, unused: str = "", **extra: Any) -> Any:
+    """A model of transformers in float32, from its folder. Raises UserError if the weights do not fit it, or if some
+    are missing whose names do not hold the word `unused`."""
+    import torch
+
+    with loading(label, folder):
+        model, info = model_class.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **extra
+        )
+    missing = [n for n in info["missing_keys"] if not (unused and unused in n)]
+    if missing:
+        raise UserError(
+            f"{label}: the weights in {folder} lack {min(missing)!r} and {len(missing) - 1} more; expected all of its "
+            "own; fetch or save it again"
+        )
+    return model

@@ -23,6 +23,7 @@ from pixelgrow.data.sources import BadFile, Source, Subset, bad_of, heldout_spli
 from pixelgrow.errors import UserError
 from pixelgrow.model import find
 from pixelgrow.models.cond import Cond
+from pixelgrow.onestep.judges import judges_used
 from pixelgrow.recipe_spec import DataSpec, DistillStage, GrowStage, ModelStage, PairsStage, Recipe, Stage, is_folder
 from pixelgrow.rng import seed_of
 from pixelgrow.text_cache import TextCache
@@ -282,6 +283,8 @@ class Materials:
         settings["heldout"] = [{"source": s.name, "fingerprint": s.fingerprint} for s in self.heldout_sources]
         if isinstance(stage, ModelStage | PairsStage):
             settings["data"] = self.mixture(stage).describe()
+        if isinstance(stage, DistillStage | GrowStage) and stage.losses and (judges := judges_used(stage.losses)):
+            settings["judges"] = judges
         return settings
 
 
