@@ -15,7 +15,7 @@ from typing import Any
 from pixelgrow.errors import UserError
 from pixelgrow.writing import reading
 
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 _WHOLE = 256 << 20  # files up to this many bytes are hashed whole, larger ones in _BLOCKS samples of _BLOCK bytes
 _BLOCK, _BLOCKS = 64 << 10, 1024
 

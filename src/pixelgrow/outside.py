@@ -45,7 +45,8 @@ class OutsideDenoiser(nn.Module):
 
     def __init__(self, unet: nn.Module, scheduler: Any, null: Cond | None = None, sigma_max: float = SIGMA_MAX) -> None:
         super().__init__()
-        self.unet, self.null = unet, null
+        self.unet: Any = unet
+        self.null = null
         self.prediction = scheduler.config.get("prediction_type", "epsilon")
         if not hasattr(scheduler, "alphas_cumprod") or self.prediction not in PREDICTIONS:
             raise UserError(
@@ -55,7 +56,7 @@ class OutsideDenoiser(nn.Module):
         alpha_bar = scheduler.alphas_cumprod.double()
         alpha_bar = alpha_bar[alpha_bar > 0]  # the last is 0 where the signal-to-noise ratio ends at 0
         self.register_buffer("log_sigmas", torch.log((1 - alpha_bar) / alpha_bar) / 2, persistent=False)
-        size = unet.config.sample_size
+        size = self.unet.config.sample_size
         if size is None:
             raise UserError("the network's config has no sample_size; expected the side that it was trained at; set it")
         self.resolution = size if isinstance(size, int) else int(size[0])

@@ -154,7 +154,7 @@ def load_spec(spec: EncoderSpec, device: torch.device | str = "cpu") -> TextEnco
         "clip_text_model": transformers.CLIPTextModel,
         "bert": transformers.BertModel,
     }
-    extra = {"add_pooling_layer": False} if spec.model_type == "bert" else {}
+    extra: dict[str, Any] = {"add_pooling_layer": False} if spec.model_type == "bert" else {}
     label = f"text encoder {spec.name!r}"
     with hub.loading(label, spec.folder):
         tokenizer = transformers.AutoTokenizer.from_pretrained(spec.folder, local_files_only=True)

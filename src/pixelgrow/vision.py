@@ -155,7 +155,8 @@ def load_vision(name: str, device: torch.device | str = "cpu") -> Vision:
 
     spec = describe(name)
     model = hub.pretrained(spec.label, spec.folder, transformers.AutoModel, unused="pooler")
-    return Vision(spec, getattr(model, "vision_model", model).to(device))
+    with hub.loading(spec.label, spec.folder):  # it is asked once, and may be no vision model
+        return Vision(spec, getattr(model, "vision_model", model).to(device))
 
 
 def load_clip(name: str, device: torch.device | str = "cpu") -> Clip:

@@ -106,7 +106,8 @@ class DistillObjective:
         first, cond = both[:n], both[n:]
         drawn = self.generator(torch.cat([latent, self._prior(batch.index, GENERATOR)]), both)
         rec = at_output(drawn[:n], lambda y: self._distance(y, target, first, crop))
-        loss, logs = rec.loss, {"rec": rec.value}
+        loss = rec.loss
+        logs: dict[str, Tensor | float] = {"rec": rec.value}
         if s.adversarial:
             draws = self._uniform("augment generator", batch.index, DRAWS)
             adv = at_output(drawn[n:], lambda y: hinge_generator(self._verdict(self._see(y, cond, draws))))

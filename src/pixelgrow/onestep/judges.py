@@ -31,7 +31,7 @@ def judges_used(losses: LossSettings) -> dict[str, str]:
 
     Raises UserError if one of them cannot be had.
     """
-    used = {}
+    used: dict[str, str] = {}
     if losses.features and losses.distance == "lpips":
         used["distance"] = describe_lpips()
     elif losses.features and losses.distance != "teacher":

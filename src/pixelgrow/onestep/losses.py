@@ -76,7 +76,7 @@ def at_output(output: Tensor, loss: Callable[[Tensor], Tensor]) -> OutputLoss:
     """Evaluate `loss(output (B, ...)) -> scalar` and differentiate it with respect to the output, once."""
     leaf = output.detach().requires_grad_()
     with torch.enable_grad():
-        value = loss(leaf)
+        value = loss(leaf.view_as(leaf))  # a module that is given a leaf cannot have its FLOPs counted
     (gradient,) = torch.autograd.grad(value, leaf)
     return OutputLoss(output, value.detach(), gradient)
 
