@@ -33,6 +33,7 @@ class OutsideDenoiser(nn.Module):
     x / sqrt(1 + sigma^2), and the t at which log sigma, linear between the schedule's steps, is that of sigma (EDM,
     Karras et al., arXiv 2206.00364, Table 1, "VP" and "iDDPM").
 
+    unet        a module of diffusers', or one called alike
     scheduler   diffusers', for its `alphas_cumprod` and prediction type
     null        the condition, one row, that it was told where it had none; None: it cannot be guided
     sigma_max   cuts the schedule
@@ -43,9 +44,9 @@ class OutsideDenoiser(nn.Module):
 
     log_sigmas: Tensor  # (T,) float64, rising
 
-    def __init__(self, unet: nn.Module, scheduler: Any, null: Cond | None = None, sigma_max: float = SIGMA_MAX) -> None:
+    def __init__(self, unet: Any, scheduler: Any, null: Cond | None = None, sigma_max: float = SIGMA_MAX) -> None:
         super().__init__()
-        self.unet: Any = unet
+        self.unet = unet
         self.null = null
         self.prediction = scheduler.config.get("prediction_type", "epsilon")
         if not hasattr(scheduler, "alphas_cumprod") or self.prediction not in PREDICTIONS:
