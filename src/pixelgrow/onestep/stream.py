@@ -50,7 +50,7 @@ class PairStream:
 
     def texts(self) -> list[str]:
         """The captions of the pairs, for the text cache."""
-        return [self._text(int(n)) for n in self.usable]
+        return [caption(self.sources, self.pairs.origins[n]) for n in self.usable]
 
     def batches(self, start: int = 0) -> Generator[DistillBatch, None, None]:
         """Batches from stream position `start` on, without end. Close it to stop the loader's workers."""
@@ -63,7 +63,8 @@ class PairStream:
                     index=batch.index,
                     latent=self.pairs.latents[numbers].float(),
                     target=self.target(numbers),
-                    target_text=tuple(self._text(n) for n in numbers),
+                    target_text=tuple(caption(self.sources, self.pairs.origins[n]) for n in numbers),
+                    guidance=None if self.pairs.guidance is None else self.pairs.guidance[numbers],
                 )
 
     def target(self, numbers: Sequence[int]) -> Tensor:
@@ -83,9 +84,11 @@ class PairStream:
             ) from bad
         return picture[:, ::-1] if mirrored else picture
 
-    def _text(self, number: int) -> str:
-        source, item, _ = (int(v) for v in self.pairs.origins[number])
-        return self.sources[source].text(item)
+
+def caption(sources: Sequence[Source], origin: Tensor) -> str:
+    """The caption of the pair that has an `origin` (3,)."""
+    source, item, _ = (int(v) for v in origin)
+    return sources[source].text(item)
 
 
 def _fits(origins: Tensor, sources: Sequence[Source], size: tuple[int, int]) -> np.ndarray:
