@@ -12,7 +12,7 @@ from pixelgrow.data.scenes import MAX_SCENES
 from pixelgrow.diffusion import DiffusionConfig
 from pixelgrow.models.sizes import SIZES
 from pixelgrow.onestep.losses import LAWS, Law
-from pixelgrow.onestep.settings import LossSettings
+from pixelgrow.onestep.settings import LossSettings, Preset, with_preset
 from pixelgrow.sampling_spec import SamplingSpec, Spec
 from pixelgrow.training.settings import TrainSettings
 
@@ -187,6 +187,8 @@ class GrowStage(ModelStage):
     pairs: str | None = Field(None, description="of a one-step generator: the stage that made its teacher's pairs")
     fraction: float = Field(1.0, gt=0, le=1, description="of the pairs")
     estimator: str | None = Field(None, description="of a guided generator: the stage that labels real pictures")
+    preset: Preset | None = None
+    base_blocks: int = Field(0, ge=0, description="of a one-step generator: its last residual blocks, which train too")
     losses: LossSettings | None = None
 
     @model_validator(mode="before")
@@ -200,7 +202,7 @@ class GrowStage(ModelStage):
             given |= {"core": "frozen", "unfreeze_after": core["unfreeze_after"]}
         if "to" in given and not isinstance(given["to"], list | tuple):
             given["to"] = [given["to"]]
-        return given
+        return given if given.get("pairs") is None else with_preset(given, "grow")
 
     @model_validator(mode="after")
     def _regimes(self) -> GrowStage:
@@ -210,11 +212,13 @@ class GrowStage(ModelStage):
             if self.unfreeze_after >= self.images:
                 raise ValueError(f"unfreeze_after ({self.unfreeze_after}) is not below images ({self.images})")
         if self.pairs is None:
-            odd = {"fraction", "estimator", "losses"} & self.model_fields_set
+            odd = {"fraction", "estimator", "losses", "preset", "base_blocks"} & self.model_fields_set
             if odd:
                 raise ValueError(f"{min(odd)} is for the growth of a one-step generator; write pairs: too, or drop it")
         else:
             _no_denoiser(self)
+            if self.base_blocks and self.trains_core:
+                raise ValueError("base_blocks is for a frozen base; drop it, or core: finetune")
             if self.unfreeze_after is not None:
                 raise ValueError("unfreeze_after is for the growth of a denoiser; drop it, or write core: finetune")
         if self.init == "scratch" and (
@@ -242,17 +246,23 @@ class DistillStage(ModelStage):
     """Distil a teacher to a one-step generator (PaGoDA, arXiv 2405.14822) on the pairs of the stage `pairs`.
 
     Where the pairs' guidance follows a law, generator and discriminator take the weight as a condition, and `estimator`
-    names the stage whose estimates stand for the weights of real pictures. Learning rate, betas and decay are ours; the
-    released code has RAdam at 8e-6.
+    names the stage whose estimates stand for the weights of real pictures. Learning rate, betas and decay are ours;
+    `preset: paper` or `released-code` fills in what is known of theirs.
     """
 
     pairs: str
     fraction: float = Field(1.0, gt=0, le=1, description="of the pairs; the paper found 1% enough")
     estimator: str | None = None
+    preset: Preset | None = None
     losses: LossSettings = LossSettings()
     lr: float = Field(2e-4, gt=0)
     betas: tuple[float, float] = (0.0, 0.99)
     weight_decay: float = Field(0.0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, given: Any) -> Any:
+        return with_preset(given, "distill") if isinstance(given, Mapping) else given
 
     @model_validator(mode="after")
     def _of_denoisers(self) -> DistillStage:

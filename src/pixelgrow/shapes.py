@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pixelgrow.checkpoint import read_config
 from pixelgrow.errors import UserError
-from pixelgrow.growth import grown_config
+from pixelgrow.growth import grown_config, last_blocks
 from pixelgrow.model import find
 from pixelgrow.models.config import CoreConfig, NetConfig
 from pixelgrow.models.sizes import core_config, shallow_uvit
@@ -45,6 +45,7 @@ def network(stage: ModelStage, nets: dict[str, NetConfig], recipe: Recipe) -> Ne
         return config.model_copy(update={"guided": _follows_law(stage.pairs, recipe)})
     if isinstance(stage, GrowStage):
         one_step = stage.pairs is not None
+        last_blocks(config, stage.base_blocks)  # raises where there are fewer
         if stage.pairs is not None and config.guided != _follows_law(stage.pairs, recipe):
             is_told, have = ("is told", "none") if config.guided else ("is not told", "one")
             raise UserError(

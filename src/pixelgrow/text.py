@@ -158,7 +158,7 @@ def load_spec(spec: EncoderSpec, device: torch.device | str = "cpu") -> TextEnco
     }
     extra = {"add_pooling_layer": False} if spec.model_type == "bert" else {}
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             tokenizer = transformers.AutoTokenizer.from_pretrained(spec.folder, local_files_only=True)
             model, info = classes[spec.model_type].from_pretrained(
                 spec.folder,
@@ -239,7 +239,7 @@ def as_labels(prompts: Sequence[str], names: Sequence[str], classes: int) -> lis
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bar and no report on the weights of other heads; what is missing is checked by the caller."""
     from transformers.utils import logging as hf
 

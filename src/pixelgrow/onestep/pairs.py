@@ -1,9 +1,10 @@
 """Data-latent pairs: images and the latents that a teacher's ODE joins them to (PaGoDA, arXiv 2405.14822, section 3.1).
 
 A folder of shards, `00000.safetensors` and on: `latent` (N, 3, h, w) float16 of unit variance where the teacher is
-perfect, `origin` (N, 3) int64 (source number, sample number, mirrored), for pairs that were drawn, not inverted,
-`image` (N, 3, h, w) float16, and where each had a guidance weight of its own `guidance` (N,) float32. `pairs.json` says
-what made them. A shard is written whole or not at all, with a checksum.
+perfect, `origin` (N, 3) int64 (source number, sample number, mirrored) or, where samples have several captions, (N, 4)
+with the number of the caption; of pairs that were drawn, not inverted, `image` (N, 3, h, w) float16; and where each had
+a guidance weight of its own, `guidance` (N,) float32. `pairs.json` says what made them. A shard is written whole or not
+at all, with a checksum.
 """
 
 from __future__ import annotations
@@ -162,7 +163,7 @@ class Pairs:
                 )
             parts.append(shard)
         self.latents = torch.cat([p["latent"] for p in parts])  # (N, 3, h, w) float16
-        self.origins = torch.cat([p["origin"] for p in parts])  # (N, 3) int64
+        self.origins = torch.cat([p["origin"] for p in parts])  # (N, 3 or 4) int64
         self.images = torch.cat([p["image"] for p in parts]) if self.direction == "draw" else None
         self.law: Law | None = guidance if isinstance(guidance, str) else None
         self.guidance = torch.cat([p["guidance"] for p in parts]) if self.law else None  # (N,) float32

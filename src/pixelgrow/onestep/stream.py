@@ -12,7 +12,7 @@ from torch import Tensor
 from pixelgrow.data.images import BadImage
 from pixelgrow.data.loader import Loader, to_tensor
 from pixelgrow.data.order import Order
-from pixelgrow.data.sources import Source, large_enough
+from pixelgrow.data.sources import Source, large_enough, wordings_of
 from pixelgrow.errors import UserError
 from pixelgrow.onestep.distill import DistillBatch
 from pixelgrow.onestep.pairs import Pairs
@@ -74,7 +74,7 @@ class PairStream:
         return to_tensor(np.stack([self._picture(n) for n in numbers]))
 
     def _picture(self, number: int) -> np.ndarray:
-        source, item, mirrored = (int(v) for v in self.pairs.origins[number])
+        source, item, mirrored, *_ = (int(v) for v in self.pairs.origins[number])
         try:
             picture = self.sources[source].image(item, self.loader.size, (0.5, 0.5))
         except BadImage as bad:
@@ -86,9 +86,9 @@ class PairStream:
 
 
 def caption(sources: Sequence[Source], origin: Tensor) -> str:
-    """The caption of the pair that has an `origin` (3,)."""
-    source, item, _ = (int(v) for v in origin)
-    return sources[source].text(item)
+    """The caption of the pair that has an `origin` (3,), or (4,) with the number of the caption."""
+    source, item, _, *number = (int(v) for v in origin)
+    return wordings_of(sources[source], item)[number[0]].text if number else sources[source].text(item)
 
 
 def _fits(origins: Tensor, sources: Sequence[Source], size: tuple[int, int]) -> np.ndarray:

@@ -12,7 +12,7 @@ import torch
 
 from pixelgrow import checkpoint, rng
 from pixelgrow.errors import UserError
-from pixelgrow.growth import detail_std, freeze, grow_network, grown_config, with_detail
+from pixelgrow.growth import detail_std, freeze, grow_network, grown_config, last_blocks, with_detail
 from pixelgrow.guidance import Guided
 from pixelgrow.models.layers import box_down
 from pixelgrow.onestep.distill import GENERATOR, DistillObjective
@@ -76,7 +76,9 @@ def _make_start(stage: GrowStage, parent: Parent, folder: Path, materials: Mater
         config = with_detail(config, detail_std(box_down(images, stage.to[-1] // side), side // low))
     net, report = grow_network(before.net, config, stage.init, materials.recipe.seed)
     checkpoint.save(folder / START, Generator(net, before.config), parent.config)
-    summary = report.to_dict() | {"frozen": [] if stage.trains_core else report.loaded}
+    free = last_blocks(before.net.config, stage.base_blocks)
+    frozen = [] if stage.trains_core else [n for n in report.loaded if not n.startswith(free)]
+    summary = report.to_dict() | {"frozen": frozen}
     write_json(folder / REPORT, summary)
     logger.info("%s", describe(summary))
 

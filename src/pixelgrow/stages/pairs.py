@@ -54,7 +54,7 @@ class Work:
         return guidance_weights(rng.uniform(self.seed, "guidance", numbers), self.stage.law).float()
 
     def batches(self, start: int, stop: int) -> Iterator[tuple[Tensor, tuple[str, ...], Tensor, range]]:
-        """Images (B, 3, h, w), captions, origins (B, 3) and numbers of the stream from image `start` to `stop`."""
+        """Images (B, 3, h, w), captions, origins (B, 3 or 4) and numbers of the stream from image `start` to `stop`."""
         for at in range(start, stop, self.stage.batch):
             raw = self.loader.load(at)
             for source, bad in raw.bad:
@@ -62,6 +62,8 @@ class Work:
             rows = min(self.stage.batch, stop - at)
             images = to_tensor(raw.image[:rows].transpose(0, 2, 3, 1))
             origin = torch.nn.functional.pad(torch.from_numpy(raw.origin[:rows]), (0, 1))
+            if self.loader.several:
+                origin = torch.cat([origin, torch.from_numpy(raw.caption[:rows, None])], 1)
             yield images, raw.text[:rows], origin, range(at, at + rows)
 
     @torch.no_grad()
@@ -90,7 +92,9 @@ class Work:
                     denoise = self.denoise(cond[may.to(device)], None if weights is None else weights[may])
                     z = self.ode.to_latent(denoise, images[may].flip(-1).to(device))
                     given = {name: tensor[may] for name, tensor in given.items()}
-                    keep(latent=z.half(), origin=origin[may] + torch.tensor([0, 0, 1]), **given)
+                    other = origin[may]
+                    other[:, 2] = 1
+                    keep(latent=z.half(), origin=other, **given)
             note(len(numbers))
         return {name: torch.cat(parts) for name, parts in found.items()}
 
