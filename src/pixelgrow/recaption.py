@@ -49,8 +49,8 @@ def recaption(ask: Recaption) -> str:
     if not isinstance(source, MetadataFolder | PairedFolder):
         kind = getattr(source, "kind", "drawn scenes")
         raise UserError(
-            f"{ask.source}: got {kind}, expected a folder with a metadata.jsonl or a .txt beside each image, to which a "
-            "second caption can be added"
+            f"{ask.source}: got {kind}, expected a folder with a metadata.jsonl or a .txt beside each image: those are "
+            "given a second caption"
         )
     if ask.out.exists():
         raise UserError(f"-o {ask.out}: there is such a file already; name another, or delete it")
