@@ -115,11 +115,8 @@ def _blocks(file: Path, size: int) -> Iterator[bytes]:
 
 
 @contextmanager
-def loading(label: str, folder: Path) -> Iterator[None]:
-    """Turn what transformers raises over a folder that does not fit into one line, and keep it quiet: no progress bar,
-    no report on the weights of other heads."""
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
+def quiet() -> Iterator[None]:
+    """transformers without a progress bar and without a report on the weights of other heads."""
     from transformers.utils import logging as hf
 
     verbosity, bar = hf.get_verbosity(), hf.is_progress_bar_enabled()
@@ -127,6 +124,21 @@ def loading(label: str, folder: Path) -> Iterator[None]:
     hf.disable_progress_bar()
     try:
         yield
+    finally:
+        hf.set_verbosity(verbosity)
+        if bar:
+            hf.enable_progress_bar()
+
+
+@contextmanager
+def loading(label: str, folder: Path) -> Iterator[None]:
+    """Turn what transformers raises over a folder that does not fit into one line, and keep it `quiet`."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    try:
+        with quiet():
+            yield
     except (
         *(OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError),
         *(SafetensorError, StrictDataclassError),
@@ -136,10 +148,6 @@ def loading(label: str, folder: Path) -> Iterator[None]:
             f"{label}: {folder} cannot be loaded ({reason}); expected a model, and a tokenizer where it reads text, "
             "that transformers' save_pretrained wrote; fetch or save it again"
         ) from error
-    finally:
-        hf.set_verbosity(verbosity)
-        if bar:
-            hf.enable_progress_bar()
 
 
 def pretrained(label: str, folder: Path, model_class: Any, unused: str = "", **extra: Any) -> Any:

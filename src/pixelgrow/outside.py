@@ -177,7 +177,12 @@ class OutsideGenerator(nn.Module):
             raise UserError(f"size {size[0]}x{size[1]}: expected multiples of {times}, which the network divides by")
         return size
 
-    def forward(self, z: Tensor, cond: Cond) -> Tensor:
+    @property
+    def guided(self) -> bool:
+        """Whether it takes a guidance weight: never."""
+        return False
+
+    def forward(self, z: Tensor, cond: Cond, guidance: None = None) -> Tensor:
         """z (B, 3, h, w) -> images (B, 3, h, w)."""
         sigma_max = self.denoiser.sigma_max
         return self.denoiser(sigma_max * z, z.new_full((len(z),), sigma_max), cond)

@@ -15,6 +15,7 @@ from pixelgrow.errors import UserError
 from pixelgrow.recipe_spec import (
     VERBS,
     DistillStage,
+    EstimateStage,
     EvaluateStage,
     GrowStage,
     Head,
@@ -286,10 +287,11 @@ def _check_place(stages: Sequence[Stage], where: str) -> None:
         known = _unknown(parent, models, "stage") if models else f"no stage before it makes a model, got {parent!r}"
         raise UserError(f"{where}: {at}: from: {known} (a checkpoint folder is written with a slash)")
     _check_kind(earlier, stage, models, f"{where}: {at}")
-    if isinstance(stage, GrowStage | DistillStage) and stage.pairs is not None:
-        made = [s.name for s in earlier if isinstance(s, PairsStage)]
+    if isinstance(stage, GrowStage | DistillStage | EstimateStage) and stage.pairs is not None:
+        made = {s.name: s for s in earlier if isinstance(s, PairsStage)}
         if stage.pairs not in made:
             raise UserError(f"{where}: {at}: pairs: {_unknown(stage.pairs, made, 'stage of pairs')}")
+        _check_guidance(earlier, stage, made[stage.pairs], f"{where}: {at}")
     if isinstance(stage, GrowStage):
         if stage.patch is not None and stage.init != "preserve" and _is_uvit(earlier, stage.parent or models[-1]):
             raise UserError(
@@ -330,6 +332,33 @@ def _check_losses(stage: Stage, text: TextSpec, where: str) -> None:
             f"{where}: stage {stage.name!r}: losses.similarity compares pictures with captions, and a recipe of "
             f"{{classes: {text.classes}}} has none; drop it"
         )
+
+
+def _check_guidance(
+    earlier: Sequence[Stage], stage: GrowStage | DistillStage | EstimateStage, pairs: PairsStage, where: str
+) -> None:
+    """Weights are estimated from pictures drawn with those of a law; of pairs of a law an estimator is needed where
+    there is a discriminator, and nowhere else."""
+    if isinstance(stage, EstimateStage):
+        if pairs.law is None or pairs.direction != "draw":
+            raise UserError(
+                f"{where}: pairs: {pairs.name} has direction: {pairs.direction} and guidance: {pairs.guidance}, "
+                "expected pictures drawn with weights of a law: direction: draw and guidance: captions or recaptions"
+            )
+        return
+    made = [s.name for s in earlier if isinstance(s, EstimateStage)]
+    adversarial = stage.losses is None or stage.losses.adversarial
+    if pairs.law is not None and adversarial and stage.estimator is None:
+        raise UserError(
+            f"{where}: pairs: {pairs.name} has guidance: {pairs.law}, so the discriminator asks for a weight of real "
+            "pictures too: write estimator: and the name of an estimate stage"
+        )
+    if stage.estimator is not None:
+        if pairs.law is None or not adversarial:
+            why = f"the pairs have guidance: {pairs.guidance}, no law" if adversarial else "there is no discriminator"
+            raise UserError(f"{where}: estimator: got {stage.estimator!r}, but {why}; drop it")
+        if stage.estimator not in made:
+            raise UserError(f"{where}: estimator: {_unknown(stage.estimator, made, 'estimate stage')}")
 
 
 def _is_uvit(stages: Sequence[Stage], name: str) -> bool:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 Norms = Literal["squared", "plain"]
 Law = Literal["captions", "recaptions"]
+LAWS: tuple[Law, ...] = get_args(Law)
 Augmentation = Literal["colour", "translation", "cutout"]
 
 DRAWS = 7  # uniform numbers an image that `diff_augment` takes
@@ -195,3 +196,20 @@ def guidance_weights(u: Tensor, law: Law) -> Tensor:
     low, high = whole.cdf(1), whole.cdf(10)
     z = torch.special.ndtri(low + (high - low) * u.double())
     return (whole.mean + whole.stdev * z).clamp(1, 10).to(u.dtype)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean, deviation and limits of a law of guidance weights."""
+
+    mean: float
+    std: float
+    low: float
+    high: float
+
+
+def spread_of(law: Law) -> Spread:
+    """See `Spread`; mean and deviation from a million evenly spaced quantiles."""
+    weights = guidance_weights((torch.arange(2**20, dtype=torch.float64) + 0.5) / 2**20, law)
+    low, high = guidance_weights(torch.tensor([0.0, 1.0], dtype=torch.float64), law).tolist()
+    return Spread(float(weights.mean()), float(weights.std(correction=0)), low, high)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -52,3 +53,40 @@ class LossSettings(BaseModel):
         if discriminator == "lpips":
             raise ValueError("lpips is a distance; expected teacher, or a vision model's folder or name on the hub")
         return discriminator
+
+
+Preset = Literal["paper", "released-code"]
+_BOTH = {"optimizer": "radam", "lr": 8e-6}  # what is known of the training is the same in both
+_RATE = 250.0  # the discriminator's learning rate, 2e-3, over the generator's
+# What is known of the two, and no more. The paper weighs by squared norms and, where it grows, trains the base's last
+# blocks too (how many of ours that are is our choice); the released code weighs by plain ones, and what it freezes is
+# not known. LPIPS and projected features, their distances, are networks from outside: named in a recipe, not here.
+PRESETS: dict[Preset, dict[Literal["distill", "grow"], dict[str, Any]]] = {
+    "paper": {
+        "distill": _BOTH | {"losses": {"norms": "squared", "scale": 0.2, "discriminator_rate": _RATE}},
+        "grow": _BOTH | {"base_blocks": 1, "losses": {"balance": "fixed", "scale": 1.0, "discriminator_rate": _RATE}},
+    },
+    "released-code": {
+        "distill": _BOTH | {"losses": {"norms": "plain", "scale": 0.2, "discriminator_rate": _RATE}},
+        "grow": _BOTH | {"losses": {"balance": "fixed", "scale": 1.0, "discriminator_rate": _RATE}},
+    },
+}
+EMA_STEPS = 1000  # deviation of an average of decay 0.999, both presets'
+
+
+def with_preset(given: Mapping[str, Any], verb: Literal["distill", "grow"]) -> dict[str, Any]:
+    """A stage as given, with what it leaves out of its losses, optimizer and average from its `preset`.
+
+    An average of decay 0.999 becomes the power-law one of the same deviation at the end of the run (EDM2).
+    """
+    filled, name = dict(given), given.get("preset")
+    if name not in PRESETS:
+        return filled
+    settings = PRESETS[name][verb]
+    losses = filled.get("losses") or {}
+    if isinstance(losses, Mapping):
+        filled["losses"] = settings["losses"] | losses
+    batch, images = (filled.get(k, default) for k, default in (("batch", 64), ("images", None)))
+    if type(batch) is int and type(images) is int and images > 0:
+        filled.setdefault("ema", [min(0.25, EMA_STEPS * batch / images)])
+    return settings | filled
