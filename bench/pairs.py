@@ -46,6 +46,7 @@ TEACHER = "tiny"
 TARGET = 30.0  # dB
 LEVELS = 40  # of the grid: 79 evaluations of Heun's method
 PARTS = (0.25, 0.5, 0.75, 1.0)  # of the way along it
+IMAGES, SHARD = 192, 8  # of the stage: 24 shards
 NAME = "pairs"  # of the recipe and of its stage
 
 
@@ -53,9 +54,9 @@ NAME = "pairs"  # of the recipe and of its stage
 
 
 def recipe(teacher: Path, student: Path | None = None) -> Recipe:
-    """Pairs of a checkpoint folder in 24 shards; `student`: a checkpoint to distil with them."""
+    """Pairs of a checkpoint folder in many shards; `student`: a checkpoint to distil with them."""
     stages: list[dict[str, Any]] = [
-        {"pairs": {"name": NAME, "from": f"{teacher}/", "n": 192, "batch": 8, "shard": 8, "steps": 6}}
+        {"pairs": {"name": NAME, "from": f"{teacher}/", "n": IMAGES, "batch": SHARD, "shard": SHARD, "steps": 6}}
     ]
     if student is not None:
         stages.append({"distill": {"name": "onestep", "from": f"{student}/", "pairs": NAME, "images": 8, "batch": 8}})

@@ -131,7 +131,7 @@ class DistillObjective:
 
     def _prior(self, index: Tensor, whose: str) -> Tensor:
         side = self.generator.latent_resolution
-        return rng.normal((3, side, side), self.seed, f"prior {whose}", index, self.device)
+        return rng.normal((self.generator.space.channels, side, side), self.seed, f"prior {whose}", index, self.device)
 
     def _uniform(self, stream: str, index: Tensor, count: int) -> Tensor:
         """(B, count) in [0, 1), row b a function of (seed, stream, index[b])."""

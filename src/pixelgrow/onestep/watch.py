@@ -72,7 +72,7 @@ class Watch:
     @torch.no_grad()
     def _draw(self, latents: Tensor) -> Tensor:
         drawn = [self.generator(latents[rows], self.watched.cond[rows]) for rows in self._rows(latents)]
-        return torch.cat(drawn).float().clamp(-1, 1)
+        return self.generator.space.bound(torch.cat(drawn).float())
 
     @torch.no_grad()
     def _pooled(self, images: Tensor) -> Tensor:

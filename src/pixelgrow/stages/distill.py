@@ -121,13 +121,17 @@ def _fit(
             steps=GRID_STEPS,
             guidance=float(teacher_config.sampling.get("guidance", GRID_GUIDANCE)),
         ).images
-    prior = initial_noise(low, recipe.seed, range(len(images))).to(materials.device)
+    prior = initial_noise(low, recipe.seed, range(len(images)), generator.space.channels).to(materials.device)
     watch = Watch(generator, features, Watched(images, cond, latents, prior, solved), settings.micro_batch)
     write_prompts(folder, held.captions[:COLUMNS])
     hooks = [
         Hook("validation", settings.validate_every or 0, watch.numbers, at_start=True),
         grid_hook(
-            lambda: watch.grid(COLUMNS), folder, settings.sample_every or 0, COLUMNS, generator.net.config.patches
+            lambda: materials.pictures(watch.grid(COLUMNS)),
+            folder,
+            settings.sample_every or 0,
+            COLUMNS,
+            materials.patches(generator),
         ),
     ]
     result = loop.train(

@@ -68,8 +68,8 @@ class Work:
         for images, captions, origin, numbers in self.batches(start, stop):
             cond = self.materials.text.cond(captions).to(device)
             if self.stage.direction == "draw":
-                z = initial_noise((images.shape[-2], images.shape[-1]), self.seed, numbers)
-                drawn = self.ode.to_image(self.denoise(cond), z.to(device)).clamp(-1, 1)
+                z = initial_noise((images.shape[-2], images.shape[-1]), self.seed, numbers, images.shape[1])
+                drawn = self.denoiser.space.bound(self.ode.to_image(self.denoise(cond), z.to(device)))
                 keep(latent=z.half(), image=drawn.half(), origin=origin)
             else:
                 keep(latent=self.ode.to_latent(self.denoise(cond), images.to(device)).half(), origin=origin)
@@ -112,7 +112,7 @@ def pairs_stage(stage: PairsStage, parent: Parent, folder: Path, materials: Mate
     side = denoiser.resolution
     mixture = materials.mixture(stage)
     loader = Loader(
-        mixture.sources,
+        materials.seen(mixture.sources, side),
         mixture.weights,
         size=(side, side),
         batch=stage.batch,
