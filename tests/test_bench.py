@@ -14,6 +14,7 @@ import pytest
 from pixelgrow import checkpoint
 from pixelgrow.model import find
 from pixelgrow.models.uvit import UViT
+from pixelgrow.onestep.generator import Generator
 from pixelgrow.stages import grow, train
 from pixelgrow.stages import pairs as stages_of_pairs
 from text_models import save_t5
@@ -172,7 +173,6 @@ def test_onestep_measures_speed_parts_and_resolutions(tmp_path: Path, capsys: py
 
 def test_onestep_counts_what_each_rung_costs_without_allocating() -> None:
     from bench import onestep
-    from pixelgrow.onestep.generator import Generator
 
     (config,) = onestep.shapes(["tiny"], 256).values()
     found = onestep.counted(lambda: Generator(UViT(config)), lambda g: onestep.drawn(g, *onestep.inputs(config)))
