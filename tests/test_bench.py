@@ -191,7 +191,8 @@ def test_pairs_are_mended_and_another_teacher_is_refused(tmp_path: Path, monkeyp
     monkeypatch.setattr(pairs, "SHARD", 2)
     monkeypatch.setattr(stages_of_pairs, "CHECKED", 2)
     model, config = checkpoint.load(find("tiny"))
-    checkpoint.save(tmp_path / "teacher", pairs.core_of(model), config)
+    alone = config.model_copy(update={"lineage": config.lineage[:1]})  # of the core
+    checkpoint.save(tmp_path / "teacher", pairs.core_of(model), alone)
     pairs.work(str(tmp_path / "teacher"), str(tmp_path / "run"))
     assert pairs.whole(tmp_path / "run") == 3 and len(pairs.contents(tmp_path / "run")) == 4
     found = pairs.cut_off(tmp_path / "teacher", tmp_path / "run", random.Random(0))

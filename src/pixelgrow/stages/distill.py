@@ -88,7 +88,9 @@ def _fit(
     recipe, settings = materials.recipe, stage.training()
     made = materials.pairs_of(stage)
     pairs, teacher_folder = Pairs(made.folder), made.teacher
-    pairs.check([str(entry.get("parent")) for entry in lineage], materials.mixture(made.stage).describe())
+    pairs.check(
+        [str(entry["parent"]) for entry in lineage if "parent" in entry], materials.mixture(made.stage).describe()
+    )
     teacher, teacher_config = checkpoint.load(teacher_folder, materials.device)
     generator = generator.to(materials.device)
     seed = rng.seed_of(recipe.seed, "stage", stage.name, "")

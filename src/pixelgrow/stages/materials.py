@@ -240,8 +240,8 @@ class Materials:
             origins.append((source, i))
         if not images:
             raise self._none_held_out(size)
-        pixels = to_tensor(np.stack(images))
-        return HeldOut(self.autoencoder.encode(pixels) if self.autoencoder else pixels, captions, origins, unreadable)
+        batch = to_tensor(np.stack(images))
+        return HeldOut(self.autoencoder.encode(batch) if self.autoencoder else batch, captions, origins, unreadable)
 
     def _none_held_out(self, size: tuple[int, int]) -> UserError:
         names = ", ".join(s.name for s in self.heldout_sources)
