@@ -252,6 +252,9 @@ def test_every_stage_of_the_one_step_way_leaves_its_result(made: Path) -> None:
     assert metrics["nfe"] == 1 and "accuracy" in metrics and "error" not in metrics
     page = (made / "report.html").read_text()
     assert "distil core to one step on pairs" in page and "drift from the base" in page
+    beside = page.partition("Side by side")[2].partition("</section>")[0]
+    rows = [row.partition("</td>")[0].removesuffix("</a>").rpartition(">")[2] for row in beside.split("<tr><td>")[1:]]
+    assert rows == ["core", "onestep32"] and beside.count("<figure>") == 2
 
 
 def test_a_grown_generators_base_is_the_one_that_was_distilled(made: Path) -> None:
@@ -294,7 +297,7 @@ def test_pairs_of_another_teacher_or_other_data_are_refused(made: Path) -> None:
 def test_pairs_that_were_cut_off_and_damaged_end_with_the_same_bytes(made: Path, tmp_path: Path) -> None:
     cut = tmp_path / "smoke-onestep"
     shutil.copytree(made, cut)
-    for stage in ("onestep", "onestep32", "eval"):
+    for stage in ("onestep", "onestep32", "eval-core", "eval"):
         shutil.rmtree(cut / stage)
     record = json.loads((cut / "pairs" / "stage.json").read_text())
     (cut / "pairs" / "stage.json").write_text(json.dumps(record | {"done": False}))
