@@ -315,7 +315,7 @@ def plot(costs: dict[str, dict[int, Cost]], path: Path) -> None:
     for name, of in costs.items():
         measured = {side: cost for side, cost in of.items() if cost.seconds}
         style: dict[str, Any] = {"color": "grey", "linestyle": ":"} if name == DECODER else {}
-        label = name if name == DECODER else f"{name}, whole generator"
+        label = name if name == DECODER else f"generator of size {name}"
         left.plot(list(measured), [cost.seconds for cost in measured.values()], marker="o", label=label, **style)
     left.set(xscale="log", yscale="log", xlabel="pixels of a side", ylabel="seconds a picture")
     left.set_xticks(list(costs[DECODER]), [str(side) for side in costs[DECODER]])
@@ -328,9 +328,9 @@ def plot(costs: dict[str, dict[int, Cost]], path: Path) -> None:
         seconds = [cost.seconds or 0.0 for cost in costs[name].values()]
         growth = [100 * cost.growth if s else 0.0 for cost, s in zip(costs[name].values(), seconds, strict=True)]
         base = [100 - g if s else 0.0 for g, s in zip(growth, seconds, strict=True)]
-        (bars,) = right.bar(at, base, 0.92 * width, color=f"C{i}", label=f"{name}: base").patches[:1]
+        (bars,) = right.bar(at, base, 0.92 * width, color=f"C{i}", label=f"size {name}").patches[:1]
         right.bar(at, growth, 0.92 * width, bottom=base, color=bars.get_facecolor(), alpha=0.35, hatch="//")
-    right.set(xlabel="pixels of a side", ylabel="time of one evaluation, % (hatched: growth blocks)")
+    right.set(xlabel="pixels of a side", ylabel="% of the time; hatched: growth blocks")
     right.set_xticks(range(len(costs[DECODER])), [str(side) for side in costs[DECODER]])
     right.legend(fontsize=8, loc="lower left")
     path.parent.mkdir(parents=True, exist_ok=True)
