@@ -140,9 +140,15 @@ def test_a_shard_that_is_cut_off_or_changed_is_none(tmp_path: Path) -> None:
 
 
 def test_energy_distance_tells_a_shift_from_none() -> None:
-    a, b = torch.randn(200, 4), torch.randn(150, 4)
+    a, b = torch.randn(200, 4), torch.randn(200, 4)
     assert abs(energy_distance(a, b)) < 0.05
     assert energy_distance(a, b + 1) > 0.5
+
+
+def test_energy_distance_is_no_smaller_for_rows_that_share_their_caption() -> None:
+    shared = 5 * torch.randn(16, 4)  # what a caption does to both of its pictures
+    found = [energy_distance(shared + torch.randn(16, 4), shared + torch.randn(16, 4)) for _ in range(200)]
+    assert abs(sum(found) / len(found)) < 0.05
 
 
 # --- the objective ----------------------------------------------------------------------------------------------------
