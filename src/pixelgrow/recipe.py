@@ -22,6 +22,7 @@ from pixelgrow.recipe_spec import (
     PairsStage,
     Recipe,
     Stage,
+    TextSpec,
     TrainStage,
     is_folder,
 )
@@ -182,6 +183,7 @@ def read_recipe(raw: dict[str, Any], where: str) -> Recipe:
             raise UserError(f"{where}: {_dotted(at)}: {_unknown(str(verb), VERBS, 'stage')}")
         stages.append(_build(VERBS[verb], body, [*at, verb], where))
         _check_place(stages, where)
+        _check_losses(stages[-1], head.text, where)
     stages = _with_parents(stages)
     return Recipe(**{f: getattr(head, f) for f in head.model_fields_set}, stages=tuple(stages))
 
@@ -319,6 +321,15 @@ def _check_kind(earlier: Sequence[Stage], stage: Stage, models: Sequence[str], w
         raise UserError(f"{where}: {parent} is a one-step generator: write pairs: and the name of its pairs' stage")
     elif not generator and stage.pairs is not None:
         raise UserError(f"{where}: pairs: {parent} is a multi-step model, which grows without; drop it")
+
+
+def _check_losses(stage: Stage, text: TextSpec, where: str) -> None:
+    """CLIP reads captions, and a recipe of classes has none."""
+    if isinstance(stage, GrowStage | DistillStage) and stage.losses and stage.losses.similarity and text.classes:
+        raise UserError(
+            f"{where}: stage {stage.name!r}: losses.similarity compares pictures with captions, and a recipe of "
+            f"{{classes: {text.classes}}} has none; drop it"
+        )
 
 
 def _is_uvit(stages: Sequence[Stage], name: str) -> bool:

@@ -30,11 +30,11 @@ class Head(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """`heads` of them: features of several layers, tokens (B, N_i, width) each, and a condition -> logits (B, N_i)."""
+    """A head for each of `widths`: tokens (B, N_i, width_i) of several layers, and a condition -> logits (B, N_i)."""
 
-    def __init__(self, heads: int, width: int, cond_dim: int, hidden: int = 64) -> None:
+    def __init__(self, widths: Sequence[int], cond_dim: int, hidden: int = 64) -> None:
         super().__init__()
-        self.heads = nn.ModuleList(Head(width, cond_dim, hidden) for _ in range(heads))
+        self.heads = nn.ModuleList(Head(width, cond_dim, hidden) for width in widths)
 
     def forward(self, features: Sequence[Tensor], vec: Tensor) -> list[Tensor]:
         return [head(tokens, vec) for head, tokens in zip(self.heads, features, strict=True)]

@@ -12,18 +12,19 @@ from torch import Tensor, nn
 from pixelgrow import rng
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.discriminator import Discriminator
-from pixelgrow.onestep.features import Seen, TeacherFeatures
+from pixelgrow.onestep.features import Distance, FeatureDistance, Features, Seen
 from pixelgrow.onestep.generator import Generator
 from pixelgrow.onestep.losses import (
     DRAWS,
     at_output,
     balanced,
     diff_augment,
-    feature_distance,
     hinge_discriminator,
     hinge_generator,
 )
 from pixelgrow.onestep.settings import LossSettings
+from pixelgrow.outside import OutsideGenerator
+from pixelgrow.sampling import space_of
 from pixelgrow.training.objective import Terms
 
 GENERATOR, DISCRIMINATOR = "generator", "discriminator"
@@ -53,15 +54,30 @@ class Conditions(Protocol):
         ...
 
 
+class Similarity(Protocol):
+    """`(images, captions) -> scalar`: how little images (B, 3, H, W) show of their captions."""
+
+    def __call__(self, images: Tensor, texts: Sequence[str], /) -> Tensor: ...
+
+
 class DistillObjective:
     """Generator and discriminator, updated in turn; prior samples and augmentations keyed by (seed, index).
 
-    The discriminator looks at the frozen teacher's tokens of real and drawn pictures under their captions.
+    The discriminator looks at frozen `features` of real and drawn pictures under their captions, the teacher's or
+    others. `distance` to the pictures of pairs: by the same features if None; `similarity`: none if None.
     """
 
     def __init__(
-        self, generator: Generator, features: TeacherFeatures, text: Conditions, losses: LossSettings, seed: int
+        self,
+        generator: Generator | OutsideGenerator,
+        features: Features,
+        text: Conditions,
+        losses: LossSettings,
+        seed: int,
+        distance: Distance | None = None,
+        similarity: Similarity | None = None,
     ) -> None:
+        self.distance, self.similarity = distance or FeatureDistance(features), similarity
         self.generator, self.features, self.text, self.losses, self.seed = generator, features, text, losses, seed
         self.device = next(generator.parameters()).device
         self.modules: dict[str, nn.Module] = {GENERATOR: generator}
@@ -70,7 +86,7 @@ class DistillObjective:
         if losses.adversarial:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(rng.seed_of(seed, "discriminator"))
-                made = Discriminator(features.count(generator.resolution), features.width, features.width)
+                made = Discriminator(features.widths(generator.resolution), features.vec_width)
             self.discriminator = made.to(self.device)
             self.modules[DISCRIMINATOR] = self.discriminator
 
@@ -83,7 +99,7 @@ class DistillObjective:
         target = batch.target.to(self.device)
         crop = self._uniform("crop", batch.index, 2)
         latent = batch.latent.to(self.device)
-        if not s.adversarial:
+        if not s.adversarial and self.similarity is None:
             cond = self.text.cond(batch.target_text).to(self.device)
             rec = at_output(self.generator(latent, cond), lambda y: self._distance(y, target, cond, crop))
             return Terms(rec.loss, {"rec": rec.value})
@@ -91,14 +107,22 @@ class DistillObjective:
         first, cond = both[:n], both[n:]
         drawn = self.generator(torch.cat([latent, self._prior(batch.index, GENERATOR)]), both)
         rec = at_output(drawn[:n], lambda y: self._distance(y, target, first, crop))
-        draws = self._uniform("augment generator", batch.index, DRAWS)
-        adv = at_output(drawn[n:], lambda y: hinge_generator(self._verdict(self._see(y, cond, draws))))
-        if s.balance == "fixed":
-            loss, weight = rec.loss + s.scale * adv.loss, torch.tensor(s.scale)
-        else:
-            made = balanced(rec, adv, self.generator.last_layer, s.norms, s.scale)
-            loss, weight = made.loss, made.weight
-        return Terms(loss, {"rec": rec.value, "adv": adv.value, "adv_weight": weight})
+        loss = rec.loss
+        logs: dict[str, Tensor | float] = {"rec": rec.value}
+        if s.adversarial:
+            draws = self._uniform("augment generator", batch.index, DRAWS)
+            adv = at_output(drawn[n:], lambda y: hinge_generator(self._verdict(self._see(y, cond, draws))))
+            if s.balance == "fixed":
+                loss, weight = rec.loss + s.scale * adv.loss, torch.tensor(s.scale)
+            else:
+                made = balanced(rec, adv, self.generator.last_layer, s.norms, s.scale)
+                loss, weight = made.loss, made.weight
+            logs |= {"adv": adv.value, "adv_weight": weight}
+        if (similarity := self.similarity) is not None:
+            assert s.similarity is not None
+            alike = at_output(drawn[n:], lambda y: similarity(y, batch.text))
+            loss, logs["similarity"] = loss + s.similarity.weight * alike.loss, alike.value
+        return Terms(loss, logs)
 
     def _discriminator(self, batch: DistillBatch) -> Terms:
         n = len(batch)
@@ -116,11 +140,7 @@ class DistillObjective:
         """Scalar: how far pictures are from those of their pairs."""
         total = self.losses.pixels * (images - target).square().mean()
         if self.losses.features:
-            with torch.no_grad():
-                wanted = self.features(target, cond, crop).tokens
-            total = (
-                total + self.losses.features * feature_distance(self.features(images, cond, crop).tokens, wanted).mean()
-            )
+            total = total + self.losses.features * self.distance(images, target, cond, crop).mean()
         return total
 
     def _see(self, images: Tensor, cond: Cond, draws: Tensor) -> Seen:
@@ -131,7 +151,8 @@ class DistillObjective:
 
     def _prior(self, index: Tensor, whose: str) -> Tensor:
         side = self.generator.latent_resolution
-        return rng.normal((self.generator.space.channels, side, side), self.seed, f"prior {whose}", index, self.device)
+        shape = (space_of(self.generator).channels, side, side)
+        return rng.normal(shape, self.seed, f"prior {whose}", index, self.device)
 
     def _uniform(self, stream: str, index: Tensor, count: int) -> Tensor:
         """(B, count) in [0, 1), row b a function of (seed, stream, index[b])."""

@@ -36,6 +36,11 @@ def feature_distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     return torch.stack(layers).mean(0)
 
 
+def similarity_loss(image: Tensor, text: Tensor) -> Tensor:
+    """1 - cosine of the embeddings (B, C) of images and of their captions, a scalar in [0, 2]: the mean."""
+    return 1 - F.cosine_similarity(image, text, dim=-1, eps=EPS).mean()
+
+
 def hinge_discriminator(real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tensor:
     """Per-token hinge of a discriminator, a scalar; each head's logits (B, N), as the mean over tokens, then heads."""
     heads = [F.relu(1 - r).mean() + F.relu(1 + f).mean() for r, f in zip(real, fake, strict=True)]
@@ -71,7 +76,7 @@ def at_output(output: Tensor, loss: Callable[[Tensor], Tensor]) -> OutputLoss:
     """Evaluate `loss(output (B, ...)) -> scalar` and differentiate it with respect to the output, once."""
     leaf = output.detach().requires_grad_()
     with torch.enable_grad():
-        value = loss(leaf)
+        value = loss(leaf.view_as(leaf))  # a module that is given a leaf cannot have its FLOPs counted
     (gradient,) = torch.autograd.grad(value, leaf)
     return OutputLoss(output, value.detach(), gradient)
 

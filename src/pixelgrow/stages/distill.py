@@ -18,6 +18,7 @@ from pixelgrow.models.layers import box_down
 from pixelgrow.onestep.distill import GENERATOR, DistillObjective
 from pixelgrow.onestep.features import TeacherFeatures
 from pixelgrow.onestep.generator import Generator
+from pixelgrow.onestep.judges import judges_used, load_judges
 from pixelgrow.onestep.pairs import Ode, Pairs
 from pixelgrow.onestep.settings import LossSettings
 from pixelgrow.onestep.stream import PairStream
@@ -42,8 +43,15 @@ def distill_stage(stage: DistillStage, parent: Parent, folder: Path, materials: 
     teacher, config = checkpoint.load(parent.folder)
     generator = Generator(teacher.net, teacher.config)
     entry = {"stage": stage.name, "verb": "distill", "recipe": materials.recipe.name, "images": stage.images}
+    entry |= judged_by(stage.losses)
     lineage = [*config.lineage, entry | {"parent": config.sha256}]
     return _fit(generator, stage, stage.losses, folder, materials, lineage)
+
+
+def judged_by(losses: LossSettings) -> dict[str, Any]:
+    """What the lineage says of models from outside that a generator was judged by, where there are any."""
+    used = judges_used(losses)
+    return {"judges": used} if used else {}
 
 
 def grow_generator_stage(stage: GrowStage, parent: Parent, folder: Path, materials: Materials) -> dict[str, Any]:
@@ -55,8 +63,8 @@ def grow_generator_stage(stage: GrowStage, parent: Parent, folder: Path, materia
     growth = json.loads((folder / REPORT).read_text())
     generator, _ = checkpoint.load_generator(folder / START)
     freeze(generator.net, growth["frozen"])
-    entry = lineage_entry(stage, parent, growth, materials)
     losses = stage.losses or LossSettings(balance="fixed", scale=1.0)  # the paper's weight of 1 where it grows
+    entry = lineage_entry(stage, parent, growth, materials) | judged_by(losses)
     return _fit(generator, stage, losses, folder, materials, [*parent.config.lineage, entry])
 
 
@@ -102,7 +110,10 @@ def _fit(
     materials.encode(chain(loader.texts(), stream.texts(), held.captions))
     cond = materials.cond(held.captions)
     features = TeacherFeatures(teacher)
-    objective = DistillObjective(generator, features, materials.text, losses, seed)
+    judges = load_judges(losses, features, materials.device)
+    objective = DistillObjective(
+        generator, judges.features, materials.text, losses, seed, judges.distance, judges.similarity
+    )
     if settings.activation_checkpointing:
         recompute_blocks(generator.net)
 

@@ -28,6 +28,7 @@ from pixelgrow.model import find
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.config import PIXELS, Space
 from pixelgrow.onestep.generator import Generator
+from pixelgrow.onestep.judges import judges_used
 from pixelgrow.recipe_spec import DataSpec, DistillStage, GrowStage, ModelStage, PairsStage, Recipe, Stage, is_folder
 from pixelgrow.rng import seed_of
 from pixelgrow.text_cache import TextCache
@@ -252,6 +253,12 @@ class Materials:
         bad ones, trains on what is held out, or may not mirror any image that it is told to."""
         size = (self.factor * side, self.factor * side)
         if isinstance(stage, ModelStage | PairsStage):
+            losses = stage.losses if isinstance(stage, DistillStage | GrowStage) else None
+            if losses and self.autoencoder and judges_used(losses):
+                raise UserError(
+                    f"stage {stage.name!r}: losses: models from outside see pictures, not latents: leave distance and "
+                    "discriminator to the teacher, and similarity out"
+                )
             if stage.flip and self.autoencoder:
                 raise UserError(
                     f"stage {stage.name!r}: flip mirrors pictures, but latents are made once, of pictures as they are: "
@@ -338,6 +345,8 @@ class Materials:
         settings["heldout"] = [{"source": s.name, "fingerprint": s.fingerprint} for s in self.heldout_sources]
         if isinstance(stage, ModelStage | PairsStage):
             settings["data"] = self.mixture(stage).describe()
+        if isinstance(stage, DistillStage | GrowStage) and stage.losses and (judges := judges_used(stage.losses)):
+            settings["judges"] = judges
         return settings
 
 
