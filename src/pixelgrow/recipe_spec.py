@@ -269,7 +269,6 @@ class DistillStage(ModelStage):
     estimator: str | None = None
     preset: Preset | None = None
     losses: LossSettings = LossSettings()
-    lr: float = Field(2e-4, gt=0)
     betas: tuple[float, float] = (0.0, 0.99)
     weight_decay: float = Field(0.0, ge=0)
 

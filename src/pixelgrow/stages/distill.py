@@ -67,7 +67,7 @@ def grow_generator_stage(stage: GrowStage, parent: Parent, folder: Path, materia
     growth = json.loads((folder / REPORT).read_text())
     generator, _ = checkpoint.load_generator(folder / START)
     freeze(generator.net, growth["frozen"])
-    losses = stage.losses or LossSettings(balance="fixed", scale=1.0)  # the paper's weight of 1 where it grows
+    losses = stage.losses or LossSettings()
     entry = lineage_entry(stage, parent, growth, materials) | judged_by(losses)
     return _fit(generator, stage, losses, folder, materials, [*parent.config.lineage, entry])
 
