@@ -262,7 +262,7 @@ def sample(
             f"size={size}, batch={batch}: expected (height, width), each from 1 to {MAX_SIDE} pixels, and a batch of 1 "
             "or more"
         )
-    sigmas = _grid(grid, steps, denoiser)
+    sigmas = grid_of(grid, steps, denoiser)
     device = cond.null.device if device is None else torch.device(device)
     starts = range(0, n, batch)
     total, done, nfe, images = (len(sigmas) - 1) * len(starts), 0, 0, []
@@ -276,7 +276,7 @@ def sample(
             guide=guide,
             threshold=threshold,
         )
-        noise = _ancestral_noise(size, seed, rows, device)
+        noise = ancestral_noise(size, seed, rows, device)
         x = sigmas[0].item() * initial_noise(size, seed, rows).to(device)
         for x_next in trajectory(denoise, x, sigmas, sampler, noise):
             x, done = x_next, done + 1
@@ -315,7 +315,7 @@ def generate(
     return Samples(torch.cat(images), 1)
 
 
-def _grid(grid: str | Schedule | Tensor | Sequence[float], steps: int, denoiser: DenoiserLike) -> Tensor:
+def grid_of(grid: str | Schedule | Tensor | Sequence[float], steps: int, denoiser: DenoiserLike) -> Tensor:
     """The falling sigmas that `grid` stands for, float64 on the CPU."""
     if isinstance(grid, str):
         if grid != "karras":
@@ -329,5 +329,6 @@ def _grid(grid: str | Schedule | Tensor | Sequence[float], steps: int, denoiser:
     return native_grid(grid, steps, denoiser.sigma_min, denoiser.sigma_max)
 
 
-def _ancestral_noise(size: tuple[int, int], seed: int, index: Sequence[int], device: torch.device) -> Noise:
+def ancestral_noise(size: tuple[int, int], seed: int, index: Sequence[int], device: torch.device) -> Noise:
+    """What `ddpm` adds at each step, a function of (seed, step, index[b], size)."""
     return lambda step: normal((3, *size), seed, f"ancestral {step}", index).to(device)
