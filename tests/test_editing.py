@@ -218,12 +218,27 @@ def test_transfer_between_equal_prompts_gives_the_picture_back() -> None:
     assert not np.array_equal(np.asarray(pixelgrow.edit.transfer(model, x, "1", "2")[0]), x)
 
 
+class LeftPainter(Painter):
+    """Its classes differ on the left half alone."""
+
+    def forward(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+        painted = super().forward(x, sigma, cond)
+        return torch.cat([painted[..., : SIDE // 2], torch.zeros_like(painted[..., SIDE // 2 :])], -1)
+
+
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 def test_transfer_changes_what_the_prompts_differ_in_and_keeps_the_rest(strength: float) -> None:
-    x = picture()
-    (made,) = pixelgrow.edit.transfer(multi_step(Painter), x, "0", "1", strength=strength)
-    want = pixels(x) + (COLOURS[1] - COLOURS[0])[None, :, None, None]
-    torch.testing.assert_close(pixels(made), want.clamp(-1, 1), atol=0.01, rtol=0)
+    x, half_way = picture(), SIDE // 2
+    seen: list[tuple[int, int]] = []
+    (made,) = pixelgrow.edit.transfer(
+        multi_step(LeftPainter), x, "0", "1", strength=strength, steps=9, progress=lambda *at: seen.append(at)
+    )
+    got = np.asarray(made)
+    assert np.array_equal(got[:, half_way + 2 :], x[:, half_way + 2 :])
+    want = COLOURS[1][:, None, None].expand(3, SIDE, half_way)
+    torch.testing.assert_close(pixels(made)[0, :, :, :half_way], want, atol=0.01, rtol=0)
+    total = seen[0][1]
+    assert seen == [(i, total) for i in range(1, total + 1)]
 
 
 def test_interpolation_begins_and_ends_with_the_samples_of_its_seeds_and_prompts() -> None:
@@ -304,7 +319,7 @@ def test_one_step_inpainting_keeps_what_is_known_and_matches_it_by_a_latent() ->
     assert not np.array_equal(np.asarray(made), np.asarray(other))
 
 
-def test_one_step_transfer_adds_what_the_prompts_differ_in() -> None:
+def test_one_step_transfer_draws_what_the_prompts_differ_in() -> None:
     model = one_step()
     (back,) = pixelgrow.edit.transfer(model, picture(), "1", "1", iterations=1)
     assert np.array_equal(np.asarray(back), picture())

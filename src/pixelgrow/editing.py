@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -36,7 +38,10 @@ Picture = Image.Image | np.ndarray
 Progress = Callable[[int, int], None]
 T = TypeVar("T")
 MAX_FRAMES = 1000
-STRENGTH = 1.0  # of `transfer`, where none is given
+STRENGTH, REFINED = 0.7, 0.4  # of `transfer`: shares of the path, for the first pass and the second
+CALM = 2.0  # guidance of the second pass at most: more frays the edges
+SEEN = (0.5, 2.0)  # noise levels at which a picture's objects are seen, in units of the data's deviation
+APART = 0.3  # of the largest difference between two prompts' pictures: from there on they disagree
 TEACHER = ("heun", 20)  # the solver of a teacher's inversion: 39 evaluations
 FIT = tuple(field.name for field in dataclasses.fields(FitSettings))
 logger = logging.getLogger(__name__)
@@ -95,8 +100,9 @@ def upscale(
     """Enlarge pictures to the model's resolution: averaged down, what comes back is what was given.
 
     The shorter side is the model's divided by 2, 4, 8 ... A multi-step model has the averages of every denoised image
-    set to the picture. A one-step generator draws from the latent whose picture, averaged down, is the one given: the
-    ODE of its `teacher` leads there (the paper's way; the picture then has the teacher's resolution), or descent.
+    set to the picture; it is not guided unless asked, since the picture says enough. A one-step generator draws from
+    the latent whose picture, averaged down, is the one given: the ODE of its `teacher` leads there (the paper's way;
+    the picture then has the teacher's resolution), or descent.
     """
     y = _stack(pictures).to(model.device)
     k = _factor(model, _size(y))
@@ -116,7 +122,7 @@ def upscale(
         drawn = _draw(model, z, cond)
     else:
         _no_teacher(teacher)
-        path = _Path(model, settings, progress)
+        path = _Path(model, {"guidance": 1.0} | _given(settings), progress)
         denoise = path.denoise(cond)
         drawn = path.solve(lambda z, sigma: consistent(denoise(z, sigma)), path.noise(size, seed, len(y)), seed=seed)
     return _pictures(consistent(drawn))
@@ -136,12 +142,12 @@ def transfer(
 ) -> list[Image.Image]:
     """What `source` says of a picture becomes what `target` says: inverted under the one, drawn under the other.
 
-    A multi-step model runs its ODE backwards, without guidance, up to the noise level of `strength` in (0, 1], and adds
-    to the picture what the two prompts make of the states on the way: the ODE of x' = x + (what differs),
-        D'(x', sigma) = x + D(x_sigma + x' - x, sigma, target) - D(x_sigma, sigma, source)
-    with guidance in both (ours, after FlowEdit, arXiv 2412.08629, with the picture's own path in the place of noise):
-    what the prompts agree on stays, and equal prompts give the picture back. A one-step generator decodes the latent of
-    the picture, found as in `upscale`, under both prompts, and adds the difference in the same way.
+    Pixels change only where the prompts disagree about them (after DiffEdit, arXiv 2210.11427; the rest is ours). A
+    multi-step model runs its ODE backwards under `source`, without guidance, up to the noise level of `strength` in
+    (0, 1]; where what it makes of the states on the way differs between the prompts (`_differing`), it draws along
+    the ODE under `target`, with everything else known as in `inpaint`; and once more from the noise level REFINED, on
+    fresh noise, since a state that was inverted still has the old picture's details. A one-step generator's latent of
+    the picture, found as in `upscale`, is decoded under both prompts: where they differ, the second decode is taken.
     """
     x = _pixels(model, pictures)
     before, after = _each(source, len(x)), _each(target, len(x))
@@ -152,17 +158,43 @@ def transfer(
                 "strength: a one-step generator has no noise levels to stop at; drop it, or name a multi-step one"
             )
         z = _latent_of(model, x, old, before, teacher, settings, seed, progress)
-        return _pictures(x + _draw(model, z, new) - _draw(model, z, old))
+        drawn = _draw(model, z, new)
+        return _pictures(torch.where(_differing([drawn - _draw(model, z, old)]), drawn, x))
     _no_teacher(teacher)
-    path = _Path(model, settings, progress, strength=STRENGTH if strength is None else strength, passes=2)
+    strength = STRENGTH if strength is None else strength
+    path = _Path(model, settings, progress, strength=strength, passes=2)
+    last = _Path(model, settings, progress, strength=min(strength, REFINED))
+    path.total = last.total = path.total + last.total
     states = path.invert(path.denoise(old, guidance=1.0), x)
-    along = dict(zip(path.sigmas.tolist(), states, strict=True))
     was, will = path.denoise(old), path.denoise(new)
+    low, high = (sigma * model.denoiser.noise_scale * model.denoiser.config.sigma_data for sigma in SEEN)
+    levels = [(sigma, at) for sigma, at in zip(path.sigmas.tolist(), states, strict=True) if sigma > 0]
+    nearest_level = min(levels, key=lambda level: abs(math.log(level[0] / math.sqrt(low * high))))
+    seen = [level for level in levels if low <= level[0] <= high] or [nearest_level]
+    change = _differing([will(at, sigma) - was(at, sigma) for sigma, at in seen])
 
     def changed(z: Tensor, sigma: float) -> Tensor:
-        return x + will(z + along[sigma] - x, sigma) - was(along[sigma], sigma)
+        return torch.where(change, will(z, sigma), x)
 
-    return _pictures(path.solve(changed, x))
+    drawn = torch.where(change, path.solve(changed, states[0], seed), x)
+    last.done = path.done
+    will = last.denoise(new, guidance=min(CALM, last.guiding["guidance"]))
+    drawn = last.solve(changed, drawn + last.noise(_size(x), seed, len(x)), seed)
+    return _pictures(torch.where(change, drawn, x))
+
+
+def _differing(changes: Sequence[Tensor]) -> Tensor:
+    """Where two drawings of a picture differ, (B, 1, H, W) bool, by their differences (B, 3, H, W) at some levels.
+
+    All pixels whose difference, summed over the levels and averaged over the pixels next to it, is above a share APART
+    of the largest one's (of a hundredth of the pixels), and those next to them. Nowhere, if it is nothing.
+    """
+    reach = max(1, round(min(_size(changes[0])) / 64))
+    window = 2 * reach + 1
+    total = torch.stack([change.float().square().sum(1, keepdim=True).sqrt() for change in changes]).sum(0)
+    near = F.avg_pool2d(total, window, 1, reach, count_include_pad=False)
+    most = near.flatten(1).quantile(0.99, dim=1)[:, None, None, None]
+    return F.max_pool2d((near > APART * most.clamp_min(1e-4)).float(), window, 1, reach) > 0
 
 
 def interpolate(
