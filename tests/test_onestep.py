@@ -140,9 +140,15 @@ def test_a_shard_that_is_cut_off_or_changed_is_none(tmp_path: Path) -> None:
 
 
 def test_energy_distance_tells_a_shift_from_none() -> None:
-    a, b = torch.randn(200, 4), torch.randn(150, 4)
+    a, b = torch.randn(200, 4), torch.randn(200, 4)
     assert abs(energy_distance(a, b)) < 0.05
     assert energy_distance(a, b + 1) > 0.5
+
+
+def test_energy_distance_is_no_smaller_for_rows_that_share_their_caption() -> None:
+    shared = 5 * torch.randn(16, 4)  # what a caption does to both of its pictures
+    found = [energy_distance(shared + torch.randn(16, 4), shared + torch.randn(16, 4)) for _ in range(200)]
+    assert abs(sum(found) / len(found)) < 0.05
 
 
 # --- the objective ----------------------------------------------------------------------------------------------------
@@ -252,6 +258,9 @@ def test_every_stage_of_the_one_step_way_leaves_its_result(made: Path) -> None:
     assert metrics["nfe"] == 1 and "accuracy" in metrics and "error" not in metrics
     page = (made / "report.html").read_text()
     assert "distil core to one step on pairs" in page and "drift from the base" in page
+    beside = page.partition("Side by side")[2].partition("</section>")[0]
+    rows = [row.partition("</td>")[0].removesuffix("</a>").rpartition(">")[2] for row in beside.split("<tr><td>")[1:]]
+    assert rows == ["core", "onestep32"] and beside.count("<figure>") == 2
 
 
 def test_a_grown_generators_base_is_the_one_that_was_distilled(made: Path) -> None:
@@ -294,7 +303,7 @@ def test_pairs_of_another_teacher_or_other_data_are_refused(made: Path) -> None:
 def test_pairs_that_were_cut_off_and_damaged_end_with_the_same_bytes(made: Path, tmp_path: Path) -> None:
     cut = tmp_path / "smoke-onestep"
     shutil.copytree(made, cut)
-    for stage in ("onestep", "onestep32", "eval"):
+    for stage in ("onestep", "onestep32", "eval-core", "eval"):
         shutil.rmtree(cut / stage)
     record = json.loads((cut / "pairs" / "stage.json").read_text())
     (cut / "pairs" / "stage.json").write_text(json.dumps(record | {"done": False}))

@@ -51,7 +51,7 @@ CHARTS = {
 def write_report(recipe: Recipe, folder: Path) -> Path:
     """Write `report.html` into a run's folder; returns its path."""
     records = {s.name: Record(folder / s.name) for s in recipe.stages}
-    sections = [_overview(recipe, records)]
+    sections = [_overview(recipe, records), _side_by_side(recipe, folder, records)]
     for stage in recipe.stages:
         sections.append(_stage(stage, folder / stage.name, records[stage.name].values))
     sections.append(_details("The recipe, with every setting filled in", json.dumps(_settings(recipe), indent=2)))
@@ -107,6 +107,28 @@ def _overview(recipe: Recipe, records: dict[str, Record]) -> str:
     head = ["stage", "what", "images", "parameters", "training", "images/s", "of matmul rate", "time", "peak memory",
             "bad files"]  # fmt: skip
     return f"<section><h2>Stages</h2>{_table(head, rows)}</section>"
+
+
+def _side_by_side(recipe: Recipe, folder: Path, records: dict[str, Record]) -> str:
+    """The evaluations of several models on the same held-out prompts: numbers in a table, grids beside each other."""
+    stages = [s for s in recipe.stages if isinstance(s, EvaluateStage)]
+    found = [(s, metrics) for s in stages if (metrics := records[s.name].values.get("result"))]
+    if len(found) < 2:
+        return ""
+    kinds = list(dict.fromkeys(kind for _, metrics in found for kind in metrics.get("accuracy", {})))
+    rows = [
+        [
+            f'<a href="#{escape(stage.name)}">{escape(str(stage.parent))}</a>',
+            f"{metrics['nfe']}",
+            f"{metrics['seconds_per_image']:.3g}",
+            *(f"{100 * metrics['accuracy'][kind]:.1f}%" if "accuracy" in metrics else "" for kind in kinds),
+        ]
+        for stage, metrics in found
+    ]
+    grids = [(stage, folder / stage.name / "samples" / "grid.png") for stage, _ in found]
+    pictures = [_picture(grid, f"{stage.parent}") for stage, grid in grids if grid.exists()]
+    table = _table(["model", "evaluations", "seconds a picture", *kinds], rows)
+    return f'<section><h2>Side by side</h2>{table}<div class="row">{"".join(pictures)}</div></section>'
 
 
 def _number_of(files: Any) -> str:
