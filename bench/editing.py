@@ -263,7 +263,7 @@ def main(argv: list[str] | None = None) -> None:
         numbers = ", ".join(f"{key} {value:.3g}" for key, value in found.items())
         print(f"{name}: {numbers or 'drawn'} ({time.monotonic() - began:.0f} s)", flush=True)
         if args.figures is not None:
-            shown = rows if name == "interpolate" else beside(rows[: 2 * SHOWN], 2)
+            shown = rows if name == "interpolate" else beside(rows[: 2 * SHOWN], min(2, len(rows)))
             draw(shown, args.figures / f"edit-{name}.png")
         missed += [name] if found.get("right", 1) < TARGET or found.get("known", 0) > KNOWN else []
     if missed:

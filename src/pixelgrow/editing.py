@@ -3,8 +3,8 @@
 A multi-step model edits along its sampler's path: what is known of a picture is put into every denoised image. For a
 one-step generator the latent of what is known is looked for, by descent or along the ODE of a multi-step `teacher`.
 
-Pictures are PIL images or arrays (H, W, 3) of uint8: one, or several of one size that are edited together, each as if
-alone. `settings` are those of `Model.sample` (steps, guidance, sampler, grid, interval, threshold) for a multi-step
+Pictures are PIL images or arrays (H, W, 3) of uint8: one, or several of one size that are edited together; what becomes
+of picture i is a function of it, its prompts, the seed, i and the settings, beyond rounding. `settings` are those of `Model.sample` (steps, guidance, sampler, grid, interval, threshold) for a multi-step
 model, those of `FitSettings` (iterations, rate, starts, prior, tolerance) for a one-step generator; `progress` is
 called with (steps done, steps in all). All raise UserError for pictures, prompts and settings that do not fit.
 """
@@ -15,7 +15,7 @@ import dataclasses
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from pixelgrow import rng
 from pixelgrow.data.images import to_rgb
 from pixelgrow.errors import UserError
 from pixelgrow.guidance import Guided
@@ -36,10 +37,9 @@ from pixelgrow.sampling import Denoise, Noise, ancestral_noise, grid_of, initial
 
 Picture = Image.Image | np.ndarray
 Progress = Callable[[int, int], None]
-T = TypeVar("T")
 MAX_FRAMES = 1000
-STRENGTH, REFINED = 0.7, 0.4  # of `transfer`: shares of the path, for the first pass and the second
-CALM = 2.0  # guidance of the second pass at most: more frays the edges
+STRENGTH = 0.7  # of `transfer`, where none is given
+REFINED, CALM = 0.4, 2.0  # of a second pass: its share of the path, and its guidance at most: more frays the edges
 SEEN = (0.5, 2.0)  # noise levels at which a picture's objects are seen, in units of the data's deviation
 APART = 0.3  # of the largest difference between two prompts' pictures: from there on they disagree
 TEACHER = ("heun", 20)  # the solver of a teacher's inversion: 39 evaluations
@@ -64,8 +64,9 @@ def inpaint(
 
     A mask is as large as its picture, black where the picture is known and anything else where it is to be filled. A
     multi-step model has the known pixels in every denoised image, so that they pass through the noise levels as
-    x + sigma eps (as in RePaint, arXiv 2201.09865, with one noise for all levels). A one-step generator's latent is
-    the one whose picture has the known pixels (`FitSettings`).
+    x + sigma eps (as in RePaint, arXiv 2201.09865, with one noise for all levels), and does so once more from the noise
+    level of REFINED, so that seams settle (ours). A one-step generator's latent is the one whose picture has the known
+    pixels (`FitSettings`).
     """
     x = _pixels(model, pictures)
     fill = _masks(masks, x)
@@ -77,14 +78,10 @@ def inpaint(
             return ((drawn - x).square() * known).sum((1, 2, 3)) / (3 * known.sum((1, 2, 3)))
 
         z = _latents(model, cond, misfit, _size(x), settings, seed=seed, progress=progress)
-        drawn = _draw(model, z, cond)
-    else:
-        path = _Path(model, settings, progress)
-        denoise = path.denoise(cond)
-        drawn = path.solve(
-            lambda z, sigma: torch.where(fill, denoise(z, sigma), x), path.noise(_size(x), seed, len(x)), seed=seed
-        )
-    return _pictures(torch.where(fill, drawn, x))
+        return _pictures(torch.where(fill, _draw(model, z, cond), x))
+    path = _Path(model, settings, progress, more=REFINED)
+    drawn = path.fill(path.denoise(cond), x, fill, path.noise(_size(x), seed, len(x)), seed)
+    return _pictures(path.again(cond, x, fill, drawn, seed))
 
 
 def upscale(
@@ -162,9 +159,7 @@ def transfer(
         return _pictures(torch.where(_differing([drawn - _draw(model, z, old)]), drawn, x))
     _no_teacher(teacher)
     strength = STRENGTH if strength is None else strength
-    path = _Path(model, settings, progress, strength=strength, passes=2)
-    last = _Path(model, settings, progress, strength=min(strength, REFINED))
-    path.total = last.total = path.total + last.total
+    path = _Path(model, settings, progress, strength=strength, passes=2, more=min(strength, REFINED))
     states = path.invert(path.denoise(old, guidance=1.0), x)
     was, will = path.denoise(old), path.denoise(new)
     low, high = (sigma * model.denoiser.noise_scale * model.denoiser.config.sigma_data for sigma in SEEN)
@@ -173,14 +168,8 @@ def transfer(
     seen = [level for level in levels if low <= level[0] <= high] or [nearest_level]
     change = _differing([will(at, sigma) - was(at, sigma) for sigma, at in seen])
 
-    def changed(z: Tensor, sigma: float) -> Tensor:
-        return torch.where(change, will(z, sigma), x)
-
-    drawn = torch.where(change, path.solve(changed, states[0], seed), x)
-    last.done = path.done
-    will = last.denoise(new, guidance=min(CALM, last.guiding["guidance"]))
-    drawn = last.solve(changed, drawn + last.noise(_size(x), seed, len(x)), seed)
-    return _pictures(torch.where(change, drawn, x))
+    drawn = path.fill(will, x, change, states[0], seed)
+    return _pictures(path.again(new, x, change, drawn, seed))
 
 
 def _differing(changes: Sequence[Tensor]) -> Tensor:
@@ -262,7 +251,7 @@ class _Path:
     """A multi-step model's solver under `settings`, else the checkpoint's, else the library's.
 
     `sigmas`: its falling grid, from the noise level that `strength` in (0, 1] stands for: that share of its steps.
-    `passes`: how often the grid is gone along, for `progress`.
+    `more`: the share that `again` goes along; `passes`: how often all of `sigmas` is gone along, for `progress`.
     """
 
     def __init__(
@@ -273,6 +262,7 @@ class _Path:
         *,
         strength: float = 1.0,
         passes: int = 1,
+        more: float = 0.0,
     ) -> None:
         if named := [name for name in _given(settings) if name in FIT]:
             raise UserError(
@@ -284,10 +274,10 @@ class _Path:
         chosen = model.settings(**settings)
         grid = noise_grid(chosen.pop("grid", "karras"), model.denoiser, model.config)
         sigmas = grid_of(grid, chosen.pop("steps"), model.denoiser)
-        self.sigmas = sigmas[round((1 - strength) * (len(sigmas) - 2)) :]
+        self.sigmas, self.last = (sigmas[round((1 - share) * (len(sigmas) - 2)) :] for share in (strength, more))
         self.sampler: str = chosen.pop("sampler")
         self.model, self.guiding, self.progress = model, chosen, progress
-        self.done, self.total = 0, passes * (len(self.sigmas) - 1)
+        self.done, self.total = 0, passes * (len(self.sigmas) - 1) + (len(self.last) - 1 if more else 0)
 
     def denoise(self, cond: Cond, **guiding: Any) -> Denoise:
         """The guided denoiser of conditions; `guiding` in the place of the settings' own."""
@@ -297,14 +287,35 @@ class _Path:
         """(count, 3, h, w) to start from: that of `sample`."""
         return self.sigmas[0].item() * initial_noise(size, seed, range(count)).to(self.model.device)
 
-    def solve(self, denoise: Denoise, x: Tensor, seed: int = 0, index: Sequence[int] | None = None) -> Tensor:
-        """x (B, 3, h, w) at the grid's first level -> images."""
+    def solve(
+        self,
+        denoise: Denoise,
+        x: Tensor,
+        seed: int = 0,
+        *,
+        index: Sequence[int] | None = None,
+        sigmas: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, 3, h, w) at the first level of the grid, or of `sigmas`, -> images."""
         numbers = range(len(x)) if index is None else index
         noise = ancestral_noise((x.shape[-2], x.shape[-1]), seed, numbers, x.device)
-        *_, end = self._along(self.sigmas, denoise, x, noise)
+        *_, end = self._along(self.sigmas if sigmas is None else sigmas, denoise, x, noise)
         if not bool(end.isfinite().all()):
             raise UserError("the edit gave non-finite pixels: expected finite predictions; try less guidance, or fp32")
         return end
+
+    def fill(
+        self, denoise: Denoise, x: Tensor, where: Tensor, z: Tensor, seed: int, sigmas: Tensor | None = None
+    ) -> Tensor:
+        """Images from z at the first level, with those x (B, 3, h, w) known but for `where` (B, 1, h, w)."""
+        filled = self.solve(lambda z, sigma: torch.where(where, denoise(z, sigma), x), z, seed, sigmas=sigmas)
+        return torch.where(where, filled, x)
+
+    def again(self, cond: Cond, x: Tensor, where: Tensor, drawn: Tensor, seed: int) -> Tensor:
+        """A second pass over what was filled, from a lower noise level, with less guidance: seams and edges settle."""
+        denoise = self.denoise(cond, guidance=min(CALM, self.guiding["guidance"]))
+        noise = self.last[0].item() * initial_noise(_size(x), rng.seed_of(seed, "again"), range(len(x))).to(x.device)
+        return self.fill(denoise, x, where, drawn + noise, seed, self.last)
 
     def invert(self, denoise: Denoise, x: Tensor) -> list[Tensor]:
         """Images x (B, 3, h, w) -> the states of the grid's levels, that of the first level first, x itself last."""
@@ -413,13 +424,13 @@ def _given(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value is not None}
 
 
-def _several(one_or_more: T | Sequence[T], kind: type | tuple[type, ...]) -> list[T]:
-    return [one_or_more] if isinstance(one_or_more, kind) else list(one_or_more)  # type: ignore[arg-type,list-item]
+def _several(pictures: Picture | Sequence[Picture]) -> list[Picture]:
+    return [pictures] if isinstance(pictures, Image.Image | np.ndarray) else list(pictures)
 
 
 def _stack(pictures: Picture | Sequence[Picture]) -> Tensor:
     """Pictures of one size -> (B, 3, H, W) float in [-1, 1]."""
-    arrays = [_array(p) for p in _several(pictures, (Image.Image, np.ndarray))]
+    arrays = [_array(p) for p in _several(pictures)]
     sizes = {a.shape for a in arrays}
     if len(sizes) != 1:
         got = ", ".join(f"{h}x{w}" for h, w, _ in sorted(sizes)) or "none"
@@ -453,7 +464,7 @@ def _pixels(model: Model, pictures: Picture | Sequence[Picture]) -> Tensor:
 def _masks(masks: Picture | Sequence[Picture], x: Tensor) -> Tensor:
     """Masks of pictures x (B, 3, H, W), one for all or one for each -> (B, 1, H, W) bool, True where to fill."""
     found = []
-    for mask in _several(masks, (Image.Image, np.ndarray)):
+    for mask in _several(masks):
         array = np.asarray(to_rgb(mask)) if isinstance(mask, Image.Image) else mask
         fill = array.astype(bool) if array.ndim == 2 else array.any(2)
         if fill.shape != _size(x):

@@ -112,7 +112,7 @@ def _read(path: Path) -> np.ndarray:
 
 def _mask(path: Path, picture: np.ndarray) -> np.ndarray:
     """A mask's file, bool (h, w), True where it is not black; UserError unless it is as large as its picture."""
-    mask = _read(path).any(2)
+    mask: np.ndarray = _read(path).astype(bool).max(2)
     if mask.shape != picture.shape[:2]:
         (h, w), (ph, pw) = mask.shape, picture.shape[:2]
         raise UserError(
@@ -129,4 +129,4 @@ def _fit_mask(mask: np.ndarray, side: int) -> np.ndarray:
     top, left = (h - side * scale) / 2, (w - side * scale) / 2
     grey = Image.fromarray(mask.astype(np.uint8) * 255)
     box = (left, top, left + side * scale, top + side * scale)
-    return np.asarray(grey.resize((side, side), Image.Resampling.BOX, box=box)) > 0
+    return np.asarray(grey.resize((side, side), Image.Resampling.BOX, box=box)).astype(bool)
