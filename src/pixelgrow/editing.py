@@ -4,9 +4,10 @@ A multi-step model edits along its sampler's path: what is known of a picture is
 one-step generator the latent of what is known is looked for, by descent or along the ODE of a multi-step `teacher`.
 
 Pictures are PIL images or arrays (H, W, 3) of uint8: one, or several of one size that are edited together; what becomes
-of picture i is a function of it, its prompts, the seed, i and the settings, beyond rounding. `settings` are those of `Model.sample` (steps, guidance, sampler, grid, interval, threshold) for a multi-step
-model, those of `FitSettings` (iterations, rate, starts, prior, tolerance) for a one-step generator; `progress` is
-called with (steps done, steps in all). All raise UserError for pictures, prompts and settings that do not fit.
+of picture i is a function of it, its prompts, the seed, i and the settings, beyond rounding. `settings` are those of
+`Model.sample` (steps, guidance, sampler, grid, interval, threshold) for a multi-step model, those of `FitSettings`
+(iterations, rate, starts, prior, tolerance) for a one-step generator; `progress` is called with (steps done, steps in
+all). All raise UserError for pictures, prompts and settings that do not fit.
 """
 
 from __future__ import annotations
