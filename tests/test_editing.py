@@ -26,7 +26,7 @@ from pixelgrow.models.cond import Cond, mixed, slerp
 from pixelgrow.models.layers import box_down
 from pixelgrow.models.sizes import core_config, shallow_uvit
 from pixelgrow.models.uvit import UViT
-from pixelgrow.onestep.generator import Generator
+from pixelgrow.onestep.generator import Generator, told_guidance
 from pixelgrow.onestep.latents import FitSettings, fit, nearest
 from pixelgrow.sampling import initial_noise
 from test_growth import cond, shallow
@@ -271,26 +271,29 @@ def test_a_latent_is_found_whose_picture_is_the_one_given() -> None:
     model, c = one_step(), labels(0, 2)
     x = target(model, c)
 
+    def draw(z: Tensor) -> Tensor:
+        return model.generator(z, c[: len(z)])
+
     def misfit(drawn: Tensor) -> Tensor:
         return (drawn - x).square().mean((1, 2, 3))
 
-    size = (SIDE, SIDE)
-    first = nearest(model.generator, c, misfit, size, seed=3, starts=1)
-    assert torch.equal(first, initial_noise(size, 3, range(2)))
-    begin = nearest(model.generator, c, misfit, size, seed=3, starts=6)
+    size = (2, SIDE, SIDE)
+    first = nearest(draw, misfit, size, seed=3, starts=1, device=model.device)
+    assert torch.equal(first, initial_noise((SIDE, SIDE), 3, range(2)))
+    begin = nearest(draw, misfit, size, seed=3, starts=6, device=model.device)
     with torch.no_grad():
-        assert (misfit(model.generator(begin, c)) <= misfit(model.generator(first, c))).all()
-        before = misfit(model.generator(begin, c)).sqrt()
+        assert (misfit(draw(begin)) <= misfit(draw(first))).all()
+        before = misfit(draw(begin)).sqrt()
     calls: list[tuple[int, int]] = []
-    found = fit(model.generator, c, misfit, begin, FitSettings(60, tolerance=0.0), lambda *at: calls.append(at))
+    found = fit(draw, misfit, begin, FitSettings(60, tolerance=0.0), lambda *at: calls.append(at))
     assert (found.error < 0.3 * before).all() and calls[-1] == (60, 60) and len(calls) == 61
     with torch.no_grad():
-        torch.testing.assert_close(misfit(model.generator(found.latent, c)).sqrt(), found.error)
+        torch.testing.assert_close(misfit(draw(found.latent)).sqrt(), found.error)
     calls.clear()
     enough = FitSettings(60, tolerance=float(0.6 * before.max()))
-    near = fit(model.generator, c, misfit, begin, enough, lambda *at: calls.append(at))
+    near = fit(draw, misfit, begin, enough, lambda *at: calls.append(at))
     assert len(calls) < 40 and calls[-1] == (60, 60) and (near.error <= enough.tolerance).all()
-    alone = fit(model.generator, c[:1], lambda d: (d - x[:1]).square().mean((1, 2, 3)), begin[:1], enough)
+    alone = fit(draw, lambda d: (d - x[:1]).square().mean((1, 2, 3)), begin[:1], enough)
     torch.testing.assert_close(alone.latent, near.latent[:1], rtol=1e-3, atol=1e-3)
     assert all(p.grad is None for p in model.generator.parameters())
 
@@ -299,12 +302,15 @@ def test_the_prior_keeps_latents_as_long_as_they_were() -> None:
     model, c = one_step(), labels(0)
     x = 3 * target(model, c)  # which no likely latent draws
 
+    def draw(z: Tensor) -> Tensor:
+        return model.generator(z, c)
+
     def misfit(drawn: Tensor) -> Tensor:
         return (drawn - x).square().mean((1, 2, 3))
 
     begin = initial_noise((SIDE, SIDE), 0, [0])
     length = [
-        float(fit(model.generator, c, misfit, begin, FitSettings(40, prior=p, tolerance=0)).latent.square().mean())
+        float(fit(draw, misfit, begin, FitSettings(40, prior=p, tolerance=0)).latent.square().mean())
         for p in (0.0, 10.0)
     ]
     assert abs(length[1] - 1) < 0.3 * abs(length[0] - 1)
@@ -341,6 +347,20 @@ def test_a_teachers_latents_of_gaussian_pictures_are_white() -> None:
     x = 0.5 * torch.randn(2, 3, SIDE, SIDE)
     z = _inverted(one_step(), multi_step(Gauss), x, ["0", "1"])
     torch.testing.assert_close(z, 2 * x, rtol=0.05, atol=1e-3)
+
+
+def test_a_generator_that_is_told_its_guidance_is_told_it_in_edits() -> None:
+    plain = one_step()
+    net = told_guidance(plain.generator.net, 0)
+    torch.nn.init.normal_(net.guidance.out.weight, std=0.5)
+    config = plain.config.model_copy(update={"network": net.config})
+    model = OneStepModel(Generator(net, plain.generator.config).eval(), config)
+    made = [
+        np.asarray(pixelgrow.edit.inpaint(model, picture(), half(), "1", iterations=1, starts=1, guidance=w)[0])
+        for w in (1.0, 8.0)
+    ]
+    assert not np.array_equal(*made)
+    assert len(pixelgrow.edit.interpolate(model, "1", seeds=[1, 2], frames=2, guidance=3.0)) == 2
 
 
 def test_one_step_interpolation() -> None:

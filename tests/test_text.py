@@ -156,9 +156,9 @@ def test_fingerprint_is_of_content_not_of_place(tmp_path: Path) -> None:
 
 
 def test_fingerprint_of_a_large_file_samples_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pixelgrow.text_spec._WHOLE", 1000)
-    monkeypatch.setattr("pixelgrow.text_spec._BLOCK", 64)
-    monkeypatch.setattr("pixelgrow.text_spec._BLOCKS", 8)
+    monkeypatch.setattr("pixelgrow.hub._WHOLE", 1000)
+    monkeypatch.setattr("pixelgrow.hub._BLOCK", 64)
+    monkeypatch.setattr("pixelgrow.hub._BLOCKS", 8)
     save_t5(tmp_path)
     before = describe(str(tmp_path), 16).fingerprint
     weights = tmp_path / "model.safetensors"

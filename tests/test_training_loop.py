@@ -67,7 +67,8 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"accumulate": 2}, {"optimizer": "muon"}, {"clip": 0.01, "decay": "inverse_sqrt"}]
+    "changes",
+    [{}, {"accumulate": 2}, {"optimizer": "muon"}, {"optimizer": "radam"}, {"clip": 0.01, "decay": "inverse_sqrt"}],
 )
 def test_stopped_and_resumed_is_the_same_bytes(tmp_path: Path, changes: dict) -> None:
     whole, cut = toy.Toy(), None

@@ -133,6 +133,22 @@ def data(
     _show(inspection_tables(found))
 
 
+@app.command()
+def recaption(
+    source: Annotated[str, typer.Argument(help="A folder with metadata.jsonl, or a .txt beside each image.")],
+    model: Annotated[str, typer.Option("--model", help="An image-to-text model of transformers: folder or hub name.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The file to write, to be the folder's metadata.jsonl.")],
+    prompt: Annotated[str | None, typer.Option("--prompt", help="What to ask a model that takes words too.")] = None,
+    weight: Annotated[float, typer.Option("--weight", min=1e-6, help="Of the new caption; the old ones' is 1.")] = 1.0,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Pictures at a time.")] = 8,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Of a caption, at the most.")] = 64,
+) -> None:
+    """Write a second caption for every picture; the same command again goes on where it was cut off."""
+    from pixelgrow.recaption import Recaption, recaption
+
+    typer.echo(recaption(Recaption(source, model, out, prompt, weight, batch, tokens)))
+
+
 def _sizes(recipe: str) -> list[tuple[int, int]]:
     from pixelgrow.recipe import load_recipe, resolution_of
 

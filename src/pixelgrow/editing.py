@@ -31,10 +31,10 @@ from pixelgrow.guidance import Guided
 from pixelgrow.model import Model, OneStepModel, noise_grid
 from pixelgrow.models.cond import Cond, mixed, slerp
 from pixelgrow.models.layers import box_down, up_nearest
-from pixelgrow.onestep.latents import FitSettings, Misfit, fit, nearest
+from pixelgrow.onestep.latents import Draw, FitSettings, Misfit, fit, nearest
 from pixelgrow.onestep.pairs import Ode
 from pixelgrow.pictures import to_uint8
-from pixelgrow.sampling import Denoise, Noise, ancestral_noise, grid_of, initial_noise, trajectory
+from pixelgrow.sampling import Denoise, Noise, ancestral_noise, grid_of, initial_noise, trajectory, weights_like
 
 Picture = Image.Image | np.ndarray
 Progress = Callable[[int, int], None]
@@ -51,6 +51,7 @@ logger = logging.getLogger(__name__)
 # --- the four edits ---------------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def inpaint(
     model: Model,
     pictures: Picture | Sequence[Picture],
@@ -78,13 +79,15 @@ def inpaint(
         def misfit(drawn: Tensor) -> Tensor:
             return ((drawn - x).square() * known).sum((1, 2, 3)) / (3 * known.sum((1, 2, 3)))
 
-        z = _latents(model, cond, misfit, _size(x), settings, seed=seed, progress=progress)
-        return _pictures(torch.where(fill, _draw(model, z, cond), x))
+        draw = _drawing(model, cond, settings)
+        z = _latents(model, draw, misfit, x.shape, settings, seed=seed, progress=progress)
+        return _pictures(torch.where(fill, draw(z), x))
     path = _Path(model, settings, progress, more=REFINED)
     drawn = path.fill(path.denoise(cond), x, fill, path.noise(_size(x), seed, len(x)), seed)
     return _pictures(path.again(cond, x, fill, drawn, seed))
 
 
+@torch.no_grad()
 def upscale(
     model: Model,
     pictures: Picture | Sequence[Picture],
@@ -116,8 +119,9 @@ def upscale(
         def misfit(drawn: Tensor) -> Tensor:
             return (box_down(drawn, k) - y).square().mean((1, 2, 3))
 
-        z = _latents(model, cond, misfit, size, settings, start=start, seed=seed, progress=progress)
-        drawn = _draw(model, z, cond)
+        draw = _drawing(model, cond, settings)
+        shape = torch.Size([len(y), 3, *size])
+        drawn = draw(_latents(model, draw, misfit, shape, settings, start=start, seed=seed, progress=progress))
     else:
         _no_teacher(teacher)
         path = _Path(model, {"guidance": 1.0} | _given(settings), progress)
@@ -126,6 +130,7 @@ def upscale(
     return _pictures(consistent(drawn))
 
 
+@torch.no_grad()
 def transfer(
     model: Model,
     pictures: Picture | Sequence[Picture],
@@ -156,18 +161,18 @@ def transfer(
                 "strength: a one-step generator has no noise levels to stop at; drop it, or name a multi-step one"
             )
         z = _latent_of(model, x, old, before, teacher, settings, seed, progress)
-        drawn = _draw(model, z, new)
-        return _pictures(torch.where(_differing([drawn - _draw(model, z, old)]), drawn, x))
+        drawn, was = (_drawing(model, cond, settings)(z) for cond in (new, old))
+        return _pictures(torch.where(_differing([drawn - was]), drawn, x))
     _no_teacher(teacher)
     strength = STRENGTH if strength is None else strength
     path = _Path(model, settings, progress, strength=strength, passes=2, more=min(strength, REFINED))
     states = path.invert(path.denoise(old, guidance=1.0), x)
-    was, will = path.denoise(old), path.denoise(new)
+    will, would = path.denoise(new), path.denoise(old)
     low, high = (sigma * model.denoiser.noise_scale * model.denoiser.config.sigma_data for sigma in SEEN)
     levels = [(sigma, at) for sigma, at in zip(path.sigmas.tolist(), states, strict=True) if sigma > 0]
     nearest_level = min(levels, key=lambda level: abs(math.log(level[0] / math.sqrt(low * high))))
     seen = [level for level in levels if low <= level[0] <= high] or [nearest_level]
-    change = _differing([will(at, sigma) - was(at, sigma) for sigma, at in seen])
+    change = _differing([will(at, sigma) - would(at, sigma) for sigma, at in seen])
 
     drawn = path.fill(will, x, change, states[0], seed)
     return _pictures(path.again(new, x, change, drawn, seed))
@@ -187,6 +192,7 @@ def _differing(changes: Sequence[Tensor]) -> Tensor:
     return F.max_pool2d((near > APART * most.clamp_min(1e-4)).float(), window, 1, reach) > 0
 
 
+@torch.no_grad()
 def interpolate(
     model: Model,
     prompts: str | Sequence[str],
@@ -234,7 +240,7 @@ def interpolate(
             z = prior(model.generator.latent_size(size))
         else:
             z = _latent_of(model, x, cond, ends, teacher, settings, seeds[0], progress)
-        return _pictures(_draw(model, arc(z), between))
+        return _pictures(_drawing(model, between, settings)(arc(z)))
     _no_teacher(teacher)
     if x is None:
         path = _Path(model, settings, progress)
@@ -342,24 +348,30 @@ def _no_teacher(teacher: Model | None) -> None:
 # --- a one-step generator ---------------------------------------------------------------------------------------------
 
 
+def _drawing(model: OneStepModel, cond: Cond, settings: dict[str, Any]) -> Draw:
+    """The generator under conditions, told its guidance weight if it takes one."""
+    told = model.settings(**{name: value for name, value in settings.items() if name not in FIT})
+    return lambda z: model.generator(z, cond, weights_like(z, told.get("guidance"))).float()
+
+
 def _latents(
     model: OneStepModel,
-    cond: Cond,
+    draw: Draw,
     misfit: Misfit,
-    size: tuple[int, int],
+    shape: torch.Size,
     settings: dict[str, Any],
     *,
     start: Tensor | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Latents whose pictures of `size` (h, w) fit. From `start`, where a teacher found it, no step unless asked for."""
-    given = _given(settings)
-    model.settings(**{name: value for name, value in given.items() if name not in FIT})  # which takes none
+    """Latents whose pictures, of `shape`, fit. From `start`, where a teacher found it, no step unless asked for."""
+    given = {name: value for name, value in _given(settings).items() if name in FIT}
     chosen = FitSettings(**({} if start is None else {"iterations": 0}) | given)
     if start is None:
-        start = nearest(model.generator, cond, misfit, model.generator.latent_size(size), seed, chosen.starts)
-    found = fit(model.generator, cond, misfit, start, chosen, progress)
+        h, w = model.generator.latent_size((shape[-2], shape[-1]))
+        start = nearest(draw, misfit, (shape[0], h, w), seed, chosen.starts, model.device)
+    found = fit(draw, misfit, start, chosen, progress)
     logger.info("known pixels are met to %.3g, of the range [-1, 1] (root mean square)", float(found.error.max()))
     return found.latent
 
@@ -381,7 +393,8 @@ def _latent_of(
     def misfit(drawn: Tensor) -> Tensor:
         return (drawn - x).square().mean((1, 2, 3))
 
-    return _latents(model, cond, misfit, _size(x), settings, start=start, seed=seed, progress=progress)
+    draw = _drawing(model, cond, settings)
+    return _latents(model, draw, misfit, x.shape, settings, start=start, seed=seed, progress=progress)
 
 
 @torch.no_grad()
@@ -407,13 +420,8 @@ def _inverted(model: OneStepModel, teacher: Model, x: Tensor, prompts: Sequence[
     return ode.to_latent(Guided(teacher.denoiser, cond), x.to(teacher.device)).to(x.device)
 
 
-@torch.no_grad()
-def _draw(model: OneStepModel, z: Tensor, cond: Cond) -> Tensor:
-    return model.generator(z, cond).float()
-
-
 def _no_pictures(teacher: Model | None, settings: dict[str, Any]) -> None:
-    named = [*_given(settings), *(["teacher"] if teacher is not None else [])]
+    named = [*(name for name in _given(settings) if name in FIT), *(["teacher"] if teacher is not None else [])]
     if named:
         raise UserError(f"{', '.join(named)}: nothing is inverted without pictures; drop it, or give two pictures")
 

@@ -192,3 +192,14 @@ def freeze(net: UViT, names: list[str]) -> None:
     frozen = set(names)
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(name not in frozen)
+
+
+def last_blocks(config: NetConfig, count: int) -> tuple[str, ...]:
+    """Prefixes of the last `count` residual blocks of a network: what PaGoDA trains of a base that is frozen below.
+
+    Raises UserError if its last half level has fewer.
+    """
+    top = config.rungs[-1].levels[-1]
+    if count > top.blocks:
+        raise UserError(f"base_blocks: got {count}, the base's last half level has {top.blocks}; expected no more")
+    return tuple(f"decoder.{top.resolution}.blocks.{i}." for i in range(top.blocks - count, top.blocks))

@@ -20,7 +20,8 @@ class Guided:
 
         D = D_weak + guidance * (D_cond - D_weak)
 
-    `guidance` = 1 is no guidance and costs one evaluation. The weak prediction is
+    `guidance` = 1 is no guidance and costs one evaluation; a tensor (B,) gives each image a weight of its own, and each
+    two evaluations. The weak prediction is
     - the same denoiser under the null condition (classifier-free guidance, Ho & Salimans, arXiv 2207.12598), evaluated
       with the conditional one in a single call of 2B rows; or
     - `guide` under the same condition (autoguidance, Karras et al., arXiv 2406.02507): a smaller or earlier denoiser
@@ -37,43 +38,53 @@ class Guided:
         denoiser: Network,
         cond: Cond,
         *,
-        guidance: float = 1.0,
+        guidance: float | Tensor = 1.0,
         interval: tuple[float, float] | None = None,
         guide: Network | None = None,
         threshold: float | None = None,
     ) -> None:
-        if not (math.isfinite(guidance) and guidance >= 0):
-            raise UserError(f"guidance={guidance}: expected a finite weight >= 0; 1 means none, 1.5 to 5 are usual")
-        if guide is not None and guidance == 1:
+        weights = guidance.tolist() if isinstance(guidance, Tensor) else [guidance]
+        assert len(weights) in (1, len(cond)), "a weight for all images, or one for each"
+        if wrong := [w for w in weights if not (math.isfinite(w) and w >= 0)]:
+            raise UserError(f"guidance={wrong[0]}: expected a finite weight >= 0; 1 means none, 1.5 to 5 are usual")
+        none = not isinstance(guidance, Tensor) and guidance == 1
+        if guide is not None and none:
             raise UserError("guidance=1 with a guide: 1 means no guidance, the guide goes unused; raise or drop it")
         if interval is not None and not 0 <= interval[0] < interval[1]:
             raise UserError(f"interval={interval}: expected (lo, hi) with 0 <= lo < hi, in sigma; swap or drop it")
         if threshold is not None and not 0 < threshold <= 1:
             raise UserError(f"threshold={threshold}: expected a percentile in (0, 1]; 0.995 is usual")
         self._denoiser, self._cond, self._guide = denoiser, cond, guide
-        self._guidance, self._threshold = guidance, threshold
+        self._none, self._threshold = none, threshold
+        self._guidance = (
+            guidance.to(cond.null.device)[:, None, None, None] if isinstance(guidance, Tensor) else guidance
+        )
         self._interval = (0.0, math.inf) if interval is None else interval
         self._both: Cond | None = None
         self.nfe = 0
-        if guide is None and guidance != 1:
+        if guide is None and not none:
             row = torch.arange(2 * len(cond), device=cond.null.device)
             self._both = cond[row % len(cond)].dropped(row >= len(cond))
 
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
         """x (B,3,H,W) at noise level sigma -> x0 (B,3,H,W) in x's dtype."""
         lo, hi = self._interval
-        if self._guidance == 1 or not lo < sigma <= hi:
+        if self._none or not lo < sigma <= hi:
             x0 = self._evaluate(self._denoiser, x, sigma, self._cond)
         elif self._both is not None:
             x0_cond, x0_weak = self._evaluate(self._denoiser, torch.cat([x, x]), sigma, self._both).chunk(2)
             self.nfe += 1  # two evaluations for each image, in one call
-            x0 = torch.lerp(x0_weak, x0_cond, self._guidance)
+            x0 = self._mixed(x0_weak, x0_cond)
         else:
             assert self._guide is not None
             x0_cond = self._evaluate(self._denoiser, x, sigma, self._cond)
             x0_weak = self._evaluate(self._guide, x, sigma, self._cond)
-            x0 = torch.lerp(x0_weak, x0_cond, self._guidance)
+            x0 = self._mixed(x0_weak, x0_cond)
         return x0 if self._threshold is None else dynamic_threshold(x0, self._threshold)
+
+    def _mixed(self, weak: Tensor, cond: Tensor) -> Tensor:
+        weight = self._guidance
+        return torch.lerp(weak, cond, weight.to(weak.dtype) if isinstance(weight, Tensor) else weight)
 
     def _evaluate(self, network: Network, x: Tensor, sigma: float, cond: Cond) -> Tensor:
         self.nfe += 1

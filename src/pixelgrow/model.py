@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +213,8 @@ def _text(config: CheckpointConfig) -> str:
 
 
 class OneStepModel(Model):
-    """A one-step generator with its text encoder: each picture takes one network evaluation, and no settings."""
+    """A one-step generator with its text encoder: each picture takes one network evaluation, and no setting but the
+    guidance weight of a generator that was distilled with it as a condition."""
 
     def __init__(self, generator: Generator, config: CheckpointConfig) -> None:
         super().__init__(generator.denoiser, config)
@@ -237,24 +239,40 @@ class OneStepModel(Model):
         progress: Callable[[int, int], None] | None = None,
         **settings: Any,
     ) -> list[Image.Image]:
-        """A picture for each prompt; raises UserError for settings of multi-step sampling."""
+        """A picture for each prompt. A guided generator takes `guidance`, the checkpoint's own where it is left out;
+        UserError for settings of multi-step sampling."""
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise UserError("no prompt was given: expected at least one")
-        self.settings(**settings)
+        told = self.settings(**settings)
         size = size or (self.resolution, self.resolution)
         cond = self.conditions(prompts)
-        drawn = generate(self.generator, cond, size=size, seed=seed, index=index, batch=batch)
+        drawn = generate(self.generator, cond, size=size, seed=seed, index=index, batch=batch, **told)
         return [Image.fromarray(p) for p in to_uint8(drawn.images)]
 
     def settings(self, **given: Any) -> dict[str, Any]:
-        """None: what is given is refused."""
-        if named := [k for k, v in given.items() if v is not None]:
-            raise UserError(
-                f"{', '.join(named)}: a one-step generator draws in one network evaluation and takes no such setting; "
-                "drop it, or name a multi-step checkpoint"
-            )
+        """Of a guided generator its `guidance`, else none: what else is given is refused."""
+        return one_step_settings(self.config, given)
+
+
+def one_step_settings(config: CheckpointConfig, given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a generator is told: `guidance` if it is guided, given or else the checkpoint's own.
+
+    Raises UserError for whatever else is given, and for a weight that means nothing.
+    """
+    guided = config.network.guided
+    if named := [k for k, v in given.items() if v is not None and not (guided and k == "guidance")]:
+        raise UserError(
+            f"{', '.join(named)}: a one-step generator draws in one network evaluation and takes no such setting; "
+            "drop it, or name a multi-step checkpoint"
+        )
+    if not guided:
         return {}
+    weight = given.get("guidance")
+    weight = config.sampling.get("guidance", DEFAULTS["guidance"]) if weight is None else weight
+    if not 0 < weight < math.inf:
+        raise UserError(f"guidance={weight:g}: expected a weight above 0, the condition of this one-step generator")
+    return {"guidance": float(weight)}
 
 
 def noise_grid(name: str, denoiser: Denoiser, config: CheckpointConfig) -> str | Schedule:

@@ -289,7 +289,7 @@ def parts_of(config: NetConfig) -> dict[str, int]:
     parts: dict[str, int] = {}
     for name, p in net.named_parameters():
         head, _, rest = name.partition(".")
-        key = "core" if head == "core" else f"{rest.partition('.')[0]} px"
+        key = head if head in ("core", "guidance") else f"{rest.partition('.')[0]} px"
         parts[key] = parts.get(key, 0) + p.numel()
     return parts
 

@@ -15,6 +15,7 @@ from pixelgrow.errors import UserError
 from pixelgrow.recipe_spec import (
     VERBS,
     DistillStage,
+    EstimateStage,
     EvaluateStage,
     GrowStage,
     Head,
@@ -22,6 +23,7 @@ from pixelgrow.recipe_spec import (
     PairsStage,
     Recipe,
     Stage,
+    TextSpec,
     TrainStage,
     is_folder,
 )
@@ -182,6 +184,7 @@ def read_recipe(raw: dict[str, Any], where: str) -> Recipe:
             raise UserError(f"{where}: {_dotted(at)}: {_unknown(str(verb), VERBS, 'stage')}")
         stages.append(_build(VERBS[verb], body, [*at, verb], where))
         _check_place(stages, where)
+        _check_losses(stages[-1], head.text, where)
     stages = _with_parents(stages)
     return Recipe(**{f: getattr(head, f) for f in head.model_fields_set}, stages=tuple(stages))
 
@@ -284,10 +287,11 @@ def _check_place(stages: Sequence[Stage], where: str) -> None:
         known = _unknown(parent, models, "stage") if models else f"no stage before it makes a model, got {parent!r}"
         raise UserError(f"{where}: {at}: from: {known} (a checkpoint folder is written with a slash)")
     _check_kind(earlier, stage, models, f"{where}: {at}")
-    if isinstance(stage, GrowStage | DistillStage) and stage.pairs is not None:
-        made = [s.name for s in earlier if isinstance(s, PairsStage)]
+    if isinstance(stage, GrowStage | DistillStage | EstimateStage) and stage.pairs is not None:
+        made = {s.name: s for s in earlier if isinstance(s, PairsStage)}
         if stage.pairs not in made:
             raise UserError(f"{where}: {at}: pairs: {_unknown(stage.pairs, made, 'stage of pairs')}")
+        _check_guidance(earlier, stage, made[stage.pairs], f"{where}: {at}")
     if isinstance(stage, GrowStage):
         if stage.patch is not None and stage.init != "preserve" and _is_uvit(earlier, stage.parent or models[-1]):
             raise UserError(
@@ -319,6 +323,42 @@ def _check_kind(earlier: Sequence[Stage], stage: Stage, models: Sequence[str], w
         raise UserError(f"{where}: {parent} is a one-step generator: write pairs: and the name of its pairs' stage")
     elif not generator and stage.pairs is not None:
         raise UserError(f"{where}: pairs: {parent} is a multi-step model, which grows without; drop it")
+
+
+def _check_losses(stage: Stage, text: TextSpec, where: str) -> None:
+    """CLIP reads captions, and a recipe of classes has none."""
+    if isinstance(stage, GrowStage | DistillStage) and stage.losses and stage.losses.similarity and text.classes:
+        raise UserError(
+            f"{where}: stage {stage.name!r}: losses.similarity compares pictures with captions, and a recipe of "
+            f"{{classes: {text.classes}}} has none; drop it"
+        )
+
+
+def _check_guidance(
+    earlier: Sequence[Stage], stage: GrowStage | DistillStage | EstimateStage, pairs: PairsStage, where: str
+) -> None:
+    """Weights are estimated from pictures drawn with those of a law; of pairs of a law an estimator is needed where
+    there is a discriminator, and nowhere else."""
+    if isinstance(stage, EstimateStage):
+        if pairs.law is None or pairs.direction != "draw":
+            raise UserError(
+                f"{where}: pairs: {pairs.name} has direction: {pairs.direction} and guidance: {pairs.guidance}, "
+                "expected pictures drawn with weights of a law: direction: draw and guidance: captions or recaptions"
+            )
+        return
+    made = [s.name for s in earlier if isinstance(s, EstimateStage)]
+    adversarial = stage.losses is None or stage.losses.adversarial
+    if pairs.law is not None and adversarial and stage.estimator is None:
+        raise UserError(
+            f"{where}: pairs: {pairs.name} has guidance: {pairs.law}, so the discriminator asks for a weight of real "
+            "pictures too: write estimator: and the name of an estimate stage"
+        )
+    if stage.estimator is not None:
+        if pairs.law is None or not adversarial:
+            why = f"the pairs have guidance: {pairs.guidance}, no law" if adversarial else "there is no discriminator"
+            raise UserError(f"{where}: estimator: got {stage.estimator!r}, but {why}; drop it")
+        if stage.estimator not in made:
+            raise UserError(f"{where}: estimator: {_unknown(stage.estimator, made, 'estimate stage')}")
 
 
 def _is_uvit(stages: Sequence[Stage], name: str) -> bool:

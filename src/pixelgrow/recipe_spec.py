@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -10,7 +11,8 @@ from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_
 from pixelgrow.data.scenes import MAX_SCENES
 from pixelgrow.diffusion import DiffusionConfig
 from pixelgrow.models.sizes import SIZES
-from pixelgrow.onestep.settings import LossSettings
+from pixelgrow.onestep.losses import LAWS, Law
+from pixelgrow.onestep.settings import LossSettings, Preset, with_preset
 from pixelgrow.sampling_spec import SamplingSpec, Spec
 from pixelgrow.training.settings import TrainSettings
 
@@ -112,15 +114,13 @@ class HeldoutSpec(DataSpec):
         return self
 
 
-class ModelStage(TrainSettings):
-    """What stages that make a checkpoint share: a name, a parent, data of their own, and the training settings."""
+class TrainedStage(TrainSettings):
+    """What stages that train share: a name, a parent, and the training settings."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_by_name=True, validate_by_alias=True)
 
     name: str = Field(pattern=NAME)
     parent: str | None = Field(None, alias="from")
-    data: Mixture | None = None
-    sampling: SamplingSpec | None = None
 
     def training(self, images: int | None = None) -> TrainSettings:
         """The training settings alone; for a phase of `images`, with every length that was left out filled in anew."""
@@ -128,6 +128,13 @@ class ModelStage(TrainSettings):
         own = {k for k, f in TrainSettings.model_fields.items() if mine[k].default != f.default} | self.model_fields_set
         given = {k: getattr(self, k) for k in own if k in TrainSettings.model_fields}
         return TrainSettings(**given | ({} if images is None else {"images": images}))
+
+
+class ModelStage(TrainedStage):
+    """What stages that make a checkpoint share: data of their own, and how the checkpoint is sampled."""
+
+    data: Mixture | None = None
+    sampling: SamplingSpec | None = None
 
 
 def is_folder(parent: str) -> bool:
@@ -179,6 +186,9 @@ class GrowStage(ModelStage):
     blocks: int = Field(1, ge=1, description="residual blocks in each new half level")
     pairs: str | None = Field(None, description="of a one-step generator: the stage that made its teacher's pairs")
     fraction: float = Field(1.0, gt=0, le=1, description="of the pairs")
+    estimator: str | None = Field(None, description="of a guided generator: the stage that labels real pictures")
+    preset: Preset | None = None
+    base_blocks: int = Field(0, ge=0, description="of a one-step generator: its last residual blocks, which train too")
     losses: LossSettings | None = None
 
     @model_validator(mode="before")
@@ -192,7 +202,7 @@ class GrowStage(ModelStage):
             given |= {"core": "frozen", "unfreeze_after": core["unfreeze_after"]}
         if "to" in given and not isinstance(given["to"], list | tuple):
             given["to"] = [given["to"]]
-        return given
+        return given if given.get("pairs") is None else with_preset(given, "grow")
 
     @model_validator(mode="after")
     def _regimes(self) -> GrowStage:
@@ -202,11 +212,13 @@ class GrowStage(ModelStage):
             if self.unfreeze_after >= self.images:
                 raise ValueError(f"unfreeze_after ({self.unfreeze_after}) is not below images ({self.images})")
         if self.pairs is None:
-            odd = {"fraction", "losses"} & self.model_fields_set
+            odd = {"fraction", "estimator", "losses", "preset", "base_blocks"} & self.model_fields_set
             if odd:
                 raise ValueError(f"{min(odd)} is for the growth of a one-step generator; write pairs: too, or drop it")
         else:
             _no_denoiser(self)
+            if self.base_blocks and self.trains_core:
+                raise ValueError("base_blocks is for a frozen base; drop it, or core: finetune")
             if self.unfreeze_after is not None:
                 raise ValueError("unfreeze_after is for the growth of a denoiser; drop it, or write core: finetune")
         if self.init == "scratch" and (
@@ -233,15 +245,24 @@ def _no_denoiser(stage: ModelStage) -> None:
 class DistillStage(ModelStage):
     """Distil a teacher to a one-step generator (PaGoDA, arXiv 2405.14822) on the pairs of the stage `pairs`.
 
-    Learning rate, betas and decay are ours; the released code has RAdam at 8e-6.
+    Where the pairs' guidance follows a law, generator and discriminator take the weight as a condition, and `estimator`
+    names the stage whose estimates stand for the weights of real pictures. Learning rate, betas and decay are ours;
+    `preset: paper` or `released-code` fills in what is known of theirs.
     """
 
     pairs: str
     fraction: float = Field(1.0, gt=0, le=1, description="of the pairs; the paper found 1% enough")
+    estimator: str | None = None
+    preset: Preset | None = None
     losses: LossSettings = LossSettings()
     lr: float = Field(2e-4, gt=0)
     betas: tuple[float, float] = (0.0, 0.99)
     weight_decay: float = Field(0.0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, given: Any) -> Any:
+        return with_preset(given, "distill") if isinstance(given, Mapping) else given
 
     @model_validator(mode="after")
     def _of_denoisers(self) -> DistillStage:
@@ -253,7 +274,9 @@ class PairsStage(Spec):
     """Join a teacher's data with latents by its ODE, for distilling it (PaGoDA, arXiv 2405.14822).
 
     `n` images are inverted, and their mirror images too with `flip`; with `direction: draw` the teacher draws an image
-    from each of `n` latents instead (the distillation baseline). `guidance` 1 is none, as in the paper's inversion.
+    from each of `n` latents instead (the distillation baseline). `guidance` 1 is none, as in the paper's inversion; the
+    name of a law, `captions` or `recaptions`, gives each image a weight of its own, and a generator that is distilled
+    from such pairs takes the weight as a condition.
     """
 
     name: str = Field(pattern=NAME)
@@ -263,11 +286,24 @@ class PairsStage(Spec):
     direction: Literal["invert", "draw"] = "invert"
     sampler: Literal["heun", "ddim", "dpm++2m"] = "heun"
     steps: int = Field(40, ge=2, description="levels of the grid; heun evaluates 2 * steps - 1 times")
-    guidance: float = Field(1.0, ge=0)
+    guidance: float | Law = 1.0
     flip: bool = False
     batch: int = Field(64, ge=1)
     shard: int = Field(1024, ge=1, description="images in a file; a multiple of batch")
     bad_limit: float = Field(0.01, ge=0, le=1)
+
+    @field_validator("guidance", mode="before")
+    @classmethod
+    def _guidance(cls, guidance: Any) -> Any:
+        number = isinstance(guidance, int | float) and not isinstance(guidance, bool) and 0 <= guidance < math.inf
+        if not number and guidance not in LAWS:
+            raise ValueError(f"got {guidance!r}, expected a weight >= 0 (1: none) or a law: {', '.join(LAWS)}")
+        return guidance
+
+    @property
+    def law(self) -> Law | None:
+        """The law of the pairs' guidance weights; None where all have the same."""
+        return self.guidance if isinstance(self.guidance, str) else None
 
     @model_validator(mode="after")
     def _shards(self) -> PairsStage:
@@ -275,6 +311,22 @@ class PairsStage(Spec):
             raise ValueError(f"shard: got {self.shard}, expected a multiple of batch ({self.batch})")
         if self.flip and self.direction == "draw":
             raise ValueError("flip mirrors images that are inverted; drop it, or direction: draw")
+        return self
+
+
+class EstimateStage(TrainedStage):
+    """Learn what guidance weight a picture was drawn with, from `pairs` that were drawn with weights of a law (PaGoDA,
+    arXiv 2405.14822); network and settings are ours. A tenth of the pairs is held out."""
+
+    pairs: str
+    snapshot_every: int | None = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _of_descriptions(self) -> EstimateStage:
+        images = {"noise", "weighting", "multiscale", "cond_dropout", "flip", "workers", "bad_limit", "sample_every"}
+        odd = (images | {"activation_checkpointing"}) & self.model_fields_set
+        if odd:
+            raise ValueError(f"{min(odd)}: an estimator trains on what its teacher sees in pictures; drop it")
         return self
 
 
@@ -290,11 +342,12 @@ class EvaluateStage(SamplingSpec):
     batch: int = Field(64, ge=1)
 
 
-Stage = TrainStage | GrowStage | PairsStage | DistillStage | EvaluateStage
+Stage = TrainStage | GrowStage | PairsStage | EstimateStage | DistillStage | EvaluateStage
 VERBS: dict[str, type[Stage]] = {
     "train": TrainStage,
     "grow": GrowStage,
     "pairs": PairsStage,
+    "estimate": EstimateStage,
     "distill": DistillStage,
     "evaluate": EvaluateStage,
 }

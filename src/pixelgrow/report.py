@@ -14,7 +14,16 @@ from typing import Any
 import torch
 
 from pixelgrow import __version__
-from pixelgrow.recipe_spec import DistillStage, EvaluateStage, GrowStage, PairsStage, Recipe, Stage, TrainStage
+from pixelgrow.recipe_spec import (
+    DistillStage,
+    EstimateStage,
+    EvaluateStage,
+    GrowStage,
+    PairsStage,
+    Recipe,
+    Stage,
+    TrainStage,
+)
 from pixelgrow.report_page import PAGE
 from pixelgrow.report_svg import Curve, chart
 from pixelgrow.stages.record import Record
@@ -40,6 +49,7 @@ CHARTS = {
         "prior samples": "validation/prior_distance",
         "reconstructions": "validation/rec_distance",
     },
+    "Held-out error of the guidance weight": {"rmse": "validation/rmse"},
     "PSNR, dB": {
         "reconstructions": "validation/rec_psnr",
         "to the teacher's solutions": "validation/solved_psnr",
@@ -145,6 +155,8 @@ def _what(stage: Stage) -> str:
         return f"grow {stage.parent} to {stage.to[-1]} px, {stage.init}, {core}"
     if isinstance(stage, PairsStage):
         return f"{stage.direction} pairs of {stage.parent}"
+    if isinstance(stage, EstimateStage):
+        return f"estimate guidance weights from {stage.pairs}"
     if isinstance(stage, DistillStage):
         return f"distil {stage.parent} to one step on {stage.pairs}"
     return f"evaluate {stage.parent}"

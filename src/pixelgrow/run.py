@@ -14,11 +14,22 @@ from typing import Any
 from pixelgrow import checkpoint
 from pixelgrow.errors import UserError
 from pixelgrow.model import find
+from pixelgrow.onestep.estimator import FACTS
 from pixelgrow.onestep.pairs import INDEX
-from pixelgrow.recipe_spec import DistillStage, GrowStage, PairsStage, Recipe, Stage, TrainStage, is_folder
+from pixelgrow.recipe_spec import (
+    DistillStage,
+    EstimateStage,
+    GrowStage,
+    PairsStage,
+    Recipe,
+    Stage,
+    TrainStage,
+    is_folder,
+)
 from pixelgrow.report import write_report
 from pixelgrow.shapes import networks, parent_network
 from pixelgrow.stages.distill import distill_stage, grow_generator_stage
+from pixelgrow.stages.estimate import estimate_stage
 from pixelgrow.stages.evaluate import evaluate_stage
 from pixelgrow.stages.grow import grow_stage
 from pixelgrow.stages.materials import Materials
@@ -57,8 +68,10 @@ def run(recipe: Recipe, root: Path = Path("runs")) -> Path:
             parent = _parent(stage, materials)
             settings = materials.describe(stage)
             parents = {} if parent is None else {str(stage.parent): parent.config.sha256}
-            if isinstance(stage, DistillStage | GrowStage) and stage.pairs is not None:
+            if isinstance(stage, DistillStage | GrowStage | EstimateStage) and stage.pairs is not None:
                 parents[stage.pairs] = checkpoint.file_hash(folder / stage.pairs / INDEX)
+            if isinstance(stage, DistillStage | GrowStage) and stage.estimator is not None:
+                parents[stage.estimator] = checkpoint.file_hash(folder / stage.estimator / FACTS)
             record.check(settings, parents)
             if record.done:
                 logger.info("%s: done before", where)
@@ -92,6 +105,8 @@ def _execute(stage: Stage, parent: Parent | None, folder: Path, materials: Mater
         return grow(stage, parent, folder, materials)
     if isinstance(stage, PairsStage):
         return pairs_stage(stage, parent, folder, materials)
+    if isinstance(stage, EstimateStage):
+        return estimate_stage(stage, parent, folder, materials)
     return evaluate_stage(stage, parent, folder, materials)
 
 

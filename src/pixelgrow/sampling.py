@@ -44,7 +44,7 @@ class OneStep(Protocol):
     """All that is asked of a one-step generator."""
 
     def latent_size(self, size: tuple[int, int], /) -> tuple[int, int]: ...
-    def __call__(self, z: Tensor, cond: Cond, /) -> Tensor: ...
+    def __call__(self, z: Tensor, cond: Cond, guidance: Tensor | None, /) -> Tensor: ...
 
 
 class Schedule(Protocol):
@@ -301,18 +301,25 @@ def generate(
     seed: int = 0,
     index: Sequence[int] | None = None,
     batch: int = 64,
+    guidance: float | None = None,
 ) -> Samples:
     """One image of `size` (h, w) for each of the N conditions, in one evaluation of a one-step generator.
 
     Image i is a function of (seed, its index, its condition), as in `sample`, and starts from the same noise.
+    `guidance`: the weight that a guided generator is told; None for any other.
     """
     numbers = list(range(len(cond))) if index is None else [int(i) for i in index]
     latent, device, images = generator.latent_size(size), cond.null.device, []
     for start in range(0, len(cond), batch):
         rows = slice(start, start + batch)
         z = initial_noise(latent, seed, numbers[rows]).to(device)
-        images.append(generator(z, cond[rows]).float().clamp(-1, 1))
+        images.append(generator(z, cond[rows], weights_like(z, guidance)).float().clamp(-1, 1))
     return Samples(torch.cat(images), 1)
+
+
+def weights_like(z: Tensor, guidance: float | None) -> Tensor | None:
+    """A guidance weight as the tensor (B,) that goes with latents z (B, ...)."""
+    return None if guidance is None else z.new_full((len(z),), guidance)
 
 
 def grid_of(grid: str | Schedule | Tensor | Sequence[float], steps: int, denoiser: DenoiserLike) -> Tensor:

@@ -6,11 +6,21 @@ from os.path import expanduser
 from pathlib import Path
 
 from pixelgrow.checkpoint import read_config
-from pixelgrow.growth import grown_config
+from pixelgrow.errors import UserError
+from pixelgrow.growth import grown_config, last_blocks
 from pixelgrow.model import find
 from pixelgrow.models.config import CoreConfig, NetConfig
 from pixelgrow.models.sizes import core_config, shallow_uvit
-from pixelgrow.recipe_spec import GrowStage, ModelStage, Recipe, TextSpec, TrainStage, is_folder
+from pixelgrow.recipe_spec import (
+    DistillStage,
+    GrowStage,
+    ModelStage,
+    PairsStage,
+    Recipe,
+    TextSpec,
+    TrainStage,
+    is_folder,
+)
 from pixelgrow.text_spec import describe
 from pixelgrow.writing import reading
 
@@ -20,22 +30,37 @@ def networks(recipe: Recipe) -> dict[str, NetConfig]:
     nets: dict[str, NetConfig] = {}
     for stage in recipe.stages:
         if isinstance(stage, ModelStage):
-            nets[stage.name] = network(stage, nets, recipe.text)
+            nets[stage.name] = network(stage, nets, recipe)
     return nets
 
 
-def network(stage: ModelStage, nets: dict[str, NetConfig], text: TextSpec) -> NetConfig:
+def network(stage: ModelStage, nets: dict[str, NetConfig], recipe: Recipe) -> NetConfig:
     """The network that a stage makes, given those of the stages before it."""
     if isinstance(stage, TrainStage) and stage.parent is None:
         assert stage.size is not None and stage.resolution is not None
-        core = planned_core(stage.size, text)
+        core = planned_core(stage.size, recipe.text)
         return shallow_uvit(stage.size, stage.resolution, stride=stage.stride, patch=stage.patch, core=core)
     config = parent_network(str(stage.parent), nets)
+    if isinstance(stage, DistillStage):
+        return config.model_copy(update={"guided": _follows_law(stage.pairs, recipe)})
     if isinstance(stage, GrowStage):
         one_step = stage.pairs is not None
+        last_blocks(config, stage.base_blocks)  # raises where there are fewer
+        if stage.pairs is not None and config.guided != _follows_law(stage.pairs, recipe):
+            is_told, have = ("is told", "none") if config.guided else ("is not told", "one")
+            raise UserError(
+                f"stage {stage.name!r}: {stage.parent} {is_told} the guidance weight and the guidance of the pairs "
+                f"{stage.pairs} follows {have} of its laws: name pairs like those that it was distilled on"
+            )
         for to in stage.to:
             config = grown_config(config, to, stage.init, patch=stage.patch, blocks=stage.blocks, generator=one_step)
     return config
+
+
+def _follows_law(pairs: str, recipe: Recipe) -> bool:
+    """Whether each pair of a stage has a guidance weight of its own."""
+    made = recipe.stage(pairs)
+    return isinstance(made, PairsStage) and made.law is not None
 
 
 def parent_network(parent: str, nets: dict[str, NetConfig]) -> NetConfig:

@@ -56,7 +56,7 @@ def _table(*columns: str, title: str = "") -> Table:
 def recipe_heading(recipe: Recipe, folder: Path) -> RenderableType:
     """Name, data, text, and the stages that are not training."""
     held = _data(recipe.heldout) if recipe.heldout.source else f"{100 * recipe.heldout.fraction:g}% of the data"
-    from pixelgrow.recipe_spec import DistillStage, EvaluateStage, GrowStage, ModelStage, PairsStage
+    from pixelgrow.recipe_spec import DistillStage, EstimateStage, EvaluateStage, GrowStage, ModelStage, PairsStage
     from pixelgrow.shapes import is_here
 
     assumed = (
@@ -75,7 +75,10 @@ def recipe_heading(recipe: Recipe, folder: Path) -> RenderableType:
         if isinstance(s, EvaluateStage):
             lines.append(f"{s.name}: evaluate {s.parent}, {s.prompts:,} prompts")
         elif isinstance(s, PairsStage):
-            lines.append(f"{s.name}: {s.direction} {s.n:,} pairs of {s.parent}, {s.sampler}, {s.steps} levels")
+            told = f", guidance {s.guidance}" if s.guidance != 1 else ""
+            lines.append(f"{s.name}: {s.direction} {s.n:,} pairs of {s.parent}, {s.sampler}, {s.steps} levels{told}")
+        elif isinstance(s, EstimateStage):
+            lines.append(f"{s.name}: estimate guidance weights from {s.pairs}, {s.images:,} images; not in the table")
         elif isinstance(s, DistillStage):
             lines.append(f"{s.name}: distil {s.parent} on {s.pairs}, {s.images:,} images; not in the table")
         elif isinstance(s, GrowStage) and s.pairs is not None:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pixelgrow import hub
 from pixelgrow.errors import UserError
 from pixelgrow.models.cond import Cond
 from pixelgrow.text_spec import EncoderSpec, describe
@@ -145,8 +145,6 @@ def load_encoder(
 def load_spec(spec: EncoderSpec, device: torch.device | str = "cpu") -> TextEncoder:
     """Load the encoder that `spec` describes."""
     import transformers
-    from huggingface_hub.errors import StrictDataclassError
-    from safetensors import SafetensorError
 
     assert spec.folder is not None
     classes: dict[str, Any] = {
@@ -156,32 +154,11 @@ def load_spec(spec: EncoderSpec, device: torch.device | str = "cpu") -> TextEnco
         "clip_text_model": transformers.CLIPTextModel,
         "bert": transformers.BertModel,
     }
-    extra = {"add_pooling_layer": False} if spec.model_type == "bert" else {}
-    try:
-        with _quiet_transformers():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(spec.folder, local_files_only=True)
-            model, info = classes[spec.model_type].from_pretrained(
-                spec.folder,
-                local_files_only=True,
-                use_safetensors=True,
-                dtype=torch.float32,
-                output_loading_info=True,
-                **extra,
-            )
-    except (
-        *(OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError),
-        *(SafetensorError, StrictDataclassError),
-    ) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"text encoder {spec.name!r}: {spec.folder} cannot be loaded ({reason}); expected a model and tokenizer "
-            "that transformers' save_pretrained wrote; fetch or save it again"
-        ) from error
-    if info["missing_keys"]:
-        raise UserError(
-            f"text encoder {spec.name!r}: the weights in {spec.folder} lack {min(info['missing_keys'])!r} and "
-            f"{len(info['missing_keys']) - 1} more; expected all of the encoder's; fetch or save it again"
-        )
+    extra: dict[str, Any] = {"add_pooling_layer": False} if spec.model_type == "bert" else {}
+    label = f"text encoder {spec.name!r}"
+    with hub.loading(label, spec.folder):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(spec.folder, local_files_only=True)
+    model = hub.pretrained(label, spec.folder, classes[spec.model_type], **extra)
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(
             f"text encoder {spec.name!r}: the tokenizer in {spec.folder} knows {len(tokenizer)} tokens, the model "
@@ -236,19 +213,3 @@ def as_labels(prompts: Sequence[str], names: Sequence[str], classes: int) -> lis
             known = f"one of {', '.join(names)}, or " if names else ""
             raise UserError(f"class {prompt!r} is unknown: expected {known}a number from 0 to {classes - 1}")
     return labels
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No progress bar and no report on the weights of other heads; what is missing is checked by the caller."""
-    from transformers.utils import logging as hf
-
-    verbosity, bar = hf.get_verbosity(), hf.is_progress_bar_enabled()
-    hf.set_verbosity_error()
-    hf.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hf.set_verbosity(verbosity)
-        if bar:
-            hf.enable_progress_bar()

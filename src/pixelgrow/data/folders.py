@@ -18,7 +18,18 @@ from pixelgrow.data.files import (
     walk,
 )
 from pixelgrow.data.images import BadImage
-from pixelgrow.data.index import MAX_CAPTION, FileSource, Strings, caption_of, decode_caption, hash_of, stamp
+from pixelgrow.data.index import (
+    MAX_CAPTION,
+    FileSource,
+    Strings,
+    decode_caption,
+    flat,
+    hash_of,
+    stamp,
+    wordings_from,
+    wordings_in,
+)
+from pixelgrow.data.sources import Wording
 from pixelgrow.errors import UserError
 
 METADATA = "metadata.jsonl"
@@ -30,8 +41,9 @@ class MetadataFolder(FileSource):
     """A folder with a metadata.jsonl, one `{"file_name": ..., "text": ...}` a line.
 
     The index holds where each line stands and a hash of it (28 bytes a sample); the line is read again when it is asked
-    for. A file may have several captions, each a sample; a line that repeats another is bad. Images without a line are
-    passed over, and counted as `unnamed`.
+    for. A file may have several captions: in lines of their own, each a sample, or in one line, a list of them with
+    weights (`wordings_in`). A line that repeats another is bad. Images without a line are passed over, and counted as
+    `unnamed`.
     """
 
     kind = "metadata.jsonl"
@@ -52,18 +64,19 @@ class MetadataFolder(FileSource):
             try:
                 name, value = self._parse(line)
                 names.append(hash_of(name))
-                text = caption_of(value)
-                if hash_of(name, text) in rows:
+                texts = flat(wordings_in(value))
+                if hash_of(name, *texts) in rows:
                     raise BadImage("repeats an earlier line")
-                rows.add(hash_of(name, text))
+                rows.add(hash_of(name, *texts))
                 key = name
                 with open_regular(os.path.join(self._root, os.fsencode(key))) as file:
-                    self._admit(file, os.fsencode(key), text.encode(), stamp(file))
+                    self._admit(file, os.fsencode(key), *(t.encode() for t in texts), stamp(file))
             except BadImage as error:
                 self._reject(key, error.reason)
                 continue
             good.append(hash_of(key))
-            self._note(key, text)
+            self._note(key, *texts)
+            self.several = self.several or len(texts) > 1
             self._starts.append(start)
             self._lengths.append(len(line))
         del rows
@@ -108,7 +121,7 @@ class MetadataFolder(FileSource):
 
     @staticmethod
     def _parse(line: bytes) -> tuple[str, object]:
-        """(file name, what is to be its caption) of a line. Raises `BadImage`."""
+        """(file name, what are to be its captions) of a line. Raises `BadImage`."""
         try:
             row = json.loads(line.decode())
         except UnicodeDecodeError:
@@ -123,20 +136,23 @@ class MetadataFolder(FileSource):
         return _inside(name), row.get("text")
 
     def _row(self, i: int) -> tuple[str, ...]:
-        """(file name, caption) of sample i; `UserError` if its line has changed since the index was made."""
+        """(file name, *`flat` captions) of sample i; `UserError` if its line has changed since the index was made."""
         if i != self._last[0]:
             self._last = i, self._again(i, self._metadata, lambda: self._read_row(i))
         return self._last[1]
 
-    def _read_row(self, i: int) -> tuple[str, str]:
+    def _read_row(self, i: int) -> tuple[str, ...]:
         name, value = self._parse(read_regular(self._metadata, self._starts[i], self._lengths[i]))
-        return name, caption_of(value)
+        return name, *flat(wordings_in(value))
 
     def key(self, i: int) -> str:
         return self._row(i)[0]
 
     def text(self, i: int) -> str:
         return self._row(i)[1]
+
+    def wordings(self, i: int) -> tuple[Wording, ...]:
+        return wordings_from(self._row(i)[1:])
 
     def read(self, i: int) -> bytes:
         return read_regular(os.path.join(self._root, os.fsencode(self.key(i))))

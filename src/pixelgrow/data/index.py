@@ -3,16 +3,17 @@
 import hashlib
 import io
 import logging
+import math
 import os
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import BinaryIO
 
 import numpy as np
 
 from pixelgrow.data.images import BadImage, read_image, read_size
-from pixelgrow.data.sources import BadFile
+from pixelgrow.data.sources import BadFile, Wording
 from pixelgrow.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ class FileSource(ABC):
 
     kind = "files"
     classes: tuple[str, ...] = ()
+    several = False  # whether a sample has more than one caption
 
     def __init__(self, path: str) -> None:
         self.name = path
@@ -70,6 +72,10 @@ class FileSource(ABC):
     @abstractmethod
     def text(self, i: int) -> str:
         """The caption of sample i. Raises `UserError` if it is not what it was when the index was made."""
+
+    def wordings(self, i: int) -> tuple[Wording, ...]:
+        """All captions of sample i. Raises `UserError` as `text` does."""
+        return (Wording(self.text(i)),)
 
     @abstractmethod
     def key(self, i: int) -> str:
@@ -166,6 +172,38 @@ def caption_of(value: object) -> str:
     if size > MAX_CAPTION:
         raise BadImage("caption longer than 64 KiB")
     return text
+
+
+def wordings_in(value: object) -> tuple[Wording, ...]:
+    """The captions that a row says: a text, or a list of texts and of `{"text": ..., "weight": ...}`; a weight is 1
+    where none is said. Raises `BadImage`."""
+    if not isinstance(value, list):
+        return (Wording(caption_of(value)),)
+    if not value:
+        raise BadImage("empty list of captions")
+    found = []
+    for item in value:
+        weight: object = 1.0
+        if isinstance(item, dict):
+            weight, item = item.get("weight", 1.0), item.get("text")
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            raise BadImage(f"caption weight is {weight!r}, not a number above 0")
+        found.append(Wording(caption_of(item), float(weight)))
+    return tuple(found)
+
+
+def flat(wordings: Sequence[Wording]) -> tuple[str, ...]:
+    """Captions as strings, for an index: the text of one; of several texts and weights in turn."""
+    if len(wordings) == 1:
+        return (wordings[0].text,)
+    return tuple(part for w in wordings for part in (w.text, repr(w.weight)))
+
+
+def wordings_from(strings: Sequence[str]) -> tuple[Wording, ...]:
+    """The captions that `flat` made `strings` of."""
+    if len(strings) == 1:
+        return (Wording(strings[0]),)
+    return tuple(Wording(text, float(weight)) for text, weight in zip(strings[::2], strings[1::2], strict=True))
 
 
 def decode_caption(raw: bytes) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from pixelgrow.data.images import BadImage
-from pixelgrow.data.sources import BadFile, Source, bad_of, files_of, large_enough, sizes_of
+from pixelgrow.data.sources import BadFile, Source, bad_of, files_of, large_enough, sizes_of, wordings_of
 from pixelgrow.writing import writing
 
 SHEET = (4, 8)  # rows, columns of the contact sheet
@@ -91,7 +91,7 @@ def inspect_source(
                 bad.append(BadFile(source.key(item), error.reason))
     classes: tuple[str, ...] = getattr(source, "classes", ())
     looked_at = _spread(len(source), len(source) if classes else _MAX_CAPTIONS)
-    texts = [source.text(item) for item in looked_at]
+    texts = [wording.text for item in looked_at for wording in wordings_of(source, item)]
     labels = Counter(texts) if classes else Counter[str]()
     return Inspection(
         name=source.name,

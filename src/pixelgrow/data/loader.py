@@ -13,7 +13,7 @@ from torch import Tensor
 from pixelgrow.data.badfiles import BadFiles
 from pixelgrow.data.images import BadImage
 from pixelgrow.data.order import Order
-from pixelgrow.data.sources import BadFile, Source, large_enough, sizes_of
+from pixelgrow.data.sources import BadFile, Source, chosen, large_enough, sizes_of, wordings_of
 from pixelgrow.data.workers import in_processes
 from pixelgrow.errors import UserError
 from pixelgrow.rng import uniform
@@ -37,12 +37,13 @@ class Batch:
 @dataclass(frozen=True)
 class Raw:
     """What a worker hands over: uint8 (B, 3, H, W), captions, the bad files met: (source number, file), and where each
-    image is from: (B, 2) int64, source number and sample number in it."""
+    image is from: (B, 2) int64, source number and sample number in it; `caption` (B,) int64: which of its captions."""
 
     image: np.ndarray
     text: tuple[str, ...]
     bad: tuple[tuple[int, BadFile], ...]
     origin: np.ndarray
+    caption: np.ndarray
 
 
 class Loader:
@@ -55,6 +56,7 @@ class Loader:
     - `workers`: processes that decode; 0 decodes in this one. The samples do not depend on it.
     - `bad_limit`, `bad_path`: as in `BadFiles`.
 
+    Of several captions of a sample, each turn of it has one, chosen by their weights.
     A sample that cannot be decoded is replaced by one that (seed, its turn) alone determine, and which files are bad
     is a property of the files: so every position of the stream has one content, wherever one begins. Raises
     `UserError` if no image is large enough or too many files are bad.
@@ -81,6 +83,7 @@ class Loader:
             raise UserError("loader: got no sources, expected at least one")
         self.size, self.batch, self.seed, self.workers = size, batch, seed, workers
         self.mirror, self.random_crop = mirrored(self.sources, flip), random_crop
+        self.several = any(getattr(source, "several", False) for source in self.sources)
         self.usable = [usable(source, size) for source in self.sources]
         self.order = Order([len(items) for items in self.usable], weights, seed)
         self.bad = BadFiles(self.sources, bad_limit, bad_path)
@@ -95,10 +98,10 @@ class Loader:
         for source, items in zip(self.sources, self.usable, strict=True):
             period = getattr(source, "captions", None)  # scenes: sample i has the caption of i % captions
             for item in items if period is None else np.unique(items % period):
-                text = source.text(int(item))
-                if hash(text) not in seen:
-                    seen.add(hash(text))
-                    yield text
+                for wording in wordings_of(source, int(item)):
+                    if hash(wording.text) not in seen:
+                        seen.add(hash(wording.text))
+                        yield wording.text
 
     def batches(self, start: int = 0) -> Generator[Batch, None, None]:
         """Batches from stream position `start` (images drawn before) on, without end. Close it to stop the workers."""
@@ -127,26 +130,29 @@ class Loader:
             uniform(self.seed, "crop", positions).tolist() if self.random_crop else centre
         )  # one side alone has slack
         mirror = uniform(self.seed, "flip", positions).tolist() if any(self.mirror) else centre
+        words = uniform(self.seed, "caption", positions).tolist() if self.several else [0.0] * self.batch
         image = np.empty((self.batch, 3, *self.size), np.uint8)
         texts: list[str] = []
         bad: list[tuple[int, BadFile]] = []
-        origin = np.empty((self.batch, 2), np.int64)
+        origin, caption = np.empty((self.batch, 2), np.int64), np.zeros(self.batch, np.int64)
         for row, position in enumerate(positions):
-            picture, text, origin[row] = self._sample(position, (crop[row], crop[row]), mirror[row] < 0.5, bad)
+            picture, origin[row] = self._sample(position, (crop[row], crop[row]), mirror[row] < 0.5, bad)
             image[row] = picture.transpose(2, 0, 1)
-            texts.append(text)
-        return Raw(image, tuple(texts), tuple(bad), origin)
+            source, item = (int(v) for v in origin[row])
+            wordings = wordings_of(self.sources[source], item)
+            caption[row] = chosen(wordings, words[row])
+            texts.append(wordings[caption[row]].text)
+        return Raw(image, tuple(texts), tuple(bad), origin, caption)
 
     def _sample(
         self, position: int, crop: tuple[float, float], mirror: bool, bad: list[tuple[int, BadFile]]
-    ) -> tuple[np.ndarray, str, tuple[int, int]]:
+    ) -> tuple[np.ndarray, tuple[int, int]]:
         first = draw = self.order.at(position)
         for attempt in range(_MAX_ATTEMPTS):
             source, item = self.sources[draw.source], int(self.usable[draw.source][draw.item])
             try:
-                picture, text = source.image(item, self.size, crop), source.text(item)
-                picture = picture[:, ::-1] if mirror and self.mirror[draw.source] else picture
-                return picture, text, (draw.source, item)
+                picture = source.image(item, self.size, crop)
+                return picture[:, ::-1] if mirror and self.mirror[draw.source] else picture, (draw.source, item)
             except BadImage as error:
                 bad.append((draw.source, BadFile(source.key(item), error.reason)))
                 draw = self.order.instead(first, attempt)

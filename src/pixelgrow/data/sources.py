@@ -1,7 +1,7 @@
 """What a source of captioned images is, and views of one."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,7 +16,8 @@ class Source(Protocol):
     `name` is for people, `fingerprint` a hex hash of what is in it (names, sizes, times; or the parameters).
     A source of files also has `sizes` (N, 2) int32 of (h, w), `bad` (what its index had to leave out) and `files` (the
     number of distinct files, bad ones included); a source of classes has `classes`, the names of its labels; one whose
-    captions say left and right has `mirror` False: its pictures are never mirrored.
+    captions say left and right has `mirror` False: its pictures are never mirrored; one with `several` True has samples
+    of more than one caption, all of them in `wordings(i)`.
     """
 
     name: str
@@ -29,7 +30,7 @@ class Source(Protocol):
         ...
 
     def text(self, i: int) -> str:
-        """The caption; the decimal label for a source of classes."""
+        """The caption, the first if there are several; the decimal label for a source of classes."""
         ...
 
     def image(self, i: int, size: tuple[int, int], crop: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
@@ -42,6 +43,14 @@ class Source(Protocol):
     def key(self, i: int) -> str:
         """File name or tar member."""
         ...
+
+
+@dataclass(frozen=True)
+class Wording:
+    """One of the captions of a sample, trained on in proportion to `weight`."""
+
+    text: str
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,7 @@ class Subset:
         self.files = files_of(parent)
         self.classes: tuple[str, ...] = getattr(parent, "classes", ())
         self.mirror: bool = getattr(parent, "mirror", True)
+        self.several: bool = getattr(parent, "several", False)
 
     @property
     def sizes(self) -> np.ndarray:
@@ -79,11 +89,26 @@ class Subset:
     def text(self, i: int) -> str:
         return self.parent.text(int(self.indices[i]))
 
+    def wordings(self, i: int) -> tuple[Wording, ...]:
+        return wordings_of(self.parent, int(self.indices[i]))
+
     def image(self, i: int, size: tuple[int, int], crop: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
         return self.parent.image(int(self.indices[i]), size, crop)
 
     def key(self, i: int) -> str:
         return self.parent.key(int(self.indices[i]))
+
+
+def wordings_of(source: Source, i: int) -> tuple[Wording, ...]:
+    """All captions of a sample."""
+    wordings: Callable[[int], tuple[Wording, ...]] | None = getattr(source, "wordings", None)
+    return (Wording(source.text(i)),) if wordings is None else wordings(i)
+
+
+def chosen(wordings: Sequence[Wording], u: float) -> int:
+    """Which of several captions u in [0, 1) falls on, each as wide as its weight."""
+    ends = np.cumsum([w.weight for w in wordings])
+    return min(int(np.searchsorted(ends, u * ends[-1], side="right")), len(wordings) - 1)
 
 
 def sizes_of(source: Source) -> np.ndarray:

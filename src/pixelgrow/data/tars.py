@@ -10,7 +10,17 @@ from typing import BinaryIO, cast
 
 from pixelgrow.data.files import is_image, is_other_image, open_regular, read_regular
 from pixelgrow.data.images import BadImage
-from pixelgrow.data.index import MAX_CAPTION, FileSource, Strings, caption_of, decode_caption, stamp
+from pixelgrow.data.index import (
+    MAX_CAPTION,
+    FileSource,
+    Strings,
+    decode_caption,
+    flat,
+    stamp,
+    wordings_from,
+    wordings_in,
+)
+from pixelgrow.data.sources import Wording
 from pixelgrow.errors import UserError
 
 COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
@@ -44,8 +54,9 @@ class _Group:
 class TarShards(FileSource):
     """A folder of .tar files, or one of them; read in place, 48 bytes and the key in memory for each sample.
 
-    A caption is key.txt, else "caption" or "text" in key.json. The members of a key must be neighbours: interleaved
-    keys raise `UserError`, for they would cut a sample in two. Compressed shards cannot be read in place: `UserError`.
+    A caption is key.txt, else "caption" or "text" in key.json, a text or a list of them (`wordings_in`). The members of
+    a key must be neighbours: interleaved keys raise `UserError`, for they would cut a sample in two. Compressed shards
+    cannot be read in place: `UserError`.
     """
 
     kind = "tar shards"
@@ -143,26 +154,27 @@ class TarShards(FileSource):
                 raise BadImage("no caption")
             suffix = "txt" if "txt" in group.captions else "json"
             caption = group.captions[suffix]
-            text = self._caption(self._shards[number], suffix == "json", *caption)
+            texts = self._caption(self._shards[number], suffix == "json", *caption)
             _, start, length = group.images[0]
             with open_regular(self._shards[number], start, length) as file:
-                self._admit(file, group.key.encode(errors="surrogateescape"), text.encode())
+                self._admit(file, group.key.encode(errors="surrogateescape"), *(t.encode() for t in texts))
         except BadImage as error:
             self._reject(f"{name}/{member}", error.reason)
             return
-        self._note(text)
+        self._note(*texts)
+        self.several = self.several or len(texts) > 1
         self._keys.append(f"{name}/{member}".encode(errors="surrogateescape"))
         self._shard.append(number)
         self._where.extend((start, length, caption[0]))
         self._what.extend((caption[1], suffix == "json"))
 
     @staticmethod
-    def _caption(shard: str, is_json: bool, start: int, length: int) -> str:
+    def _caption(shard: str, is_json: bool, start: int, length: int) -> tuple[str, ...]:
         if length > (_MAX_JSON if is_json else MAX_CAPTION):
             raise BadImage("caption file is too long")
         raw = read_regular(shard, start, length)
         if not is_json:
-            return decode_caption(raw)
+            return (decode_caption(raw),)
         try:
             row = json.loads(raw.decode())
         except UnicodeDecodeError:
@@ -171,14 +183,20 @@ class TarShards(FileSource):
             raise BadImage("caption file is not JSON") from None
         if not isinstance(row, dict):
             raise BadImage("caption file is not a JSON object")
-        return caption_of(row.get("text") if row.get("caption") is None else row["caption"])
+        return flat(wordings_in(row.get("text") if row.get("caption") is None else row["caption"]))
 
     def key(self, i: int) -> str:
         return self._keys[i].decode(errors="surrogateescape")
 
     def text(self, i: int) -> str:
+        return self._said(i)[0]
+
+    def wordings(self, i: int) -> tuple[Wording, ...]:
+        return wordings_from(self._said(i))
+
+    def _said(self, i: int) -> tuple[str, ...]:
         shard, (length, is_json) = self._shards[self._shard[i]], self._what[2 * i : 2 * i + 2]
-        return self._again(i, shard, lambda: (self._caption(shard, bool(is_json), self._where[3 * i + 2], length),))[0]
+        return self._again(i, shard, lambda: self._caption(shard, bool(is_json), self._where[3 * i + 2], length))
 
     def read(self, i: int) -> bytes:
         start, length = self._where[3 * i : 3 * i + 2]

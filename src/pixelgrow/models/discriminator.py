@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from pixelgrow.models.layers import GuidanceEmbedding
+
 
 class Head(nn.Module):
     """Tokens (B, N, width) and condition (B, cond_dim) -> logits (B, N): spectral norm, projection of the condition.
@@ -30,11 +32,18 @@ class Head(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """`heads` of them: features of several layers, tokens (B, N_i, width) each, and a condition -> logits (B, N_i)."""
+    """A head for each of `widths`: tokens (B, N_i, width_i) of several layers, and a condition -> logits (B, N_i).
 
-    def __init__(self, heads: int, width: int, cond_dim: int, hidden: int = 64) -> None:
+    `guided`: the guidance weight of each image (B,) is a condition too, beside the pooled text (PaGoDA).
+    """
+
+    def __init__(self, widths: Sequence[int], cond_dim: int, hidden: int = 64, guided: bool = False) -> None:
         super().__init__()
-        self.heads = nn.ModuleList(Head(width, cond_dim, hidden) for _ in range(heads))
+        self.heads = nn.ModuleList(Head(width, cond_dim, hidden) for width in widths)
+        self.guidance = GuidanceEmbedding(cond_dim) if guided else None
 
-    def forward(self, features: Sequence[Tensor], vec: Tensor) -> list[Tensor]:
+    def forward(self, features: Sequence[Tensor], vec: Tensor, guidance: Tensor | None = None) -> list[Tensor]:
+        assert (guidance is None) == (self.guidance is None)
+        if self.guidance is not None:
+            vec = F.layer_norm(vec, vec.shape[-1:]) + self.guidance(guidance)
         return [head(tokens, vec) for head, tokens in zip(self.heads, features, strict=True)]

@@ -76,6 +76,14 @@ class NoiseEmbedding(nn.Module):
         return self.out(F.silu(self.up(x)))
 
 
+class GuidanceEmbedding(NoiseEmbedding):
+    """A guidance weight omega (B,) as a vector (B, width): "like a noise level" (PaGoDA, arXiv 2405.14822); ours is
+    ln omega / 4, on the scale of c_noise."""
+
+    def forward(self, guidance: Tensor) -> Tensor:
+        return super().forward(guidance.log() / 4)
+
+
 class SelfAttention(nn.Module):
     """Self-attention with normalised queries and keys."""
 

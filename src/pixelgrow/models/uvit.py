@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.config import NetConfig, RungConfig
 from pixelgrow.models.core import Context, Core
-from pixelgrow.models.layers import NoiseEmbedding, to_map, to_tokens, zero_
+from pixelgrow.models.layers import GuidanceEmbedding, to_map, to_tokens, zero_
 from pixelgrow.models.level import DecoderHalf, EncoderHalf, Entry, Exit
 
 
@@ -42,7 +42,7 @@ class UViT(nn.Module):
         self.encoder, self.decoder = nn.ModuleDict(), nn.ModuleDict()
         self.gain = nn.ModuleDict()
         if config.guided:
-            self.guidance = NoiseEmbedding(d)
+            self.guidance = GuidanceEmbedding(d)
             zero_(self.guidance.out)
         features = 0
         for rung in config.rungs:
@@ -78,8 +78,7 @@ class UViT(nn.Module):
         `guidance` (B,): the weight omega, which a network with `guided` is told and no other.
         """
         assert (guidance is not None) == self.config.guided
-        # ln omega / 4: on the scale of c_noise; ours, the paper says "like a noise level"
-        extra = 0.0 if guidance is None else self.guidance(guidance.log() / 4)
+        extra = 0.0 if guidance is None else self.guidance(guidance)
         return self.core.embed(c_noise, cond, extra)
 
     def rung(self, rung: RungConfig, x: Tensor, ctx: Context, features: Tensor | None = None) -> RungOutput:

@@ -12,18 +12,21 @@ from torch import Tensor, nn
 from pixelgrow import rng
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.discriminator import Discriminator
-from pixelgrow.onestep.features import Seen, TeacherFeatures
+from pixelgrow.onestep.estimator import Labels
+from pixelgrow.onestep.features import Distance, FeatureDistance, Features, Seen
 from pixelgrow.onestep.generator import Generator
 from pixelgrow.onestep.losses import (
     DRAWS,
+    Law,
     at_output,
     balanced,
     diff_augment,
-    feature_distance,
+    guidance_weights,
     hinge_discriminator,
     hinge_generator,
 )
 from pixelgrow.onestep.settings import LossSettings
+from pixelgrow.outside import OutsideGenerator
 from pixelgrow.training.objective import Terms
 
 GENERATOR, DISCRIMINATOR = "generator", "discriminator"
@@ -32,7 +35,8 @@ GENERATOR, DISCRIMINATOR = "generator", "discriminator"
 @dataclass(frozen=True)
 class DistillBatch:
     """`image` (B, 3, H, W) real pictures of `text`; `latent` (B, 3, h, w) and the picture `target` (B, 3, H, W) of
-    `target_text` that a pair joins it to; `index` (B,) int64, the positions in the training stream."""
+    `target_text` that a pair joins it to; `index` (B,) int64, the positions in the training stream. `guidance` (B,):
+    the weights that the pairs were made with, where each has its own."""
 
     image: Tensor
     text: tuple[str, ...]
@@ -40,6 +44,7 @@ class DistillBatch:
     latent: Tensor
     target: Tensor
     target_text: tuple[str, ...]
+    guidance: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.text)
@@ -53,15 +58,36 @@ class Conditions(Protocol):
         ...
 
 
+class Similarity(Protocol):
+    """`(images, captions) -> scalar`: how little images (B, 3, H, W) show of their captions."""
+
+    def __call__(self, images: Tensor, texts: Sequence[str], /) -> Tensor: ...
+
+
 class DistillObjective:
     """Generator and discriminator, updated in turn; prior samples and augmentations keyed by (seed, index).
 
-    The discriminator looks at the frozen teacher's tokens of real and drawn pictures under their captions.
+    The discriminator looks at frozen `features` of real and drawn pictures under their captions, the teacher's or
+    others. `distance` to the pictures of pairs: by the same features if None; `similarity`: none if None. A guided
+    generator is told the weight of each pair, and for prior samples one of `law`; the discriminator is told it too, and
+    of real pictures what `labels` say.
     """
 
     def __init__(
-        self, generator: Generator, features: TeacherFeatures, text: Conditions, losses: LossSettings, seed: int
+        self,
+        generator: Generator | OutsideGenerator,
+        features: Features,
+        text: Conditions,
+        losses: LossSettings,
+        seed: int,
+        distance: Distance | None = None,
+        similarity: Similarity | None = None,
+        law: Law | None = None,
+        labels: Labels | None = None,
     ) -> None:
+        assert generator.guided == (law is not None)
+        self.distance, self.similarity = distance or FeatureDistance(features), similarity
+        self.law, self.labels = law, labels
         self.generator, self.features, self.text, self.losses, self.seed = generator, features, text, losses, seed
         self.device = next(generator.parameters()).device
         self.modules: dict[str, nn.Module] = {GENERATOR: generator}
@@ -70,7 +96,8 @@ class DistillObjective:
         if losses.adversarial:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(rng.seed_of(seed, "discriminator"))
-                made = Discriminator(features.count(generator.resolution), features.width, features.width)
+                widths = features.widths(generator.resolution)
+                made = Discriminator(widths, features.vec_width, guided=generator.guided)
             self.discriminator = made.to(self.device)
             self.modules[DISCRIMINATOR] = self.discriminator
 
@@ -83,31 +110,48 @@ class DistillObjective:
         target = batch.target.to(self.device)
         crop = self._uniform("crop", batch.index, 2)
         latent = batch.latent.to(self.device)
-        if not s.adversarial:
+        told = None if batch.guidance is None else batch.guidance.to(self.device)
+        if not s.adversarial and self.similarity is None:
             cond = self.text.cond(batch.target_text).to(self.device)
-            rec = at_output(self.generator(latent, cond), lambda y: self._distance(y, target, cond, crop))
+            drawn = self.generator(latent, cond, told)
+            rec = at_output(drawn, lambda y: self._distance(y, target, cond, crop))
             return Terms(rec.loss, {"rec": rec.value})
         both = self.text.cond(batch.target_text + batch.text).to(self.device)
         first, cond = both[:n], both[n:]
-        drawn = self.generator(torch.cat([latent, self._prior(batch.index, GENERATOR)]), both)
+        omega = self._weights(batch.index, GENERATOR)
+        if told is not None and omega is not None:
+            told = torch.cat([told, omega])
+        drawn = self.generator(torch.cat([latent, self._prior(batch.index, GENERATOR)]), both, told)
         rec = at_output(drawn[:n], lambda y: self._distance(y, target, first, crop))
-        draws = self._uniform("augment generator", batch.index, DRAWS)
-        adv = at_output(drawn[n:], lambda y: hinge_generator(self._verdict(self._see(y, cond, draws))))
-        if s.balance == "fixed":
-            loss, weight = rec.loss + s.scale * adv.loss, torch.tensor(s.scale)
-        else:
-            made = balanced(rec, adv, self.generator.last_layer, s.norms, s.scale)
-            loss, weight = made.loss, made.weight
-        return Terms(loss, {"rec": rec.value, "adv": adv.value, "adv_weight": weight})
+        loss = rec.loss
+        logs: dict[str, Tensor | float] = {"rec": rec.value}
+        if s.adversarial:
+            draws = self._uniform("augment generator", batch.index, DRAWS)
+            adv = at_output(drawn[n:], lambda y: hinge_generator(self._verdict(self._see(y, cond, draws), omega)))
+            if s.balance == "fixed":
+                loss, weight = rec.loss + s.scale * adv.loss, torch.tensor(s.scale)
+            else:
+                made = balanced(rec, adv, self.generator.last_layer, s.norms, s.scale)
+                loss, weight = made.loss, made.weight
+            logs |= {"adv": adv.value, "adv_weight": weight}
+        if (similarity := self.similarity) is not None:
+            assert s.similarity is not None
+            alike = at_output(drawn[n:], lambda y: similarity(y, batch.text))
+            loss, logs["similarity"] = loss + s.similarity.weight * alike.loss, alike.value
+        return Terms(loss, logs)
 
     def _discriminator(self, batch: DistillBatch) -> Terms:
         n = len(batch)
         cond = self.text.cond(batch.text + batch.text).to(self.device)
         draws = self._uniform("augment discriminator", batch.index, DRAWS)
         with torch.no_grad():
-            fake = self.generator(self._prior(batch.index, DISCRIMINATOR), cond[:n])
-            seen = self._see(torch.cat([batch.image.to(self.device), fake]), cond, torch.cat([draws, draws]))
-        verdict = self._verdict(seen)
+            image, omega = batch.image.to(self.device), self._weights(batch.index, DISCRIMINATOR)
+            fake = self.generator(self._prior(batch.index, DISCRIMINATOR), cond[:n], omega)
+            seen = self._see(torch.cat([image, fake]), cond, torch.cat([draws, draws]))
+            if omega is not None:
+                assert self.labels is not None
+                omega = torch.cat([self.labels(image, cond[:n]), omega])
+        verdict = self._verdict(seen, omega)
         real, drawn = [v[:n] for v in verdict], [v[n:] for v in verdict]
         means = {name: torch.stack([v.mean() for v in some]).mean() for name, some in (("real", real), ("fake", drawn))}
         return Terms(hinge_discriminator(real, drawn), {name: mean.detach() for name, mean in means.items()})
@@ -116,18 +160,20 @@ class DistillObjective:
         """Scalar: how far pictures are from those of their pairs."""
         total = self.losses.pixels * (images - target).square().mean()
         if self.losses.features:
-            with torch.no_grad():
-                wanted = self.features(target, cond, crop).tokens
-            total = (
-                total + self.losses.features * feature_distance(self.features(images, cond, crop).tokens, wanted).mean()
-            )
+            total = total + self.losses.features * self.distance(images, target, cond, crop).mean()
         return total
 
     def _see(self, images: Tensor, cond: Cond, draws: Tensor) -> Seen:
         return self.features(diff_augment(images, draws, self.losses.augment), cond, draws[:, :2])
 
-    def _verdict(self, seen: Seen) -> list[Tensor]:
-        return self.discriminator(seen.tokens, seen.vec)
+    def _verdict(self, seen: Seen, omega: Tensor | None) -> list[Tensor]:
+        return self.discriminator(seen.tokens, seen.vec, omega)
+
+    def _weights(self, index: Tensor, whose: str) -> Tensor | None:
+        """Guidance weights (B,) of prior samples."""
+        if self.law is None:
+            return None
+        return guidance_weights(rng.uniform(self.seed, f"guidance {whose}", index), self.law).float().to(self.device)
 
     def _prior(self, index: Tensor, whose: str) -> Tensor:
         side = self.generator.latent_resolution

@@ -1,18 +1,22 @@
-"""Features of images: the frozen teacher's own tokens, the default that needs nothing from outside."""
+"""Features and distances of images: the frozen teacher's own tokens, the default that needs nothing from outside, or
+those of a vision model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pixelgrow.diffusion import Denoiser, coefficients, column
 from pixelgrow.models.cond import Cond
+from pixelgrow.models.core import Context
 from pixelgrow.models.layers import box_down
+from pixelgrow.onestep.losses import feature_distance
+from pixelgrow.vision import Vision, layers_of
 
 SIGMA = 0.3  # noise level, as the core sees it, that the teacher is told of images that have none
-DEPTHS = (1 / 3, 2 / 3, 1.0)  # of the core's blocks whose tokens are features
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,25 @@ class Seen:
 
     tokens: list[Tensor]
     vec: Tensor
+
+
+class Embeds(Protocol):
+    """Embeds conditions: a teacher."""
+
+    @property
+    def vec_width(self) -> int: ...
+    def vec(self, cond: Cond, /) -> Tensor: ...
+
+
+class Features(Embeds, Protocol):
+    """What a discriminator, a distance or a watch asks of features.
+
+    widths: channels of each of the token tensors that images of a resolution give. A call takes images (B, 3, H, W) in
+    [-1, 1], their conditions, and crop (B, 2) in [0, 1): where a part begins, of the slack in y and x.
+    """
+
+    def widths(self, resolution: int, /) -> list[int]: ...
+    def __call__(self, images: Tensor, cond: Cond, crop: Tensor, /) -> Seen: ...
 
 
 class TeacherFeatures:
@@ -33,27 +56,31 @@ class TeacherFeatures:
 
     def __init__(self, teacher: Denoiser) -> None:
         self.teacher = teacher.eval().requires_grad_(False)
-        depth = teacher.net.config.core.depth
-        self.layers = sorted({max(1, round(part * depth)) for part in DEPTHS})
+        self.layers = layers_of(teacher.net.config.core.depth)
         self.side = teacher.net.config.rungs[0].resolution
 
     @property
-    def width(self) -> int:
+    def vec_width(self) -> int:
         return self.teacher.net.config.core.width
 
-    def count(self, resolution: int) -> int:
-        """How many token tensors images of a resolution give."""
-        return len(self.layers) * (1 if resolution == self.side else 2)
+    def widths(self, resolution: int) -> list[int]:
+        return [self.vec_width] * len(self.layers) * (1 if resolution == self.side else 2)
+
+    def vec(self, cond: Cond) -> Tensor:
+        return self._context(cond).vec
+
+    def _context(self, cond: Cond) -> Context:
+        sigma = torch.full((len(cond),), SIGMA, device=cond.null.device)
+        return self.teacher.net.embed(torch.log(sigma) / 4, cond)
 
     def __call__(self, images: Tensor, cond: Cond, crop: Tensor) -> Seen:
-        """images (B, 3, H, W) in [-1, 1]; crop (B, 2) in [0, 1): where the part begins, of the slack in y and x."""
         net, config = self.teacher.net, self.teacher.config
         rung = net.config.rungs[0]
         k = images.shape[-1] // self.side
         views = [box_down(images, k)] + ([cropped(images, self.side, crop)] if k > 1 else [])
-        sigma = images.new_full((len(images),), SIGMA)
-        ctx = net.embed(torch.log(sigma) / 4, cond)
+        ctx = self._context(cond)
         scale = self.side / net.config.core_resolution
+        sigma = images.new_full((len(images),), SIGMA)
         c_in = column(coefficients(config.prediction, sigma * scale, config.sigma_data)[2])
         tokens = []
         for view in views:
@@ -64,8 +91,54 @@ class TeacherFeatures:
         return Seen(tokens, ctx.vec)
 
 
+class VisionFeatures:
+    """Hidden states of a vision model from outside (DINOv2, CLIP, any of transformers') as features of images.
+
+    PaGoDA (arXiv 2405.14822) has DINO and others; which layers is ours. The model knows no captions: a discriminator
+    is told the condition as the teacher embeds it. Images larger than the model was made for are seen twice, as by
+    `TeacherFeatures`; the whole is resized with antialiasing, and smaller ones are enlarged.
+    """
+
+    def __init__(self, vision: Vision, teacher: Embeds) -> None:
+        self.vision, self.teacher, self.side = vision, teacher, vision.spec.side
+
+    @property
+    def vec_width(self) -> int:
+        return self.teacher.vec_width
+
+    def widths(self, resolution: int) -> list[int]:
+        return self.vision.widths * (1 if resolution <= self.side else 2)
+
+    def vec(self, cond: Cond) -> Tensor:
+        return self.teacher.vec(cond)
+
+    def __call__(self, images: Tensor, cond: Cond, crop: Tensor) -> Seen:
+        tokens = self.vision(images)
+        if images.shape[-1] > self.side:
+            tokens += self.vision(cropped(images, self.side, crop))
+        return Seen(tokens, self.vec(cond))
+
+
 def cropped(images: Tensor, side: int, at: Tensor) -> Tensor:
     """A part (B, C, side, side) of each image, beginning at fraction `at` (B, 2) of the slack in y and x."""
     slack = torch.tensor([images.shape[-2] - side + 1, images.shape[-1] - side + 1])
     corners = (at.cpu() * slack).long().tolist()
     return torch.stack([x[:, y : y + side, z : z + side] for x, (y, z) in zip(images, corners, strict=True)])
+
+
+class Distance(Protocol):
+    """`(images, target, cond, crop) -> (B,)`: how far images (B, 3, H, W) are from others of the same conditions."""
+
+    def __call__(self, images: Tensor, target: Tensor, cond: Cond, crop: Tensor, /) -> Tensor: ...
+
+
+class FeatureDistance:
+    """The distance of images by their features, differentiable in the first images."""
+
+    def __init__(self, features: Features) -> None:
+        self.features = features
+
+    def __call__(self, images: Tensor, target: Tensor, cond: Cond, crop: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = self.features(target, cond, crop).tokens
+        return feature_distance(self.features(images, cond, crop).tokens, wanted)

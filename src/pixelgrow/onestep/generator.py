@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor, nn
 
+from pixelgrow import rng
 from pixelgrow.diffusion import Denoiser, DiffusionConfig, Drawn
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.layers import up_nearest
@@ -47,6 +49,11 @@ class Generator(nn.Module):
         return self.net.config.latent_resolution
 
     @property
+    def guided(self) -> bool:
+        """Whether it is told a guidance weight."""
+        return self.net.config.guided
+
+    @property
     def last_layer(self) -> nn.Parameter:
         """The weight of the output layer, which the two losses are balanced by."""
         weight = self.net.get_parameter(f"exit.{self.resolution}.conv.weight")
@@ -80,3 +87,13 @@ class Generator(nn.Module):
                 image = self.config.sigma_data * out.image
             below, low = Drawn(image, out.features, below.ctx), rung.resolution
             yield below
+
+
+def told_guidance(net: UViT, seed: int) -> UViT:
+    """`net` as a network that is told the guidance weight too (PaGoDA). Its embedding ends in zeros, so that nothing
+    changes at the start; what is new is a function of `seed`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng.seed_of(seed, "guidance"))
+        made = UViT(net.config.model_copy(update={"guided": True})).to(next(net.parameters()))
+    made.load_state_dict(made.state_dict() | net.state_dict(), strict=True)
+    return made

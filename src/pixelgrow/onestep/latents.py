@@ -14,10 +14,10 @@ from torch import Tensor
 
 from pixelgrow import rng
 from pixelgrow.errors import UserError
-from pixelgrow.models.cond import Cond
-from pixelgrow.onestep.generator import Generator
 from pixelgrow.sampling import initial_noise
 
+Draw = Callable[[Tensor], Tensor]
+"""Latents (B, 3, h, w) -> images (B, 3, H, W): a generator under its conditions."""
 Misfit = Callable[[Tensor], Tensor]
 """Images (B, 3, H, W) -> (B,), the mean squared error of what is known of each."""
 
@@ -54,25 +54,27 @@ class Fitted:
 
 
 @torch.no_grad()
-def nearest(generator: Generator, cond: Cond, misfit: Misfit, size: tuple[int, int], seed: int, starts: int) -> Tensor:
-    """Of `starts` prior samples for each of B conditions, the latent (B, 3, h, w) that fits best; `size` is (h, w).
+def nearest(
+    draw: Draw, misfit: Misfit, size: tuple[int, int, int], seed: int, starts: int, device: torch.device
+) -> Tensor:
+    """Of `starts` prior samples for each of B pictures, the latent (B, 3, h, w) that fits best; `size` is (B, h, w).
 
     The first one tried is what `sampling.generate` would draw from.
     """
-    device, rows = cond.null.device, range(len(cond))
-    best = torch.full((len(cond),), math.inf, device=device)
-    found = torch.zeros(len(cond), 3, *size, device=device)
+    count, *latent = size
+    best = torch.full((count,), math.inf, device=device)
+    found = torch.zeros(count, 3, *latent, device=device)
     for start in range(starts):
-        z = initial_noise(size, rng.seed_of(seed, "start", start) if start else seed, rows).to(device)
-        error = misfit(generator(z, cond))
+        key = rng.seed_of(seed, "start", start) if start else seed
+        z = initial_noise((latent[0], latent[1]), key, range(count)).to(device)
+        error = misfit(draw(z))
         found = torch.where((error < best)[:, None, None, None], z, found)
         best = torch.minimum(error, best)
     return found
 
 
 def fit(
-    generator: Generator,
-    cond: Cond,
+    draw: Draw,
     misfit: Misfit,
     start: Tensor,
     settings: FitSettings,
@@ -88,7 +90,7 @@ def fit(
     best, least = start.clone(), torch.full((len(start),), math.inf, device=start.device)
     for step in range(settings.iterations + 1):
         with torch.enable_grad():
-            error = misfit(generator(z, cond))
+            error = misfit(draw(z))
             length = z.square().mean(dim=(1, 2, 3))
             loss = (error + settings.prior * (length - 1).square()).sum()
         now = error.detach().clamp_min(0).sqrt()

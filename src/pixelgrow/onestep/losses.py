@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 Norms = Literal["squared", "plain"]
 Law = Literal["captions", "recaptions"]
+LAWS: tuple[Law, ...] = get_args(Law)
 Augmentation = Literal["colour", "translation", "cutout"]
 
 DRAWS = 7  # uniform numbers an image that `diff_augment` takes
@@ -34,6 +35,11 @@ def feature_distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
         for p, q in zip(a, b, strict=True)
     ]
     return torch.stack(layers).mean(0)
+
+
+def similarity_loss(image: Tensor, text: Tensor) -> Tensor:
+    """1 - cosine of the embeddings (B, C) of images and of their captions, a scalar in [0, 2]: the mean."""
+    return 1 - F.cosine_similarity(image, text, dim=-1, eps=EPS).mean()
 
 
 def hinge_discriminator(real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tensor:
@@ -71,7 +77,7 @@ def at_output(output: Tensor, loss: Callable[[Tensor], Tensor]) -> OutputLoss:
     """Evaluate `loss(output (B, ...)) -> scalar` and differentiate it with respect to the output, once."""
     leaf = output.detach().requires_grad_()
     with torch.enable_grad():
-        value = loss(leaf)
+        value = loss(leaf.view_as(leaf))  # a module that is given a leaf cannot have its FLOPs counted
     (gradient,) = torch.autograd.grad(value, leaf)
     return OutputLoss(output, value.detach(), gradient)
 
@@ -190,3 +196,20 @@ def guidance_weights(u: Tensor, law: Law) -> Tensor:
     low, high = whole.cdf(1), whole.cdf(10)
     z = torch.special.ndtri(low + (high - low) * u.double())
     return (whole.mean + whole.stdev * z).clamp(1, 10).to(u.dtype)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean, deviation and limits of a law of guidance weights."""
+
+    mean: float
+    std: float
+    low: float
+    high: float
+
+
+def spread_of(law: Law) -> Spread:
+    """See `Spread`; mean and deviation from a million evenly spaced quantiles."""
+    weights = guidance_weights((torch.arange(2**20, dtype=torch.float64) + 0.5) / 2**20, law)
+    low, high = guidance_weights(torch.tensor([0.0, 1.0], dtype=torch.float64), law).tolist()
+    return Spread(float(weights.mean()), float(weights.std(correction=0)), low, high)

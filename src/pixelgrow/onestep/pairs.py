@@ -1,8 +1,10 @@
 """Data-latent pairs: images and the latents that a teacher's ODE joins them to (PaGoDA, arXiv 2405.14822, section 3.1).
 
 A folder of shards, `00000.safetensors` and on: `latent` (N, 3, h, w) float16 of unit variance where the teacher is
-perfect, `origin` (N, 3) int64 (source number, sample number, mirrored), and for pairs that were drawn, not inverted,
-`image` (N, 3, h, w) float16. `pairs.json` says what made them. A shard is written whole or not at all, with a checksum.
+perfect, `origin` (N, 3) int64 (source number, sample number, mirrored) or, where samples have several captions, (N, 4)
+with the number of the caption; of pairs that were drawn, not inverted, `image` (N, 3, h, w) float16; and where each had
+a guidance weight of its own, `guidance` (N,) float32. `pairs.json` says what made them. A shard is written whole or not
+at all, with a checksum.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from torch import Tensor
 
 from pixelgrow.errors import UserError
 from pixelgrow.models.layers import box_down, up_nearest
+from pixelgrow.onestep.losses import Law
 from pixelgrow.sampling import Denoise, invert, karras_grid, solve
 from pixelgrow.training.state import flush
 from pixelgrow.writing import writing
@@ -131,7 +134,8 @@ def _checksum(tensors: dict[str, Tensor]) -> int:
 class Pairs:
     """A finished folder of pairs, to train on.
 
-    `facts`: what `pairs.json` says. Raises UserError where it is missing or damaged.
+    `facts`: what `pairs.json` says; `law`: of the pairs' guidance weights, None where all have the same. Raises
+    UserError where it is missing or damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -142,6 +146,7 @@ class Pairs:
                 raise UserError(f"{path}: got format {self.facts['format']}, expected {FORMAT}; make the pairs again")
             self.direction: Direction = self.facts["direction"]
             shards = int(self.facts["shards"])
+            guidance: Law | float = self.facts["solver"]["guidance"]
         except FileNotFoundError:
             raise UserError(f"{folder} holds no finished pairs: it has no {INDEX}; run the pairs stage first") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -158,8 +163,10 @@ class Pairs:
                 )
             parts.append(shard)
         self.latents = torch.cat([p["latent"] for p in parts])  # (N, 3, h, w) float16
-        self.origins = torch.cat([p["origin"] for p in parts])  # (N, 3) int64
+        self.origins = torch.cat([p["origin"] for p in parts])  # (N, 3 or 4) int64
         self.images = torch.cat([p["image"] for p in parts]) if self.direction == "draw" else None
+        self.law: Law | None = guidance if isinstance(guidance, str) else None
+        self.guidance = torch.cat([p["guidance"] for p in parts]) if self.law else None  # (N,) float32
 
     def __len__(self) -> int:
         return len(self.latents)

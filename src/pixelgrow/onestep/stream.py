@@ -12,7 +12,7 @@ from torch import Tensor
 from pixelgrow.data.images import BadImage
 from pixelgrow.data.loader import Loader, to_tensor
 from pixelgrow.data.order import Order
-from pixelgrow.data.sources import Source, large_enough
+from pixelgrow.data.sources import Source, large_enough, wordings_of
 from pixelgrow.errors import UserError
 from pixelgrow.onestep.distill import DistillBatch
 from pixelgrow.onestep.pairs import Pairs
@@ -50,7 +50,7 @@ class PairStream:
 
     def texts(self) -> list[str]:
         """The captions of the pairs, for the text cache."""
-        return [self._text(int(n)) for n in self.usable]
+        return [caption(self.sources, self.pairs.origins[n]) for n in self.usable]
 
     def batches(self, start: int = 0) -> Generator[DistillBatch, None, None]:
         """Batches from stream position `start` on, without end. Close it to stop the loader's workers."""
@@ -63,7 +63,8 @@ class PairStream:
                     index=batch.index,
                     latent=self.pairs.latents[numbers].float(),
                     target=self.target(numbers),
-                    target_text=tuple(self._text(n) for n in numbers),
+                    target_text=tuple(caption(self.sources, self.pairs.origins[n]) for n in numbers),
+                    guidance=None if self.pairs.guidance is None else self.pairs.guidance[numbers],
                 )
 
     def target(self, numbers: Sequence[int]) -> Tensor:
@@ -73,7 +74,7 @@ class PairStream:
         return to_tensor(np.stack([self._picture(n) for n in numbers]))
 
     def _picture(self, number: int) -> np.ndarray:
-        source, item, mirrored = (int(v) for v in self.pairs.origins[number])
+        source, item, mirrored, *_ = (int(v) for v in self.pairs.origins[number])
         try:
             picture = self.sources[source].image(item, self.loader.size, (0.5, 0.5))
         except BadImage as bad:
@@ -83,9 +84,11 @@ class PairStream:
             ) from bad
         return picture[:, ::-1] if mirrored else picture
 
-    def _text(self, number: int) -> str:
-        source, item, _ = (int(v) for v in self.pairs.origins[number])
-        return self.sources[source].text(item)
+
+def caption(sources: Sequence[Source], origin: Tensor) -> str:
+    """The caption of the pair that has an `origin` (3,), or (4,) with the number of the caption."""
+    source, item, _, *number = (int(v) for v in origin)
+    return wordings_of(sources[source], item)[number[0]].text if number else sources[source].text(item)
 
 
 def _fits(origins: Tensor, sources: Sequence[Source], size: tuple[int, int]) -> np.ndarray:

@@ -13,18 +13,21 @@ from pixelgrow.models.layers import box_down
 from pixelgrow.onestep.features import TeacherFeatures
 from pixelgrow.onestep.generator import Generator
 from pixelgrow.onestep.pairs import psnr
+from pixelgrow.sampling import weights_like
 
 
 @dataclass(frozen=True)
 class Watched:
     """Held-out pictures `images` (N, 3, H, W) under `cond` with their latents (N, 3, h, w), as many `prior` latents,
-    and what the teacher draws from those, `solved` (n, 3, h, w), for the first n."""
+    and what the teacher draws from those, `solved` (n, 3, h, w), for the first n. `guidance`: the weight that a guided
+    generator is told, and that latents and solutions were made with."""
 
     images: Tensor
     cond: Cond
     latents: Tensor
     prior: Tensor
     solved: Tensor
+    guidance: float | None = None
 
 
 class Watch:
@@ -64,14 +67,18 @@ class Watch:
         """PSNR of box_down(G_high(z)) against G_low(z), of one and the same evaluation's rungs, in dB."""
         high, low = [], []
         for rows in self._rows(self.watched.prior):
-            rungs = list(self.generator.rungs(self.watched.prior[rows], self.watched.cond[rows]))
+            z = self.watched.prior[rows]
+            rungs = list(self.generator.rungs(z, self.watched.cond[rows], weights_like(z, self.watched.guidance)))
             low.append(next(r.image for r in rungs if r.image.shape[-1] == self.generator.latent_resolution))
             high.append(box_down(rungs[-1].image, rungs[-1].image.shape[-1] // low[-1].shape[-1]))
         return psnr(torch.cat(high), torch.cat(low))
 
     @torch.no_grad()
     def _draw(self, latents: Tensor) -> Tensor:
-        drawn = [self.generator(latents[rows], self.watched.cond[rows]) for rows in self._rows(latents)]
+        drawn = []
+        for rows in self._rows(latents):
+            z = latents[rows]
+            drawn.append(self.generator(z, self.watched.cond[rows], weights_like(z, self.watched.guidance)))
         return torch.cat(drawn).float().clamp(-1, 1)
 
     @torch.no_grad()

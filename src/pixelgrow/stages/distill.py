@@ -12,12 +12,15 @@ import torch
 
 from pixelgrow import checkpoint, rng
 from pixelgrow.errors import UserError
-from pixelgrow.growth import detail_std, freeze, grow_network, grown_config, with_detail
+from pixelgrow.growth import detail_std, freeze, grow_network, grown_config, last_blocks, with_detail
 from pixelgrow.guidance import Guided
 from pixelgrow.models.layers import box_down
 from pixelgrow.onestep.distill import GENERATOR, DistillObjective
+from pixelgrow.onestep.estimator import Labels, load_estimator
 from pixelgrow.onestep.features import TeacherFeatures
-from pixelgrow.onestep.generator import Generator
+from pixelgrow.onestep.generator import Generator, told_guidance
+from pixelgrow.onestep.judges import judges_used, load_judges
+from pixelgrow.onestep.losses import spread_of
 from pixelgrow.onestep.pairs import Ode, Pairs
 from pixelgrow.onestep.settings import LossSettings
 from pixelgrow.onestep.stream import PairStream
@@ -40,10 +43,19 @@ logger = logging.getLogger(__name__)
 def distill_stage(stage: DistillStage, parent: Parent, folder: Path, materials: Materials) -> dict[str, Any]:
     """Run a `distill` stage; returns the numbers of its run."""
     teacher, config = checkpoint.load(parent.folder)
-    generator = Generator(teacher.net, teacher.config)
+    law = materials.pairs_of(stage).stage.law
+    seed = rng.seed_of(materials.recipe.seed, "weights", stage.name)
+    generator = Generator(told_guidance(teacher.net, seed) if law else teacher.net, teacher.config)
     entry = {"stage": stage.name, "verb": "distill", "recipe": materials.recipe.name, "images": stage.images}
+    entry |= judged_by(stage.losses) | ({"guidance": law} if law else {})
     lineage = [*config.lineage, entry | {"parent": config.sha256}]
     return _fit(generator, stage, stage.losses, folder, materials, lineage)
+
+
+def judged_by(losses: LossSettings) -> dict[str, Any]:
+    """What the lineage says of models from outside that a generator was judged by, where there are any."""
+    used = judges_used(losses)
+    return {"judges": used} if used else {}
 
 
 def grow_generator_stage(stage: GrowStage, parent: Parent, folder: Path, materials: Materials) -> dict[str, Any]:
@@ -55,8 +67,8 @@ def grow_generator_stage(stage: GrowStage, parent: Parent, folder: Path, materia
     growth = json.loads((folder / REPORT).read_text())
     generator, _ = checkpoint.load_generator(folder / START)
     freeze(generator.net, growth["frozen"])
-    entry = lineage_entry(stage, parent, growth, materials)
     losses = stage.losses or LossSettings(balance="fixed", scale=1.0)  # the paper's weight of 1 where it grows
+    entry = lineage_entry(stage, parent, growth, materials) | judged_by(losses)
     return _fit(generator, stage, losses, folder, materials, [*parent.config.lineage, entry])
 
 
@@ -71,7 +83,9 @@ def _make_start(stage: GrowStage, parent: Parent, folder: Path, materials: Mater
         config = with_detail(config, detail_std(box_down(images, stage.to[-1] // side), side // low))
     net, report = grow_network(before.net, config, stage.init, materials.recipe.seed)
     checkpoint.save(folder / START, Generator(net, before.config), parent.config)
-    summary = report.to_dict() | {"frozen": [] if stage.trains_core else report.loaded}
+    free = last_blocks(before.net.config, stage.base_blocks)
+    frozen = [] if stage.trains_core else [n for n in report.loaded if not n.startswith(free)]
+    summary = report.to_dict() | {"frozen": frozen}
     write_json(folder / REPORT, summary)
     logger.info("%s", describe(summary))
 
@@ -100,7 +114,23 @@ def _fit(
     materials.encode(chain(loader.texts(), stream.texts(), held.captions))
     cond = materials.cond(held.captions)
     features = TeacherFeatures(teacher)
-    objective = DistillObjective(generator, features, materials.text, losses, seed)
+    judges = load_judges(losses, features, materials.device)
+    law, labels = pairs.law, None
+    if law is not None and stage.estimator is not None:
+        folder_of = materials.folder / stage.estimator
+        estimator = load_estimator(folder_of, pairs.facts["teacher"], law, materials.device)
+        labels = Labels(estimator, features)
+    objective = DistillObjective(
+        generator,
+        judges.features,
+        materials.text,
+        losses,
+        seed,
+        distance=judges.distance,
+        similarity=judges.similarity,
+        law=law,
+        labels=labels,
+    )
     if settings.activation_checkpointing:
         recompute_blocks(generator.net)
 
@@ -111,7 +141,10 @@ def _fit(
     with torch.no_grad():
         small = box_down(images, generator.resolution // teacher.resolution)
         rows = [slice(start, start + settings.micro_batch) for start in range(0, len(small), settings.micro_batch)]
-        weight = float(solver["guidance"])
+        usual = float(teacher_config.sampling.get("guidance", GRID_GUIDANCE))
+        if law is not None:  # the teacher's own weight, as far as the law goes, is what the checkpoint is drawn with
+            usual = min(max(usual, spread_of(law).low), spread_of(law).high)
+        weight = float(solver["guidance"]) if law is None else usual
         latents = torch.cat([ode.to_latent(Guided(teacher, cond[r], guidance=weight), small[r]) for r in rows])
         solved = sample(
             teacher,
@@ -119,10 +152,11 @@ def _fit(
             size=low,
             seed=recipe.seed,
             steps=GRID_STEPS,
-            guidance=float(teacher_config.sampling.get("guidance", GRID_GUIDANCE)),
+            guidance=usual,
         ).images
     prior = initial_noise(low, recipe.seed, range(len(images))).to(materials.device)
-    watch = Watch(generator, features, Watched(images, cond, latents, prior, solved), settings.micro_batch)
+    told = None if law is None else usual
+    watch = Watch(generator, features, Watched(images, cond, latents, prior, solved, told), settings.micro_batch)
     write_prompts(folder, held.captions[:COLUMNS])
     hooks = [
         Hook("validation", settings.validate_every or 0, watch.numbers, at_start=True),
@@ -133,4 +167,5 @@ def _fit(
     result = loop.train(
         objective, stream.batches, settings, folder, seed=seed, hooks=hooks, name=f"{recipe.name}/{stage.name}"
     )
-    return finish(result, GENERATOR, generator, folder / CHECKPOINT, materials, lineage, loader)
+    sampling = {} if told is None else {"guidance": told}
+    return finish(result, GENERATOR, generator, folder / CHECKPOINT, materials, lineage, loader, sampling)

@@ -11,9 +11,8 @@ from pixelgrow import checkpoint
 from pixelgrow.data.checker import score
 from pixelgrow.data.scenes import Scenes
 from pixelgrow.diffusion import Denoiser
-from pixelgrow.errors import UserError
 from pixelgrow.heldout import denoising_error
-from pixelgrow.model import DEFAULTS, noise_grid
+from pixelgrow.model import DEFAULTS, noise_grid, one_step_settings
 from pixelgrow.onestep.generator import Generator
 from pixelgrow.pictures import to_uint8
 from pixelgrow.recipe_spec import EvaluateStage
@@ -38,11 +37,8 @@ def evaluate_stage(stage: EvaluateStage, parent: Parent, folder: Path, materials
     began = time.perf_counter()
     settings: dict[str, Any] = {}
     if isinstance(model, Generator):
-        if stage.given:
-            raise UserError(
-                f"stage {stage.name!r}: {min(stage.given)}: a one-step generator has no such setting; drop it"
-            )
-        drawn = generate(model, cond, size=(side, side), seed=materials.recipe.seed, batch=stage.batch)
+        settings = one_step_settings(parent.config, stage.given)
+        drawn = generate(model, cond, size=(side, side), seed=materials.recipe.seed, batch=stage.batch, **settings)
     else:
         settings = DEFAULTS | parent.config.sampling | stage.given
         drawn = sample(

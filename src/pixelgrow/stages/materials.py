@@ -23,7 +23,18 @@ from pixelgrow.data.sources import BadFile, Source, Subset, bad_of, heldout_spli
 from pixelgrow.errors import UserError
 from pixelgrow.model import find
 from pixelgrow.models.cond import Cond
-from pixelgrow.recipe_spec import DataSpec, DistillStage, GrowStage, ModelStage, PairsStage, Recipe, Stage, is_folder
+from pixelgrow.onestep.judges import judges_used
+from pixelgrow.recipe_spec import (
+    DataSpec,
+    DistillStage,
+    EstimateStage,
+    GrowStage,
+    ModelStage,
+    PairsStage,
+    Recipe,
+    Stage,
+    is_folder,
+)
 from pixelgrow.rng import seed_of
 from pixelgrow.text_cache import TextCache
 from pixelgrow.training.loop import CHECKPOINT
@@ -83,7 +94,7 @@ class Materials:
         spec = self.recipe.text
         return TextCache(self.folder / "text", spec.encoder, spec.max_tokens, device=self.device)
 
-    def pairs_of(self, stage: DistillStage | GrowStage) -> MadePairs:
+    def pairs_of(self, stage: DistillStage | GrowStage | EstimateStage) -> MadePairs:
         """The pairs that a stage names."""
         made = self.recipe.stage(str(stage.pairs))
         assert isinstance(made, PairsStage) and made.parent is not None
@@ -282,6 +293,8 @@ class Materials:
         settings["heldout"] = [{"source": s.name, "fingerprint": s.fingerprint} for s in self.heldout_sources]
         if isinstance(stage, ModelStage | PairsStage):
             settings["data"] = self.mixture(stage).describe()
+        if isinstance(stage, DistillStage | GrowStage) and stage.losses and (judges := judges_used(stage.losses)):
+            settings["judges"] = judges
         return settings
 
 

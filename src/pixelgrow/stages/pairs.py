@@ -17,6 +17,7 @@ from pixelgrow.data.loader import Loader, mirrored, to_tensor
 from pixelgrow.diffusion import Denoiser
 from pixelgrow.guidance import Guided
 from pixelgrow.models.cond import Cond
+from pixelgrow.onestep.losses import guidance_weights
 from pixelgrow.onestep.pairs import FORMAT, INDEX, Ode, read_shard, shard_path, spread, write_shard
 from pixelgrow.recipe_spec import PairsStage
 from pixelgrow.sampling import initial_noise
@@ -41,11 +42,19 @@ class Work:
     materials: Materials
     seed: int
 
-    def denoise(self, cond: Cond) -> Guided:
-        return Guided(self.denoiser, cond, guidance=self.stage.guidance)
+    def denoise(self, cond: Cond, weights: Tensor | None) -> Guided:
+        guidance = self.stage.guidance if weights is None else weights
+        assert not isinstance(guidance, str)
+        return Guided(self.denoiser, cond, guidance=guidance)
+
+    def weights(self, numbers: range) -> Tensor | None:
+        """The guidance weight (B,) of each number of the stream, where they follow a law."""
+        if self.stage.law is None:
+            return None
+        return guidance_weights(rng.uniform(self.seed, "guidance", numbers), self.stage.law).float()
 
     def batches(self, start: int, stop: int) -> Iterator[tuple[Tensor, tuple[str, ...], Tensor, range]]:
-        """Images (B, 3, h, w), captions, origins (B, 3) and numbers of the stream from image `start` to `stop`."""
+        """Images (B, 3, h, w), captions, origins (B, 3 or 4) and numbers of the stream from image `start` to `stop`."""
         for at in range(start, stop, self.stage.batch):
             raw = self.loader.load(at)
             for source, bad in raw.bad:
@@ -53,6 +62,8 @@ class Work:
             rows = min(self.stage.batch, stop - at)
             images = to_tensor(raw.image[:rows].transpose(0, 2, 3, 1))
             origin = torch.nn.functional.pad(torch.from_numpy(raw.origin[:rows]), (0, 1))
+            if self.loader.several:
+                origin = torch.cat([origin, torch.from_numpy(raw.caption[:rows, None])], 1)
             yield images, raw.text[:rows], origin, range(at, at + rows)
 
     @torch.no_grad()
@@ -67,16 +78,23 @@ class Work:
         device = self.materials.device
         for images, captions, origin, numbers in self.batches(start, stop):
             cond = self.materials.text.cond(captions).to(device)
+            weights = self.weights(numbers)
+            denoise = self.denoise(cond, weights)
+            given = {} if weights is None else {"guidance": weights}
             if self.stage.direction == "draw":
                 z = initial_noise((images.shape[-2], images.shape[-1]), self.seed, numbers)
-                drawn = self.ode.to_image(self.denoise(cond), z.to(device)).clamp(-1, 1)
-                keep(latent=z.half(), image=drawn.half(), origin=origin)
+                drawn = self.ode.to_image(denoise, z.to(device)).clamp(-1, 1)
+                keep(latent=z.half(), image=drawn.half(), origin=origin, **given)
             else:
-                keep(latent=self.ode.to_latent(self.denoise(cond), images.to(device)).half(), origin=origin)
+                keep(latent=self.ode.to_latent(denoise, images.to(device)).half(), origin=origin, **given)
                 may = torch.tensor([self._mirrors(int(source)) for source in origin[:, 0]])
                 if may.any():
-                    z = self.ode.to_latent(self.denoise(cond[may.to(device)]), images[may].flip(-1).to(device))
-                    keep(latent=z.half(), origin=origin[may] + torch.tensor([0, 0, 1]))
+                    denoise = self.denoise(cond[may.to(device)], None if weights is None else weights[may])
+                    z = self.ode.to_latent(denoise, images[may].flip(-1).to(device))
+                    given = {name: tensor[may] for name, tensor in given.items()}
+                    other = origin[may]
+                    other[:, 2] = 1
+                    keep(latent=z.half(), origin=other, **given)
             note(len(numbers))
         return {name: torch.cat(parts) for name, parts in found.items()}
 
@@ -136,8 +154,8 @@ def pairs_stage(stage: PairsStage, parent: Parent, folder: Path, materials: Mate
     pairs = sum(len(shard["latent"]) for shard in shards)
     latents = torch.cat([shard["latent"] for shard in shards])[:DESCRIBED]
     logger.info("%s: %d pairs; inverting %d images and solving them back", stage.name, pairs, min(CHECKED, stage.n))
-    images, captions, *_ = next(work.batches(0, min(CHECKED, stage.n)))
-    denoise = work.denoise(materials.cond(captions[:CHECKED]))
+    images, captions, _, checked = next(work.batches(0, min(CHECKED, stage.n)))
+    denoise = work.denoise(materials.cond(captions), work.weights(checked))
     facts: dict[str, Any] = {
         "format": FORMAT,
         "teacher": parent.config.sha256,
@@ -148,7 +166,7 @@ def pairs_stage(stage: PairsStage, parent: Parent, folder: Path, materials: Mate
         "pairs": pairs,
         "shards": len(shards),
         "latents": spread(latents),
-        "round_trip_psnr": ode.round_trip(denoise, images[:CHECKED].to(materials.device)),
+        "round_trip_psnr": ode.round_trip(denoise, images.to(materials.device)),
     }
     write_json(folder / INDEX, facts)
     for band, numbers in facts["latents"].items():

@@ -119,10 +119,11 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) 
 def flops_per_image(objective: Objective, batch: Any) -> float:
     """FLOPs of matrix products, convolutions and attention per image, forward and backward, of all parts.
 
-    batch: a frozen dataclass of tensors and tuples over images. Its first two are run through; no gradient is left.
+    batch: a frozen dataclass of tensors and tuples over images, or None. Its first two are run through; no gradient is
+    left.
     """
     few = dataclasses.replace(
-        batch, **{f.name: getattr(batch, f.name)[:2] for f in dataclasses.fields(batch) if f.init}
+        batch, **{f.name: v[:2] for f in dataclasses.fields(batch) if (v := getattr(batch, f.name)) is not None}
     )
 
     def work() -> None:

@@ -33,7 +33,7 @@ def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def optimizers(module: nn.Module, settings: TrainSettings) -> list[torch.optim.Optimizer]:
-    """AdamW over what trains in `module`; with `muon`, Muon over its matrices and AdamW over the rest.
+    """AdamW over what trains in `module`, or RAdam; with `muon`, Muon over its matrices and AdamW over the rest.
 
     Frozen tensors get no state. Tensors of one dimension (biases, gains) are not decayed. Muon's updates are scaled to
     the root mean square of AdamW's, so that one learning rate serves both. Its matrices are those of linear layers.
@@ -55,14 +55,12 @@ def optimizers(module: nn.Module, settings: TrainSettings) -> list[torch.optim.O
             {"params": [p for p in rest if p.ndim >= 2], "weight_decay": settings.weight_decay},
             {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
         ]
-        made.append(
-            torch.optim.AdamW(
-                [g for g in groups if g["params"]],
-                lr=settings.lr,
-                betas=settings.betas,
-                fused=all(p.device.type in FUSED for p in rest),
-            )
-        )
+        groups = [g for g in groups if g["params"]]
+        if settings.optimizer == "radam":
+            made.append(torch.optim.RAdam(groups, settings.lr, settings.betas, decoupled_weight_decay=True))
+        else:
+            fused = all(p.device.type in FUSED for p in rest)
+            made.append(torch.optim.AdamW(groups, settings.lr, settings.betas, fused=fused))
     return made
 
 

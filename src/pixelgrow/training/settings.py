@@ -29,7 +29,7 @@ class TrainSettings(BaseModel):
     lr: float = Field(1e-3, gt=0)
     warmup: Images | None = Field(None, ge=0, description="linear warm-up; 5% of images if left out")
     decay: Literal["cosine", "constant", "inverse_sqrt"] = "cosine"
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "muon", "radam"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = Field(0.01, ge=0, description="on tensors of two and more dimensions only")
     clip: float = Field(1.0, ge=0, description="limit of the gradient's global norm; 0: none")

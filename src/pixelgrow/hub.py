@@ -1,0 +1,168 @@
+"""Models from outside, by name: a folder or one of the hub, its safetensors, and a hash of what it is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from os.path import expanduser
+from pathlib import Path
+from typing import Any
+
+from pixelgrow.errors import UserError
+from pixelgrow.writing import reading
+
+_HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+_WHOLE = 256 << 20  # files up to this many bytes are hashed whole, larger ones in _BLOCKS samples of _BLOCK bytes
+_BLOCK, _BLOCKS = 64 << 10, 1024
+
+
+def find(kind: str, name: str, builtin: str = "", offline: str = "") -> Path:
+    """The folder of the model `name`: a local folder, or one of the hub, "@revision" allowed after it.
+
+    A hub model that is not on this machine is downloaded, unless HF_HUB_OFFLINE is set. For messages: `kind` of model
+    ("text encoder"), names that come with the package (`builtin`), what else to do without a network (`offline`).
+    Raises UserError if it cannot be had.
+    """
+    path = Path(expanduser(name))
+    with reading(name):
+        if path.is_dir():
+            return path
+        exists = path.exists()
+    repo, _, revision = name.partition("@")
+    if exists or not _HUB_NAME.fullmatch(repo):
+        raise UserError(
+            f"{kind} {name!r} is no folder here; expected {builtin}a folder or a model's name on the hub; check the "
+            "path"
+        )
+    return _from_hub(kind, repo, revision or None, offline)
+
+
+def _from_hub(kind: str, repo: str, revision: str | None, offline: str) -> Path:
+    """The snapshot on this machine if it is complete, else a download."""
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.txt", "*.model", "model*.safetensors"]
+    try:
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, local_files_only=True))
+        if all(file.exists() for file in weights(f"{kind} {repo!r}", folder)):
+            return folder
+    except (OSError, ValueError):  # absent or cut off: fetch it; UserError is a ValueError
+        pass
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{kind} {repo!r} is not on this machine and cannot be fetched ({type(error).__name__}); expected a "
+            f"folder or a hub name; check the spelling and the network{offline}"
+        ) from error
+
+
+def weights(label: str, folder: Path) -> list[Path]:
+    """The files of a model's weights, in order; `label` names the model in messages. Raises UserError if none is
+    safetensors."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            return [folder / shard for shard in sorted(shards)]
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(
+                f"{label}: {index} is damaged ({type(error).__name__}); expected the list of weights "
+                "that transformers' save_pretrained wrote; fetch the folder again"
+            ) from error
+    single = folder / "model.safetensors"
+    if not single.exists():
+        raise UserError(
+            f"{label}: no model.safetensors in {folder} (pickled weights are not read); fetch it again, "
+            "or choose a revision that has safetensors ('name@revision')"
+        )
+    return [single]
+
+
+def fingerprint(label: str, folder: Path, files: Iterable[str], salt: str) -> str:
+    """A hash of a model's weights, of what there is of some smaller `files`, and of `salt`; not of its path."""
+    digest = hashlib.blake2b(salt.encode(), digest_size=16)
+    for file in (*(folder / small for small in files), *weights(label, folder)):
+        if file.exists():
+            stat = file.stat()
+            digest.update(f"\0{file.name}\0".encode() + _digest(file, stat.st_size, stat.st_mtime_ns))
+        elif file.suffix == ".safetensors":
+            raise UserError(f"{label}: {file} is named by the index and absent; fetch the folder again")
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=256)
+def _digest(file: Path, size: int, mtime_ns: int) -> bytes:
+    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+    for block in _blocks(file, size):
+        digest.update(block)
+    return digest.digest()
+
+
+def _blocks(file: Path, size: int) -> Iterator[bytes]:
+    with file.open("rb") as stream:
+        if size <= _WHOLE:
+            while block := stream.read(1 << 20):
+                yield block
+        else:
+            for i in range(_BLOCKS):
+                stream.seek(i * (size - _BLOCK) // (_BLOCKS - 1))
+                yield stream.read(_BLOCK)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """transformers without a progress bar and without a report on the weights of other heads."""
+    from transformers.utils import logging as hf
+
+    verbosity, bar = hf.get_verbosity(), hf.is_progress_bar_enabled()
+    hf.set_verbosity_error()
+    hf.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf.set_verbosity(verbosity)
+        if bar:
+            hf.enable_progress_bar()
+
+
+@contextmanager
+def loading(label: str, folder: Path) -> Iterator[None]:
+    """Turn what transformers raises over a folder that does not fit into one line, and keep it `quiet`."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    try:
+        with quiet():
+            yield
+    except (
+        *(OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError),
+        *(SafetensorError, StrictDataclassError),
+    ) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"{label}: {folder} cannot be loaded ({reason}); expected a model, and a tokenizer where it reads text, "
+            "that transformers' save_pretrained wrote; fetch or save it again"
+        ) from error
+
+
+def pretrained(label: str, folder: Path, model_class: Any, unused: str = "", **extra: Any) -> Any:
+    """A model of transformers in float32, from its folder. Raises UserError if the weights do not fit it, or if some
+    are missing whose names do not hold the word `unused`."""
+    import torch
+
+    with loading(label, folder):
+        model, info = model_class.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **extra
+        )
+    missing = [n for n in info["missing_keys"] if not (unused and unused in n)]
+    if missing:
+        raise UserError(
+            f"{label}: the weights in {folder} lack {min(missing)!r} and {len(missing) - 1} more; expected all of its "
+            "own; fetch or save it again"
+        )
+    return model

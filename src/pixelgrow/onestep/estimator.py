@@ -1,0 +1,159 @@
+"""The estimator omega(x, c): the guidance weight that a picture looks drawn with (PaGoDA, arXiv 2405.14822).
+
+A guided discriminator is told the weight of what it sees, and real pictures have none: they are labelled by what a
+small network has learnt from pictures that the teacher drew with known weights. Features and network are ours.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pixelgrow import rng
+from pixelgrow.checkpoint import file_hash
+from pixelgrow.data.order import Order
+from pixelgrow.errors import UserError
+from pixelgrow.models.cond import Cond
+from pixelgrow.models.layers import box_down, zero_
+from pixelgrow.onestep.features import TeacherFeatures
+from pixelgrow.onestep.losses import LAWS, Law, spread_of
+from pixelgrow.onestep.pairs import read_shard, write_shard
+from pixelgrow.training.objective import Terms
+
+PART = "estimator"
+FACTS, WEIGHTS = "estimator.json", "estimator.safetensors"
+
+
+class Estimator(nn.Module):
+    """Descriptions (B, width) of pictures -> guidance weights (B,), in evaluation within the limits of `law`.
+
+    Works in units of the law's deviation about its mean, and says the mean before it has learnt anything.
+    """
+
+    mean: Tensor  # (width,), of the descriptions that it learns from, and
+    std: Tensor  # (width,)
+
+    def __init__(self, width: int, law: Law, hidden: int = 128) -> None:
+        super().__init__()
+        self.law, self.spread = law, spread_of(law)
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("std", torch.ones(width))
+        self.up, self.mix, self.out = nn.Linear(width, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, 1)
+        zero_(self.out)
+
+    def forward(self, description: Tensor) -> Tensor:
+        h = F.gelu(self.up((description - self.mean) / self.std))
+        said = self.spread.mean + self.spread.std * self.out(F.gelu(h + self.mix(h)))[:, 0]  # (B,)
+        return said if self.training else said.clamp(self.spread.low, self.spread.high)
+
+    @torch.no_grad()
+    def standardise(self, descriptions: Tensor) -> None:
+        """Have descriptions arrive with mean 0 and deviation 1, as measured on some (N, width)."""
+        self.mean.copy_(descriptions.mean(0))
+        self.std.copy_(descriptions.std(0, correction=0).clamp_min(1e-4))
+
+
+@torch.no_grad()
+def described(features: TeacherFeatures, images: Tensor, cond: Cond) -> Tensor:
+    """What the estimator knows of pictures (B, 3, H, W) in [-1, 1]: mean and deviation of the teacher's tokens at the
+    teacher's resolution, layer by layer, and the condition as the teacher embeds it; (B, width)."""
+    small = box_down(images, images.shape[-1] // features.teacher.resolution)
+    seen = features(small, cond, small.new_full((len(small), 2), 0.5))
+    moments = [m for t in seen.tokens for m in (t.mean(1), t.std(1, correction=0))]
+    return torch.cat([*moments, seen.vec], 1).float()
+
+
+class Labels:
+    """`labels(images, cond) -> omega (B,)`: an estimator and the features that it goes by."""
+
+    def __init__(self, estimator: Estimator, features: TeacherFeatures) -> None:
+        self.estimator, self.features = estimator.eval().requires_grad_(False), features
+
+    def __call__(self, images: Tensor, cond: Cond) -> Tensor:
+        return self.estimator(described(self.features, images, cond))
+
+
+# --- its training -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EstimateBatch:
+    """`description` (B, width) of pictures drawn with guidance weights `guidance` (B,); `index` (B,) int64, the
+    positions in the training stream."""
+
+    description: Tensor
+    guidance: Tensor
+    index: Tensor
+
+
+def batches_of(description: Tensor, guidance: Tensor, batch: int, seed: int, start: int) -> Iterator[EstimateBatch]:
+    """An endless, exactly resumable stream of (N, width) descriptions and their weights, shuffled in each epoch."""
+    order = Order([len(description)], seed=rng.seed_of(seed, "estimate"))
+    for at in count(start, batch):
+        rows = [order.at(position).item for position in range(at, at + batch)]
+        yield EstimateBatch(description[rows], guidance[rows], torch.arange(at, at + batch))
+
+
+class EstimateObjective:
+    """Squared error of the guidance weight, in units of the law's variance: a constant guess has 1."""
+
+    def __init__(self, estimator: Estimator) -> None:
+        self.estimator = estimator.train()
+        self.modules: dict[str, nn.Module] = {PART: estimator}
+        self.rates: Mapping[str, float] = {PART: 1.0}
+
+    def loss(self, batch: EstimateBatch, part: str = PART) -> Terms:
+        """The mean error of a batch; see the class."""
+        device = self.estimator.mean.device
+        said = self.estimator(batch.description.to(device)).float()
+        return Terms(((said - batch.guidance.to(device)) / self.estimator.spread.std).square().mean())
+
+
+# --- on disk ----------------------------------------------------------------------------------------------------------
+
+
+def save_estimator(folder: Path, estimator: Estimator, teacher: str, rmse: float) -> dict[str, object]:
+    """Write an estimator of the teacher with the hash `teacher`; returns what `estimator.json` is to say of it, which
+    is to be written last."""
+    write_shard(folder / WEIGHTS, {n: t.detach().cpu().contiguous() for n, t in estimator.state_dict().items()})
+    return {
+        "teacher": teacher,
+        "law": estimator.law,
+        "heldout_rmse": rmse,
+        "law_deviation": estimator.spread.std,
+        "sha256": file_hash(folder / WEIGHTS),
+    }
+
+
+def load_estimator(folder: Path, teacher: str, law: Law, device: torch.device) -> Estimator:
+    """The estimator in a stage's folder. Raises UserError if it is damaged, or another teacher's or law's."""
+    path = folder / FACTS
+    try:
+        facts = json.loads(path.read_text())
+        theirs, whose, digest = facts["law"], str(facts["teacher"]), facts["sha256"]
+        tensors = read_shard(folder / WEIGHTS)
+        if tensors is None or theirs not in LAWS or file_hash(folder / WEIGHTS) != digest:
+            raise ValueError
+        estimator = Estimator(len(tensors["mean"]), theirs)
+        estimator.load_state_dict(tensors, strict=True)
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no finished estimator: run the estimate stage first") from None
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}); delete {folder} to train it again") from None
+    if whose != teacher:
+        raise UserError(
+            f"the estimator in {folder} knows pictures of the teacher {whose[:12]}, the pairs are of {teacher[:12]}: "
+            "train one on pairs of the same teacher"
+        )
+    if theirs != law:
+        raise UserError(
+            f"the estimator in {folder} knows guidance: {theirs}, the pairs have {law}: train one on pairs of that law"
+        )
+    return estimator.to(device)

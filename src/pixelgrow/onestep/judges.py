@@ -1,0 +1,81 @@
+"""What a generator's pictures are judged by, as its settings say: the teacher, or frozen models from outside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from pixelgrow.models.cond import Cond
+from pixelgrow.onestep.distill import Similarity
+from pixelgrow.onestep.features import Distance, FeatureDistance, Features, VisionFeatures
+from pixelgrow.onestep.losses import similarity_loss
+from pixelgrow.onestep.settings import LossSettings
+from pixelgrow.vision import Clip, Lpips, describe, describe_clip, describe_lpips, load_clip, load_vision
+
+
+@dataclass(frozen=True)
+class Judges:
+    """`features`: what the discriminator looks at."""
+
+    features: Features
+    distance: Distance
+    similarity: Similarity | None
+
+
+def judges_used(losses: LossSettings) -> dict[str, str]:
+    """The models from outside that losses use, by their part: name and fingerprint, for records. No weight is loaded.
+
+    Raises UserError if one of them cannot be had.
+    """
+    used: dict[str, str] = {}
+    if losses.features and losses.distance == "lpips":
+        used["distance"] = describe_lpips()
+    elif losses.features and losses.distance != "teacher":
+        used["distance"] = f"{losses.distance} {describe(losses.distance).fingerprint}"
+    if losses.adversarial and losses.discriminator != "teacher":
+        used["discriminator"] = f"{losses.discriminator} {describe(losses.discriminator).fingerprint}"
+    if losses.similarity and losses.similarity.weight:
+        used["similarity"] = f"{losses.similarity.model} {describe_clip(losses.similarity.model).fingerprint}"
+    return used
+
+
+def load_judges(losses: LossSettings, teacher: Features, device: torch.device | str = "cpu") -> Judges:
+    """Load what losses use, a model that is used twice once. Raises UserError."""
+
+    @cache
+    def seen(name: str) -> Features:
+        return teacher if name == "teacher" else VisionFeatures(load_vision(name, device), teacher)
+
+    features = seen(losses.discriminator if losses.adversarial else "teacher")
+    distance: Distance
+    if losses.features and losses.distance == "lpips":
+        distance = LpipsDistance(Lpips(device))
+    else:
+        distance = FeatureDistance(seen(losses.distance if losses.features else "teacher"))
+    wanted = losses.similarity
+    similarity = ClipSimilarity(load_clip(wanted.model, device)) if wanted and wanted.weight else None
+    return Judges(features, distance, similarity)
+
+
+class LpipsDistance:
+    """LPIPS as a distance: of the images alone."""
+
+    def __init__(self, lpips: Lpips) -> None:
+        self.lpips = lpips
+
+    def __call__(self, images: Tensor, target: Tensor, cond: Cond, crop: Tensor) -> Tensor:
+        return self.lpips(images, target)
+
+
+class ClipSimilarity:
+    """`similarity_loss` of images and captions in the space of a CLIP."""
+
+    def __init__(self, clip: Clip) -> None:
+        self.clip = clip
+
+    def __call__(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        return similarity_loss(self.clip.images(images), self.clip.texts(texts))

@@ -1,0 +1,99 @@
+"""The `estimate` stage: what guidance weight a picture was drawn with, learnt from pictures of known weights."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pixelgrow import checkpoint, rng
+from pixelgrow.errors import UserError
+from pixelgrow.onestep.estimator import (
+    FACTS,
+    PART,
+    EstimateObjective,
+    Estimator,
+    batches_of,
+    described,
+    save_estimator,
+)
+from pixelgrow.onestep.features import TeacherFeatures
+from pixelgrow.onestep.pairs import Pairs
+from pixelgrow.onestep.stream import caption
+from pixelgrow.recipe_spec import EstimateStage
+from pixelgrow.stages.materials import Materials
+from pixelgrow.stages.record import write_json
+from pixelgrow.stages.train import Parent
+from pixelgrow.training import loop
+from pixelgrow.training.monitor import Hook
+
+HELD = 10  # one pair of so many is held out: the last ones, which no step has seen
+logger = logging.getLogger(__name__)
+
+
+def estimate_stage(stage: EstimateStage, parent: Parent, folder: Path, materials: Materials) -> dict[str, Any]:
+    """Run an `estimate` stage; returns the numbers of its run."""
+    made, settings = materials.pairs_of(stage), stage.training()
+    pairs, mixture = Pairs(made.folder), materials.mixture(made.stage)
+    pairs.check([parent.config.sha256], mixture.describe())
+    assert pairs.law is not None and pairs.images is not None and pairs.guidance is not None  # seen to by the recipe
+    if len(pairs) < 2:
+        raise UserError(f"stage {stage.name!r}: {stage.pairs} has {len(pairs)} pair, expected 2 or more; raise its n:")
+    texts = [caption(mixture.sources, origin) for origin in pairs.origins]
+    materials.encode(texts)
+    features = TeacherFeatures(checkpoint.load(parent.folder, materials.device)[0])
+    logger.info("%s: the teacher looks at %d pictures", stage.name, len(pairs))
+    descriptions = torch.cat(
+        [
+            described(
+                features,
+                pairs.images[start : start + settings.micro_batch].float().to(materials.device),
+                materials.text.cond(texts[start : start + settings.micro_batch]).to(materials.device),
+            ).cpu()
+            for start in range(0, len(pairs), settings.micro_batch)
+        ]
+    )
+    seed, kept = rng.seed_of(materials.recipe.seed, "stage", stage.name), len(pairs) - max(1, len(pairs) // HELD)
+    known, held = pairs.guidance[:kept], pairs.guidance[kept:]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(rng.seed_of(seed, "weights"))
+        estimator = Estimator(descriptions.shape[1], pairs.law)
+    estimator.standardise(descriptions[:kept])
+    estimator = estimator.to(materials.device)
+
+    def error(of: Tensor, truth: Tensor) -> float:
+        said = estimator(of.to(materials.device)).float().cpu()
+        return float((said - truth).square().mean().sqrt())
+
+    def look(_: int) -> dict[str, float]:
+        rmse = error(descriptions[kept:], held)
+        return {"rmse": rmse, "share": rmse / estimator.spread.std}
+
+    result = loop.train(
+        EstimateObjective(estimator),
+        lambda start: batches_of(descriptions[:kept], known, settings.micro_batch, seed, start),
+        settings,
+        folder,
+        seed=seed,
+        hooks=[Hook("validation", settings.validate_every or 0, look, at_start=True)],
+        name=f"{materials.recipe.name}/{stage.name}",
+    )
+    estimator.eval()
+    with result.averages[PART][0].applied(), torch.no_grad():
+        rmse = error(descriptions[kept:], held)
+        facts = save_estimator(folder, estimator, parent.config.sha256, rmse)
+    write_json(folder / FACTS, facts)
+    deviation = estimator.spread.std
+    logger.info("%s: held-out error %.3g of the weight, where a constant guess has %.3g", stage.name, rmse, deviation)
+    return {
+        "images": result.images,
+        "pairs": len(pairs),
+        "skipped_steps": result.skipped,
+        "seconds": round(result.seconds, 1),
+        "images_per_second": result.images_per_second,
+        "heldout_rmse": rmse,
+        "law_deviation": deviation,
+    }
