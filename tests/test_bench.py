@@ -9,9 +9,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pixelgrow import checkpoint
+from pixelgrow.data.seeing import look
 from pixelgrow.model import find
 from pixelgrow.models.uvit import UViT
 from pixelgrow.onestep.generator import Generator
@@ -207,6 +209,42 @@ def test_the_shipped_core_inverts_to_30_db_at_79_evaluations() -> None:
 
     found = pairs.round_trip(pairs.core_of(checkpoint.load(find("tiny"))[0]), images=2)
     assert list(found)[-1] == "stored" and min(found.values()) > pairs.TARGET
+
+
+# --- editing ----------------------------------------------------------------------------------------------------------
+
+
+def test_editing_knows_an_edit_that_is_right_from_none() -> None:
+    from bench import editing
+
+    cases = [editing.recolour(scene) for scene in editing.heldout(30)]
+    done = [editing.judge(look(case.changed.render(64, 64)), case) for case in cases]
+    not_done = [editing.judge(look(case.scene.render(64, 64)), case) for case in cases]
+    assert np.mean([d["right"] for d in done]) >= 0.9 and not any(d["right"] for d in not_done)
+    assert all(case.new in case.after and case.new not in case.before.split() for case in cases)
+    assert np.mean([d["place"] for d in not_done]) >= 0.9
+
+
+def test_editing_masks_the_second_group_alone() -> None:
+    from bench import editing
+
+    for scene in editing.heldout(20, lambda spec: bool(spec.relation)):
+        mask, wanted, words = editing.replaced(scene)
+        first, second = scene.spec.groups
+        inside = {o.colour: mask[int(64 * o.y), int(64 * o.x)] for o in scene.view().objects}
+        assert (inside[first.colour], inside[second.colour]) == (False, True)
+        assert wanted.groups[1].colour in words and second.colour != wanted.groups[1].colour
+
+
+def test_editing_runs_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from bench import editing
+
+    with pytest.raises(SystemExit, match="a target is missed: transfer"):  # two steps are too few
+        editing.main(["tiny", "--cases", "2", "--steps", "2", "--guidance", "1", "--figures", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "transfer: right" in out and "known 0" in out and "bicubic_psnr" in out
+    names = ["edit-inpaint.png", "edit-interpolate.png", "edit-transfer.png", "edit-upscale.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
 
 
 # --- all of them ------------------------------------------------------------------------------------------------------

@@ -5,16 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Model", "__version__", "load"]
+__all__ = ["Model", "__version__", "edit", "load"]
 
 if TYPE_CHECKING:
+    from pixelgrow import editing as edit
     from pixelgrow.model import Model, load
 
 
 def __getattr__(name: str) -> Any:
-    """`load` and `Model` bring torch with them, so they are imported when first asked for."""
+    """`load`, `Model` and `edit` bring torch with them, so they are imported when first asked for."""
     if name in ("Model", "load"):
         import pixelgrow.model
 
         return getattr(pixelgrow.model, name)
+    if name == "edit":
+        import pixelgrow.editing
+
+        return pixelgrow.editing
     raise AttributeError(f"module 'pixelgrow' has no attribute {name!r}")

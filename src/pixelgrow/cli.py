@@ -13,9 +13,11 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from pixelgrow.cli_edit import edit
 from pixelgrow.errors import UserError
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app.add_typer(edit, name="edit")
 
 Set = Annotated[list[str] | None, typer.Option("--set", help="a.b=value, such as stages.core.images=1000; repeatable.")]
 Runs = Annotated[Path, typer.Option("--runs", help="The folder of all runs.")]

@@ -64,10 +64,10 @@ def draw(request: Request) -> list[Path]:
     folder = request.out.parent if png else request.out
     model = Model.from_pretrained(request.checkpoint)
     guide: Model | Network | None = None if request.guide is None else _guide(request.guide, model)
-    _check_writable(request.out, folder, single)  # now, not when the pictures are drawn
+    check_writable(request.out, folder, single)  # now, not when the pictures are drawn
     each = [p for p in prompts for _ in range(request.n)]
     pictures = model.sample(
-        each, seed=request.seed, size=size, guide=guide, batch=request.batch, progress=_progress, **request.settings
+        each, seed=request.seed, size=size, guide=guide, batch=request.batch, progress=show_progress, **request.settings
     )
     facts = {
         "checkpoint": str(find(request.checkpoint)),
@@ -81,18 +81,18 @@ def draw(request: Request) -> list[Path]:
         if not single:
             columns = request.n if request.n > 1 else math.ceil(math.sqrt(len(pictures)))
             sheet = grid([np.asarray(p) for p in pictures], columns)
-            _save(sheet, request.out, facts | {"prompts": each})
+            save_png(sheet, request.out, facts | {"prompts": each})
             return [request.out]
         stem = request.out.stem + "-" if png else ""
         paths = []
         for i, (picture, prompt) in enumerate(zip(pictures, each, strict=True)):
             path = folder / f"{stem}{i:04d}-{_slug(prompt)}.png"
-            _save(picture, path, facts | {"prompt": prompt, "index": i})
+            save_png(picture, path, facts | {"prompt": prompt, "index": i})
             paths.append(path)
         return paths
 
 
-def _check_writable(out: Path, folder: Path, single: bool) -> None:
+def check_writable(out: Path, folder: Path, single: bool = False) -> None:
     """Make `folder` and see that files can be written to it; UserError if not, or if a grid's name is a folder's."""
     with writing(out):
         folder.mkdir(parents=True, exist_ok=True)
@@ -120,7 +120,7 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def _save(picture: Image.Image, path: Path, facts: dict[str, Any]) -> None:
+def save_png(picture: Image.Image, path: Path, facts: dict[str, Any]) -> None:
     """Write a PNG whole or not at all, its settings as JSON in the text chunk `pixelgrow`."""
     info = PngImagePlugin.PngInfo()
     info.add_text("Software", f"pixelgrow {__version__}")
@@ -149,7 +149,8 @@ def _slug(prompt: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "picture"
 
 
-def _progress(done: int, total: int) -> None:
+def show_progress(done: int, total: int) -> None:
+    """A line that counts, where there is a terminal."""
     if sys.stderr.isatty():
         end = "\n" if done == total else ""
         sys.stderr.write(f"\r{done} of {total} steps{end}")

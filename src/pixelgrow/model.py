@@ -198,7 +198,7 @@ class Model:
         self.denoiser.net.config.check_size(size)
         samples = sample(
             self.denoiser,
-            self.encode(self._texts(prompts)),
+            self.conditions(prompts),
             size=size,
             seed=seed,
             index=index,
@@ -209,10 +209,11 @@ class Model:
         )
         return [Image.fromarray(p) for p in to_uint8(self.pictures(samples.images))]
 
-    def _texts(self, prompts: Sequence[str]) -> Sequence[str]:
-        """What the encoder is asked for: of a model of classes, the labels."""
+    def conditions(self, prompts: Sequence[str]) -> Cond:
+        """Prompts as conditions on the model's device; of a model of classes, their names or numbers."""
         head, _, count = str(self.config.text.get("encoder")).partition(":")
-        return as_labels(prompts, self.config.text.get("classes", []), int(count)) if head == "labels" else prompts
+        labels = head == "labels"
+        return self.encode(as_labels(prompts, self.config.text.get("classes", []), int(count)) if labels else prompts)
 
     def settings(self, **given: Any) -> dict[str, Any]:
         """Sampling settings: what is given, else the checkpoint's, else the library's."""
@@ -277,7 +278,7 @@ class OneStepModel(Model):
             raise UserError("no prompt was given: expected at least one")
         told = self.settings(**settings)
         size = self._size(size)
-        cond = self.encode(self._texts(prompts))
+        cond = self.conditions(prompts)
         drawn = generate(self.generator, cond, size=size, seed=seed, index=index, batch=batch, **told)
         return [Image.fromarray(p) for p in to_uint8(self.pictures(drawn.images))]
 

@@ -273,7 +273,7 @@ def sample(
     space = space_of(denoiser)
     if threshold is not None and not space.bounded:
         raise UserError(f"threshold={threshold}: latents are not bounded as pixels are; drop it")
-    sigmas = _grid(grid, steps, denoiser)
+    sigmas = grid_of(grid, steps, denoiser)
     device = cond.null.device if device is None else torch.device(device)
     starts = range(0, n, batch)
     total, done, nfe, images = (len(sigmas) - 1) * len(starts), 0, 0, []
@@ -287,7 +287,7 @@ def sample(
             guide=guide,
             threshold=threshold,
         )
-        noise = _ancestral_noise((space.channels, *size), seed, rows, device)
+        noise = ancestral_noise((space.channels, *size), seed, rows, device)
         x = sigmas[0].item() * initial_noise(size, seed, rows, space.channels).to(device)
         for x_next in trajectory(denoise, x, sigmas, sampler, noise):
             x, done = x_next, done + 1
@@ -334,7 +334,7 @@ def weights_like(z: Tensor, guidance: float | None) -> Tensor | None:
     return None if guidance is None else z.new_full((len(z),), guidance)
 
 
-def _grid(grid: str | Schedule | Tensor | Sequence[float], steps: int, denoiser: DenoiserLike) -> Tensor:
+def grid_of(grid: str | Schedule | Tensor | Sequence[float], steps: int, denoiser: DenoiserLike) -> Tensor:
     """The falling sigmas that `grid` stands for, float64 on the CPU."""
     if isinstance(grid, str):
         if grid != "karras":
@@ -348,5 +348,6 @@ def _grid(grid: str | Schedule | Tensor | Sequence[float], steps: int, denoiser:
     return native_grid(grid, steps, denoiser.sigma_min, denoiser.sigma_max)
 
 
-def _ancestral_noise(shape: tuple[int, ...], seed: int, index: Sequence[int], device: torch.device) -> Noise:
+def ancestral_noise(shape: tuple[int, ...], seed: int, index: Sequence[int], device: torch.device) -> Noise:
+    """What `ddpm` adds to images of `shape` (C, H, W) at each step, a function of (seed, step, index[b], shape)."""
     return lambda step: normal(shape, seed, f"ancestral {step}", index).to(device)

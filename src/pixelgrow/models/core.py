@@ -29,6 +29,11 @@ class Context:
     bias: Tensor
 
 
+def _rows(table: nn.Embedding, labels: Tensor) -> Tensor:
+    """Rows of a table by number, labels (B,) int64 -> (B, dim), or their sums under weights, labels (B, rows) float."""
+    return labels.to(table.weight.dtype) @ table.weight if labels.is_floating_point() else table(labels)
+
+
 class Block(nn.Module):
     """Self-attention, cross-attention to the text, MLP; noise level and pooled text modulate the first and last.
 
@@ -108,7 +113,7 @@ class Core(nn.Module):
         if self.config.classes:
             if cond.labels is None:
                 raise ValueError("a class-conditional core got a text condition")
-            tokens, pooled = self.class_token(cond.labels)[:, None], self.class_pooled(cond.labels)
+            tokens, pooled = _rows(self.class_token, cond.labels)[:, None], _rows(self.class_pooled, cond.labels)
             mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
         else:
             if cond.tokens is None or cond.mask is None or cond.pooled is None:
@@ -121,12 +126,11 @@ class Core(nn.Module):
         mask = torch.where(null[:, None], first, mask)
         pooled = torch.where(null[:, None], self.null_pooled, pooled)
         vec = F.silu(self.noise(c_noise) + self.pooled(pooled) + extra)
-        bias = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, float("-inf"))
         return Context(
             vec=vec,
             modulation=self.modulation(vec).unflatten(1, (6, -1)),
             text=tokens,
-            bias=bias[:, None, None],
+            bias=mask.to(dtype).log()[:, None, None],  # a softmax times the mask, which may be weights
         )
 
     def forward(self, x: Tensor, size: tuple[int, int], ctx: Context) -> Tensor:

@@ -1,0 +1,539 @@
+"""Edits of pictures: inpaint, upscale, transfer, interpolate (PaGoDA, arXiv 2405.14822, controllable generation).
+
+A multi-step model edits along its sampler's path: what is known of a picture is put into every denoised image. For a
+one-step generator the latent of what is known is looked for, by descent or along the ODE of a multi-step `teacher`.
+
+Pictures are PIL images or arrays (H, W, 3) of uint8: one, or several of one size that are edited together; what becomes
+of picture i is a function of it, its prompts, the seed, i and the settings, beyond rounding. `settings` are those of
+`Model.sample` (steps, guidance, sampler, grid, interval, threshold) for a multi-step model, those of `FitSettings`
+(iterations, rate, starts, prior, tolerance) for a one-step generator; `progress` is called with (steps done, steps in
+all). All raise UserError for pictures, prompts and settings that do not fit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from pixelgrow import rng
+from pixelgrow.data.images import to_rgb
+from pixelgrow.errors import UserError
+from pixelgrow.guidance import Guided
+from pixelgrow.model import Model, OneStepModel, noise_grid
+from pixelgrow.models.cond import Cond, mixed, slerp
+from pixelgrow.models.layers import box_down, up_nearest
+from pixelgrow.onestep.latents import Draw, FitSettings, Misfit, fit, nearest
+from pixelgrow.onestep.pairs import Ode
+from pixelgrow.pictures import to_uint8
+from pixelgrow.sampling import Denoise, Noise, ancestral_noise, grid_of, initial_noise, trajectory, weights_like
+
+Picture = Image.Image | np.ndarray
+Progress = Callable[[int, int], None]
+MAX_FRAMES = 1000
+STRENGTH = 0.7  # of `transfer`, where none is given
+REFINED, CALM = 0.4, 2.0  # of a second pass: its share of the path, and its guidance at most: more frays the edges
+SEEN = (0.5, 2.0)  # noise levels at which a picture's objects are seen, in units of the data's deviation
+APART = 0.3  # of the largest difference between two prompts' pictures: from there on they disagree
+TEACHER = ("heun", 20)  # the solver of a teacher's inversion: 39 evaluations
+FIT = tuple(field.name for field in dataclasses.fields(FitSettings))
+logger = logging.getLogger(__name__)
+
+
+# --- the four edits ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def inpaint(
+    model: Model,
+    pictures: Picture | Sequence[Picture],
+    masks: Picture | Sequence[Picture],
+    prompts: str | Sequence[str],
+    *,
+    seed: int = 0,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> list[Image.Image]:
+    """Fill what a mask covers by the prompt; every other pixel comes back as it was.
+
+    A mask is as large as its picture, black where the picture is known and anything else where it is to be filled. A
+    multi-step model has the known pixels in every denoised image, so that they pass through the noise levels as
+    x + sigma eps (as in RePaint, arXiv 2201.09865, with one noise for all levels), and does so once more from the noise
+    level of REFINED, so that seams settle (ours). A one-step generator's latent is the one whose picture has the known
+    pixels (`FitSettings`).
+    """
+    x = _pixels(model, pictures)
+    fill = _masks(masks, x)
+    cond = _conditions(model, prompts, len(x))
+    if isinstance(model, OneStepModel):
+        known = (~fill).float()
+
+        def misfit(drawn: Tensor) -> Tensor:
+            return ((drawn - x).square() * known).sum((1, 2, 3)) / (3 * known.sum((1, 2, 3)))
+
+        draw = _drawing(model, cond, settings)
+        z = _latents(model, draw, misfit, x.shape, settings, seed=seed, progress=progress)
+        return _pictures(torch.where(fill, draw(z), x))
+    path = _Path(model, settings, progress, more=REFINED)
+    drawn = path.fill(path.denoise(cond), x, fill, path.noise(_size(x), seed, len(x)), seed)
+    return _pictures(path.again(cond, x, fill, drawn, seed))
+
+
+@torch.no_grad()
+def upscale(
+    model: Model,
+    pictures: Picture | Sequence[Picture],
+    prompts: str | Sequence[str],
+    *,
+    teacher: Model | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> list[Image.Image]:
+    """Enlarge pictures to the model's resolution: averaged down, what comes back is what was given.
+
+    The shorter side is the model's divided by 2, 4, 8 ... A multi-step model has the averages of every denoised image
+    set to the picture; it is not guided unless asked, since the picture says enough. A one-step generator draws from
+    the latent whose picture, averaged down, is the one given: the ODE of its `teacher` leads there (the paper's way;
+    the picture then has the teacher's resolution), or descent.
+    """
+    y = _stack(model, pictures)
+    k = _factor(model, _size(y))
+    size = (k * y.shape[-2], k * y.shape[-1])
+    cond = _conditions(model, prompts, len(y))
+
+    def consistent(image: Tensor) -> Tensor:
+        return image + up_nearest(y - box_down(image, k), k)
+
+    if isinstance(model, OneStepModel):
+        start = None if teacher is None else _inverted(model, teacher, y, prompts)
+
+        def misfit(drawn: Tensor) -> Tensor:
+            return (box_down(drawn, k) - y).square().mean((1, 2, 3))
+
+        draw = _drawing(model, cond, settings)
+        shape = torch.Size([len(y), 3, *size])
+        drawn = draw(_latents(model, draw, misfit, shape, settings, start=start, seed=seed, progress=progress))
+    else:
+        _no_teacher(teacher)
+        path = _Path(model, {"guidance": 1.0} | _given(settings), progress)
+        denoise = path.denoise(cond)
+        drawn = path.solve(lambda z, sigma: consistent(denoise(z, sigma)), path.noise(size, seed, len(y)), seed=seed)
+    return _pictures(consistent(drawn))
+
+
+@torch.no_grad()
+def transfer(
+    model: Model,
+    pictures: Picture | Sequence[Picture],
+    source: str | Sequence[str],
+    target: str | Sequence[str],
+    *,
+    strength: float | None = None,
+    teacher: Model | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> list[Image.Image]:
+    """What `source` says of a picture becomes what `target` says: inverted under the one, drawn under the other.
+
+    Pixels change only where the prompts disagree about them (after DiffEdit, arXiv 2210.11427; the rest is ours). A
+    multi-step model runs its ODE backwards under `source`, without guidance, up to the noise level of `strength` in
+    (0, 1]; where what it makes of the states on the way differs between the prompts (`_differing`), it draws along
+    the ODE under `target`, with everything else known as in `inpaint`; and once more from the noise level REFINED, on
+    fresh noise, since a state that was inverted still has the old picture's details. A one-step generator's latent of
+    the picture, found as in `upscale`, is decoded under both prompts: where they differ, the second decode is taken.
+    """
+    x = _pixels(model, pictures)
+    before, after = _each(source, len(x)), _each(target, len(x))
+    old, new = model.conditions(before), model.conditions(after)
+    if isinstance(model, OneStepModel):
+        if strength is not None:
+            raise UserError(
+                "strength: a one-step generator has no noise levels to stop at; drop it, or name a multi-step one"
+            )
+        z = _latent_of(model, x, old, before, teacher, settings, seed, progress)
+        drawn, was = (_drawing(model, cond, settings)(z) for cond in (new, old))
+        return _pictures(torch.where(_differing([drawn - was]), drawn, x))
+    _no_teacher(teacher)
+    strength = STRENGTH if strength is None else strength
+    path = _Path(model, settings, progress, strength=strength, passes=2, more=min(strength, REFINED))
+    states = path.invert(path.denoise(old, guidance=1.0), x)
+    will, would = path.denoise(new), path.denoise(old)
+    low, high = (sigma * model.denoiser.noise_scale * model.denoiser.config.sigma_data for sigma in SEEN)
+    levels = [(sigma, at) for sigma, at in zip(path.sigmas.tolist(), states, strict=True) if sigma > 0]
+    nearest_level = min(levels, key=lambda level: abs(math.log(level[0] / math.sqrt(low * high))))
+    seen = [level for level in levels if low <= level[0] <= high] or [nearest_level]
+    change = _differing([will(at, sigma) - would(at, sigma) for sigma, at in seen])
+
+    drawn = path.fill(will, x, change, states[0], seed)
+    return _pictures(path.again(new, x, change, drawn, seed))
+
+
+def _differing(changes: Sequence[Tensor]) -> Tensor:
+    """Where two drawings of a picture differ, (B, 1, H, W) bool, by their differences (B, 3, H, W) at some levels.
+
+    All pixels whose difference, summed over the levels and averaged over the pixels next to it, is above a share APART
+    of the largest one's (of a hundredth of the pixels), and those next to them. Nowhere, if it is nothing.
+    """
+    reach = max(1, round(min(_size(changes[0])) / 64))
+    window = 2 * reach + 1
+    total = torch.stack([change.float().square().sum(1, keepdim=True).sqrt() for change in changes]).sum(0)
+    near = F.avg_pool2d(total, window, 1, reach, count_include_pad=False)
+    most = near.flatten(1).quantile(0.99, dim=1)[:, None, None, None]
+    return F.max_pool2d((near > APART * most.clamp_min(1e-4)).float(), window, 1, reach) > 0
+
+
+@torch.no_grad()
+def interpolate(
+    model: Model,
+    prompts: str | Sequence[str],
+    *,
+    frames: int = 8,
+    seeds: Sequence[int] = (0,),
+    pictures: Sequence[Picture] = (),
+    teacher: Model | None = None,
+    progress: Progress | None = None,
+    **settings: Any,
+) -> list[Image.Image]:
+    """`frames` pictures from one end to the other: latents on the arc between two (`slerp`), conditions `mixed`.
+
+    The ends are one or two `prompts`, and one or two `seeds`, whose latents are those of `sample`, or two `pictures`,
+    each inverted under its prompt: by a multi-step model's own ODE with the guidance that the frames are drawn with
+    (none, unless it is given: then the ends are the pictures), or to a one-step generator's latent as in `upscale`.
+    """
+    _check_space(model)
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not 1 <= len(texts) <= 2 or not 1 <= len(seeds) <= 2 or len(pictures) not in (0, 2):
+        raise UserError(
+            f"{len(texts)} prompts, {len(seeds)} seeds and {len(pictures)} pictures: expected one or two prompts, and "
+            "one or two seeds or two pictures"
+        )
+    if not pictures and texts[0] == texts[-1] and seeds[0] == seeds[-1]:
+        raise UserError("both ends are the same: expected two prompts, two seeds or two pictures")
+    if not 2 <= frames <= MAX_FRAMES:
+        raise UserError(f"frames={frames}: expected 2 to {MAX_FRAMES}, the ends among them")
+    ends = [texts[0], texts[-1]]
+    cond = model.conditions(ends)
+    x = _pixels(model, pictures) if pictures else None
+    size = (model.resolution, model.resolution) if x is None else _size(x)
+    t = torch.linspace(0, 1, frames, device=model.device)
+    first = torch.zeros(frames, dtype=torch.int64, device=model.device)
+    between = mixed(cond[first], cond[first + 1], t, model.denoiser.net.config.core.classes)
+
+    def arc(z: Tensor) -> Tensor:
+        return slerp(z[first], z[first + 1], t)
+
+    def prior(size: tuple[int, int]) -> Tensor:
+        return torch.cat([initial_noise(size, seed, [0]) for seed in (seeds[0], seeds[-1])]).to(model.device)
+
+    if isinstance(model, OneStepModel):
+        if x is None:
+            _no_pictures(teacher, settings)
+            z = prior(model.generator.latent_size(size))
+        else:
+            z = _latent_of(model, x, cond, ends, teacher, settings, seeds[0], progress)
+        return _pictures(_drawing(model, between, settings)(arc(z)))
+    _no_teacher(teacher)
+    if x is None:
+        path = _Path(model, settings, progress)
+        z = path.sigmas[0].item() * prior(size)
+    else:
+        path = _Path(model, {"guidance": 1.0} | _given(settings), progress, passes=2)
+        z = path.invert(path.denoise(cond), x)[0]
+    return _pictures(path.solve(path.denoise(between), arc(z), index=[0] * frames))
+
+
+# --- a multi-step model -----------------------------------------------------------------------------------------------
+
+
+class _Path:
+    """A multi-step model's solver under `settings`, else the checkpoint's, else the library's.
+
+    `sigmas`: its falling grid, from the noise level that `strength` in (0, 1] stands for: that share of its steps.
+    `more`: the share that `again` goes along; `passes`: how often all of `sigmas` is gone along, for `progress`.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        settings: dict[str, Any],
+        progress: Progress | None = None,
+        *,
+        strength: float = 1.0,
+        passes: int = 1,
+        more: float = 0.0,
+    ) -> None:
+        if named := [name for name in _given(settings) if name in FIT]:
+            raise UserError(
+                f"{', '.join(named)}: a multi-step model edits along its sampler's path and looks for no latent; drop "
+                "it, or name a one-step checkpoint"
+            )
+        if not 0 < strength <= 1:
+            raise UserError(f"strength={strength}: expected more than 0 and 1 at most; 1 goes back to pure noise")
+        chosen = model.settings(**settings)
+        grid = noise_grid(chosen.pop("grid", "karras"), model.denoiser, model.config)
+        sigmas = grid_of(grid, chosen.pop("steps"), model.denoiser)
+        self.sigmas, self.last = (sigmas[round((1 - share) * (len(sigmas) - 2)) :] for share in (strength, more))
+        self.sampler: str = chosen.pop("sampler")
+        self.model, self.guiding, self.progress = model, chosen, progress
+        self.done, self.total = 0, passes * (len(self.sigmas) - 1) + (len(self.last) - 1 if more else 0)
+
+    def denoise(self, cond: Cond, **guiding: Any) -> Denoise:
+        """The guided denoiser of conditions; `guiding` in the place of the settings' own."""
+        return Guided(self.model.denoiser, cond, **(self.guiding | guiding))
+
+    def noise(self, size: tuple[int, int], seed: int, count: int) -> Tensor:
+        """(count, 3, h, w) to start from: that of `sample`."""
+        return self.sigmas[0].item() * initial_noise(size, seed, range(count)).to(self.model.device)
+
+    def solve(
+        self,
+        denoise: Denoise,
+        x: Tensor,
+        seed: int = 0,
+        *,
+        index: Sequence[int] | None = None,
+        sigmas: Tensor | None = None,
+    ) -> Tensor:
+        """x (B, 3, h, w) at the first level of the grid, or of `sigmas`, -> images."""
+        numbers = range(len(x)) if index is None else index
+        noise = ancestral_noise(tuple(x.shape[1:]), seed, numbers, x.device)
+        *_, end = self._along(self.sigmas if sigmas is None else sigmas, denoise, x, noise)
+        if not bool(end.isfinite().all()):
+            raise UserError("the edit gave non-finite pixels: expected finite predictions; try less guidance, or fp32")
+        return end
+
+    def fill(
+        self, denoise: Denoise, x: Tensor, where: Tensor, z: Tensor, seed: int, sigmas: Tensor | None = None
+    ) -> Tensor:
+        """Images from z at the first level, with those x (B, 3, h, w) known but for `where` (B, 1, h, w)."""
+        filled = self.solve(lambda z, sigma: torch.where(where, denoise(z, sigma), x), z, seed, sigmas=sigmas)
+        return torch.where(where, filled, x)
+
+    def again(self, cond: Cond, x: Tensor, where: Tensor, drawn: Tensor, seed: int) -> Tensor:
+        """A second pass over what was filled, from a lower noise level, with less guidance: seams and edges settle."""
+        denoise = self.denoise(cond, guidance=min(CALM, self.guiding["guidance"]))
+        noise = self.last[0].item() * initial_noise(_size(x), rng.seed_of(seed, "again"), range(len(x))).to(x.device)
+        return self.fill(denoise, x, where, drawn + noise, seed, self.last)
+
+    def invert(self, denoise: Denoise, x: Tensor) -> list[Tensor]:
+        """Images x (B, 3, h, w) -> the states of the grid's levels, that of the first level first, x itself last."""
+        return [x, *self._along(self.sigmas.flip(0), denoise, x, None)][::-1]
+
+    @torch.no_grad()
+    def _along(self, sigmas: Tensor, denoise: Denoise, x: Tensor, noise: Noise | None) -> Iterator[Tensor]:
+        for state in trajectory(denoise, x, sigmas, self.sampler, noise):
+            self.done += 1
+            if self.progress is not None:
+                self.progress(self.done, self.total)
+            yield state
+
+
+def _no_teacher(teacher: Model | None) -> None:
+    if teacher is not None:
+        raise UserError(
+            "the checkpoint to edit with is a multi-step denoiser, expected a one-step generator where a teacher is "
+            "given: drop the teacher, or name a one-step checkpoint"
+        )
+
+
+# --- a one-step generator ---------------------------------------------------------------------------------------------
+
+
+def _drawing(model: OneStepModel, cond: Cond, settings: dict[str, Any]) -> Draw:
+    """The generator under conditions, told its guidance weight if it takes one."""
+    told = model.settings(**{name: value for name, value in settings.items() if name not in FIT})
+    return lambda z: model.generator(z, cond, weights_like(z, told.get("guidance"))).float()
+
+
+def _latents(
+    model: OneStepModel,
+    draw: Draw,
+    misfit: Misfit,
+    shape: torch.Size,
+    settings: dict[str, Any],
+    *,
+    start: Tensor | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Latents whose pictures, of `shape`, fit. From `start`, where a teacher found it, no step unless asked for."""
+    given = {name: value for name, value in _given(settings).items() if name in FIT}
+    chosen = FitSettings(**({} if start is None else {"iterations": 0}) | given)
+    if start is None:
+        h, w = model.generator.latent_size((shape[-2], shape[-1]))
+        start = nearest(draw, misfit, (shape[0], h, w), seed, chosen.starts, model.device)
+    found = fit(draw, misfit, start, chosen, progress)
+    logger.info("known pixels are met to %.3g, of the range [-1, 1] (root mean square)", float(found.error.max()))
+    return found.latent
+
+
+def _latent_of(
+    model: OneStepModel,
+    x: Tensor,
+    cond: Cond,
+    prompts: Sequence[str],
+    teacher: Model | None,
+    settings: dict[str, Any],
+    seed: int,
+    progress: Progress | None,
+) -> Tensor:
+    """The latents of whole pictures (B, 3, H, W) under their prompts."""
+    k = model.resolution // model.generator.latent_resolution
+    start = None if teacher is None else _inverted(model, teacher, box_down(x, k), prompts)
+
+    def misfit(drawn: Tensor) -> Tensor:
+        return (drawn - x).square().mean((1, 2, 3))
+
+    draw = _drawing(model, cond, settings)
+    return _latents(model, draw, misfit, x.shape, settings, start=start, seed=seed, progress=progress)
+
+
+@torch.no_grad()
+def _inverted(model: OneStepModel, teacher: Model, x: Tensor, prompts: Sequence[str]) -> Tensor:
+    """A teacher's latents of pictures (B, 3, h, w) of its resolution, without guidance, as `pairs` makes them."""
+    if isinstance(teacher, OneStepModel):
+        raise UserError(
+            "the teacher is a one-step generator, expected a multi-step denoiser: name the checkpoint that it was "
+            "distilled from"
+        )
+    if teacher.resolution != model.generator.latent_resolution:
+        raise UserError(
+            f"the teacher is a {teacher.resolution} px model, expected {model.generator.latent_resolution} px: name "
+            "the checkpoint that the generator was distilled from"
+        )
+    if min(_size(x)) != teacher.resolution:
+        raise UserError(
+            f"a picture of {_words(x)} cannot be inverted by a teacher of {teacher.resolution} px: expected a shorter "
+            f"side of {teacher.resolution}, or drop the teacher"
+        )
+    ode = Ode(*TEACHER, teacher.denoiser.sigma_min, teacher.denoiser.sigma_max)
+    cond = teacher.conditions(prompts)
+    return ode.to_latent(Guided(teacher.denoiser, cond), x.to(teacher.device)).to(x.device)
+
+
+def _no_pictures(teacher: Model | None, settings: dict[str, Any]) -> None:
+    named = [*(name for name in _given(settings) if name in FIT), *(["teacher"] if teacher is not None else [])]
+    if named:
+        raise UserError(f"{', '.join(named)}: nothing is inverted without pictures; drop it, or give two pictures")
+
+
+# --- what comes in and goes out ---------------------------------------------------------------------------------------
+
+
+def _given(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _several(pictures: Picture | Sequence[Picture]) -> list[Picture]:
+    return [pictures] if isinstance(pictures, Image.Image | np.ndarray) else list(pictures)
+
+
+def _stack(model: Model, pictures: Picture | Sequence[Picture]) -> Tensor:
+    """Pictures of one size -> (B, 3, H, W) float in [-1, 1], on the model's device."""
+    _check_space(model)
+    arrays = [_array(p) for p in _several(pictures)]
+    sizes = {a.shape for a in arrays}
+    if len(sizes) != 1:
+        got = ", ".join(f"{h}x{w}" for h, w, _ in sorted(sizes)) or "none"
+        raise UserError(f"pictures of sizes {got}: expected one or more of one size; edit others in calls of their own")
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).to(model.device).float() / 127.5 - 1
+
+
+def _check_space(model: Model) -> None:
+    if model.config.latent:
+        raise UserError(
+            f"this model draws latents of {model.config.latent['autoencoder']}, and pictures alone are edited: name a "
+            "model of pixels"
+        )
+
+
+def _array(picture: Picture) -> np.ndarray:
+    array = np.asarray(to_rgb(picture)) if isinstance(picture, Image.Image) else picture
+    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
+        raise UserError(
+            f"a picture of shape {array.shape} and type {array.dtype}: expected a PIL image, or uint8 (h, w, 3)"
+        )
+    return array
+
+
+def _pixels(model: Model, pictures: Picture | Sequence[Picture]) -> Tensor:
+    """Pictures of the model's size, on its device."""
+    x = _stack(model, pictures)
+    side, stride = model.resolution, model.denoiser.net.config.stride
+    if min(_size(x)) != side or max(_size(x)) % stride:
+        near = max(side, round(side * max(_size(x)) / min(_size(x)) / stride) * stride)
+        fits = (side, near) if x.shape[-1] > x.shape[-2] else (near, side)
+        raise UserError(
+            f"a picture of {_words(x)} does not fit: this model edits pictures whose shorter side is {side} and whose "
+            f"longer one is a multiple of {stride}, such as {fits[0]}x{fits[1]}; resize it, or have it cropped (--fit)"
+        )
+    return x
+
+
+def _masks(masks: Picture | Sequence[Picture], x: Tensor) -> Tensor:
+    """Masks of pictures x (B, 3, H, W), one for all or one for each -> (B, 1, H, W) bool, True where to fill."""
+    found = []
+    for mask in _several(masks):
+        array = np.asarray(to_rgb(mask)) if isinstance(mask, Image.Image) else mask
+        fill = array.astype(bool) if array.ndim == 2 else array.any(2)
+        if fill.shape != _size(x):
+            raise UserError(
+                f"the mask is {fill.shape[0]}x{fill.shape[1]} (height x width), its picture {_words(x)}: expected one "
+                "size; draw the mask over the picture"
+            )
+        if fill.all() or not fill.any():
+            what = "all of the picture" if fill.all() else "nothing"
+            raise UserError(
+                f"the mask covers {what}: expected black where the picture is known, and white where it is to be filled"
+            )
+        found.append(fill)
+    if len(found) not in (1, len(x)):
+        raise UserError(f"{len(found)} masks for {len(x)} pictures: expected one for all, or one for each")
+    return torch.from_numpy(np.stack(found))[:, None].expand(len(x), -1, -1, -1).to(x.device)
+
+
+def _factor(model: Model, size: tuple[int, int]) -> int:
+    """How many times a picture of `size` (h, w) is to be enlarged."""
+    side, stride = model.resolution, model.denoiser.net.config.stride
+    k = side // min(size)
+    if k < 2 or k * min(size) != side or k & (k - 1) or k * max(size) % stride:
+        fits = ", ".join(str(side >> i) for i in range(1, 5) if side % (1 << i) == 0)
+        raise UserError(
+            f"a picture of {size[0]}x{size[1]} (height x width) cannot be enlarged to {side} px: expected a shorter "
+            f"side of one of {fits} pixels, and a longer one that, enlarged as much, is a multiple of {stride}"
+        )
+    return k
+
+
+def _conditions(model: Model, prompts: str | Sequence[str], count: int) -> Cond:
+    return model.conditions(_each(prompts, count))
+
+
+def _each(prompts: str | Sequence[str], count: int) -> list[str]:
+    """A prompt for each of `count` pictures."""
+    texts = [prompts] * count if isinstance(prompts, str) else list(prompts)
+    if len(texts) != count:
+        raise UserError(f"{len(texts)} prompts for {count} pictures: expected one for all, or one for each")
+    return texts
+
+
+def _size(x: Tensor) -> tuple[int, int]:
+    return x.shape[-2], x.shape[-1]
+
+
+def _words(x: Tensor) -> str:
+    return f"{x.shape[-2]}x{x.shape[-1]} (height x width)"
+
+
+def _pictures(x: Tensor) -> list[Image.Image]:
+    return [Image.fromarray(p) for p in to_uint8(x)]
