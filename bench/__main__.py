@@ -14,12 +14,15 @@ BENCHES = {
     "resume": "twenty runs killed at random moments and gone on with: the same bytes as one left alone",
     "contention": "training beside other processes: what spinning threads cost, what the command line's setting saves",
     "biased_teacher": "reconstruction against distillation as a teacher gets worse, in two dimensions",
+    "onestep": "one evaluation against guided sampling, by part, by resolution, and against an autoencoder's decoder",
+    "pairs": "a pairs stage killed at random moments, a damaged shard, another teacher; the round trip of the teacher",
     "editing": "transfer, inpainting and upscaling of held-out scenes by the shipped model, judged by the checker",
     "growth": "six ways to a 64 px model at equal training compute, three seeds (about 50 minutes on two cores)",
 }
 OPTIONS = {
     "editing": ["--figures", "docs/figures"],
     "biased_teacher": ["--figures", "docs/figures"],
+    "onestep": ["--figures", "docs/figures"],
     "throughput": ["--output", "runs/bench/throughput.jsonl", "--figures", "docs/figures"],
     "growth": ["--root", "runs/bench/growth", "--figures", "docs/figures"],
 }

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from pixelgrow import checkpoint
 from pixelgrow.data.seeing import look
+from pixelgrow.model import find
+from pixelgrow.models.uvit import UViT
+from pixelgrow.onestep.generator import Generator
 from pixelgrow.stages import grow, train
+from pixelgrow.stages import pairs as stages_of_pairs
 from text_models import save_t5
 
 ROOT = Path(__file__).parents[1]
@@ -151,6 +158,57 @@ def test_growth_runs_goes_on_and_summarizes(
     written = weights.stat().st_mtime_ns
     growth.execute(plan, growth.parser().parse_args(argv))
     assert weights.stat().st_mtime_ns == written
+
+
+# --- one step ---------------------------------------------------------------------------------------------------------
+
+
+def test_onestep_measures_speed_parts_and_resolutions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("diffusers")
+    from bench import onestep
+
+    onestep.main(["--quick", "--figures", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "times faster" in out and "| of it, growth blocks |" in out and "| 128 |" in out
+    assert (tmp_path / "onestep.png").stat().st_size > 1000
+
+
+def test_onestep_counts_what_each_rung_costs_without_allocating() -> None:
+    from bench import onestep
+
+    (config,) = onestep.shapes(["tiny"], 256).values()
+    found = onestep.counted(lambda: Generator(UViT(config)), lambda g: onestep.drawn(g, *onestep.inputs(config)))
+    assert len(found) == 4 and [c.flops for c in found] == sorted(c.flops for c in found)
+    more = [b.flops - a.flops for a, b in pairwise(found)]
+    assert more[2] > 3 * more[1]  # four times the pixels, the same channels
+
+
+# --- pairs ------------------------------------------------------------------------------------------------------------
+
+
+def test_pairs_are_mended_and_another_teacher_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench import pairs
+
+    monkeypatch.setattr(pairs, "IMAGES", 6)
+    monkeypatch.setattr(pairs, "SHARD", 2)
+    monkeypatch.setattr(stages_of_pairs, "CHECKED", 2)
+    model, config = checkpoint.load(find("tiny"))
+    alone = config.model_copy(update={"lineage": config.lineage[:1]})  # of the core
+    checkpoint.save(tmp_path / "teacher", pairs.core_of(model), alone)
+    pairs.work(str(tmp_path / "teacher"), str(tmp_path / "run"))
+    assert pairs.whole(tmp_path / "run") == 3 and len(pairs.contents(tmp_path / "run")) == 4
+    found = pairs.cut_off(tmp_path / "teacher", tmp_path / "run", random.Random(0))
+    assert found["found"] and found["same"] and found["alone"]
+    said = pairs.refused(tmp_path / "teacher", tmp_path / "run")
+    assert "its parent" in said["stage"] and "changed since it was begun" in said["stage"]
+    assert "the pairs are of the teacher" in said["distillation"]
+
+
+def test_the_shipped_core_inverts_to_30_db_at_79_evaluations() -> None:
+    from bench import pairs
+
+    found = pairs.round_trip(pairs.core_of(checkpoint.load(find("tiny"))[0]), images=2)
+    assert list(found)[-1] == "stored" and min(found.values()) > pairs.TARGET
 
 
 # --- editing ----------------------------------------------------------------------------------------------------------

@@ -33,9 +33,10 @@ KINDS: dict[Objective, str] = {"denoise": "a multi-step denoiser", "generate": "
 
 
 class CheckpointConfig(BaseModel):
-    """What `config.json` holds. `objective` says what the weights are for; `text` how captions are encoded; `sampling`
-    the defaults of the `sample` verb; `noise` the noise levels of its last training, None where nobody noted them;
-    `lineage` the stages that made the checkpoint, oldest first."""
+    """What `config.json` holds. `objective` says what the weights are for; `text` how captions are encoded; `latent`
+    the autoencoder whose latents are drawn, empty for pixels; `sampling` the defaults of the `sample` verb; `noise` the
+    noise levels of its last training, None where nobody noted them; `lineage` the stages that made the checkpoint,
+    oldest first."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -45,6 +46,7 @@ class CheckpointConfig(BaseModel):
     diffusion: DiffusionConfig
     noise: NoiseConfig | None = None
     text: dict[str, Any] = {}
+    latent: dict[str, Any] = {}
     sampling: dict[str, Any] = {}
     lineage: list[dict[str, Any]] = []
     sha256: str = ""

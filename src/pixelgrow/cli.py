@@ -152,9 +152,14 @@ def recaption(
 def _sizes(recipe: str) -> list[tuple[int, int]]:
     from pixelgrow.recipe import load_recipe, resolution_of
 
-    stages = load_recipe(recipe).stages
-    sides = dict.fromkeys(resolution_of(stages, stage.name) for stage in stages)
-    return [(side, side) for side in sides if side is not None]
+    read = load_recipe(recipe)
+    factor = 1
+    if read.latent is not None:
+        from pixelgrow.autoencoder import Autoencoder
+
+        factor = Autoencoder(read.latent.autoencoder).factor
+    sides = dict.fromkeys(resolution_of(read.stages, stage.name) for stage in read.stages)
+    return [(factor * side, factor * side) for side in sides if side is not None]
 
 
 @app.command()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pixelgrow.errors import UserError
 from pixelgrow.models.cond import Cond
-from pixelgrow.models.config import Frozen, RungConfig
+from pixelgrow.models.config import Frozen, RungConfig, Space
 from pixelgrow.models.core import Context
 from pixelgrow.models.layers import box_down, up_nearest
 from pixelgrow.models.uvit import UViT
@@ -95,6 +95,11 @@ class Denoiser(nn.Module):
     def resolution(self) -> int:
         """Image side that it denoises; a generator's decoder halves, which see no noisy image, do not count."""
         return self.net.config.latent_resolution
+
+    @property
+    def space(self) -> Space:
+        """What its images are."""
+        return self.net.config.space
 
     @property
     def noise_scale(self) -> float:

@@ -106,7 +106,7 @@ def upscale(
     one-step generator draws from the latent whose picture, averaged down, is the one given: the ODE of its `teacher`
     leads there (the paper's way; the picture then has the teacher's resolution), or descent.
     """
-    y = _stack(pictures).to(model.device)
+    y = _stack(model, pictures)
     k = _factor(model, _size(y))
     size = (k * y.shape[-2], k * y.shape[-1])
     cond = _conditions(model, prompts, len(y))
@@ -211,6 +211,7 @@ def interpolate(
     each inverted under its prompt: by a multi-step model's own ODE with the guidance that the frames are drawn with
     (none, unless it is given: then the ends are the pictures), or to a one-step generator's latent as in `upscale`.
     """
+    _check_space(model)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if not 1 <= len(texts) <= 2 or not 1 <= len(seeds) <= 2 or len(pictures) not in (0, 2):
         raise UserError(
@@ -306,7 +307,7 @@ class _Path:
     ) -> Tensor:
         """x (B, 3, h, w) at the first level of the grid, or of `sigmas`, -> images."""
         numbers = range(len(x)) if index is None else index
-        noise = ancestral_noise((x.shape[-2], x.shape[-1]), seed, numbers, x.device)
+        noise = ancestral_noise(tuple(x.shape[1:]), seed, numbers, x.device)
         *_, end = self._along(self.sigmas if sigmas is None else sigmas, denoise, x, noise)
         if not bool(end.isfinite().all()):
             raise UserError("the edit gave non-finite pixels: expected finite predictions; try less guidance, or fp32")
@@ -438,14 +439,23 @@ def _several(pictures: Picture | Sequence[Picture]) -> list[Picture]:
     return [pictures] if isinstance(pictures, Image.Image | np.ndarray) else list(pictures)
 
 
-def _stack(pictures: Picture | Sequence[Picture]) -> Tensor:
-    """Pictures of one size -> (B, 3, H, W) float in [-1, 1]."""
+def _stack(model: Model, pictures: Picture | Sequence[Picture]) -> Tensor:
+    """Pictures of one size -> (B, 3, H, W) float in [-1, 1], on the model's device."""
+    _check_space(model)
     arrays = [_array(p) for p in _several(pictures)]
     sizes = {a.shape for a in arrays}
     if len(sizes) != 1:
         got = ", ".join(f"{h}x{w}" for h, w, _ in sorted(sizes)) or "none"
         raise UserError(f"pictures of sizes {got}: expected one or more of one size; edit others in calls of their own")
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).to(model.device).float() / 127.5 - 1
+
+
+def _check_space(model: Model) -> None:
+    if model.config.latent:
+        raise UserError(
+            f"this model draws latents of {model.config.latent['autoencoder']}, and pictures alone are edited: name a "
+            "model of pixels"
+        )
 
 
 def _array(picture: Picture) -> np.ndarray:
@@ -459,7 +469,7 @@ def _array(picture: Picture) -> np.ndarray:
 
 def _pixels(model: Model, pictures: Picture | Sequence[Picture]) -> Tensor:
     """Pictures of the model's size, on its device."""
-    x = _stack(pictures)
+    x = _stack(model, pictures)
     side, stride = model.resolution, model.denoiser.net.config.stride
     if min(_size(x)) != side or max(_size(x)) % stride:
         near = max(side, round(side * max(_size(x)) / min(_size(x)) / stride) * stride)
@@ -468,7 +478,7 @@ def _pixels(model: Model, pictures: Picture | Sequence[Picture]) -> Tensor:
             f"a picture of {_words(x)} does not fit: this model edits pictures whose shorter side is {side} and whose "
             f"longer one is a multiple of {stride}, such as {fits[0]}x{fits[1]}; resize it, or have it cropped (--fit)"
         )
-    return x.to(model.device)
+    return x
 
 
 def _masks(masks: Picture | Sequence[Picture], x: Tensor) -> Tensor:

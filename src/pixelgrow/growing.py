@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import cast, get_args
 
 from pixelgrow import checkpoint
+from pixelgrow.data.latents import Latents
 from pixelgrow.data.loader import take
 from pixelgrow.data.opening import open_source
 from pixelgrow.errors import UserError
@@ -33,7 +34,10 @@ def grow_checkpoint(name: str, to: int, out: Path, *, source: str, init: str, se
     checkpoint.check_objective(find(name), model.config, "denoise")
     grown_config(model.denoiser.net.config, to, cast("Init", init))  # a mistake here is told before data are read
     spec = {"source": source} | ({"split": "heldout"} if source == "scenes" else {})
-    batch = take(open_source(spec), WATCHED, (to, to))
+    opened = open_source(spec)
+    if model.autoencoder is not None:
+        opened = Latents(opened, model.autoencoder, model.denoiser.space.channels, out)  # made for this once, not kept
+    batch = take(opened, WATCHED, (to, to))
     logger.info("growing to %d px; measuring and drawing both on %d images of %s", to, len(batch.text), source)
     cond = model.encode(batch.text)
     child, report = grow(
@@ -45,7 +49,7 @@ def grow_checkpoint(name: str, to: int, out: Path, *, source: str, init: str, se
     config = model.config.model_copy(update={"lineage": [*model.config.lineage, entry]})
     beside = out.with_name(f"{out.name}-growth")
     with writing(out):
-        draw_both(beside, model.denoiser, child, cond, seed)
+        draw_both(beside, model.denoiser, child, cond, seed, pictures=model.pictures)
         write_json(beside / REPORT, report.to_dict())
         checkpoint.save(out, child, config)
     return describe(report.to_dict()) + f"\nwritten to {out}; the report and pictures of both to {beside}"

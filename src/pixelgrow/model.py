@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from pixelgrow import checkpoint
+from pixelgrow.autoencoder import Autoencoder
 from pixelgrow.checkpoint import CheckpointConfig
 from pixelgrow.diffusion import Denoiser, NoiseSchedule
 from pixelgrow.errors import UserError
@@ -70,6 +72,7 @@ class Model:
     def __init__(self, denoiser: Denoiser, config: CheckpointConfig) -> None:
         self.denoiser, self.config = denoiser, config
         self._encoder: TextEncoder | LabelEncoder | None = None
+        self._autoencoder: Autoencoder | None = None
 
     @classmethod
     def from_pretrained(cls, name: str | Path, device: torch.device | str | None = None) -> Model:
@@ -92,8 +95,35 @@ class Model:
 
     @property
     def resolution(self) -> int:
-        """Image side in pixels that the model was made for."""
+        """Image side, in pixels or latents, that the model was made for."""
         return self.denoiser.resolution
+
+    @property
+    def autoencoder(self) -> Autoencoder | None:
+        """What decodes the latents that the model draws; None if it draws pixels.
+
+        Raises UserError if it is not there, or is another than the model was trained with.
+        """
+        latent = self.config.latent
+        if self._autoencoder is None and latent:
+            made = Autoencoder(str(latent.get("autoencoder")), self.device)
+            if latent.get("fingerprint", made.fingerprint) != made.fingerprint:
+                raise UserError(
+                    f"the autoencoder {made.name} is not the one that the model was trained with: got fingerprint "
+                    f"{made.fingerprint}, expected {latent['fingerprint']}; put the folder of then in its place"
+                )
+            self._autoencoder = made
+        return self._autoencoder
+
+    def pictures(self, images: Tensor) -> Tensor:
+        """What the model draws (B, C, h, w) as pictures (B, 3, H, W) in [-1, 1]."""
+        return images if self.autoencoder is None else self.autoencoder.decode(images)
+
+    def _size(self, size: tuple[int, int] | None) -> tuple[int, int]:
+        """Size of what the network draws for pictures of `size` in pixels; its own if None."""
+        if size is None:
+            return self.resolution, self.resolution
+        return size if self.autoencoder is None else self.autoencoder.size(size)
 
     def encode(self, prompts: Sequence[str]) -> Cond:
         """Prompts (or class labels as text) as conditions on the model's device.
@@ -138,9 +168,9 @@ class Model:
     ) -> list[Image.Image]:
         """A picture for each prompt; see `sampling.sample` for the settings. Left out, they are the checkpoint's own.
 
-        `size` is (h, w); `grid` "karras" or "native" (to the training's noise, see `noise_grid`); `guide` another model
-        or `model.denoiser.base`, the model before its last `preserve` growth; `interval` in sigma at the model's
-        resolution. The same (seed, index, prompt, settings) give the same picture at any batch size.
+        `size` is (h, w) in pixels; `grid` "karras" or "native" (to the training's noise, see `noise_grid`); `guide`
+        another model or `model.denoiser.base`, the model before its last `preserve` growth; `interval` in sigma at the
+        model's resolution. The same (seed, index, prompt, settings) give the same picture at any batch size.
         A prompt for a model of classes is the name of a class, or its number.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -161,8 +191,10 @@ class Model:
                     f"the guide's text is {_text(guide.config)}, expected {_text(self.config)}: name a model of the "
                     "same text encoder"
                 )
+            if guide.config.latent != self.config.latent:
+                raise UserError("the guide draws in another space (latent): name a model of the same autoencoder")
             guide = guide.denoiser
-        size = size or (self.resolution, self.resolution)
+        size = self._size(size)
         self.denoiser.net.config.check_size(size)
         samples = sample(
             self.denoiser,
@@ -175,7 +207,7 @@ class Model:
             progress=progress,
             **settings,
         )
-        return [Image.fromarray(p) for p in to_uint8(samples.images)]
+        return [Image.fromarray(p) for p in to_uint8(self.pictures(samples.images))]
 
     def conditions(self, prompts: Sequence[str]) -> Cond:
         """Prompts as conditions on the model's device; of a model of classes, their names or numbers."""
@@ -245,10 +277,10 @@ class OneStepModel(Model):
         if not prompts:
             raise UserError("no prompt was given: expected at least one")
         told = self.settings(**settings)
-        size = size or (self.resolution, self.resolution)
+        size = self._size(size)
         cond = self.conditions(prompts)
         drawn = generate(self.generator, cond, size=size, seed=seed, index=index, batch=batch, **told)
-        return [Image.fromarray(p) for p in to_uint8(drawn.images)]
+        return [Image.fromarray(p) for p in to_uint8(self.pictures(drawn.images))]
 
     def settings(self, **given: Any) -> dict[str, Any]:
         """Of a guided generator its `guidance`, else none: what else is given is refused."""

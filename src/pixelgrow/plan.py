@@ -168,7 +168,7 @@ def step_cost(denoiser: Denoiser, cond: Cond, batch: int, *, bf16: bool = False)
     Works on fake tensors and on real ones alike. Bytes are of tensors made on the way, gradients included.
     """
     side = denoiser.resolution
-    x = torch.zeros(batch, 3, side, side)
+    x = torch.zeros(batch, denoiser.space.channels, side, side)
     sigma, weights = torch.ones(batch), torch.ones(batch)
     return _run(lambda: loss(denoiser, x, sigma, torch.zeros_like(x), cond, weights).mean(), bf16)
 

@@ -141,9 +141,10 @@ class Captioner:
         pair = hf.AutoConfig.from_pretrained(name).model_type == "vision-encoder-decoder"
         kind = hf.VisionEncoderDecoderModel if pair else hf.AutoModelForImageTextToText
         self.model = kind.from_pretrained(name, use_safetensors=True).to(self.device).eval()
-        self.both: Any = None if pair else hf.AutoProcessor.from_pretrained(name)
-        self.images = hf.AutoImageProcessor.from_pretrained(name) if pair else self.both
-        self.words = hf.AutoTokenizer.from_pretrained(name) if pair else self.both.tokenizer
+        both: Any = None if pair else hf.AutoProcessor.from_pretrained(name)
+        self.both = both
+        self.images: Any = hf.AutoImageProcessor.from_pretrained(name) if pair else both
+        self.words: Any = hf.AutoTokenizer.from_pretrained(name) if pair else both.tokenizer
 
     def _asked(self, prompt: str | None) -> str | None:
         """The prompt in the form that a chat model was trained with."""

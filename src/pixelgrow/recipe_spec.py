@@ -53,6 +53,20 @@ class TextSpec(Spec):
         return int(count) if head == "labels" else 0
 
 
+class LatentSpec(Spec):
+    """Work in the latents of a diffusers `AutoencoderKL`, a folder or a repository of the hub; a word alone names it.
+
+    Resolutions of the stages are then sides of latents. Pictures are encoded once, as centre crops.
+    """
+
+    autoencoder: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, given: Any) -> Any:
+        return {"autoencoder": given} if isinstance(given, str) else given
+
+
 class DataSpec(Spec):
     """One source of captioned images, or of images in classes; a word alone is its `source`.
 
@@ -255,7 +269,6 @@ class DistillStage(ModelStage):
     estimator: str | None = None
     preset: Preset | None = None
     losses: LossSettings = LossSettings()
-    lr: float = Field(2e-4, gt=0)
     betas: tuple[float, float] = (0.0, 0.99)
     weight_decay: float = Field(0.0, ge=0)
 
@@ -359,6 +372,7 @@ class Head(Spec):
     name: str = Field(pattern=NAME)
     seed: int = 0
     text: TextSpec = TextSpec()
+    latent: LatentSpec | None = None
     data: Mixture
     heldout: HeldoutSpec = HeldoutSpec()
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from pixelgrow.errors import UserError
 from pixelgrow.guidance import Guided, Network
 from pixelgrow.models.cond import Cond
+from pixelgrow.models.config import PIXELS, Space
 from pixelgrow.rng import normal
 
 Denoise = Callable[[Tensor, float], Tensor]
@@ -55,7 +56,7 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True)
 class Samples:
-    """`images` (N,3,H,W) float in [-1, 1]; `nfe`: network evaluations spent on each."""
+    """`images` (N,3,H,W) float in [-1, 1], or latents (N,C,h,w); `nfe`: network evaluations spent on each."""
 
     images: Tensor
     nfe: int
@@ -210,9 +211,16 @@ def invert(denoise: Denoise, x: Tensor, sigmas: Tensor, method: str = "heun") ->
 # --- the whole of it --------------------------------------------------------------------------------------------------
 
 
-def initial_noise(size: tuple[int, int], seed: int, index: Sequence[int]) -> Tensor:
-    """Standard normal noise (B,3,h,w) float32 on the CPU, row b a function of (seed, index[b], size) alone."""
-    return normal((3, *size), seed, "sample", index)
+def space_of(model: object) -> Space:
+    """What a denoiser's or a generator's images are: what it says, else pixels."""
+    space = getattr(model, "space", PIXELS)
+    assert isinstance(space, Space)
+    return space
+
+
+def initial_noise(size: tuple[int, int], seed: int, index: Sequence[int], channels: int = 3) -> Tensor:
+    """Standard normal noise (B,channels,h,w) float32 on the CPU, row b a function of (seed, index[b], size) alone."""
+    return normal((channels, *size), seed, "sample", index)
 
 
 @torch.no_grad()
@@ -262,6 +270,9 @@ def sample(
             f"size={size}, batch={batch}: expected (height, width), each from 1 to {MAX_SIDE} pixels, and a batch of 1 "
             "or more"
         )
+    space = space_of(denoiser)
+    if threshold is not None and not space.bounded:
+        raise UserError(f"threshold={threshold}: latents are not bounded as pixels are; drop it")
     sigmas = grid_of(grid, steps, denoiser)
     device = cond.null.device if device is None else torch.device(device)
     starts = range(0, n, batch)
@@ -276,8 +287,8 @@ def sample(
             guide=guide,
             threshold=threshold,
         )
-        noise = ancestral_noise(size, seed, rows, device)
-        x = sigmas[0].item() * initial_noise(size, seed, rows).to(device)
+        noise = ancestral_noise((space.channels, *size), seed, rows, device)
+        x = sigmas[0].item() * initial_noise(size, seed, rows, space.channels).to(device)
         for x_next in trajectory(denoise, x, sigmas, sampler, noise):
             x, done = x_next, done + 1
             if progress is not None:
@@ -287,7 +298,7 @@ def sample(
                 f"sampling gave non-finite pixels among samples {rows[0]} to {rows[-1]}: expected finite predictions; "
                 "try an earlier checkpoint, fp32 or less guidance"
             )
-        images.append(x.clamp(-1, 1))
+        images.append(space.bound(x))
         nfe = denoise.nfe
     return Samples(torch.cat(images), nfe)
 
@@ -310,10 +321,11 @@ def generate(
     """
     numbers = list(range(len(cond))) if index is None else [int(i) for i in index]
     latent, device, images = generator.latent_size(size), cond.null.device, []
+    space = space_of(generator)
     for start in range(0, len(cond), batch):
         rows = slice(start, start + batch)
-        z = initial_noise(latent, seed, numbers[rows]).to(device)
-        images.append(generator(z, cond[rows], weights_like(z, guidance)).float().clamp(-1, 1))
+        z = initial_noise(latent, seed, numbers[rows], space.channels).to(device)
+        images.append(space.bound(generator(z, cond[rows], weights_like(z, guidance)).float()))
     return Samples(torch.cat(images), 1)
 
 
@@ -336,6 +348,6 @@ def grid_of(grid: str | Schedule | Tensor | Sequence[float], steps: int, denoise
     return native_grid(grid, steps, denoiser.sigma_min, denoiser.sigma_max)
 
 
-def ancestral_noise(size: tuple[int, int], seed: int, index: Sequence[int], device: torch.device) -> Noise:
-    """What `ddpm` adds at each step, a function of (seed, step, index[b], size)."""
-    return lambda step: normal((3, *size), seed, f"ancestral {step}", index).to(device)
+def ancestral_noise(shape: tuple[int, ...], seed: int, index: Sequence[int], device: torch.device) -> Noise:
+    """What `ddpm` adds to images of `shape` (C, H, W) at each step, a function of (seed, step, index[b], shape)."""
+    return lambda step: normal(shape, seed, f"ancestral {step}", index).to(device)

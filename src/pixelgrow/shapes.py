@@ -5,11 +5,12 @@ from __future__ import annotations
 from os.path import expanduser
 from pathlib import Path
 
+from pixelgrow.autoencoder import Autoencoder
 from pixelgrow.checkpoint import read_config
 from pixelgrow.errors import UserError
 from pixelgrow.growth import grown_config, last_blocks
 from pixelgrow.model import find
-from pixelgrow.models.config import CoreConfig, NetConfig
+from pixelgrow.models.config import PIXELS, CoreConfig, NetConfig, Space
 from pixelgrow.models.sizes import core_config, shallow_uvit
 from pixelgrow.recipe_spec import (
     DistillStage,
@@ -28,18 +29,21 @@ from pixelgrow.writing import reading
 def networks(recipe: Recipe) -> dict[str, NetConfig]:
     """The network of every stage that makes one, by name. Raises UserError for shapes that do not go together."""
     nets: dict[str, NetConfig] = {}
+    space = Autoencoder(recipe.latent.autoencoder).space if recipe.latent else PIXELS
     for stage in recipe.stages:
         if isinstance(stage, ModelStage):
-            nets[stage.name] = network(stage, nets, recipe)
+            nets[stage.name] = network(stage, nets, recipe, space)
     return nets
 
 
-def network(stage: ModelStage, nets: dict[str, NetConfig], recipe: Recipe) -> NetConfig:
+def network(stage: ModelStage, nets: dict[str, NetConfig], recipe: Recipe, space: Space = PIXELS) -> NetConfig:
     """The network that a stage makes, given those of the stages before it."""
     if isinstance(stage, TrainStage) and stage.parent is None:
         assert stage.size is not None and stage.resolution is not None
         core = planned_core(stage.size, recipe.text)
-        return shallow_uvit(stage.size, stage.resolution, stride=stage.stride, patch=stage.patch, core=core)
+        return shallow_uvit(
+            stage.size, stage.resolution, stride=stage.stride, patch=stage.patch, core=core, space=space
+        )
     config = parent_network(str(stage.parent), nets)
     if isinstance(stage, DistillStage):
         return config.model_copy(update={"guided": _follows_law(stage.pairs, recipe)})

@@ -131,6 +131,8 @@ def checkpoint_tables(folder: Path, config: CheckpointConfig, parts: dict[str, i
         "sampling": ", ".join(f"{k} {v}" for k, v in config.sampling.items()) or "the library's defaults",
         "weights": f"sha256 {config.sha256}",
     }
+    if config.latent:
+        rows["latents"] = f"of {config.latent.get('autoencoder')}; resolutions are sides of latents"
     for name, value in rows.items():
         facts.add_row(Text(name, style="dim"), value)
     sizes = _table("parameters", "")

@@ -23,8 +23,8 @@ _MAX_ATTEMPTS = 100
 
 @dataclass(frozen=True)
 class Batch:
-    """`image` (B, 3, H, W) float32 in [-1, 1]; `text`: B captions (decimal labels for classes); `index` (B,) int64: the
-    position of each in the training stream, the only key of randomness of that sample."""
+    """`image` (B, 3, H, W) float32 in [-1, 1], or latents (B, C, h, w); `text`: B captions (decimal labels for
+    classes); `index` (B,) int64: the position of each in the training stream, its only key of randomness."""
 
     image: Tensor
     text: tuple[str, ...]
@@ -36,8 +36,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class Raw:
-    """What a worker hands over: uint8 (B, 3, H, W), captions, the bad files met: (source number, file), and where each
-    image is from: (B, 2) int64, source number and sample number in it; `caption` (B,) int64: which of its captions."""
+    """What a worker hands over: uint8 (B, 3, H, W) or float32 latents, captions, the bad files met: (source number,
+    file), and where each image is from: (B, 2) int64, source number and sample number in it; `caption` (B,) int64:
+    which of its captions."""
 
     image: np.ndarray
     text: tuple[str, ...]
@@ -131,7 +132,8 @@ class Loader:
         )  # one side alone has slack
         mirror = uniform(self.seed, "flip", positions).tolist() if any(self.mirror) else centre
         words = uniform(self.seed, "caption", positions).tolist() if self.several else [0.0] * self.batch
-        image = np.empty((self.batch, 3, *self.size), np.uint8)
+        latents = getattr(self.sources[0], "channels", None)
+        image = np.empty((self.batch, latents or 3, *self.size), np.float32 if latents else np.uint8)
         texts: list[str] = []
         bad: list[tuple[int, BadFile]] = []
         origin, caption = np.empty((self.batch, 2), np.int64), np.zeros(self.batch, np.int64)
@@ -172,11 +174,13 @@ def mirrored(sources: Sequence[Source], flip: bool) -> list[bool]:
 
 
 def to_tensor(image: np.ndarray) -> Tensor:
-    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]."""
+    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]; latents, float32 already, as they are."""
     return _to_float(torch.from_numpy(image).permute(0, 3, 1, 2))
 
 
 def _to_float(image: Tensor) -> Tensor:
+    if image.is_floating_point():
+        return image.contiguous()
     # One large allocation: fresh memory costs more than the arithmetic.
     return torch.empty(image.shape).copy_(image).div_(127.5).sub_(1.0)
 

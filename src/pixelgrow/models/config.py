@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pixelgrow.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Frozen(BaseModel):
     """Base of the configurations: immutable, unknown keys refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Space(Frozen):
+    """What a network's images are: `channels` of them, within [-1, 1] where `bounded`. RGB unless a network draws an
+    autoencoder's latents."""
+
+    channels: int = Field(3, ge=1)
+    bounded: bool = True
+
+    def bound(self, images: Tensor) -> Tensor:
+        """Images without what lies outside."""
+        return images.clamp(-1, 1) if self.bounded else images
+
+
+PIXELS = Space()
 
 
 class CoreConfig(Frozen):
@@ -86,6 +104,7 @@ class NetConfig(Frozen):
     core_stride: int = Field(ge=1)
     rungs: tuple[RungConfig, ...] = Field(min_length=1)
     guided: bool = False
+    space: Space = PIXELS
 
     @model_validator(mode="after")
     def _fits(self) -> NetConfig:

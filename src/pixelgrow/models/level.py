@@ -59,12 +59,12 @@ class Exit(nn.Module):
     pixel value that must pass through, and denoising small noise would be learnt late.
     """
 
-    def __init__(self, channels: int, patch: int, cond_dim: int) -> None:
+    def __init__(self, channels: int, patch: int, cond_dim: int, out: int) -> None:
         super().__init__()
         self.patch = patch
         self.norm = nn.LayerNorm(channels, eps=1e-6)
         self.cond = Modulation(cond_dim, channels)
-        self.conv = nn.Conv2d(channels, 3 * patch**2, 1)
+        self.conv = nn.Conv2d(channels, out * patch**2, 1)
         zero_(self.conv)
 
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:

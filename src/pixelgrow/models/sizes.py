@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pixelgrow.errors import UserError
-from pixelgrow.models.config import CoreConfig, LevelConfig, NetConfig, RungConfig
+from pixelgrow.models.config import PIXELS, CoreConfig, LevelConfig, NetConfig, RungConfig, Space
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,13 @@ def level(name: str, resolution: int, doublings: int, blocks: int = 1) -> LevelC
 
 
 def shallow_uvit(
-    name: str, resolution: int, *, stride: int = 4, patch: int | None = None, core: CoreConfig | None = None
+    name: str,
+    resolution: int,
+    *,
+    stride: int = 4,
+    patch: int | None = None,
+    core: CoreConfig | None = None,
+    space: Space = PIXELS,
 ) -> NetConfig:
     """Shallow-UViT: entry convolution of the core's stride, a residual block, the core, a block, the mirrored exit.
 
@@ -82,5 +88,10 @@ def shallow_uvit(
     finer = (stride // patch).bit_length() - 1
     rung = RungConfig(levels=(level(name, resolution, finer),), patch=patch)
     return NetConfig(
-        size=name, core=core or core_config(name), core_resolution=resolution, core_stride=stride, rungs=(rung,)
+        size=name,
+        core=core or core_config(name),
+        core_resolution=resolution,
+        core_stride=stride,
+        rungs=(rung,),
+        space=space,
     )

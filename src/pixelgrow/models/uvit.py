@@ -49,14 +49,14 @@ class UViT(nn.Module):
             base = rung.attach == "base"
             top = rung.levels[-1]
             key = str(rung.resolution)
-            self.exit[key] = Exit(top.channels, rung.patch, d)
+            self.exit[key] = Exit(top.channels, rung.patch, d, config.space.channels)
             if rung.decodes:
                 for i, level in enumerate(rung.levels):
                     below = rung.levels[i - 1].channels if i else features
                     self.decoder[str(level.resolution)] = DecoderHalf(level.channels, level.blocks, d, below)
                 features = top.channels
                 continue
-            self.entry[key] = Entry(6 if base else 3, top.channels, rung.patch)
+            self.entry[key] = Entry((1 + base) * config.space.channels, top.channels, rung.patch)
             if base:
                 self.gain[key] = gain = nn.Linear(d, 1)
                 zero_(gain)
@@ -82,7 +82,8 @@ class UViT(nn.Module):
         return self.core.embed(c_noise, cond, extra)
 
     def rung(self, rung: RungConfig, x: Tensor, ctx: Context, features: Tensor | None = None) -> RungOutput:
-        """Run one rung on its preconditioned input (B, 3 or 6, H, W); `features` are those of the rung below."""
+        """Run one rung on its preconditioned input (B, 3 or 6, H, W), 4 or 8 and the like for latents; `features` are
+        those of the rung below."""
         key = str(rung.resolution)
         h, skips = self.encode(rung, x, ctx)
         if features is None:

@@ -27,6 +27,7 @@ from pixelgrow.onestep.losses import (
 )
 from pixelgrow.onestep.settings import LossSettings
 from pixelgrow.outside import OutsideGenerator
+from pixelgrow.sampling import space_of
 from pixelgrow.training.objective import Terms
 
 GENERATOR, DISCRIMINATOR = "generator", "discriminator"
@@ -177,7 +178,8 @@ class DistillObjective:
 
     def _prior(self, index: Tensor, whose: str) -> Tensor:
         side = self.generator.latent_resolution
-        return rng.normal((3, side, side), self.seed, f"prior {whose}", index, self.device)
+        shape = (space_of(self.generator).channels, side, side)
+        return rng.normal(shape, self.seed, f"prior {whose}", index, self.device)
 
     def _uniform(self, stream: str, index: Tensor, count: int) -> Tensor:
         """(B, count) in [0, 1), row b a function of (seed, stream, index[b])."""

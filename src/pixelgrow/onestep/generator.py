@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pixelgrow import rng
 from pixelgrow.diffusion import Denoiser, DiffusionConfig, Drawn
 from pixelgrow.models.cond import Cond
+from pixelgrow.models.config import Space
 from pixelgrow.models.layers import up_nearest
 from pixelgrow.models.uvit import UViT
 
@@ -37,6 +38,11 @@ class Generator(nn.Module):
     @property
     def config(self) -> DiffusionConfig:
         return self.denoiser.config
+
+    @property
+    def space(self) -> Space:
+        """What its images are, and the channels of its latents."""
+        return self.net.config.space
 
     @property
     def resolution(self) -> int:

@@ -158,8 +158,8 @@ class Pairs:
             shard = read_shard(shard_path(folder, number))
             if shard is None:
                 raise UserError(
-                    f"{shard_path(folder, number)} is damaged or missing; delete {path} and run the recipe again: the "
-                    "shard is made anew"
+                    f"{shard_path(folder, number)} is damaged or missing; delete {folder / 'stage.json'} and run the "
+                    "recipe again: that shard alone is made anew"
                 )
             parts.append(shard)
         self.latents = torch.cat([p["latent"] for p in parts])  # (N, 3, h, w) float16

@@ -25,8 +25,8 @@ class LossSettings(BaseModel):
 
     Reconstruction (`rec` of pairs that were inverted, `dstl` of pairs that were drawn) is `features` times the distance
     of features plus `pixels` times the squared error (ours: the paper has LPIPS). The adversarial term is weighed
-    against it by the gradients in the last layer: `norms` squared as in the paper, plain as in the released code; where
-    a generator is grown the paper's weight is 1, `balance: fixed`.
+    against it by the gradients in the last layer: `norms` squared as in the paper, plain as in the released code, times
+    `scale` (0.2 in both; 1 is ours); where a generator is grown the paper's weight is 1, `balance: fixed`.
 
     `distance`: whose features, the teacher's own (`teacher`), `lpips`, or those of a vision model of transformers, by
     its folder or its name on the hub ("facebook/dinov2-small@REVISION"). `discriminator`: whose features it looks at,
@@ -42,9 +42,9 @@ class LossSettings(BaseModel):
     discriminator: str = "teacher"
     balance: Literal["adaptive", "fixed"] = "adaptive"
     norms: Literal["squared", "plain"] = "plain"
-    scale: float = Field(0.2, gt=0, description="of the adaptive weight; the weight itself where it is fixed")
+    scale: float = Field(1.0, gt=0, description="of the adaptive weight; the weight itself where it is fixed")
     discriminator_rate: float = Field(5.0, gt=0, description="learning rate of the discriminator over the generator's")
-    augment: tuple[Literal["colour", "translation", "cutout"], ...] = ("translation", "cutout")
+    augment: tuple[Literal["colour", "translation", "cutout"], ...] = ("translation",)
     similarity: SimilaritySettings | None = None
 
     @field_validator("discriminator")

@@ -79,7 +79,7 @@ class Watch:
         for rows in self._rows(latents):
             z = latents[rows]
             drawn.append(self.generator(z, self.watched.cond[rows], weights_like(z, self.watched.guidance)))
-        return torch.cat(drawn).float().clamp(-1, 1)
+        return self.generator.space.bound(torch.cat(drawn).float())
 
     @torch.no_grad()
     def _pooled(self, images: Tensor) -> Tensor:

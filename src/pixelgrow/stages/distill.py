@@ -67,7 +67,7 @@ def grow_generator_stage(stage: GrowStage, parent: Parent, folder: Path, materia
     growth = json.loads((folder / REPORT).read_text())
     generator, _ = checkpoint.load_generator(folder / START)
     freeze(generator.net, growth["frozen"])
-    losses = stage.losses or LossSettings(balance="fixed", scale=1.0)  # the paper's weight of 1 where it grows
+    losses = stage.losses or LossSettings()
     entry = lineage_entry(stage, parent, growth, materials) | judged_by(losses)
     return _fit(generator, stage, losses, folder, materials, [*parent.config.lineage, entry])
 
@@ -102,7 +102,9 @@ def _fit(
     recipe, settings = materials.recipe, stage.training()
     made = materials.pairs_of(stage)
     pairs, teacher_folder = Pairs(made.folder), made.teacher
-    pairs.check([str(entry.get("parent")) for entry in lineage], materials.mixture(made.stage).describe())
+    pairs.check(
+        [str(entry["parent"]) for entry in lineage if "parent" in entry], materials.mixture(made.stage).describe()
+    )
     teacher, teacher_config = checkpoint.load(teacher_folder, materials.device)
     generator = generator.to(materials.device)
     seed = rng.seed_of(recipe.seed, "stage", stage.name, "")
@@ -154,14 +156,18 @@ def _fit(
             steps=GRID_STEPS,
             guidance=usual,
         ).images
-    prior = initial_noise(low, recipe.seed, range(len(images))).to(materials.device)
+    prior = initial_noise(low, recipe.seed, range(len(images)), generator.space.channels).to(materials.device)
     told = None if law is None else usual
     watch = Watch(generator, features, Watched(images, cond, latents, prior, solved, told), settings.micro_batch)
     write_prompts(folder, held.captions[:COLUMNS])
     hooks = [
         Hook("validation", settings.validate_every or 0, watch.numbers, at_start=True),
         grid_hook(
-            lambda: watch.grid(COLUMNS), folder, settings.sample_every or 0, COLUMNS, generator.net.config.patches
+            lambda: materials.pictures(watch.grid(COLUMNS)),
+            folder,
+            settings.sample_every or 0,
+            COLUMNS,
+            materials.patches(generator),
         ),
     ]
     result = loop.train(

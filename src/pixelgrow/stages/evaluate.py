@@ -50,14 +50,14 @@ def evaluate_stage(stage: EvaluateStage, parent: Parent, folder: Path, materials
             progress=_note,
             **(settings | {"grid": noise_grid(settings.get("grid", "karras"), model, parent.config)}),
         )
-    images = drawn.images.cpu()
+    images = materials.pictures(drawn.images).cpu()
     metrics: dict[str, Any] = {
         "prompts": len(held.captions),
         "bad_files": [f"{source.name}: {file.key}: {file.reason}" for source, file in held.bad],
         "sampling": settings,
         "nfe": drawn.nfe,
         "seconds_per_image": round((time.perf_counter() - began) / len(images), 5),
-        "seams": seams(images, model.net.config.patches),
+        "seams": seams(images, materials.patches(model)),
         "peak_memory": peak_memory(materials.device),
     }
     if isinstance(model, Denoiser):

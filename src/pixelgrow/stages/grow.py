@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from pixelgrow import checkpoint
 from pixelgrow.diffusion import Denoiser
@@ -85,15 +88,24 @@ def make_start(stage: GrowStage, parent: Parent, folder: Path, materials: Materi
         batch=stage.micro_batch,
     )
     frozen = [] if stage.trains_core else report.loaded
-    draw_both(folder, before, model, cond, materials.recipe.seed, guided_batch(stage))
+    draw_both(folder, before, model, cond, materials.recipe.seed, guided_batch(stage), materials.pictures)
     save(folder / START, model, materials, parent.config.lineage)
     summary = report.to_dict() | {"frozen": frozen}
     write_json(folder / REPORT, summary)
     logger.info("%s", describe(summary))
 
 
-def draw_both(folder: Path, before: Denoiser, after: Denoiser, cond: Cond, seed: int, batch: int = 16) -> None:
-    """Write `before.png` and `after.png`: what a parent and its child draw of the same prompts and noise."""
+def draw_both(
+    folder: Path,
+    before: Denoiser,
+    after: Denoiser,
+    cond: Cond,
+    seed: int,
+    batch: int = 16,
+    pictures: Callable[[Tensor], Tensor] = lambda images: images,
+) -> None:
+    """Write `before.png` and `after.png`: what a parent and its child draw of the same prompts and noise; `pictures`:
+    what makes pictures of their images."""
     for name, denoiser in (("before", before), ("after", after)):
         drawn = sample(
             denoiser,
@@ -104,7 +116,7 @@ def draw_both(folder: Path, before: Denoiser, after: Denoiser, cond: Cond, seed:
             guidance=GRID_GUIDANCE,
             batch=batch,
         )
-        save_grid(drawn.images.cpu(), folder / f"{name}.png")
+        save_grid(pictures(drawn.images).cpu(), folder / f"{name}.png")
 
 
 def _kept(growth: dict[str, Any]) -> str:

@@ -14,15 +14,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pixelgrow.autoencoder import Autoencoder
 from pixelgrow.data.badfiles import BadFiles, check_share
 from pixelgrow.data.images import BadImage
+from pixelgrow.data.latents import Latents
 from pixelgrow.data.loader import Loader, mirrored, to_tensor, usable
 from pixelgrow.data.opening import open_mixture, open_source
 from pixelgrow.data.scenes import Scenes
 from pixelgrow.data.sources import BadFile, Source, Subset, bad_of, heldout_split, large_enough
+from pixelgrow.diffusion import Denoiser
 from pixelgrow.errors import UserError
 from pixelgrow.model import find
 from pixelgrow.models.cond import Cond
+from pixelgrow.models.config import PIXELS, Space
+from pixelgrow.onestep.generator import Generator
 from pixelgrow.onestep.judges import judges_used
 from pixelgrow.recipe_spec import (
     DataSpec,
@@ -62,7 +67,8 @@ class Mixture:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A batch kept from training: images (N, 3, h, w) in [-1, 1], captions, origins; `bad`: files passed over."""
+    """A batch kept from training: images (N, 3, h, w) in [-1, 1], or latents, captions, origins; `bad`: files passed
+    over."""
 
     images: Tensor
     captions: list[str]
@@ -94,6 +100,46 @@ class Materials:
         spec = self.recipe.text
         return TextCache(self.folder / "text", spec.encoder, spec.max_tokens, device=self.device)
 
+    @cached_property
+    def autoencoder(self) -> Autoencoder | None:
+        """What stands in front of the data and behind the samples; None where stages work on pixels."""
+        spec = self.recipe.latent
+        return Autoencoder(spec.autoencoder, self.device) if spec else None
+
+    @property
+    def space(self) -> Space:
+        """What the stages' images are."""
+        return self.autoencoder.space if self.autoencoder else PIXELS
+
+    @property
+    def factor(self) -> int:
+        """Pixels of a picture's side for each of the stages' images'."""
+        return self.autoencoder.factor if self.autoencoder else 1
+
+    @property
+    def latent(self) -> dict[str, str]:
+        """The autoencoder as checkpoints and `stage.json` name it; empty for pixels."""
+        made = self.autoencoder
+        return {"autoencoder": made.name, "fingerprint": made.fingerprint} if made else {}
+
+    def pictures(self, images: Tensor) -> Tensor:
+        """The stages' images (B, C, h, w) as pictures (B, 3, H, W) in [-1, 1]."""
+        return self.autoencoder.decode(images) if self.autoencoder else images
+
+    def patches(self, model: Denoiser | Generator) -> list[int]:
+        """Sides of a model's patches in pixels of its pictures: where seams would show."""
+        return [self.factor * side for side in model.net.config.patches]
+
+    def seen(self, sources: Sequence[Source], side: int) -> list[Source]:
+        """Sources as a stage of `side` trains on them: themselves, or their latents, which are made here."""
+        if self.autoencoder is None:
+            return list(sources)
+        folder = self.folder / "latents"
+        made = [Latents(source, self.autoencoder, self.space.channels, folder) for source in sources]
+        for latents in made:
+            latents.make((side, side))
+        return list(made)
+
     def pairs_of(self, stage: DistillStage | GrowStage | EstimateStage) -> MadePairs:
         """The pairs that a stage names."""
         made = self.recipe.stage(str(stage.pairs))
@@ -111,7 +157,7 @@ class Materials:
     def loader(self, mixture: Mixture, side: int, settings: TrainSettings, seed: int, bad_path: Path) -> Loader:
         """The stream of training images of `side` pixels; `bad_path`: where bad files are listed."""
         return Loader(
-            mixture.sources,
+            self.seen(mixture.sources, side),
             mixture.weights,
             size=(side, side),
             batch=settings.micro_batch,
@@ -182,7 +228,8 @@ class Materials:
             self.classes = names
 
     def heldout(self, n: int, size: tuple[int, int]) -> HeldOut:
-        """Up to `n` held-out images at `size` (h, w), centre crops; the same ones whenever they are asked for.
+        """Up to `n` held-out images at a stage's `size` (h, w), centre crops; the same ones whenever they are asked
+        for.
 
         Files in order of a hash, scenes in their own; unreadable and too small ones are passed over.
         """
@@ -190,6 +237,7 @@ class Materials:
         captions: list[str] = []
         origins: list[tuple[Source, int]] = []
         unreadable: list[tuple[Source, BadFile]] = []
+        size = (self.factor * size[0], self.factor * size[1])
         for source, i in self._order(size):
             if len(images) == n:
                 break
@@ -203,7 +251,8 @@ class Materials:
             origins.append((source, i))
         if not images:
             raise self._none_held_out(size)
-        return HeldOut(to_tensor(np.stack(images)), captions, origins, unreadable)
+        batch = to_tensor(np.stack(images))
+        return HeldOut(self.autoencoder.encode(batch) if self.autoencoder else batch, captions, origins, unreadable)
 
     def _none_held_out(self, size: tuple[int, int]) -> UserError:
         names = ", ".join(s.name for s in self.heldout_sources)
@@ -212,8 +261,19 @@ class Materials:
     def check(self, stage: Stage, side: int) -> None:
         """Raise UserError if a stage that works at `side` pixels finds no image, to train on or held out, or too many
         bad ones, trains on what is held out, or may not mirror any image that it is told to."""
-        size = (side, side)
+        size = (self.factor * side, self.factor * side)
         if isinstance(stage, ModelStage | PairsStage):
+            losses = stage.losses if isinstance(stage, DistillStage | GrowStage) else None
+            if losses and self.autoencoder and judges_used(losses):
+                raise UserError(
+                    f"stage {stage.name!r}: losses: models from outside see pictures, not latents: leave distance and "
+                    "discriminator to the teacher, and similarity out"
+                )
+            if stage.flip and self.autoencoder:
+                raise UserError(
+                    f"stage {stage.name!r}: flip mirrors pictures, but latents are made once, of pictures as they are: "
+                    "drop it"
+                )
             sources = self.mixture(stage).sources
             mirrored(sources, stage.flip)
             self._check_apart(sources)
@@ -290,6 +350,8 @@ class Materials:
             "max_tokens": spec.max_tokens,
             "fingerprint": self.text.fingerprint,
         }
+        if self.autoencoder:
+            settings["latent"] = self.latent
         settings["heldout"] = [{"source": s.name, "fingerprint": s.fingerprint} for s in self.heldout_sources]
         if isinstance(stage, ModelStage | PairsStage):
             settings["data"] = self.mixture(stage).describe()

@@ -82,8 +82,8 @@ class Work:
             denoise = self.denoise(cond, weights)
             given = {} if weights is None else {"guidance": weights}
             if self.stage.direction == "draw":
-                z = initial_noise((images.shape[-2], images.shape[-1]), self.seed, numbers)
-                drawn = self.ode.to_image(denoise, z.to(device)).clamp(-1, 1)
+                z = initial_noise((images.shape[-2], images.shape[-1]), self.seed, numbers, images.shape[1])
+                drawn = self.denoiser.space.bound(self.ode.to_image(denoise, z.to(device)))
                 keep(latent=z.half(), image=drawn.half(), origin=origin, **given)
             else:
                 keep(latent=self.ode.to_latent(denoise, images.to(device)).half(), origin=origin, **given)
@@ -130,7 +130,7 @@ def pairs_stage(stage: PairsStage, parent: Parent, folder: Path, materials: Mate
     side = denoiser.resolution
     mixture = materials.mixture(stage)
     loader = Loader(
-        mixture.sources,
+        materials.seen(mixture.sources, side),
         mixture.weights,
         size=(side, side),
         batch=stage.batch,

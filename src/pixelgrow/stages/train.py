@@ -55,6 +55,11 @@ def read_parent(folder: Path, materials: Materials) -> Parent:
             f"(max_tokens {config.text.get('max_tokens')}), the recipe says {spec.encoder!r} ({spec.max_tokens}): "
             "write the recipe's text: as the checkpoint's"
         )
+    if config.latent.get("fingerprint") != materials.latent.get("fingerprint"):
+        raise UserError(
+            f"{folder} draws {_drawn(config.latent)}, the recipe says {_drawn(materials.latent)}: write the recipe's "
+            "latent: as the checkpoint's"
+        )
     names = config.text.get("classes")
     if names and materials.classes and names != list(materials.classes):
         raise UserError(
@@ -64,13 +69,19 @@ def read_parent(folder: Path, materials: Materials) -> Parent:
     return Parent(folder, config)
 
 
+def _drawn(latent: Mapping[str, Any]) -> str:
+    return f"latents of {latent['autoencoder']}, {str(latent.get('fingerprint'))[:12]}" if latent else "pixels"
+
+
 def new_denoiser(stage: TrainStage, materials: Materials) -> Denoiser:
     """A fresh Shallow-UViT, its weights a function of the recipe's seed and the stage's name."""
     assert stage.size is not None and stage.resolution is not None
     text = materials.text
     classes = materials.recipe.text.classes
     core = core_config(stage.size, text_dim=text.dim or None, pooled_dim=text.pooled_dim or None, classes=classes)
-    config = shallow_uvit(stage.size, stage.resolution, stride=stage.stride, patch=stage.patch, core=core)
+    config = shallow_uvit(
+        stage.size, stage.resolution, stride=stage.stride, patch=stage.patch, core=core, space=materials.space
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.seed_of(materials.recipe.seed, "weights", stage.name))
         return Denoiser(UViT(config), stage.diffusion)
@@ -120,7 +131,7 @@ def fit(
 
     def pictures() -> Tensor:
         few = cond[:GRID]
-        return sample(
+        drawn = sample(
             denoiser,
             few,
             size=(side, side),
@@ -128,7 +139,8 @@ def fit(
             steps=GRID_STEPS,
             guidance=GRID_GUIDANCE,
             batch=guided_batch(settings),
-        ).images
+        )
+        return materials.pictures(drawn.images)
 
     sampling = stage.sampling.given if stage.sampling else {}
 
@@ -141,7 +153,7 @@ def fit(
         validation_hook(
             denoiser, held.images, cond, settings.validate_every or 0, seed=recipe.seed, batch=settings.micro_batch
         ),
-        grid_hook(pictures, folder, settings.sample_every or 0, columns=8, patches=denoiser.net.config.patches),
+        grid_hook(pictures, folder, settings.sample_every or 0, columns=8, patches=materials.patches(denoiser)),
     ]
     result = loop.train(
         DenoiseObjective(denoiser, materials.text, settings, seed),
@@ -216,6 +228,7 @@ def save(
         diffusion=model.config,
         text={"encoder": text.encoder, "max_tokens": text.max_tokens, "fingerprint": materials.text.fingerprint}
         | ({"classes": list(materials.classes)} if materials.classes else {}),
+        latent=materials.latent,
         sampling=sampling or {},
         noise=noise,
         lineage=lineage,
