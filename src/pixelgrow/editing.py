@@ -40,7 +40,8 @@ Picture = Image.Image | np.ndarray
 Progress = Callable[[int, int], None]
 MAX_FRAMES = 1000
 STRENGTH = 0.7  # of `transfer`, where none is given
-REFINED, CALM = 0.4, 2.0  # of a second pass: its share of the path, and its guidance at most: more frays the edges
+REFINED = 0.4  # of the path: for a second pass
+CALM = 2.0  # guidance where details are decided: more frays edges and makes grain
 SEEN = (0.5, 2.0)  # noise levels at which a picture's objects are seen, in units of the data's deviation
 APART = 0.3  # of the largest difference between two prompts' pictures: from there on they disagree
 TEACHER = ("heun", 20)  # the solver of a teacher's inversion: 39 evaluations
@@ -101,9 +102,9 @@ def upscale(
     """Enlarge pictures to the model's resolution: averaged down, what comes back is what was given.
 
     The shorter side is the model's divided by 2, 4, 8 ... A multi-step model has the averages of every denoised image
-    set to the picture; it is not guided unless asked, since the picture says enough. A one-step generator draws from
-    the latent whose picture, averaged down, is the one given: the ODE of its `teacher` leads there (the paper's way;
-    the picture then has the teacher's resolution), or descent.
+    set to the picture, and is guided by CALM unless told: the picture says enough, and details suffer from more. A
+    one-step generator draws from the latent whose picture, averaged down, is the one given: the ODE of its `teacher`
+    leads there (the paper's way; the picture then has the teacher's resolution), or descent.
     """
     y = _stack(model, pictures)
     k = _factor(model, _size(y))
@@ -124,7 +125,7 @@ def upscale(
         drawn = draw(_latents(model, draw, misfit, shape, settings, start=start, seed=seed, progress=progress))
     else:
         _no_teacher(teacher)
-        path = _Path(model, {"guidance": 1.0} | _given(settings), progress)
+        path = _Path(model, {"guidance": CALM} | _given(settings), progress)
         denoise = path.denoise(cond)
         drawn = path.solve(lambda z, sigma: consistent(denoise(z, sigma)), path.noise(size, seed, len(y)), seed=seed)
     return _pictures(consistent(drawn))
