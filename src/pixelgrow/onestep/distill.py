@@ -142,20 +142,29 @@ class DistillObjective:
         return Terms(loss, logs)
 
     def _discriminator(self, batch: DistillBatch) -> Terms:
-        n = len(batch)
-        cond = self.text.cond(batch.text + batch.text).to(self.device)
+        n, others = len(batch), self._others(batch.text)
+        cond = self.text.cond((*batch.text, *batch.text, *(batch.text[j] for _, j in others))).to(self.device)
         draws = self._uniform("augment discriminator", batch.index, DRAWS)
         with torch.no_grad():
             image, omega = batch.image.to(self.device), self._weights(batch.index, DISCRIMINATOR)
             fake = self.generator(self._prior(batch.index, DISCRIMINATOR), cond[:n], omega)
-            seen = self._see(torch.cat([image, fake]), cond, torch.cat([draws, draws]))
+            rows = [i for i, _ in others]
+            seen = self._see(torch.cat([image, fake, image[rows]]), cond, torch.cat([draws, draws, draws[rows]]))
             if omega is not None:
                 assert self.labels is not None
-                omega = torch.cat([self.labels(image, cond[:n]), omega])
+                said = self.labels(image, cond[:n])
+                omega = torch.cat([said, omega, said[rows]])
         verdict = self._verdict(seen, omega)
         real, drawn = [v[:n] for v in verdict], [v[n:] for v in verdict]
         means = {name: torch.stack([v.mean() for v in some]).mean() for name, some in (("real", real), ("fake", drawn))}
         return Terms(hinge_discriminator(real, drawn), {name: mean.detach() for name, mean in means.items()})
+
+    def _others(self, texts: Sequence[str]) -> list[tuple[int, int]]:
+        """Rows of real pictures, each with the row whose caption it is shown under to be refused."""
+        if not self.losses.mismatched:
+            return []
+        pairs = ((i, (i + 1) % len(texts)) for i in range(len(texts)))
+        return [(i, j) for i, j in pairs if texts[i] != texts[j]]
 
     def _distance(self, images: Tensor, target: Tensor, cond: Cond, crop: Tensor) -> Tensor:
         """Scalar: how far pictures are from those of their pairs."""

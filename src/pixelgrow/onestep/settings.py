@@ -45,6 +45,7 @@ class LossSettings(BaseModel):
     scale: float = Field(1.0, gt=0, description="of the adaptive weight; the weight itself where it is fixed")
     discriminator_rate: float = Field(5.0, gt=0, description="learning rate of the discriminator over the generator's")
     augment: tuple[Literal["colour", "translation", "cutout"], ...] = ("translation",)
+    mismatched: bool = Field(True, description="real pictures under another's caption count as drawn too")
     similarity: SimilaritySettings | None = None
 
     @field_validator("discriminator")
