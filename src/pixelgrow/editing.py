@@ -480,7 +480,8 @@ def _given(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value is not None}
 
 
-def _several(pictures: Picture | Sequence[Picture]) -> list[Picture]:
+def _several(pictures: Any) -> list[Picture]:
+    """Pictures, one or a sequence, as a list; what else a user gives is refused where it is read."""
     alone = isinstance(pictures, str) or not isinstance(pictures, Sequence)
     return [pictures] if alone else list(pictures)
 
