@@ -1,6 +1,6 @@
 """Does a generator that grows keep its picture? Growth by 4 with and without reconstruction (PaGoDA, Fig. 3).
 
-    python -m bench.drift [--init preserve] [--images 800] [--folder FOLDER]    # about six minutes of one core
+    python -m bench.drift [--init preserve] [--images 800] [--folder FOLDER]    # about eight minutes
 
 The 32 px generator inside the shipped `tiny-onestep` grows to 128 px by decoder halves, its base frozen, once with
 reconstruction and the adversarial loss and once with the adversarial loss alone, on the same pairs of the shipped core.
@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench.pairs import core_of
 
 from pixelgrow import checkpoint
+from pixelgrow.growth import ungrown
 from pixelgrow.model import find
 from pixelgrow.onestep.generator import Generator
 from pixelgrow.recipe import Recipe, read_recipe
@@ -49,9 +49,9 @@ def recipe(folder: Path, side: int, init: str, images: int) -> Recipe:
 def bases(folder: Path) -> int:
     """Write the shipped models as they were before their last growth, `teacher` and `student`; the side of both."""
     teacher, config = checkpoint.load(find(TEACHER))
-    checkpoint.save(folder / "teacher", core_of(teacher), config.model_copy(update={"lineage": config.lineage[:-1]}))
+    checkpoint.save(folder / "teacher", ungrown(teacher), config.model_copy(update={"lineage": config.lineage[:-1]}))
     grown, config = checkpoint.load_generator(find(STUDENT))
-    student = Generator(core_of(grown.denoiser).net, grown.config)
+    student = Generator(ungrown(grown.denoiser).net, grown.config)
     checkpoint.save(folder / "student", student, config.model_copy(update={"lineage": config.lineage[:-1]}))
     return student.resolution
 

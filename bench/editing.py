@@ -248,7 +248,8 @@ def main(argv: list[str] | None = None) -> None:
     names = ("steps", "guidance", "iterations", "rate", "prior")
     settings = {name: value for name in names if (value := getattr(args, name)) is not None}
     taught = settings | ({} if teacher is None else {"teacher": teacher})
-    halves = teacher if teacher is not None and 2 * teacher.resolution == model.resolution else None
+    halved = isinstance(model, OneStepModel) and 2 * model.generator.latent_resolution == model.resolution
+    halves = teacher if halved else None
     plain = {} if isinstance(model, OneStepModel) else settings
     works: dict[str, Callable[[], Any]] = {
         "transfer": lambda: transfer(model, args, taught),

@@ -33,9 +33,9 @@ from pixelgrow.data.loader import take
 from pixelgrow.data.scenes import Scenes
 from pixelgrow.diffusion import Denoiser
 from pixelgrow.errors import UserError
+from pixelgrow.growth import ungrown
 from pixelgrow.guidance import Guided
 from pixelgrow.model import find
-from pixelgrow.models.uvit import UViT
 from pixelgrow.onestep.pairs import INDEX, Ode, Pairs, psnr, read_shard, shard_path
 from pixelgrow.recipe import Recipe, read_recipe
 from pixelgrow.run import run
@@ -164,15 +164,6 @@ def refusal(attempt: Any) -> str:
 # --- there and back ---------------------------------------------------------------------------------------------------
 
 
-def core_of(denoiser: Denoiser) -> Denoiser:
-    """The model that a `preserve` growth stands on."""
-    config = denoiser.net.config
-    net = UViT(config.model_copy(update={"rungs": config.rungs[:-1]}).checked())
-    kept = denoiser.net.state_dict()
-    net.load_state_dict({name: kept[name] for name in net.state_dict()}, strict=True)
-    return Denoiser(net, denoiser.config).eval()
-
-
 @torch.no_grad()
 def round_trip(denoiser: Denoiser, images: int, levels: int = LEVELS, batch: int = 16) -> dict[str, float]:
     """PSNR in dB of held-out scenes inverted and solved back under their captions, by the noise level that they were
@@ -234,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
     said = refused(teacher, folder / "cut")
     print(json.dumps({"bench": "pairs", "another_teacher": said}), flush=True)
     grown = checkpoint.load(find(TEACHER))[0]
-    models = {f"{TEACHER}, {m.resolution} px": m for m in (grown, core_of(grown))}
+    models = {f"{TEACHER}, {m.resolution} px": m for m in (grown, ungrown(grown))}
     trips = {name: round_trip(model, args.images) for name, model in models.items()}
     print(trips_table(trips, args.images))
     if args.folder is None:

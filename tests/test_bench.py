@@ -14,6 +14,7 @@ import pytest
 
 from pixelgrow import checkpoint
 from pixelgrow.data.seeing import look
+from pixelgrow.growth import ungrown
 from pixelgrow.model import find
 from pixelgrow.models.uvit import UViT
 from pixelgrow.onestep.generator import Generator
@@ -194,7 +195,7 @@ def test_pairs_are_mended_and_another_teacher_is_refused(tmp_path: Path, monkeyp
     monkeypatch.setattr(stages_of_pairs, "CHECKED", 2)
     model, config = checkpoint.load(find("tiny"))
     alone = config.model_copy(update={"lineage": config.lineage[:1]})  # of the core
-    checkpoint.save(tmp_path / "teacher", pairs.core_of(model), alone)
+    checkpoint.save(tmp_path / "teacher", ungrown(model), alone)
     pairs.work(str(tmp_path / "teacher"), str(tmp_path / "run"))
     assert pairs.whole(tmp_path / "run") == 3 and len(pairs.contents(tmp_path / "run")) == 4
     found = pairs.cut_off(tmp_path / "teacher", tmp_path / "run", random.Random(0))
@@ -207,7 +208,7 @@ def test_pairs_are_mended_and_another_teacher_is_refused(tmp_path: Path, monkeyp
 def test_the_shipped_core_inverts_to_30_db_at_79_evaluations() -> None:
     from bench import pairs
 
-    found = pairs.round_trip(pairs.core_of(checkpoint.load(find("tiny"))[0]), images=2)
+    found = pairs.round_trip(ungrown(checkpoint.load(find("tiny"))[0]), images=2)
     assert list(found)[-1] == "stored" and min(found.values()) > pairs.TARGET
 
 
@@ -259,3 +260,6 @@ def test_every_bench_is_a_module(capsys: pytest.CaptureFixture[str]) -> None:
         assert f"-m bench.{name}" in out
         assert (ROOT / "bench" / f"{name}.py").exists()
     assert sys.executable not in out
+    runs = {p.stem for p in (ROOT / "bench").glob("*.py") if "\ndef main(" in p.read_text()}
+    assert runs - {"__main__"} == set(benches.BENCHES)
+    assert all(f"| `{name}` |" in (ROOT / "bench" / "README.md").read_text() for name in benches.BENCHES)

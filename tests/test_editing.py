@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,10 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 import pixelgrow
-from pixelgrow import checkpoint
+from pixelgrow import checkpoint, editing
 from pixelgrow.checkpoint import CheckpointConfig
 from pixelgrow.diffusion import Denoiser
-from pixelgrow.editing import _inverted
+from pixelgrow.editing import _averaging_to, _inverted
 from pixelgrow.errors import UserError
 from pixelgrow.growth import grow_network, grown_config
 from pixelgrow.model import Model, OneStepModel
@@ -28,10 +29,12 @@ from pixelgrow.models.sizes import core_config, shallow_uvit
 from pixelgrow.models.uvit import UViT
 from pixelgrow.onestep.generator import Generator, told_guidance
 from pixelgrow.onestep.latents import FitSettings, fit, nearest
+from pixelgrow.pictures import to_uint8
 from pixelgrow.sampling import initial_noise
 from test_growth import cond, shallow
 
 SIDE = 16
+MUCH: dict[str, Any] = {"iterations": 60, "tolerance": 0.0}  # of a descent
 COLOURS = torch.tensor([[-0.6, 0.1, 0.3], [0.4, -0.2, -0.5], [0.0, 0.5, 0.0]])  # of the three classes
 
 
@@ -206,10 +209,20 @@ def test_a_picture_is_edited_as_it_would_be_alone() -> None:
 
 @pytest.mark.parametrize(("h", "w", "k"), [(8, 8, 2), (4, 6, 4), (12, 8, 2)])
 def test_an_enlarged_picture_averages_down_to_the_one_given(h: int, w: int, k: int) -> None:
-    low = picture(h, w)
+    low = picture(h, w, low=0, high=256)
+    low[0], low[1, :2] = 0, 255
     (made,) = pixelgrow.edit.upscale(multi_step(Painter), low, "1")
     assert made.size == (k * w, k * h)
     torch.testing.assert_close(box_down(pixels(made), k), pixels(low), atol=0.005, rtol=0)
+
+
+def test_averages_are_set_within_the_range_and_flat_errors_leave_details_alone() -> None:
+    image, y = 1.5 * torch.randn(2, 3, 16, 16), torch.rand(2, 3, 4, 4) * 2 - 1
+    y[0, :, 0], y[0, :, 1] = -1, 1
+    made = _averaging_to(image, y, 4)
+    torch.testing.assert_close(box_down(made, 4), y, atol=1e-5, rtol=0)
+    assert made.abs().max() <= 1 + 1e-6
+    torch.testing.assert_close(_averaging_to(made, y, 4), made, atol=1e-4, rtol=0)
 
 
 def test_transfer_between_equal_prompts_gives_the_picture_back() -> None:
@@ -250,6 +263,26 @@ def test_interpolation_begins_and_ends_with_the_samples_of_its_seeds_and_prompts
         assert np.abs(np.asarray(frame, int) - drawn).max() <= 1
     steps = [np.abs(np.asarray(a, int) - np.asarray(b, int)).mean() for a, b in pairwise(frames)]
     assert min(steps) > 0
+
+
+def test_frames_are_drawn_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int]] = []
+    for model, total in ((multi_step(), 3 * 4), (one_step(), 0)):
+        whole = pixelgrow.edit.interpolate(model, ["0", "2"], frames=5)
+        with monkeypatch.context() as patch:
+            patch.setattr(editing, "BATCH", 2)
+            some = pixelgrow.edit.interpolate(model, ["0", "2"], frames=5, progress=lambda *at: seen.append(at))
+        assert seen == [(i, total) for i in range(1, total + 1)] and len(some) == 5
+        assert all(np.abs(np.asarray(a, int) - np.asarray(b, int)).max() <= 1 for a, b in zip(whole, some, strict=True))
+        seen.clear()
+
+
+def test_a_photograph_is_turned_as_its_exif_says() -> None:
+    x, file, exif = picture(24, 16), BytesIO(), Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    Image.fromarray(np.rot90(x)).save(file, "PNG", exif=exif)
+    (made,) = pixelgrow.edit.transfer(multi_step(), Image.open(file), "1", "1")
+    assert np.array_equal(np.asarray(made), x)
 
 
 def test_interpolation_between_pictures_begins_and_ends_with_them() -> None:
@@ -316,12 +349,37 @@ def test_the_prior_keeps_latents_as_long_as_they_were() -> None:
     assert abs(length[1] - 1) < 0.3 * abs(length[0] - 1)
 
 
-def test_one_step_inpainting_keeps_what_is_known_and_matches_it_by_a_latent() -> None:
-    model = one_step()
-    x, mask = picture(), half()
-    (made,) = pixelgrow.edit.inpaint(model, x, mask, "1", iterations=3)
-    assert np.array_equal(np.asarray(made)[mask == 0], x[mask == 0])
-    other = pixelgrow.edit.inpaint(model, x, mask, "2", iterations=3)[0]
+def drawn_from(model: OneStepModel, c: Cond, seed: int = 9) -> list[np.ndarray]:
+    """A generator's own pictures of the latents that an edit with this seed tries first."""
+    size = model.generator.latent_size((model.resolution, model.resolution))
+    with torch.no_grad():
+        return list(to_uint8(model.generator(initial_noise(size, seed, range(len(c))), c)))
+
+
+def apart(a: Image.Image, b: np.ndarray) -> float:
+    return float(np.abs(np.asarray(a, int) - b).mean())
+
+
+def met(caplog: pytest.LogCaptureFixture) -> list[float]:
+    """How well known pixels were met, of each edit."""
+    return [float(str(r.args[0] if isinstance(r.args, tuple) else r.args)) for r in caplog.records if "met" in r.msg]
+
+
+def test_one_step_inpainting_keeps_what_is_known_and_matches_it_by_a_latent(caplog: pytest.LogCaptureFixture) -> None:
+    model, mask = one_step(), half()
+    (x,) = drawn_from(model, labels(1))
+    (made,) = pixelgrow.edit.inpaint(model, x, mask, "1", seed=9, iterations=0)
+    assert np.abs(np.asarray(made, int) - x).max() <= 1  # of the starts, its own latent fits best
+    caplog.clear()
+    with caplog.at_level("INFO", "pixelgrow.editing"):
+        far, near = (
+            pixelgrow.edit.inpaint(model, x, mask, "1", seed=3, **much)[0] for much in ({"iterations": 0}, MUCH)
+        )
+    before, after = met(caplog)
+    assert after < 0.3 * before
+    for some in (far, near):
+        assert np.array_equal(np.asarray(some)[mask == 0], x[mask == 0])
+    other = pixelgrow.edit.inpaint(model, x, mask, "2", seed=9, iterations=0)[0]
     assert not np.array_equal(np.asarray(made), np.asarray(other))
 
 
@@ -333,14 +391,40 @@ def test_one_step_transfer_draws_what_the_prompts_differ_in() -> None:
     assert not np.array_equal(np.asarray(made), picture())
 
 
-@pytest.mark.parametrize("taught", [True, False])
-def test_a_grown_generator_enlarges(taught: bool) -> None:
+def test_a_grown_generator_enlarges_by_a_latent(caplog: pytest.LogCaptureFixture) -> None:
     model = one_step(2 * SIDE)
-    low = picture(low=120, high=136)
-    settings: dict[str, Any] = {"teacher": multi_step(Gauss)} if taught else {"iterations": 5}
-    (made,) = pixelgrow.edit.upscale(model, low, "1", **settings)
-    assert made.size == (32, 32)
-    torch.testing.assert_close(box_down(pixels(made), 2), pixels(low), atol=0.02, rtol=0)
+    (x,) = drawn_from(model, labels(1))
+    (low,) = to_uint8(box_down(pixels(x), 2))
+    made = pixelgrow.edit.upscale(model, low, "1", seed=9, iterations=0)[0]
+    assert made.size == (32, 32) and np.abs(np.asarray(made, int) - x).max() <= 2
+    caplog.clear()
+    with caplog.at_level("INFO", "pixelgrow.editing"):
+        for much in ({"iterations": 0}, MUCH):
+            (other,) = pixelgrow.edit.upscale(model, low, "1", seed=3, **much)
+            torch.testing.assert_close(box_down(pixels(other), 2), pixels(low), atol=0.005, rtol=0)
+    before, after = met(caplog)
+    assert after < 0.3 * before
+
+
+def test_a_grown_generator_enlarges_by_its_teachers_latent() -> None:
+    model, teacher, low = one_step(2 * SIDE), multi_step(Gauss), picture()
+    (made,) = pixelgrow.edit.upscale(model, low, "1", teacher=teacher)
+    y = pixels(low)
+    with torch.no_grad():
+        drawn = model.generator(_inverted(model, teacher, y, ["1"]), labels(1))
+    assert np.abs(np.asarray(made, int) - to_uint8(_averaging_to(drawn, y, 2))[0]).max() <= 1
+
+
+def test_a_teacher_that_was_grown_since_inverts_as_before() -> None:
+    small = multi_step()
+    net, _ = grow_network(small.denoiser.net, grown_config(small.denoiser.net.config, 2 * SIDE, "preserve"), "preserve")
+    for name, p in net.named_parameters():
+        if f".{2 * SIDE}." in name:
+            torch.nn.init.normal_(p, std=0.1)
+    denoiser = Denoiser(net).eval()
+    grown = Model(denoiser, small.config.model_copy(update={"network": net.config}))
+    x = pixels(picture())
+    assert torch.equal(_inverted(one_step(), grown, x, ["1"]), _inverted(one_step(), small, x, ["1"]))
 
 
 def test_a_teachers_latents_of_gaussian_pictures_are_white() -> None:
@@ -367,8 +451,15 @@ def test_one_step_interpolation() -> None:
     model = one_step()
     frames = pixelgrow.edit.interpolate(model, "1", seeds=[1, 2], frames=3)
     assert np.array_equal(np.asarray(frames[0]), np.asarray(model.sample("1", seed=1)[0]))
-    ends = [picture(seed=1), picture(seed=2)]
-    assert len(pixelgrow.edit.interpolate(model, ["0", "1"], pictures=ends, frames=2, iterations=2)) == 2
+    ends = drawn_from(model, labels(0, 1))
+    frames = pixelgrow.edit.interpolate(model, ["0", "1"], pictures=ends, frames=3, seeds=[9], iterations=0)
+    assert len(frames) == 3 and apart(frames[0], ends[0]) < 1 and apart(frames[2], ends[1]) < 1
+    assert apart(frames[1], ends[0]) > 1
+    far, near = (
+        pixelgrow.edit.interpolate(model, ["0", "1"], pictures=ends, frames=2, seeds=[3], **much)
+        for much in ({"iterations": 0}, MUCH)
+    )
+    assert all(apart(b, end) < 0.5 * apart(a, end) for a, b, end in zip(far, near, ends, strict=True))
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
@@ -392,6 +483,9 @@ def test_pictures_that_do_not_fit_hear_what_would() -> None:
     mistake("cannot be enlarged to 16 px", e.upscale, model, picture(), "1")
     mistake("pictures of sizes 16x16, 16x20", e.transfer, model, [picture(), picture(16, 20)], "1", "2")
     mistake("expected a PIL image, or uint8", e.transfer, model, picture().astype(float), "1", "2")
+    mistake("a picture given as str: expected a PIL image", e.transfer, model, "a.png", "1", "2")
+    mistake("a picture given as PosixPath: expected", e.inpaint, model, picture(), Path("mask.png"), "1")
+    mistake("a mask of shape (16,)", e.inpaint, model, picture(), half()[0], "1")
 
 
 def test_prompts_settings_and_models_that_do_not_fit_are_one_line() -> None:
@@ -412,6 +506,16 @@ def test_prompts_settings_and_models_that_do_not_fit_are_one_line() -> None:
     mistake("and 1 pictures: expected", e.interpolate, many, "0", pictures=[picture()])
     mistake("frames=1: expected 2 to", e.interpolate, many, "0", seeds=[1, 2], frames=1)
     mistake("iterations: nothing is inverted without pictures", e.interpolate, one, "0", seeds=[1, 2], iterations=3)
+    mistake("guidence: no such setting; expected steps", e.inpaint, many, picture(), half(), "1", guidence=3)
+    mistake("guidence: a one-step generator", e.inpaint, one, picture(), half(), "1", guidence=3)
+    mistake("steps=1: an inversion takes 2", e.transfer, many, picture(), "1", "2", steps=1)
+    ends = {"pictures": [picture(), picture(seed=1)]}
+    mistake("seeds 1 beside pictures: the pictures are the ends; drop", e.interpolate, many, "0", **ends, seeds=[1])
+    mistake("begins at one seed; drop one", e.interpolate, one, "0", **ends, seeds=[1, 2])
+    mistake("drop seeds", e.interpolate, one, "0", **ends, seeds=[1], teacher=many)
+    mistake("starts: the search begins where", e.transfer, one, picture(), "1", "2", teacher=many, starts=3)
+    mistake("prior: no step of a descent", e.transfer, one, picture(), "1", "2", teacher=many, prior=0.1)
+    mistake("rate, tolerance: no step", e.inpaint, one, picture(), half(), "1", iterations=0, rate=1, tolerance=0.1)
     mistake("tolerance=-1: expected 0 or more", e.inpaint, one, picture(), half(), "1", tolerance=-1)
 
 
@@ -495,6 +599,7 @@ def test_interpolations_are_strips_and_gifs(run_cli: RunCli, files: Path, tmp_pa
         ("transfer many a.png --from 1 --to 2 --strength 2", "strength=2.0: expected more than 0 and 1 at most"),
         ("upscale many a.png --prompt 1", "cannot be enlarged to 16 px: expected a shorter side of one of 8, 4, 2, 1"),
         ("interpolate many --prompt 1", "both ends are the same"),
+        ("interpolate many --prompt 1 --seed 1 --seed 2 --fit", "--fit: there is no picture to scale and crop"),
         ("interpolate many --prompt 1 --image a.png", "and 1 pictures: expected one or two prompts"),
         ("interpolate many --prompt 1 --seed 1 --seed 2 -o x.webp", "ends in .png (a strip) or .gif"),
         ("unpaint", "No such command 'unpaint'"),
@@ -506,6 +611,15 @@ def test_a_mistake_is_one_line(words: str, expected: str, run_cli: RunCli, files
     assert (result.code, len(result.err.strip().splitlines())) == (2, 1), result.err
     assert result.err.startswith("pixelgrow: ") and expected in result.err, result.err
     assert set(files.iterdir()) == before
+
+
+def test_out_of_memory_says_what_an_edit_can_do(run_cli: RunCli, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def inpaint(*_: object, **__: object) -> None:
+        raise MemoryError("much")
+
+    monkeypatch.setattr(editing, "inpaint", inpaint)
+    result = run_cli("edit", *"inpaint many a.png --mask mask.png --prompt 1".split(), cwd=files)
+    assert result.code == 2 and "out of memory (much): crop the picture" in result.err and "--batch" not in result.err
 
 
 def test_a_prompt_of_words_needs_a_model_of_words(run_cli: RunCli, files: Path) -> None:

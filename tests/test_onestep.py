@@ -55,6 +55,11 @@ def test_a_generator_is_its_teacher_asked_once_at_the_highest_noise() -> None:
     again = teacher(80 * initial_noise((16, 16), 4, range(3)), torch.full((3,), 80.0), c)
     torch.testing.assert_close(one_step.images, again.clamp(-1, 1))
     assert one_step.nfe == 1
+    for given, words in (({"size": (8196, 16)}, "each from 1 to 8192 pixels"), ({"batch": 0}, "a batch of 1 or more"),
+                         ({"index": [1]}, "3 conditions and 1 indices")):  # fmt: skip
+        settings: dict[str, Any] = {"size": (16, 16)} | given
+        with pytest.raises(UserError, match=words):
+            generate(Generator(teacher.net), c, **settings)
 
 
 @pytest.mark.parametrize("to", [32, 64])

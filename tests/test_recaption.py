@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from pixelgrow.data import heldout_split, open_source
 from pixelgrow.data.inspect import inspect_source
@@ -204,9 +206,15 @@ def test_an_interrupted_call_goes_on_to_the_same_bytes(
 
 def test_mistakes_are_one_line(tmp_path: Path, captioner: Path, run_cli: Any) -> None:
     folder, out = captioned(tmp_path / "images"), tmp_path / "new.jsonl"
+    cut_off = shutil.copytree(captioner, tmp_path / "cut off")
+    tensors = load_file(cut_off / "model.safetensors")
+    del tensors["decoder.transformer.h.0.attn.c_attn.weight"]
+    save_file(tensors, cut_off / "model.safetensors", metadata={"format": "pt"})
     for args, words in (
         (("scenes", "--model", captioner), "scenes: got drawn scenes, expected a folder"),
-        ((folder, "--model", tmp_path / "nothing"), "cannot be loaded"),
+        ((folder, "--model", tmp_path / "nothing"), "is no folder here"),
+        ((folder, "--model", folder), "cannot be loaded"),
+        ((folder, "--model", cut_off), "lack 'decoder.transformer.h.0.attn.c_attn.weight' and 0 more"),
         ((folder, "--model", captioner, "--prompt", "what is this?"), "which takes none; drop it"),
     ):
         done = run_cli("recaption", *args, "-o", out)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
+from pixelgrow import shapes
 from pixelgrow.errors import UserError
-from pixelgrow.recipe import builtin, load_recipe, resolution_of
+from pixelgrow.recipe import builtin, load_recipe, read_recipe, resolution_of
 from pixelgrow.recipe_spec import GrowStage, TrainStage
 
 GOOD = """
@@ -199,3 +201,15 @@ def test_a_name_that_is_nowhere() -> None:
 def test_a_phase_fills_in_its_own_lengths() -> None:
     stage = TrainStage(name="a", size="tiny", resolution=32, images=10_000, save_every=64)
     assert (stage.warmup, stage.training(1000).warmup, stage.training(1000).save_every) == (500, 50, 64)
+
+
+def test_the_stages_of_train_your_own_go_into_its_recipe() -> None:
+    root = Path(__file__).parents[1]
+    blocks = (root / "docs" / "train-your-own.md").read_text().split("```yaml\n")[1:]
+    stages = [stages for block in blocks if isinstance(stages := yaml.safe_load(block.partition("```")[0]), list)]
+    assert len(stages) == 2
+    for more in stages:
+        raw = yaml.safe_load((root / "src" / "pixelgrow" / "recipes" / "photos.yaml").read_text())
+        raw["stages"] += more
+        nets = shapes.networks(read_recipe(raw, "train-your-own.md"))
+        assert (nets["onestep"].resolution, nets["onestep64"].resolution) == (32, 64)

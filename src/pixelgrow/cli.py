@@ -31,6 +31,7 @@ LESS_MEMORY = (
     "draw with a smaller --batch; train with more accumulate: (micro-batches a step), a smaller batch:, or "
     "activation_checkpointing: true. What was saved before is kept"
 )
+LESS_TO_EDIT = "crop the picture to the model's square (--fit), or edit with a smaller model"
 
 
 @app.callback()
@@ -40,7 +41,7 @@ def _about() -> None:
 
 @app.command()
 def demo(settings: Set = None, runs: Runs = Path("runs")) -> None:
-    """Train a core, grow it, and write a report: a quarter of an hour on two CPU cores."""
+    """Train a core, grow it, distil it to one step, and write a report: under twenty minutes on two CPU cores."""
     _run("demo", settings, runs)
 
 
@@ -286,7 +287,8 @@ def main() -> None:
         _stop("stopped by SIGTERM: run the same command again to go on", 143)
     except Exception as error:
         if out_of_memory(error):
-            _stop(f"out of memory ({str(error).splitlines()[0][:120]}): {LESS_MEMORY}", 2)
+            advice = LESS_TO_EDIT if sys.argv[1:2] == ["edit"] else LESS_MEMORY
+            _stop(f"out of memory ({str(error).splitlines()[0][:120]}): {advice}", 2)
         if hasattr(error, "format_message"):  # click's, which typer has under a name of its own
             _stop(error.format_message(), 2)
         if type(error).__name__ != "Interrupted":  # of training; its import would bring torch along

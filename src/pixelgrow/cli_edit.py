@@ -20,7 +20,10 @@ Teacher = Annotated[
     typer.Option("--teacher", help="One step: the multi-step checkpoint whose ODE finds the latent, not descent."),
 ]
 Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Multi-step: solver steps.")]
-Guidance = Annotated[float | None, typer.Option("--guidance", min=0, help="Multi-step: towards the prompt; 1: none.")]
+Guidance = Annotated[
+    float | None,
+    typer.Option("--guidance", min=0, help="Multi-step or guided: to the prompt; 1: none."),
+]
 Sampler = Annotated[str | None, typer.Option("--sampler", help="Multi-step: dpm++2m, heun, ddim or ddpm.")]
 Iterations = Annotated[int | None, typer.Option("--iterations", min=0, help="One step: of the descent, at most.")]
 Starts = Annotated[int | None, typer.Option("--starts", min=1, help="One step: latents tried before the descent.")]

@@ -25,8 +25,9 @@ from PIL import Image
 from torch import Tensor
 
 from pixelgrow import rng
-from pixelgrow.data.images import to_rgb
+from pixelgrow.data.images import to_rgb, upright
 from pixelgrow.errors import UserError
+from pixelgrow.growth import ungrown
 from pixelgrow.guidance import Guided
 from pixelgrow.model import Model, OneStepModel, noise_grid
 from pixelgrow.models.cond import Cond, mixed, slerp
@@ -35,10 +36,12 @@ from pixelgrow.onestep.latents import Draw, FitSettings, Misfit, fit, nearest
 from pixelgrow.onestep.pairs import Ode
 from pixelgrow.pictures import to_uint8
 from pixelgrow.sampling import Denoise, Noise, ancestral_noise, grid_of, initial_noise, trajectory, weights_like
+from pixelgrow.sampling_spec import SamplingSpec
 
 Picture = Image.Image | np.ndarray
 Progress = Callable[[int, int], None]
 MAX_FRAMES = 1000
+BATCH = 64  # frames at a time
 STRENGTH = 0.7  # of `transfer`, where none is given
 REFINED = 0.4  # of the path: for a second pass
 CALM = 2.0  # guidance where details are decided: more frays edges and makes grain
@@ -128,7 +131,18 @@ def upscale(
         path = _Path(model, {"guidance": CALM} | _given(settings), progress)
         denoise = path.denoise(cond)
         drawn = path.solve(lambda z, sigma: consistent(denoise(z, sigma)), path.noise(size, seed, len(y)), seed=seed)
-    return _pictures(consistent(drawn))
+    return _pictures(_averaging_to(drawn, y, k))
+
+
+def _averaging_to(image: Tensor, y: Tensor, k: int) -> Tensor:
+    """Images (B, 3, kh, kw), clipped, with their averages set to y (B, 3, h, w) within [-1, 1].
+
+    What an average lacks is shared out by the room that each pixel has on that side, so that none leaves the range.
+    """
+    x = image.clamp(-1, 1)
+    lack = up_nearest(y - box_down(x, k), k)
+    room = torch.where(lack > 0, 1 - x, 1 + x)
+    return x + lack * room / up_nearest(box_down(room, k), k).clamp_min(1e-6)
 
 
 @torch.no_grad()
@@ -199,7 +213,7 @@ def interpolate(
     prompts: str | Sequence[str],
     *,
     frames: int = 8,
-    seeds: Sequence[int] = (0,),
+    seeds: Sequence[int] | None = None,
     pictures: Sequence[Picture] = (),
     teacher: Model | None = None,
     progress: Progress | None = None,
@@ -207,50 +221,65 @@ def interpolate(
 ) -> list[Image.Image]:
     """`frames` pictures from one end to the other: latents on the arc between two (`slerp`), conditions `mixed`.
 
-    The ends are one or two `prompts`, and one or two `seeds`, whose latents are those of `sample`, or two `pictures`,
-    each inverted under its prompt: by a multi-step model's own ODE with the guidance that the frames are drawn with
-    (none, unless it is given: then the ends are the pictures), or to a one-step generator's latent as in `upscale`.
+    The ends are one or two `prompts`, and one or two `seeds` (0), whose latents are those of `sample`, or two
+    `pictures`, each inverted under its prompt: by a multi-step model's own ODE with the guidance that the frames are
+    drawn with (none, unless it is given: then the ends are the pictures), or to a one-step generator's latent as in
+    `upscale`; a descent may be given one seed. At most BATCH frames are drawn at a time.
     """
     _check_space(model)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    if not 1 <= len(texts) <= 2 or not 1 <= len(seeds) <= 2 or len(pictures) not in (0, 2):
+    given, ends_of = _several(pictures), [0] if seeds is None else list(seeds)
+    if not 1 <= len(texts) <= 2 or not 1 <= len(ends_of) <= 2 or len(given) not in (0, 2):
         raise UserError(
-            f"{len(texts)} prompts, {len(seeds)} seeds and {len(pictures)} pictures: expected one or two prompts, and "
+            f"{len(texts)} prompts, {len(ends_of)} seeds and {len(given)} pictures: expected one or two prompts, and "
             "one or two seeds or two pictures"
         )
-    if not pictures and texts[0] == texts[-1] and seeds[0] == seeds[-1]:
+    descends = isinstance(model, OneStepModel) and teacher is None
+    if given and seeds is not None and (len(ends_of) > 1 or not descends):
+        raise UserError(
+            f"seeds {', '.join(map(str, ends_of))} beside pictures: the pictures are the ends"
+            f"{', and a descent begins at one seed' if descends else ''}; drop {'one' if descends else 'seeds'}"
+        )
+    if not given and texts[0] == texts[-1] and ends_of[0] == ends_of[-1]:
         raise UserError("both ends are the same: expected two prompts, two seeds or two pictures")
     if not 2 <= frames <= MAX_FRAMES:
         raise UserError(f"frames={frames}: expected 2 to {MAX_FRAMES}, the ends among them")
     ends = [texts[0], texts[-1]]
     cond = model.conditions(ends)
-    x = _pixels(model, pictures) if pictures else None
+    x = _pixels(model, given) if given else None
     size = (model.resolution, model.resolution) if x is None else _size(x)
     t = torch.linspace(0, 1, frames, device=model.device)
     first = torch.zeros(frames, dtype=torch.int64, device=model.device)
     between = mixed(cond[first], cond[first + 1], t, model.denoiser.net.config.core.classes)
 
+    slices = [slice(start, min(start + BATCH, frames)) for start in range(0, frames, BATCH)]
+
     def arc(z: Tensor) -> Tensor:
         return slerp(z[first], z[first + 1], t)
 
     def prior(size: tuple[int, int]) -> Tensor:
-        return torch.cat([initial_noise(size, seed, [0]) for seed in (seeds[0], seeds[-1])]).to(model.device)
+        return torch.cat([initial_noise(size, seed, [0]) for seed in (ends_of[0], ends_of[-1])]).to(model.device)
 
     if isinstance(model, OneStepModel):
         if x is None:
             _no_pictures(teacher, settings)
             z = prior(model.generator.latent_size(size))
         else:
-            z = _latent_of(model, x, cond, ends, teacher, settings, seeds[0], progress)
-        return _pictures(_drawing(model, between, settings)(arc(z)))
+            z = _latent_of(model, x, cond, ends, teacher, settings, ends_of[0], progress)
+        path_z = arc(z)
+        return [p for s in slices for p in _pictures(_drawing(model, between[s], settings)(path_z[s]))]
     _no_teacher(teacher)
     if x is None:
-        path = _Path(model, settings, progress)
+        path = _Path(model, settings, progress, passes=len(slices))
         z = path.sigmas[0].item() * prior(size)
     else:
-        path = _Path(model, {"guidance": 1.0} | _given(settings), progress, passes=2)
+        path = _Path(model, {"guidance": 1.0} | _given(settings), progress, passes=1 + len(slices))
         z = path.invert(path.denoise(cond), x)[0]
-    return _pictures(path.solve(path.denoise(between), arc(z), index=[0] * frames))
+    path_z, made = arc(z), []
+    for s in slices:
+        some = path_z[s]
+        made += _pictures(path.solve(path.denoise(between[s]), some, index=[0] * len(some)))
+    return made
 
 
 # --- a multi-step model -----------------------------------------------------------------------------------------------
@@ -278,11 +307,14 @@ class _Path:
                 f"{', '.join(named)}: a multi-step model edits along its sampler's path and looks for no latent; drop "
                 "it, or name a one-step checkpoint"
             )
+        if unknown := [name for name in _given(settings) if name not in SamplingSpec.model_fields]:
+            raise UserError(f"{unknown[0]}: no such setting; expected {', '.join(SamplingSpec.model_fields)}")
         if not 0 < strength <= 1:
             raise UserError(f"strength={strength}: expected more than 0 and 1 at most; 1 goes back to pure noise")
         chosen = model.settings(**settings)
         grid = noise_grid(chosen.pop("grid", "karras"), model.denoiser, model.config)
-        sigmas = grid_of(grid, chosen.pop("steps"), model.denoiser)
+        self.steps: int = chosen.pop("steps")
+        sigmas = grid_of(grid, self.steps, model.denoiser)
         self.sigmas, self.last = (sigmas[round((1 - share) * (len(sigmas) - 2)) :] for share in (strength, more))
         self.sampler: str = chosen.pop("sampler")
         self.model, self.guiding, self.progress = model, chosen, progress
@@ -328,6 +360,8 @@ class _Path:
 
     def invert(self, denoise: Denoise, x: Tensor) -> list[Tensor]:
         """Images x (B, 3, h, w) -> the states of the grid's levels, that of the first level first, x itself last."""
+        if self.steps < 2:  # from noise level 0 there is no slope to follow: the picture itself would be the noise
+            raise UserError(f"steps={self.steps}: an inversion takes 2 or more")
         return [x, *self._along(self.sigmas.flip(0), denoise, x, None)][::-1]
 
     @torch.no_grad()
@@ -369,7 +403,12 @@ def _latents(
 ) -> Tensor:
     """Latents whose pictures, of `shape`, fit. From `start`, where a teacher found it, no step unless asked for."""
     given = {name: value for name, value in _given(settings).items() if name in FIT}
+    if start is not None and "starts" in given:
+        raise UserError("starts: the search begins where the teacher's ODE ends; drop it, or the teacher")
     chosen = FitSettings(**({} if start is None else {"iterations": 0}) | given)
+    idle = [name for name in given if name in ("rate", "prior", "tolerance")]
+    if idle and not chosen.iterations:
+        raise UserError(f"{', '.join(idle)}: no step of a descent is taken; drop it, or give iterations above 0")
     if start is None:
         h, w = model.generator.latent_size((shape[-2], shape[-1]))
         start = nearest(draw, misfit, (shape[0], h, w), seed, chosen.starts, model.device)
@@ -401,25 +440,31 @@ def _latent_of(
 
 @torch.no_grad()
 def _inverted(model: OneStepModel, teacher: Model, x: Tensor, prompts: Sequence[str]) -> Tensor:
-    """A teacher's latents of pictures (B, 3, h, w) of its resolution, without guidance, as `pairs` makes them."""
+    """A teacher's latents of pictures (B, 3, h, w), without guidance, as `pairs` makes them.
+
+    A teacher that was grown by `preserve` since the distillation inverts as it was before.
+    """
     if isinstance(teacher, OneStepModel):
         raise UserError(
             "the teacher is a one-step generator, expected a multi-step denoiser: name the checkpoint that it was "
             "distilled from"
         )
-    if teacher.resolution != model.generator.latent_resolution:
+    denoiser = teacher.denoiser
+    while denoiser.resolution > model.generator.latent_resolution and denoiser.net.config.rungs[-1].attach == "base":
+        denoiser = ungrown(denoiser)
+    if denoiser.resolution != model.generator.latent_resolution:
         raise UserError(
             f"the teacher is a {teacher.resolution} px model, expected {model.generator.latent_resolution} px: name "
             "the checkpoint that the generator was distilled from"
         )
-    if min(_size(x)) != teacher.resolution:
+    if min(_size(x)) != denoiser.resolution:
         raise UserError(
-            f"a picture of {_words(x)} cannot be inverted by a teacher of {teacher.resolution} px: expected a shorter "
-            f"side of {teacher.resolution}, or drop the teacher"
+            f"a picture of {_words(x)} cannot be inverted by a teacher of {denoiser.resolution} px: expected a shorter "
+            f"side of {denoiser.resolution}, or drop the teacher"
         )
-    ode = Ode(*TEACHER, teacher.denoiser.sigma_min, teacher.denoiser.sigma_max)
+    ode = Ode(*TEACHER, denoiser.sigma_min, denoiser.sigma_max)
     cond = teacher.conditions(prompts)
-    return ode.to_latent(Guided(teacher.denoiser, cond), x.to(teacher.device)).to(x.device)
+    return ode.to_latent(Guided(denoiser, cond), x.to(teacher.device)).to(x.device)
 
 
 def _no_pictures(teacher: Model | None, settings: dict[str, Any]) -> None:
@@ -436,7 +481,8 @@ def _given(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _several(pictures: Picture | Sequence[Picture]) -> list[Picture]:
-    return [pictures] if isinstance(pictures, Image.Image | np.ndarray) else list(pictures)
+    alone = isinstance(pictures, str) or not isinstance(pictures, Sequence)
+    return [pictures] if alone else list(pictures)
 
 
 def _stack(model: Model, pictures: Picture | Sequence[Picture]) -> Tensor:
@@ -459,12 +505,24 @@ def _check_space(model: Model) -> None:
 
 
 def _array(picture: Picture) -> np.ndarray:
-    array = np.asarray(to_rgb(picture)) if isinstance(picture, Image.Image) else picture
+    array = _numbers(picture)
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
         raise UserError(
             f"a picture of shape {array.shape} and type {array.dtype}: expected a PIL image, or uint8 (h, w, 3)"
         )
     return array
+
+
+def _numbers(picture: Picture) -> np.ndarray:
+    """A picture's array; a PIL image is turned as its EXIF block says."""
+    if isinstance(picture, Image.Image):
+        return np.asarray(to_rgb(upright(picture)))
+    if not isinstance(picture, np.ndarray):
+        raise UserError(
+            f"a picture given as {type(picture).__name__}: expected a PIL image, or uint8 (h, w, 3); open a file with "
+            "PIL.Image.open"
+        )
+    return picture
 
 
 def _pixels(model: Model, pictures: Picture | Sequence[Picture]) -> Tensor:
@@ -485,7 +543,9 @@ def _masks(masks: Picture | Sequence[Picture], x: Tensor) -> Tensor:
     """Masks of pictures x (B, 3, H, W), one for all or one for each -> (B, 1, H, W) bool, True where to fill."""
     found = []
     for mask in _several(masks):
-        array = np.asarray(to_rgb(mask)) if isinstance(mask, Image.Image) else mask
+        array = _numbers(mask)
+        if array.ndim not in (2, 3):
+            raise UserError(f"a mask of shape {array.shape}: expected (h, w), or (h, w, channels)")
         fill = array.astype(bool) if array.ndim == 2 else array.any(2)
         if fill.shape != _size(x):
             raise UserError(

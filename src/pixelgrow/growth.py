@@ -51,6 +51,15 @@ class GrowthReport:
         return asdict(self)
 
 
+def ungrown(denoiser: Denoiser) -> Denoiser:
+    """The model that the last `preserve` growth stands on, with copies of its weights."""
+    config = denoiser.net.config
+    net = UViT(config.model_copy(update={"rungs": config.rungs[:-1]}).checked())
+    kept = denoiser.net.state_dict()
+    net.load_state_dict({name: kept[name] for name in net.state_dict()}, strict=True)
+    return type(denoiser)(net, denoiser.config).to(next(denoiser.parameters()).device).eval()
+
+
 def grown_config(
     config: NetConfig,
     to: int,

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 
 from pixelgrow import hub
 from pixelgrow.data.folders import MetadataFolder, PairedFolder
@@ -124,27 +123,25 @@ class Captioner:
 
         self.tokens = tokens
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
-            with hub.quiet():
-                self._load(hf, name)
-        except (OSError, ValueError, KeyError, AttributeError, ImportError, SafetensorError) as error:
-            reason = str(error).strip().partition("\n")[0]
-            raise UserError(
-                f"--model {name!r} cannot be loaded ({reason}); expected a folder or hub name of an image-to-text "
-                "model in safetensors, such as a BLIP, with its processor"
-            ) from error
+        self._load(hf, name)
         if prompt is not None and self.both is None:
             raise UserError(f"--prompt: {name} is an image encoder with a text decoder, which takes none; drop it")
         self.prompt = self._asked(prompt)
 
     def _load(self, hf: Any, name: str) -> None:
-        pair = hf.AutoConfig.from_pretrained(name).model_type == "vision-encoder-decoder"
+        folder, label = hub.find("image-to-text model", name), f"image-to-text model {name!r}"
+        with hub.loading(label, folder):
+            config = hf.AutoConfig.from_pretrained(folder, local_files_only=True)
+        pair = config.model_type == "vision-encoder-decoder"
         kind = hf.VisionEncoderDecoderModel if pair else hf.AutoModelForImageTextToText
-        self.model = kind.from_pretrained(name, use_safetensors=True).to(self.device).eval()
-        both: Any = None if pair else hf.AutoProcessor.from_pretrained(name)
+        self.model = hub.pretrained(label, folder, kind, unused="pooler").to(self.device).eval()
+        with hub.loading(label, folder):
+            both: Any = None if pair else hf.AutoProcessor.from_pretrained(folder, local_files_only=True)
+            image = hf.AutoImageProcessor.from_pretrained(folder, local_files_only=True) if pair else both
+            words = hf.AutoTokenizer.from_pretrained(folder, local_files_only=True) if pair else both.tokenizer
         self.both = both
-        self.images: Any = hf.AutoImageProcessor.from_pretrained(name) if pair else both
-        self.words: Any = hf.AutoTokenizer.from_pretrained(name) if pair else both.tokenizer
+        self.images: Any = image
+        self.words: Any = words
 
     def _asked(self, prompt: str | None) -> str | None:
         """The prompt in the form that a chat model was trained with."""

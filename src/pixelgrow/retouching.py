@@ -46,6 +46,8 @@ def retouch(request: Request) -> Path:
     out, strip = request.out, request.verb == "interpolate"
     if out.suffix.lower() != ".png" and not (strip and out.suffix.lower() == ".gif"):
         raise UserError(f"--out {out}: expected a name that ends in .png{' (a strip) or .gif' if strip else ''}")
+    if request.fitted and not request.images:
+        raise UserError("--fit: there is no picture to scale and crop; drop it, or give two --image")
     read = [_read(path) for path in request.images]
     masks = [] if request.mask is None else [_mask(request.mask, read[0])]
     model = Model.from_pretrained(request.checkpoint)

@@ -260,16 +260,7 @@ def sample(
     Returns images on `device`. Raises UserError for settings that mean nothing, and for a denoiser that is not finite.
     """
     n = len(cond)
-    numbers = list(range(n)) if index is None else [int(i) for i in index]
-    if n < 1 or len(numbers) != n:
-        raise UserError(
-            f"{n} conditions and {len(numbers)} indices: expected an index for each of 1 or more conditions"
-        )
-    if min(size) < 1 or max(size) > MAX_SIDE or batch < 1:
-        raise UserError(
-            f"size={size}, batch={batch}: expected (height, width), each from 1 to {MAX_SIDE} pixels, and a batch of 1 "
-            "or more"
-        )
+    numbers = _numbers(n, index, size, batch)
     space = space_of(denoiser)
     if threshold is not None and not space.bounded:
         raise UserError(f"threshold={threshold}: latents are not bounded as pixels are; drop it")
@@ -317,9 +308,10 @@ def generate(
     """One image of `size` (h, w) for each of the N conditions, in one evaluation of a one-step generator.
 
     Image i is a function of (seed, its index, its condition), as in `sample`, and starts from the same noise.
-    `guidance`: the weight that a guided generator is told; None for any other.
+    `guidance`: the weight that a guided generator is told; None for any other. Raises UserError for a size, a batch or
+    indices that mean nothing.
     """
-    numbers = list(range(len(cond))) if index is None else [int(i) for i in index]
+    numbers = _numbers(len(cond), index, size, batch)
     latent, device, images = generator.latent_size(size), cond.null.device, []
     space = space_of(generator)
     for start in range(0, len(cond), batch):
@@ -327,6 +319,21 @@ def generate(
         z = initial_noise(latent, seed, numbers[rows], space.channels).to(device)
         images.append(space.bound(generator(z, cond[rows], weights_like(z, guidance)).float()))
     return Samples(torch.cat(images), 1)
+
+
+def _numbers(count: int, index: Sequence[int] | Tensor | None, size: tuple[int, int], batch: int) -> list[int]:
+    """The sample numbers of `count` conditions; UserError where they, the size or the batch mean nothing."""
+    numbers = list(range(count)) if index is None else [int(i) for i in index]
+    if count < 1 or len(numbers) != count:
+        raise UserError(
+            f"{count} conditions and {len(numbers)} indices: expected an index for each of 1 or more conditions"
+        )
+    if min(size) < 1 or max(size) > MAX_SIDE or batch < 1:
+        raise UserError(
+            f"size={size}, batch={batch}: expected (height, width), each from 1 to {MAX_SIDE} pixels, and a batch of 1 "
+            "or more"
+        )
+    return numbers
 
 
 def weights_like(z: Tensor, guidance: float | None) -> Tensor | None:

@@ -155,8 +155,9 @@ def load_vision(name: str, device: torch.device | str = "cpu") -> Vision:
 
     spec = describe(name)
     model = hub.pretrained(spec.label, spec.folder, transformers.AutoModel, unused="pooler")
+    half = getattr(model, "vision_model", model).to(device)
     with hub.loading(spec.label, spec.folder):  # it is asked once, and may be no vision model
-        return Vision(spec, getattr(model, "vision_model", model).to(device))
+        return Vision(spec, half)
 
 
 def load_clip(name: str, device: torch.device | str = "cpu") -> Clip:

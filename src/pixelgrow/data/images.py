@@ -76,6 +76,12 @@ def read_image(file: BinaryIO, size: tuple[int, int], crop: tuple[float, float] 
         return fit(rgb, size, crop)
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """A picture turned as its EXIF orientation says."""
+    turn = _orientation(image)
+    return image.transpose(_TRANSPOSE[turn]) if turn in _TRANSPOSE else image
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any mode that the three decoders yield -> 8-bit RGB; transparency is composited on white."""
     if image.mode.startswith("I"):  # I;16, or I holding 16-bit values
@@ -109,7 +115,7 @@ def _open(file: BinaryIO) -> ImageFile.ImageFile:
     return image
 
 
-def _orientation(image: ImageFile.ImageFile) -> int:
+def _orientation(image: Image.Image) -> int:
     """EXIF (or XMP) orientation 1..8 as far as the header tells; 1 where it is absent or damaged."""
     if not image.info.keys() & {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}:
         return 1
