@@ -24,10 +24,12 @@ from pixelgrow.onestep.generator import Generator
 from pixelgrow.onestep.pairs import Ode, Pairs, psnr, read_shard, shard_path, spread, write_shard
 from pixelgrow.onestep.settings import LossSettings
 from pixelgrow.onestep.watch import energy_distance
-from pixelgrow.recipe import load_recipe, read_recipe
+from pixelgrow.recipe import Recipe, load_recipe, read_recipe
 from pixelgrow.run import run
 from pixelgrow.sampling import generate, initial_noise
+from pixelgrow.shapes import networks
 from pixelgrow.stages import distill, train
+from pixelgrow.stages.materials import Materials
 from test_growth import CORE, cond, shallow
 
 DISTILL = {"name": "onestep", "from": "core", "pairs": "pairs", "images": 8}
@@ -346,11 +348,91 @@ def test_generators_and_denoisers_are_not_taken_for_each_other(stage: dict[str, 
     mistake([{"distill": DISTILL}, stage], words)
 
 
-def mistake(stages: list[dict[str, Any]], words: str) -> None:
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        (
+            {"distill": DISTILL | {"name": "d", "from": "more"}},
+            "pairs: pairs is of core, and the teacher is more: name its own",
+        ),
+        ({"grow": GROW | {"from": "onestep", "pairs": "others"}}, "others is of more, and the teacher is core"),
+        ({"estimate": {"name": "e", "from": "more", "pairs": "drawn", "images": 8}}, "drawn is of core, and the teac"),
+    ],
+)
+def test_pairs_of_another_teacher_are_refused_when_a_recipe_is_read(stage: dict[str, Any], words: str) -> None:
+    drawn = {"name": "drawn", "from": "core", "n": 8, "direction": "draw", "guidance": "captions"}
+    others = {"name": "others", "from": "more", "n": 8}
+    more = {"train": {"name": "more", "from": "core", "images": 16}}
+    mistake([more, {"pairs": drawn}, {"pairs": others}, {"distill": DISTILL}, stage], words)
+
+
+def test_a_generator_starts_from_the_teacher_of_its_pairs() -> None:
+    recipe = read(
+        [
+            {"train": {"name": "more", "from": "core", "images": 16}},
+            {"distill": {k: v for k, v in DISTILL.items() if k != "from"}},
+            {"pairs": {"name": "elsewhere", "from": "some/folder", "n": 8}},
+            {"distill": {"name": "second", "pairs": "elsewhere", "images": 8}},
+        ]
+    )
+    assert [s.parent for s in recipe.stages] == [None, "core", "core", "core", "some/folder", "some/folder"]
+
+
+def test_pairs_of_an_ancestor_of_the_teacher_are_refused_and_a_folder_of_the_other_kind(
+    made: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(made / "onestep" / "checkpoint", tmp_path / "onestep")
+    config = checkpoint.read_config(tmp_path / "onestep")
+    core = config.lineage[-1]["parent"]
+    lineage = [*config.lineage[:-1], {"verb": "train", "parent": core}, {"verb": "distill", "parent": "another"}]
+    (tmp_path / "onestep" / "config.json").write_text(config.model_copy(update={"lineage": lineage}).model_dump_json())
+    smoke = load_recipe("smoke-onestep").model_dump(mode="json", by_alias=True, exclude_unset=True)
+    few = {"batch": 8, "shard": 8, "steps": 2, "n": 8}
+
+    def recipe(*stages: dict[str, Any]) -> Any:
+        return read_recipe({k: v for k, v in smoke.items() if k != "stages"} | {"stages": list(stages)}, "x.yaml")
+
+    pairs = {"pairs": {"name": "pairs", "from": f"{made}/core"} | few}
+    with pytest.raises(UserError, match="this model comes from another: make pairs with this model's teacher"):
+        run(recipe(pairs, {"grow": GROW | {"from": f"{tmp_path}/onestep", "pairs": "pairs"}}), tmp_path)
+    for stage, words in (
+        ({"grow": GROW | {"from": f"{made}/onestep"}}, "is a one-step generator: write pairs:"),
+        ({"grow": GROW | {"from": f"{made}/core", "pairs": "pairs"}}, "is a multi-step model, which grows without"),
+        ({"pairs": {"name": "more", "from": f"{made}/onestep"} | few}, "is a one-step generator, expected a multi"),
+        ({"train": {"name": "more", "from": f"{made}/onestep", "images": 8}}, "is a one-step generator, expected"),
+        ({"distill": {"name": "more", "from": f"{made}/onestep", "pairs": "pairs", "images": 8}}, "is a one-step gen"),
+        ({"evaluate": {"name": "more", "from": f"{made}/onestep", "steps": 4}}, "steps: a one-step generator draws"),
+    ):
+        with pytest.raises(UserError, match=words) as error:
+            networks(recipe(pairs, stage))
+        assert "\n" not in str(error.value)
+
+
+def test_a_generator_trains_on_the_data_of_its_pairs(tmp_path: Path) -> None:
+    other = {"data": {"source": "scenes", "n": 10, "captions": 4}}
+    recipe = read(
+        [
+            {"pairs": {"name": "others", "from": "core", "n": 8} | other},
+            {"distill": DISTILL | {"pairs": "others"}},
+            {"grow": GROW | {"pairs": "others"}},
+        ]
+    )
+    materials = Materials(recipe, tmp_path)
+    core, _, pairs, distilled, grow = recipe.stages
+    seen = [materials.mixture(s).describe() for s in (pairs, distilled, grow)]  # type: ignore[arg-type]
+    assert seen[0] == seen[1] == seen[2] != materials.mixture(core).describe()  # type: ignore[arg-type]
+
+
+def read(stages: list[dict[str, Any]]) -> Recipe:
+    """A recipe of a core, its pairs, and `stages`."""
     first: list[dict[str, Any]] = [
         {"train": {"name": "core", "size": "tiny", "resolution": 16, "images": 16}},
         {"pairs": {"name": "pairs", "n": 8}},
     ]
+    return read_recipe({"name": "x", "data": {"source": "scenes"}, "stages": first + stages}, "x.yaml")
+
+
+def mistake(stages: list[dict[str, Any]], words: str) -> None:
     with pytest.raises(UserError) as error:
-        read_recipe({"name": "x", "data": {"source": "scenes"}, "stages": first + stages}, "x.yaml")
+        read(stages)
     assert words in str(error.value) and "\n" not in str(error.value)

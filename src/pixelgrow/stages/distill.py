@@ -102,13 +102,11 @@ def _fit(
     recipe, settings = materials.recipe, stage.training()
     made = materials.pairs_of(stage)
     pairs, teacher_folder = Pairs(made.folder), made.teacher
-    pairs.check(
-        [str(entry["parent"]) for entry in lineage if "parent" in entry], materials.mixture(made.stage).describe()
-    )
+    mixture = materials.mixture(stage)
+    pairs.check([str(e["parent"]) for e in lineage if e.get("verb") == "distill"], mixture.describe())
     teacher, teacher_config = checkpoint.load(teacher_folder, materials.device)
     generator = generator.to(materials.device)
     seed = rng.seed_of(recipe.seed, "stage", stage.name, "")
-    mixture = materials.mixture(made.stage)
     loader = materials.loader(mixture, generator.resolution, settings, seed, folder / BAD_FILES)
     stream = PairStream(loader, pairs, stage.fraction)
     held = materials.heldout(WATCHED, loader.size)
