@@ -408,6 +408,44 @@ def test_pairs_of_an_ancestor_of_the_teacher_are_refused_and_a_folder_of_the_oth
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        ({"grow": GROW | {"from": "onestep", "pairs": "drawn"}}, "pairs: drawn has direction: draw, so its pictures"),
+        ({"evaluate": {"name": "e", "steps": 4}}, "stage 'e': steps: a one-step generator draws in one network"),
+        ({"evaluate": {"name": "e", "from": "onestep", "guidance": 2}}, "guidance: a one-step generator draws"),
+        ({"evaluate": {"name": "e", "from": "told", "guidance": 0}}, "guidance=0: expected a weight above 0"),
+        ({"evaluate": {"name": "e", "from": "told", "guidance": 2, "sampler": "heun"}}, "stage 'e': sampler: a one"),
+    ],
+)
+def test_what_a_generator_does_not_take_is_refused_when_a_recipe_is_read(stage: dict[str, Any], words: str) -> None:
+    drawn = {"pairs": {"name": "drawn", "n": 8, "direction": "draw"}}
+    weighed = {"pairs": {"name": "weighed", "n": 8, "guidance": "captions"}}
+    told = {"name": "told", "pairs": "weighed", "losses": {"adversarial": False}}
+    before = [drawn, weighed, {"distill": DISTILL | told}, {"distill": DISTILL}]
+    mistake([*before, stage], words)
+    read([*before, {"evaluate": {"name": "e", "from": "told", "guidance": 2}}])
+
+
+def test_solutions_are_drawn_with_the_weight_of_the_pairs(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Asked(Exception):
+        pass
+
+    def note(*_: Any, guidance: float, **__: Any) -> None:
+        raise Asked(guidance)
+
+    for stage in ("core", "pairs", "text"):
+        shutil.copytree(made / stage, tmp_path / "smoke-onestep" / stage)
+    monkeypatch.setattr(distill, "WATCHED", 8)
+    monkeypatch.setattr(distill, "sample", note)
+    recipe = load_recipe("smoke-onestep")
+    with pytest.raises(Asked) as asked:
+        run(recipe.model_copy(update={"stages": recipe.stages[:3]}), tmp_path)
+    assert asked.value.args == (1.0,)
+
+
 def test_a_generator_trains_on_the_data_of_its_pairs(tmp_path: Path) -> None:
     other = {"data": {"source": "scenes", "n": 10, "captions": 4}}
     recipe = read(

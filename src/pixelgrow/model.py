@@ -292,19 +292,22 @@ def one_step_settings(config: CheckpointConfig, given: Mapping[str, Any]) -> dic
 
     Raises UserError for whatever else is given, and for a weight that means nothing.
     """
-    guided = config.network.guided
-    if named := [k for k, v in given.items() if v is not None and not (guided and k == "guidance")]:
+    own = {"guidance": config.sampling.get("guidance", DEFAULTS["guidance"])} if config.network.guided else {}
+    told = own | {k: v for k, v in given.items() if v is not None}
+    check_one_step(told, guided=config.network.guided)
+    return {k: float(v) for k, v in told.items()}
+
+
+def check_one_step(given: Mapping[str, Any], guided: bool) -> None:
+    """Raise UserError for a setting that a one-step generator, `guided` or not, does not take."""
+    if named := [k for k in given if not (guided and k == "guidance")]:
         raise UserError(
             f"{', '.join(named)}: a one-step generator draws in one network evaluation and takes no such setting; "
             "drop it, or name a multi-step checkpoint"
         )
-    if not guided:
-        return {}
-    weight = given.get("guidance")
-    weight = config.sampling.get("guidance", DEFAULTS["guidance"]) if weight is None else weight
+    weight = given.get("guidance", 1.0)
     if not 0 < weight < math.inf:
         raise UserError(f"guidance={weight:g}: expected a weight above 0, the condition of this one-step generator")
-    return {"guidance": float(weight)}
 
 
 def noise_grid(name: str, denoiser: Denoiser, config: CheckpointConfig) -> str | Schedule:

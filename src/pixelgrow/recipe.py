@@ -12,10 +12,12 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pixelgrow.errors import UserError
+from pixelgrow.model import check_one_step
 from pixelgrow.recipe_spec import (
     VERBS,
     DistillStage,
     EstimateStage,
+    EvaluateStage,
     GrowStage,
     Head,
     ModelStage,
@@ -293,6 +295,11 @@ def _check_place(stages: Sequence[Stage], where: str) -> None:
         made = {s.name: s for s in earlier if isinstance(s, PairsStage)}
         if stage.pairs not in made:
             raise UserError(f"{where}: {at}: pairs: {_unknown(stage.pairs, made, 'stage of pairs')}")
+        if isinstance(stage, GrowStage) and made[stage.pairs].direction == "draw":
+            raise UserError(
+                f"{where}: {at}: pairs: {stage.pairs} has direction: draw, so its pictures are no larger than the "
+                "teacher draws: name pairs with direction: invert"
+            )
         _check_teacher(earlier, stage, parent, made[stage.pairs], f"{where}: {at}")
         _check_guidance(earlier, stage, made[stage.pairs], f"{where}: {at}")
     if isinstance(stage, GrowStage):
@@ -314,8 +321,16 @@ def _check_place(stages: Sequence[Stage], where: str) -> None:
 def _check_kind(earlier: Sequence[Stage], stage: Stage, parent: str | None, where: str) -> None:
     """One-step generators are grown with pairs, and are no teachers; a folder's kind is seen before a run."""
     made = next((s for s in earlier if s.name == parent), None)
-    if made is not None and (wrong := wrong_kind(stage, made.name, makes_generator(made))):
+    if made is None:
+        return
+    if wrong := wrong_kind(stage, made.name, makes_generator(made)):
         raise UserError(f"{where}: {wrong}")
+    if isinstance(stage, EvaluateStage) and isinstance(made, DistillStage | GrowStage) and makes_generator(made):
+        pairs = {s.name: s.law for s in earlier if isinstance(s, PairsStage)}
+        try:
+            check_one_step(stage.given, guided=pairs[str(made.pairs)] is not None)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
 
 
 def _check_teacher(

@@ -141,10 +141,11 @@ def _fit(
     with torch.no_grad():
         small = box_down(images, generator.resolution // teacher.resolution)
         rows = [slice(start, start + settings.micro_batch) for start in range(0, len(small), settings.micro_batch)]
-        usual = float(teacher_config.sampling.get("guidance", GRID_GUIDANCE))
+        told: float | None = None
         if law is not None:  # the teacher's own weight, as far as the law goes, is what the checkpoint is drawn with
-            usual = min(max(usual, spread_of(law).low), spread_of(law).high)
-        weight = float(solver["guidance"]) if law is None else usual
+            usual = float(teacher_config.sampling.get("guidance", GRID_GUIDANCE))
+            told = min(max(usual, spread_of(law).low), spread_of(law).high)
+        weight = float(solver["guidance"]) if told is None else told
         latents = torch.cat([ode.to_latent(Guided(teacher, cond[r], guidance=weight), small[r]) for r in rows])
         solved = sample(
             teacher,
@@ -152,10 +153,9 @@ def _fit(
             size=low,
             seed=recipe.seed,
             steps=GRID_STEPS,
-            guidance=usual,
+            guidance=weight,
         ).images
     prior = initial_noise(low, recipe.seed, range(len(images)), generator.space.channels).to(materials.device)
-    told = None if law is None else usual
     watch = Watch(generator, features, Watched(images, cond, latents, prior, solved, told), settings.micro_batch)
     write_prompts(folder, held.captions[:COLUMNS])
     hooks = [
