@@ -281,8 +281,8 @@ def test_pictures_are_decoded(made: Path, run_cli: RunCli, tmp_path: Path) -> No
         assert picture.size == (64, 64)
         (wide,) = model.sample("a red circle", size=(32, 64), **settings)
         assert wide.size == (64, 32)
-        with pytest.raises(UserError, match="takes multiples of 2"):
-            model.sample("a red circle", size=(33, 64), **settings)
+        with pytest.raises(UserError, match="size 36x64 does not fit: both sides are multiples of 16; "):
+            model.sample("a red circle", size=(36, 64), **settings)
     done = run_cli("sample", made / "onestep32", "a blue star", "-o", tmp_path / "one.png")
     assert done.code == 0 and (tmp_path / "one.png").exists()
     shown = run_cli("info", made / "onestep32")

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pixelgrow import checkpoint
+from pixelgrow.averaging import average_checkpoint
 from pixelgrow.errors import UserError
 from pixelgrow.growth import freeze, grow_network, grown_config
 from pixelgrow.model import Model, OneStepModel
@@ -21,6 +22,7 @@ from pixelgrow.models.uvit import UViT
 from pixelgrow.onestep.distill import DISCRIMINATOR, GENERATOR, DistillBatch, DistillObjective
 from pixelgrow.onestep.features import TeacherFeatures, cropped
 from pixelgrow.onestep.generator import Generator
+from pixelgrow.onestep.losses import DRAWS, diff_augment
 from pixelgrow.onestep.pairs import Ode, Pairs, psnr, read_shard, shard_path, spread, write_shard
 from pixelgrow.onestep.settings import LossSettings
 from pixelgrow.onestep.watch import energy_distance
@@ -30,6 +32,7 @@ from pixelgrow.sampling import generate, initial_noise
 from pixelgrow.shapes import networks
 from pixelgrow.stages import distill, train
 from pixelgrow.stages.materials import Materials
+from pixelgrow.training.state import write_tensors
 from test_growth import CORE, cond, shallow
 
 DISTILL = {"name": "onestep", "from": "core", "pairs": "pairs", "images": 8}
@@ -180,6 +183,29 @@ def test_the_teachers_features_see_all_of_a_picture_and_a_part_of_a_large_one() 
     assert not any(p.requires_grad for p in seen.teacher.parameters())
 
 
+def test_where_the_discriminator_looks_is_no_draw_of_the_augmentation(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = TeacherFeatures(shallow())
+    made = DistillObjective(generator(), features, Conditions(), LossSettings(features=0), seed=0)
+    crops: list[torch.Tensor] = []
+    augmented: list[torch.Tensor] = []
+
+    def look(images: torch.Tensor, c: Any, crop: torch.Tensor) -> Any:
+        crops.append(crop)
+        return features(images, c, crop)
+
+    def augment(x: torch.Tensor, draws: torch.Tensor, policy: Any) -> torch.Tensor:
+        augmented.append(draws)
+        return diff_augment(x, draws, policy)
+
+    monkeypatch.setattr(made, "features", look)
+    monkeypatch.setattr("pixelgrow.onestep.distill.diff_augment", augment)
+    for part in (GENERATOR, DISCRIMINATOR):
+        made.loss(batch(3, 16), part)
+    assert [len(c) for c in crops] == [len(a) for a in augmented] and all(a.shape[1] == DRAWS for a in augmented)
+    for crop, draws in zip(crops, augmented, strict=True):
+        assert crop.shape[1] == 2 and not torch.isin(crop, draws).any()
+
+
 @pytest.mark.parametrize("adversarial", [True, False])
 def test_a_generator_learns_its_pairs_and_the_teacher_stays(adversarial: bool) -> None:
     teacher, made = shallow(), generator()
@@ -281,6 +307,26 @@ def test_a_one_step_model_draws_and_takes_no_setting(made: Path) -> None:
     assert model.sample("a blue star", seed=3, index=[1])[0].tobytes() == first[1].tobytes()
     with pytest.raises(UserError, match="steps: a one-step generator draws in one network evaluation"):
         model.sample("a blue star", steps=4)
+
+
+def test_an_average_of_a_generators_stage_becomes_a_generator(made: Path, tmp_path: Path) -> None:
+    stage = tmp_path / "onestep"
+    shutil.copytree(made / "onestep" / "checkpoint", stage / "checkpoint")
+    model, config = checkpoint.load_generator(stage / "checkpoint")
+    kept = {f"{length}/{n}": (2 * t).half() for length in (0.05, 0.1) for n, t in model.named_parameters()}
+    for images in (8, 16):  # weights that stood still: every average of theirs is themselves
+        write_tensors(stage / "snapshots" / "generator" / f"{images:012d}.safetensors", kept)
+    average_checkpoint(stage, 0.08, tmp_path / "out")
+    found, written = checkpoint.load_generator(tmp_path / "out")
+    for name, tensor in model.named_parameters():
+        torch.testing.assert_close(found.get_parameter(name), 2 * tensor, rtol=1e-2, atol=1e-3)
+    assert written.lineage[-1] == {"verb": "average", "length": 0.08, "parent": config.sha256}
+
+
+def test_a_generator_is_no_guide(made: Path) -> None:
+    core, one_step = (Model.from_pretrained(made / name) for name in ("core", "onestep"))
+    with pytest.raises(UserError, match="the guide is a one-step generator, expected a multi-step model"):
+        core.sample("a red circle", guide=one_step)
 
 
 def test_a_multi_step_checkpoint_is_no_generator_and_the_other_way_round(made: Path) -> None:

@@ -120,10 +120,13 @@ class Model:
         return images if self.autoencoder is None else self.autoencoder.decode(images)
 
     def _size(self, size: tuple[int, int] | None) -> tuple[int, int]:
-        """Size of what the network draws for pictures of `size` in pixels; its own if None."""
+        """Size of what the network draws for pictures of `size` in pixels; its own if None. Raises UserError if it does
+        not fit."""
         if size is None:
             return self.resolution, self.resolution
-        return size if self.autoencoder is None else self.autoencoder.size(size)
+        factor = 1 if self.autoencoder is None else self.autoencoder.factor
+        self.denoiser.net.config.check_size(size, factor=factor)
+        return size[0] // factor, size[1] // factor
 
     def encode(self, prompts: Sequence[str]) -> Cond:
         """Prompts (or class labels as text) as conditions on the model's device.
@@ -180,6 +183,8 @@ class Model:
             steps=steps, guidance=guidance, sampler=sampler, grid=grid, interval=interval, threshold=threshold
         )
         settings["grid"] = noise_grid(settings.get("grid", "karras"), self.denoiser, self.config)
+        if isinstance(guide, OneStepModel):
+            raise UserError("the guide is a one-step generator, expected a multi-step model: name another")
         if isinstance(guide, Model):
             if guide.resolution != self.resolution:
                 raise UserError(
@@ -195,7 +200,6 @@ class Model:
                 raise UserError("the guide draws in another space (latent): name a model of the same autoencoder")
             guide = guide.denoiser
         size = self._size(size)
-        self.denoiser.net.config.check_size(size)
         samples = sample(
             self.denoiser,
             self.conditions(prompts),
