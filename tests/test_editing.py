@@ -618,7 +618,7 @@ def test_out_of_memory_says_what_an_edit_can_do(run_cli: RunCli, files: Path, mo
         raise MemoryError("much")
 
     monkeypatch.setattr(editing, "inpaint", inpaint)
-    result = run_cli("edit", *"inpaint many a.png --mask mask.png --prompt 1".split(), cwd=files)
+    result = run_cli("edit", *["inpaint", "many", "a.png", "--mask", "mask.png", "--prompt", "1"], cwd=files)
     assert result.code == 2 and "out of memory (much): crop the picture" in result.err and "--batch" not in result.err
 
 
