@@ -261,6 +261,14 @@ def test_the_estimator_tells_its_error(made: Path) -> None:
     assert "estimate guidance weights from drawn" in (made / "report.html").read_text()
 
 
+def test_an_estimator_may_have_no_average(made: Path, tmp_path: Path) -> None:
+    for stage in ("core", "pairs", "drawn", "text"):
+        shutil.copytree(made / stage, tmp_path / "smoke-guided" / stage)
+    few = load_recipe("smoke-guided", ["stages.omega.ema=[]", "stages.omega.images=8", "stages.omega.save_every=8"])
+    run(few.model_copy(update={"stages": few.stages[:4]}), tmp_path)
+    assert (tmp_path / "smoke-guided" / "omega" / "estimator.json").is_file()
+
+
 def test_a_guided_checkpoint_is_drawn_with_its_own_weight_or_another(made: Path) -> None:
     config = checkpoint.read_config(made / "onestep32" / "checkpoint")
     assert config.network.guided and config.sampling == {"guidance": 2.0}

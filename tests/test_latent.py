@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from conftest import RunCli
 from pixelgrow import checkpoint
@@ -18,6 +19,7 @@ from pixelgrow.data import latents as cached
 from pixelgrow.data.images import BadImage
 from pixelgrow.data.latents import Latents
 from pixelgrow.data.loader import Loader, to_tensor
+from pixelgrow.data.opening import open_source
 from pixelgrow.data.scenes import Scenes
 from pixelgrow.diffusion import Denoiser
 from pixelgrow.errors import UserError
@@ -174,6 +176,18 @@ def test_a_loader_of_latents_gives_them_as_they_are(tmp_path: Path) -> None:
     assert sorted(loader.texts()) == sorted({seen.text(i) for i in range(6)})
 
 
+def test_a_loader_of_latents_turns_through_the_captions_of_a_picture(tmp_path: Path) -> None:
+    for i in range(2):
+        Image.fromarray(pictures(16, 2)[i]).save(tmp_path / f"{i}.png")
+    lines = [{"file_name": f"{i}.png", "text": [f"first {i}", {"text": f"second {i}", "weight": 3}]} for i in range(2)]
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    folder = open_source(str(tmp_path))
+    seen = Loader(Latents(folder, Doubling(), CHANNELS, tmp_path / "latents"), size=(8, 8), batch=16, seed=3)
+    plain = Loader(folder, size=(16, 16), batch=16, seed=3)
+    assert seen.several and set(seen.texts()) == {f"{which} {i}" for which in ("first", "second") for i in range(2)}
+    assert next(seen.batches()).text == next(plain.batches()).text
+
+
 # --- networks of another space ----------------------------------------------------------------------------------------
 
 
@@ -267,8 +281,8 @@ def test_pictures_are_decoded(made: Path, run_cli: RunCli, tmp_path: Path) -> No
         assert picture.size == (64, 64)
         (wide,) = model.sample("a red circle", size=(32, 64), **settings)
         assert wide.size == (64, 32)
-        with pytest.raises(UserError, match="takes multiples of 2"):
-            model.sample("a red circle", size=(33, 64), **settings)
+        with pytest.raises(UserError, match="size 36x64 does not fit: both sides are multiples of 16; "):
+            model.sample("a red circle", size=(36, 64), **settings)
     done = run_cli("sample", made / "onestep32", "a blue star", "-o", tmp_path / "one.png")
     assert done.code == 0 and (tmp_path / "one.png").exists()
     shown = run_cli("info", made / "onestep32")

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pixelgrow import checkpoint
+from pixelgrow.averaging import average_checkpoint
 from pixelgrow.errors import UserError
 from pixelgrow.growth import freeze, grow_network, grown_config
 from pixelgrow.model import Model, OneStepModel
@@ -21,13 +22,17 @@ from pixelgrow.models.uvit import UViT
 from pixelgrow.onestep.distill import DISCRIMINATOR, GENERATOR, DistillBatch, DistillObjective
 from pixelgrow.onestep.features import TeacherFeatures, cropped
 from pixelgrow.onestep.generator import Generator
+from pixelgrow.onestep.losses import DRAWS, diff_augment
 from pixelgrow.onestep.pairs import Ode, Pairs, psnr, read_shard, shard_path, spread, write_shard
 from pixelgrow.onestep.settings import LossSettings
 from pixelgrow.onestep.watch import energy_distance
-from pixelgrow.recipe import load_recipe, read_recipe
+from pixelgrow.recipe import Recipe, load_recipe, read_recipe
 from pixelgrow.run import run
 from pixelgrow.sampling import generate, initial_noise
+from pixelgrow.shapes import networks
 from pixelgrow.stages import distill, train
+from pixelgrow.stages.materials import Materials
+from pixelgrow.training.state import write_tensors
 from test_growth import CORE, cond, shallow
 
 DISTILL = {"name": "onestep", "from": "core", "pairs": "pairs", "images": 8}
@@ -183,6 +188,29 @@ def test_the_teachers_features_see_all_of_a_picture_and_a_part_of_a_large_one() 
     assert not any(p.requires_grad for p in seen.teacher.parameters())
 
 
+def test_where_the_discriminator_looks_is_no_draw_of_the_augmentation(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = TeacherFeatures(shallow())
+    made = DistillObjective(generator(), features, Conditions(), LossSettings(features=0), seed=0)
+    crops: list[torch.Tensor] = []
+    augmented: list[torch.Tensor] = []
+
+    def look(images: torch.Tensor, c: Any, crop: torch.Tensor) -> Any:
+        crops.append(crop)
+        return features(images, c, crop)
+
+    def augment(x: torch.Tensor, draws: torch.Tensor, policy: Any) -> torch.Tensor:
+        augmented.append(draws)
+        return diff_augment(x, draws, policy)
+
+    monkeypatch.setattr(made, "features", look)
+    monkeypatch.setattr("pixelgrow.onestep.distill.diff_augment", augment)
+    for part in (GENERATOR, DISCRIMINATOR):
+        made.loss(batch(3, 16), part)
+    assert [len(c) for c in crops] == [len(a) for a in augmented] and all(a.shape[1] == DRAWS for a in augmented)
+    for crop, draws in zip(crops, augmented, strict=True):
+        assert crop.shape[1] == 2 and not torch.isin(crop, draws).any()
+
+
 @pytest.mark.parametrize("adversarial", [True, False])
 def test_a_generator_learns_its_pairs_and_the_teacher_stays(adversarial: bool) -> None:
     teacher, made = shallow(), generator()
@@ -286,6 +314,26 @@ def test_a_one_step_model_draws_and_takes_no_setting(made: Path) -> None:
         model.sample("a blue star", steps=4)
 
 
+def test_an_average_of_a_generators_stage_becomes_a_generator(made: Path, tmp_path: Path) -> None:
+    stage = tmp_path / "onestep"
+    shutil.copytree(made / "onestep" / "checkpoint", stage / "checkpoint")
+    model, config = checkpoint.load_generator(stage / "checkpoint")
+    kept = {f"{length}/{n}": (2 * t).half() for length in (0.05, 0.1) for n, t in model.named_parameters()}
+    for images in (8, 16):  # weights that stood still: every average of theirs is themselves
+        write_tensors(stage / "snapshots" / "generator" / f"{images:012d}.safetensors", kept)
+    average_checkpoint(stage, 0.08, tmp_path / "out")
+    found, written = checkpoint.load_generator(tmp_path / "out")
+    for name, tensor in model.named_parameters():
+        torch.testing.assert_close(found.get_parameter(name), 2 * tensor, rtol=1e-2, atol=1e-3)
+    assert written.lineage[-1] == {"verb": "average", "length": 0.08, "parent": config.sha256}
+
+
+def test_a_generator_is_no_guide(made: Path) -> None:
+    core, one_step = (Model.from_pretrained(made / name) for name in ("core", "onestep"))
+    with pytest.raises(UserError, match="the guide is a one-step generator, expected a multi-step model"):
+        core.sample("a red circle", guide=one_step)
+
+
 def test_a_multi_step_checkpoint_is_no_generator_and_the_other_way_round(made: Path) -> None:
     with pytest.raises(UserError, match="is a multi-step denoiser, expected a one-step generator"):
         checkpoint.load_generator(made / "core" / "checkpoint")
@@ -351,11 +399,129 @@ def test_generators_and_denoisers_are_not_taken_for_each_other(stage: dict[str, 
     mistake([{"distill": DISTILL}, stage], words)
 
 
-def mistake(stages: list[dict[str, Any]], words: str) -> None:
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        (
+            {"distill": DISTILL | {"name": "d", "from": "more"}},
+            "pairs: pairs is of core, and the teacher is more: name its own",
+        ),
+        ({"grow": GROW | {"from": "onestep", "pairs": "others"}}, "others is of more, and the teacher is core"),
+        ({"estimate": {"name": "e", "from": "more", "pairs": "drawn", "images": 8}}, "drawn is of core, and the teac"),
+    ],
+)
+def test_pairs_of_another_teacher_are_refused_when_a_recipe_is_read(stage: dict[str, Any], words: str) -> None:
+    drawn = {"name": "drawn", "from": "core", "n": 8, "direction": "draw", "guidance": "captions"}
+    others = {"name": "others", "from": "more", "n": 8}
+    more = {"train": {"name": "more", "from": "core", "images": 16}}
+    mistake([more, {"pairs": drawn}, {"pairs": others}, {"distill": DISTILL}, stage], words)
+
+
+def test_a_generator_starts_from_the_teacher_of_its_pairs() -> None:
+    recipe = read(
+        [
+            {"train": {"name": "more", "from": "core", "images": 16}},
+            {"distill": {k: v for k, v in DISTILL.items() if k != "from"}},
+            {"pairs": {"name": "elsewhere", "from": "some/folder", "n": 8}},
+            {"distill": {"name": "second", "pairs": "elsewhere", "images": 8}},
+        ]
+    )
+    assert [s.parent for s in recipe.stages] == [None, "core", "core", "core", "some/folder", "some/folder"]
+
+
+def test_pairs_of_an_ancestor_of_the_teacher_are_refused_and_a_folder_of_the_other_kind(
+    made: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(made / "onestep" / "checkpoint", tmp_path / "onestep")
+    config = checkpoint.read_config(tmp_path / "onestep")
+    core = config.lineage[-1]["parent"]
+    lineage = [*config.lineage[:-1], {"verb": "train", "parent": core}, {"verb": "distill", "parent": "another"}]
+    (tmp_path / "onestep" / "config.json").write_text(config.model_copy(update={"lineage": lineage}).model_dump_json())
+    smoke = load_recipe("smoke-onestep").model_dump(mode="json", by_alias=True, exclude_unset=True)
+    few = {"batch": 8, "shard": 8, "steps": 2, "n": 8}
+
+    def recipe(*stages: dict[str, Any]) -> Any:
+        return read_recipe({k: v for k, v in smoke.items() if k != "stages"} | {"stages": list(stages)}, "x.yaml")
+
+    pairs = {"pairs": {"name": "pairs", "from": f"{made}/core"} | few}
+    with pytest.raises(UserError, match="this model comes from another: make pairs with this model's teacher"):
+        run(recipe(pairs, {"grow": GROW | {"from": f"{tmp_path}/onestep", "pairs": "pairs"}}), tmp_path)
+    for stage, words in (
+        ({"grow": GROW | {"from": f"{made}/onestep"}}, "is a one-step generator: write pairs:"),
+        ({"grow": GROW | {"from": f"{made}/core", "pairs": "pairs"}}, "is a multi-step model, which grows without"),
+        ({"pairs": {"name": "more", "from": f"{made}/onestep"} | few}, "is a one-step generator, expected a multi"),
+        ({"train": {"name": "more", "from": f"{made}/onestep", "images": 8}}, "is a one-step generator, expected"),
+        ({"distill": {"name": "more", "from": f"{made}/onestep", "pairs": "pairs", "images": 8}}, "is a one-step gen"),
+        ({"evaluate": {"name": "more", "from": f"{made}/onestep", "steps": 4}}, "steps: a one-step generator draws"),
+    ):
+        with pytest.raises(UserError, match=words) as error:
+            networks(recipe(pairs, stage))
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("stage", "words"),
+    [
+        ({"grow": GROW | {"from": "onestep", "pairs": "drawn"}}, "pairs: drawn has direction: draw, so its pictures"),
+        ({"evaluate": {"name": "e", "steps": 4}}, "stage 'e': steps: a one-step generator draws in one network"),
+        ({"evaluate": {"name": "e", "from": "onestep", "guidance": 2}}, "guidance: a one-step generator draws"),
+        ({"evaluate": {"name": "e", "from": "told", "guidance": 0}}, "guidance=0: expected a weight above 0"),
+        ({"evaluate": {"name": "e", "from": "told", "guidance": 2, "sampler": "heun"}}, "stage 'e': sampler: a one"),
+    ],
+)
+def test_what_a_generator_does_not_take_is_refused_when_a_recipe_is_read(stage: dict[str, Any], words: str) -> None:
+    drawn = {"pairs": {"name": "drawn", "n": 8, "direction": "draw"}}
+    weighed = {"pairs": {"name": "weighed", "n": 8, "guidance": "captions"}}
+    told = {"name": "told", "pairs": "weighed", "losses": {"adversarial": False}}
+    before = [drawn, weighed, {"distill": DISTILL | told}, {"distill": DISTILL}]
+    mistake([*before, stage], words)
+    read([*before, {"evaluate": {"name": "e", "from": "told", "guidance": 2}}])
+
+
+def test_solutions_are_drawn_with_the_weight_of_the_pairs(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Asked(Exception):
+        pass
+
+    def note(*_: Any, guidance: float, **__: Any) -> None:
+        raise Asked(guidance)
+
+    for stage in ("core", "pairs", "text"):
+        shutil.copytree(made / stage, tmp_path / "smoke-onestep" / stage)
+    monkeypatch.setattr(distill, "WATCHED", 8)
+    monkeypatch.setattr(distill, "sample", note)
+    recipe = load_recipe("smoke-onestep")
+    with pytest.raises(Asked) as asked:
+        run(recipe.model_copy(update={"stages": recipe.stages[:3]}), tmp_path)
+    assert asked.value.args == (1.0,)
+
+
+def test_a_generator_trains_on_the_data_of_its_pairs(tmp_path: Path) -> None:
+    other = {"data": {"source": "scenes", "n": 10, "captions": 4}}
+    recipe = read(
+        [
+            {"pairs": {"name": "others", "from": "core", "n": 8} | other},
+            {"distill": DISTILL | {"pairs": "others"}},
+            {"grow": GROW | {"pairs": "others"}},
+        ]
+    )
+    materials = Materials(recipe, tmp_path)
+    core, _, pairs, distilled, grow = recipe.stages
+    seen = [materials.mixture(s).describe() for s in (pairs, distilled, grow)]  # type: ignore[arg-type]
+    assert seen[0] == seen[1] == seen[2] != materials.mixture(core).describe()  # type: ignore[arg-type]
+
+
+def read(stages: list[dict[str, Any]]) -> Recipe:
+    """A recipe of a core, its pairs, and `stages`."""
     first: list[dict[str, Any]] = [
         {"train": {"name": "core", "size": "tiny", "resolution": 16, "images": 16}},
         {"pairs": {"name": "pairs", "n": 8}},
     ]
+    return read_recipe({"name": "x", "data": {"source": "scenes"}, "stages": first + stages}, "x.yaml")
+
+
+def mistake(stages: list[dict[str, Any]], words: str) -> None:
     with pytest.raises(UserError) as error:
-        read_recipe({"name": "x", "data": {"source": "scenes"}, "stages": first + stages}, "x.yaml")
+        read(stages)
     assert words in str(error.value) and "\n" not in str(error.value)

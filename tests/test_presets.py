@@ -41,6 +41,12 @@ def test_a_preset_fills_in_what_is_known_and_no_more(preset: str, norms: str, tr
     assert distilled.training().ema == (0.1,) and distilled.training().optimizer == "radam"
 
 
+def test_where_the_whole_base_trains_a_preset_names_no_blocks_of_it() -> None:
+    for whole in ({"core": "finetune"}, {"init": "scratch"}):
+        *_, grown = stages({}, {"preset": "paper"} | whole).stages
+        assert isinstance(grown, GrowStage) and grown.trains_core and grown.base_blocks == 0
+
+
 def test_what_the_recipe_says_stands() -> None:
     said = {"preset": "paper", "lr": 1e-4, "losses": {"norms": "plain", "pixels": 0}, "ema": [0.05]}
     *_, distilled, grown = stages(said, {}).stages
@@ -53,6 +59,9 @@ def test_what_the_recipe_says_stands() -> None:
     ("distill", "grow", "words"),
     [
         ({"preset": "papers"}, {}, "preset: got 'papers', expected to be 'paper' or 'released-code'"),
+        ({"preset": ["paper"]}, {}, "preset: got a list, expected to be 'paper' or 'released-code'"),
+        ({"losses": {"features": 0, "pixels": 0}}, {}, "losses: features: 0 and pixels: 0 leave no reconstruction"),
+        ({}, {"losses": {"features": 0, "pixels": 0, "balance": "fixed", "adversarial": False}}, "write adversarial:"),
         ({}, {"base_blocks": 1, "core": "finetune"}, "base_blocks is for a frozen base"),
         ({}, {"base_blocks": 2}, "base_blocks: got 2, the base's last half level has 1"),
         ({}, {"pairs": None, "from": "core", "preset": "paper"}, "preset is for the growth of a one-step generator"),

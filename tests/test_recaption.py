@@ -7,10 +7,12 @@ import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from pixelgrow.data import heldout_split, open_source
@@ -202,6 +204,38 @@ def test_an_interrupted_call_goes_on_to_the_same_bytes(
     recaption(cut)
     assert cut.out.read_bytes() == ask.out.read_bytes() and calls == [2, 1, 1, 1]
     assert not list(tmp_path.glob(".*"))
+
+
+def test_a_model_that_fails_on_pictures_is_one_line_and_a_lack_of_memory_is_told(
+    captioner: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pixelgrow.recaption import Captioner
+
+    made, pictures = Captioner(str(captioner)), [Image.new("RGB", (16, 16))] * 2
+    for raised in (ValueError("image tokens\nand more"), TypeError("image tokens"), RuntimeError("image tokens")):
+        monkeypatch.setattr(made.model, "generate", Mock(side_effect=raised))
+        with pytest.raises(
+            UserError, match=r"cannot put 2 pictures into words \(image tokens\): try --batch 1"
+        ) as error:
+            made(pictures)
+        assert "\n" not in str(error.value) and "--prompt" in str(error.value)
+    monkeypatch.setattr(made.model, "generate", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(torch.OutOfMemoryError):
+        made(pictures)
+
+
+def test_prompts_are_padded_on_the_left(captioner: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pixelgrow.recaption import Captioner
+
+    made, pictures = Captioner(str(captioner), tokens=4), [Image.new("RGB", (16, 16))] * 2
+    prepare, sides = made.images, []
+
+    def both(images: Any, text: list[str], padding: bool, return_tensors: str) -> Any:
+        sides.append((made.words.padding_side, padding, text))
+        return prepare(images=images, return_tensors=return_tensors)
+
+    made.prompt, made.images = "what is this?", both
+    assert len(made(pictures)) == 2 and sides == [("left", True, ["what is this?"] * 2)]
 
 
 def test_mistakes_are_one_line(tmp_path: Path, captioner: Path, run_cli: Any) -> None:

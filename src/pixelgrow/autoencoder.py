@@ -94,15 +94,6 @@ class Autoencoder:
         drawn = [self._model.decode(some.to(self.device) / scale + shift).sample for some in latents.split(BATCH)]
         return torch.cat(drawn).clamp(-1, 1).to(latents)
 
-    def size(self, pixels: tuple[int, int]) -> tuple[int, int]:
-        """Size (h, w) of the latents of pictures of `pixels`. Raises UserError if they do not divide."""
-        f = self.factor
-        if pixels[0] % f or pixels[1] % f:
-            raise UserError(
-                f"size {pixels[0]}x{pixels[1]} does not fit: the autoencoder {self.name} takes multiples of {f}"
-            )
-        return pixels[0] // f, pixels[1] // f
-
     def __getstate__(self) -> dict[str, Any]:
         """Without the weights: a process that needs them reads them."""
         return {k: v for k, v in self.__dict__.items() if k != "_model"}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from pixelgrow import checkpoint
 from pixelgrow.errors import UserError
+from pixelgrow.onestep.distill import GENERATOR
 from pixelgrow.training.ema import reconstruct
 from pixelgrow.training.loop import CHECKPOINT
 from pixelgrow.writing import reading, writing
@@ -23,11 +25,13 @@ def average_checkpoint(stage: Path, length: float, out: Path, images: int | None
     checkpoint.check_target(out)
     if out.resolve() == (stage / CHECKPOINT).resolve():
         raise UserError(f"{out} is the stage's own checkpoint: name another folder")
-    denoiser, config = checkpoint.load(stage / CHECKPOINT)
-    tensors = reconstruct(stage / "snapshots" / "denoiser", length, images)
-    state = denoiser.state_dict()
-    denoiser.load_state_dict(state | {n: t.to(state[n].dtype) for n, t in tensors.items()}, strict=True)
+    one_step = checkpoint.read_config(stage / CHECKPOINT).objective == "generate"
+    load: Any = checkpoint.load_generator if one_step else checkpoint.load
+    model, config = load(stage / CHECKPOINT)
+    tensors = reconstruct(stage / "snapshots" / (GENERATOR if one_step else "denoiser"), length, images)
+    state = model.state_dict()
+    model.load_state_dict(state | {n: t.to(state[n].dtype) for n, t in tensors.items()}, strict=True)
     entry = {"verb": "average", "length": length, "parent": config.sha256} | ({"images": images} if images else {})
     with writing(out):
-        checkpoint.save(out, denoiser, config.model_copy(update={"lineage": [*config.lineage, entry]}))
+        checkpoint.save(out, model, config.model_copy(update={"lineage": [*config.lineage, entry]}))
     return f"the average of length {length:g} of {stage}, {len(tensors)} tensors, written to {out}"

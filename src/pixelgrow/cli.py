@@ -14,7 +14,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from pixelgrow.cli_edit import edit
-from pixelgrow.errors import UserError
+from pixelgrow.errors import UserError, out_of_memory
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 app.add_typer(edit, name="edit")
@@ -225,7 +225,7 @@ def plan(
     batch: Annotated[int, typer.Option("--batch", help="With --size: images per micro-batch.")] = 8,
     rate: Rate = None,
 ) -> None:
-    """Parameters, FLOPs, memory and time, with nothing allocated."""
+    """Parameters, FLOPs, memory and time, with nothing allocated. One-step stages are listed, not costed."""
     if (recipe is None) == (size is None):
         raise UserError("plan: expected a recipe or --size, one of the two")
     if recipe is not None:
@@ -301,16 +301,6 @@ def share_cores() -> None:
     imported. Costs nothing alone, and several times the speed where others use the cores (docs/benchmarks.md)."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Whether torch, on any device, or Python could not get the memory that was asked for."""
-    words = ("can't allocate memory", "not enough memory")  # of torch's allocator on a CPU, which has no class for it
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and any(w in str(error) for w in words))
-    )
 
 
 class _Stderr(logging.Handler):

@@ -120,10 +120,13 @@ class Model:
         return images if self.autoencoder is None else self.autoencoder.decode(images)
 
     def _size(self, size: tuple[int, int] | None) -> tuple[int, int]:
-        """Size of what the network draws for pictures of `size` in pixels; its own if None."""
+        """Size of what the network draws for pictures of `size` in pixels; its own if None. Raises UserError if it does
+        not fit."""
         if size is None:
             return self.resolution, self.resolution
-        return size if self.autoencoder is None else self.autoencoder.size(size)
+        factor = 1 if self.autoencoder is None else self.autoencoder.factor
+        self.denoiser.net.config.check_size(size, factor=factor)
+        return size[0] // factor, size[1] // factor
 
     def encode(self, prompts: Sequence[str]) -> Cond:
         """Prompts (or class labels as text) as conditions on the model's device.
@@ -180,6 +183,8 @@ class Model:
             steps=steps, guidance=guidance, sampler=sampler, grid=grid, interval=interval, threshold=threshold
         )
         settings["grid"] = noise_grid(settings.get("grid", "karras"), self.denoiser, self.config)
+        if isinstance(guide, OneStepModel):
+            raise UserError("the guide is a one-step generator, expected a multi-step model: name another")
         if isinstance(guide, Model):
             if guide.resolution != self.resolution:
                 raise UserError(
@@ -195,7 +200,6 @@ class Model:
                 raise UserError("the guide draws in another space (latent): name a model of the same autoencoder")
             guide = guide.denoiser
         size = self._size(size)
-        self.denoiser.net.config.check_size(size)
         samples = sample(
             self.denoiser,
             self.conditions(prompts),
@@ -292,19 +296,22 @@ def one_step_settings(config: CheckpointConfig, given: Mapping[str, Any]) -> dic
 
     Raises UserError for whatever else is given, and for a weight that means nothing.
     """
-    guided = config.network.guided
-    if named := [k for k, v in given.items() if v is not None and not (guided and k == "guidance")]:
+    own = {"guidance": config.sampling.get("guidance", DEFAULTS["guidance"])} if config.network.guided else {}
+    told = own | {k: v for k, v in given.items() if v is not None}
+    check_one_step(told, guided=config.network.guided)
+    return {k: float(v) for k, v in told.items()}
+
+
+def check_one_step(given: Mapping[str, Any], guided: bool) -> None:
+    """Raise UserError for a setting that a one-step generator, `guided` or not, does not take."""
+    if named := [k for k in given if not (guided and k == "guidance")]:
         raise UserError(
             f"{', '.join(named)}: a one-step generator draws in one network evaluation and takes no such setting; "
             "drop it, or name a multi-step checkpoint"
         )
-    if not guided:
-        return {}
-    weight = given.get("guidance")
-    weight = config.sampling.get("guidance", DEFAULTS["guidance"]) if weight is None else weight
+    weight = given.get("guidance", 1.0)
     if not 0 < weight < math.inf:
         raise UserError(f"guidance={weight:g}: expected a weight above 0, the condition of this one-step generator")
-    return {"guidance": float(weight)}
 
 
 def noise_grid(name: str, denoiser: Denoiser, config: CheckpointConfig) -> str | Schedule:

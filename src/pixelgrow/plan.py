@@ -24,7 +24,7 @@ from pixelgrow.models.cond import Cond
 from pixelgrow.models.config import CoreConfig, NetConfig
 from pixelgrow.models.uvit import UViT
 from pixelgrow.recipe import Recipe, read_recipe
-from pixelgrow.recipe_spec import DistillStage, GrowStage, ModelStage, TrainStage
+from pixelgrow.recipe_spec import GrowStage, ModelStage, TrainStage, makes_generator
 from pixelgrow.shapes import networks, parent_network
 from pixelgrow.training.denoise import recompute_blocks
 from pixelgrow.training.settings import TrainSettings
@@ -227,20 +227,16 @@ class Live(TorchDispatchMode):
 
 
 def plan_recipe(recipe: Recipe, *, gpu: bool | None = None) -> list[StagePlan]:
-    """Every training phase of a recipe, in order. `gpu`: plan for one, by default where there is one."""
+    """Every training phase of a recipe, in order, but those of one-step generators, whose cost is not planned. `gpu`:
+    plan for one, by default where there is one."""
     gpu = torch.cuda.is_available() if gpu is None else gpu
     nets = networks(recipe)
     return [
         plan
         for stage in recipe.stages
-        if isinstance(stage, ModelStage) and not _one_step(stage)
+        if isinstance(stage, ModelStage) and not makes_generator(stage)
         for plan in _phases(stage, nets, recipe.text.max_tokens, gpu)
     ]
-
-
-def _one_step(stage: ModelStage) -> bool:
-    """Whether a stage trains a one-step generator, whose cost is not planned yet."""
-    return isinstance(stage, DistillStage) or (isinstance(stage, GrowStage) and stage.pairs is not None)
 
 
 def _phases(stage: ModelStage, nets: dict[str, NetConfig], tokens: int, gpu: bool) -> Iterator[StagePlan]:

@@ -18,7 +18,7 @@ from pixelgrow.data.images import BadImage
 from pixelgrow.data.index import FileSource
 from pixelgrow.data.opening import open_source
 from pixelgrow.data.sources import Wording, wordings_of
-from pixelgrow.errors import UserError
+from pixelgrow.errors import UserError, out_of_memory
 from pixelgrow.writing import writing
 
 MAX_SIDE = 768  # pixels; larger pictures are scaled down before the model's own preparation sees them
@@ -154,9 +154,21 @@ class Captioner:
     def __call__(self, pictures: Sequence[Image.Image]) -> list[str]:
         if not pictures:
             return []
-        words = {} if self.prompt is None else {"text": [self.prompt] * len(pictures)}
-        inputs = self.images(images=list(pictures), return_tensors="pt", **words).to(self.device)
-        ids = self.model.generate(**inputs, max_new_tokens=self.tokens, do_sample=False, num_beams=1)
+        words: dict[str, Any] = {}
+        if self.prompt is not None:
+            words = {"text": [self.prompt] * len(pictures), "padding": True}
+            self.words.padding_side = "left"  # what is said goes on where the prompt ends
+        try:
+            inputs = self.images(images=list(pictures), return_tensors="pt", **words).to(self.device)
+            ids = self.model.generate(**inputs, max_new_tokens=self.tokens, do_sample=False, num_beams=1)
+        except (ValueError, TypeError, IndexError, RuntimeError) as error:  # as each model likes
+            if out_of_memory(error):
+                raise
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(
+                f"the model cannot put {len(pictures)} pictures into words ({reason}): try --batch 1, fewer "
+                "--tokens, or another --prompt (some models need one, some take none)"
+            ) from error
         asked = inputs.get("input_ids")
         if asked is not None and torch.equal(ids[:, : asked.shape[1]], asked):
             ids = ids[:, asked.shape[1] :]  # a model of one stream repeats what it was asked

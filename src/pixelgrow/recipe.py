@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pixelgrow.errors import UserError
+from pixelgrow.model import check_one_step
 from pixelgrow.recipe_spec import (
     VERBS,
     DistillStage,
@@ -26,6 +27,8 @@ from pixelgrow.recipe_spec import (
     TextSpec,
     TrainStage,
     is_folder,
+    makes_generator,
+    wrong_kind,
 )
 from pixelgrow.writing import reading
 
@@ -272,33 +275,41 @@ def _models(stages: Iterable[Stage]) -> list[str]:
 
 def _check_place(stages: Sequence[Stage], where: str) -> None:
     """Names are unique, parents stand earlier, resolutions grow."""
-    *earlier, stage = stages
+    *before, stage = stages
+    earlier = _with_parents(before)
     if stage.name in [s.name for s in earlier]:
         raise UserError(f"{where}: two stages are called {stage.name!r}; give each a name of its own")
     at = f"stage {stage.name!r}"
     models = _models(earlier)
-    parent = stage.parent
+    parent = _parent_of(stage, earlier)
     if parent is None:
-        if not isinstance(stage, TrainStage) and not models:
+        if not isinstance(stage, TrainStage):
             raise UserError(
                 f"{where}: {at} has no model to start from: put a train stage before it, or name a checkpoint"
             )
     elif parent not in models and not is_folder(parent):
         known = _unknown(parent, models, "stage") if models else f"no stage before it makes a model, got {parent!r}"
         raise UserError(f"{where}: {at}: from: {known} (a checkpoint folder is written with a slash)")
-    _check_kind(earlier, stage, models, f"{where}: {at}")
+    _check_kind(earlier, stage, parent, f"{where}: {at}")
     if isinstance(stage, GrowStage | DistillStage | EstimateStage) and stage.pairs is not None:
         made = {s.name: s for s in earlier if isinstance(s, PairsStage)}
         if stage.pairs not in made:
             raise UserError(f"{where}: {at}: pairs: {_unknown(stage.pairs, made, 'stage of pairs')}")
+        if isinstance(stage, GrowStage) and made[stage.pairs].direction == "draw":
+            raise UserError(
+                f"{where}: {at}: pairs: {stage.pairs} has direction: draw, so its pictures are no larger than the "
+                "teacher draws: name pairs with direction: invert"
+            )
+        _check_teacher(earlier, stage, parent, made[stage.pairs], f"{where}: {at}")
         _check_guidance(earlier, stage, made[stage.pairs], f"{where}: {at}")
     if isinstance(stage, GrowStage):
-        if stage.patch is not None and stage.init != "preserve" and _is_uvit(earlier, stage.parent or models[-1]):
+        assert parent is not None
+        if stage.patch is not None and stage.init != "preserve" and _is_uvit(earlier, parent):
             raise UserError(
                 f"{where}: {at}: patch: got {stage.patch}, but init: {stage.init} keeps the levels and the patch of "
                 "an earlier growth; drop it"
             )
-        low = resolution_of(stages, stage.parent or models[-1])
+        low = resolution_of(earlier, parent)
         for to in stage.to:
             if low and (to <= low or to % low or (to // low) & (to // low - 1)):
                 raise UserError(
@@ -307,22 +318,35 @@ def _check_place(stages: Sequence[Stage], where: str) -> None:
             low = to
 
 
-def _check_kind(earlier: Sequence[Stage], stage: Stage, models: Sequence[str], where: str) -> None:
-    """One-step generators are grown with pairs, and are no teachers; a folder's kind is seen when it is read."""
-    parent = stage.parent or (models[-1] if models else "")
-    made = next((s for s in _with_parents(earlier) if s.name == parent), None)
-    if made is None or isinstance(stage, EvaluateStage) or (isinstance(stage, TrainStage) and stage.parent is None):
+def _check_kind(earlier: Sequence[Stage], stage: Stage, parent: str | None, where: str) -> None:
+    """One-step generators are grown with pairs, and are no teachers; a folder's kind is seen before a run."""
+    made = next((s for s in earlier if s.name == parent), None)
+    if made is None:
         return
-    generator = isinstance(made, DistillStage) or (isinstance(made, GrowStage) and made.pairs is not None)
-    if not isinstance(stage, GrowStage):
-        if generator:
-            raise UserError(
-                f"{where}: from: {parent} is a one-step generator, expected a multi-step model; name another"
-            )
-    elif generator and stage.pairs is None:
-        raise UserError(f"{where}: {parent} is a one-step generator: write pairs: and the name of its pairs' stage")
-    elif not generator and stage.pairs is not None:
-        raise UserError(f"{where}: pairs: {parent} is a multi-step model, which grows without; drop it")
+    if wrong := wrong_kind(stage, made.name, makes_generator(made)):
+        raise UserError(f"{where}: {wrong}")
+    if isinstance(stage, EvaluateStage) and isinstance(made, DistillStage | GrowStage) and makes_generator(made):
+        pairs = {s.name: s.law for s in earlier if isinstance(s, PairsStage)}
+        try:
+            check_one_step(stage.given, guided=pairs[str(made.pairs)] is not None)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+
+
+def _check_teacher(
+    earlier: Sequence[Stage],
+    stage: GrowStage | DistillStage | EstimateStage,
+    parent: str | None,
+    pairs: PairsStage,
+    where: str,
+) -> None:
+    """Pairs are the teacher's own; of a checkpoint folder the weights' hash tells, when the stage runs."""
+    by_name: dict[str | None, Stage] = {s.name: s for s in earlier}
+    of: Stage | None = stage
+    while isinstance(of, GrowStage):
+        of, parent = by_name.get(parent), by_name[parent].parent if parent in by_name else None
+    if parent in by_name and pairs.parent in by_name and parent != pairs.parent:
+        raise UserError(f"{where}: pairs: {pairs.name} is of {pairs.parent}, and the teacher is {parent}: name its own")
 
 
 def _check_losses(stage: Stage, text: TextSpec, where: str) -> None:
@@ -363,7 +387,7 @@ def _check_guidance(
 
 def _is_uvit(stages: Sequence[Stage], name: str) -> bool:
     """Whether the model that a stage makes has levels around its core from a growth with `random` or `scratch`."""
-    by_name = {s.name: s for s in _with_parents(stages)}
+    by_name = {s.name: s for s in stages}
     while (stage := by_name.get(name)) is not None:
         if isinstance(stage, GrowStage) and stage.init != "preserve":
             return True
@@ -383,13 +407,24 @@ def resolution_of(stages: Iterable[Stage], name: str) -> int | None:
 
 
 def _with_parents(stages: Sequence[Stage]) -> list[Stage]:
-    """Every stage with its parent named: the last model before it, where the recipe names none."""
+    """Every stage with its parent named. Where the recipe names none: the teacher of the pairs that a generator is
+    distilled from, or a weight estimated from; else the last model before it."""
     done: list[Stage] = []
     for stage in stages:
         if stage.parent is None and not isinstance(stage, TrainStage):
-            stage = stage.model_copy(update={"parent": _models(done)[-1]})
+            stage = stage.model_copy(update={"parent": _parent_of(stage, done)})
         done.append(stage)
     return done
+
+
+def _parent_of(stage: Stage, earlier: Sequence[Stage]) -> str | None:
+    """What a stage starts from, after stages whose parents are named: None if nothing, or a mistake."""
+    if stage.parent is not None or isinstance(stage, TrainStage):
+        return stage.parent
+    teachers = {s.name: s.parent for s in earlier if isinstance(s, PairsStage)}
+    if isinstance(stage, DistillStage | EstimateStage) and stage.pairs in teachers:
+        return teachers[stage.pairs]
+    return next(reversed(_models(earlier)), None)
 
 
 __all__ = ["Recipe", "builtin", "is_folder", "load_recipe", "read_recipe", "resolution_of"]

@@ -257,7 +257,7 @@ def _no_denoiser(stage: ModelStage) -> None:
 
 
 class DistillStage(ModelStage):
-    """Distil a teacher to a one-step generator (PaGoDA, arXiv 2405.14822) on the pairs of the stage `pairs`.
+    """Distil a teacher, that of the pairs, to a one-step generator (PaGoDA, arXiv 2405.14822) on the stage `pairs`.
 
     Where the pairs' guidance follows a law, generator and discriminator take the weight as a condition, and `estimator`
     names the stage whose estimates stand for the weights of real pictures. Learning rate, betas and decay are ours;
@@ -364,6 +364,26 @@ VERBS: dict[str, type[Stage]] = {
     "distill": DistillStage,
     "evaluate": EvaluateStage,
 }
+
+
+def makes_generator(stage: Stage) -> bool:
+    """Whether what a stage makes is a one-step generator."""
+    return isinstance(stage, DistillStage) or (isinstance(stage, GrowStage) and stage.pairs is not None)
+
+
+def wrong_kind(stage: Stage, parent: str, generator: bool) -> str | None:
+    """What is wrong with a stage whose parent is a one-step `generator`, or is none; None if nothing is."""
+    if isinstance(stage, EvaluateStage):
+        return None
+    if not isinstance(stage, GrowStage):
+        return (
+            f"from: {parent} is a one-step generator, expected a multi-step model; name another" if generator else None
+        )
+    if generator and stage.pairs is None:
+        return f"{parent} is a one-step generator: write pairs: and the name of its pairs' stage"
+    if not generator and stage.pairs is not None:
+        return f"pairs: {parent} is a multi-step model, which grows without; drop it"
+    return None
 
 
 class Head(Spec):

@@ -9,18 +9,21 @@ from pixelgrow.autoencoder import Autoencoder
 from pixelgrow.checkpoint import read_config
 from pixelgrow.errors import UserError
 from pixelgrow.growth import grown_config, last_blocks
-from pixelgrow.model import find
+from pixelgrow.model import find, one_step_settings
 from pixelgrow.models.config import PIXELS, CoreConfig, NetConfig, Space
 from pixelgrow.models.sizes import core_config, shallow_uvit
 from pixelgrow.recipe_spec import (
     DistillStage,
+    EvaluateStage,
     GrowStage,
     ModelStage,
     PairsStage,
     Recipe,
+    Stage,
     TextSpec,
     TrainStage,
     is_folder,
+    wrong_kind,
 )
 from pixelgrow.text_spec import describe
 from pixelgrow.writing import reading
@@ -31,9 +34,21 @@ def networks(recipe: Recipe) -> dict[str, NetConfig]:
     nets: dict[str, NetConfig] = {}
     space = Autoencoder(recipe.latent.autoencoder).space if recipe.latent else PIXELS
     for stage in recipe.stages:
+        if stage.parent is not None and is_folder(stage.parent):
+            _check_kind(stage, stage.parent)
         if isinstance(stage, ModelStage):
             nets[stage.name] = network(stage, nets, recipe, space)
     return nets
+
+
+def _check_kind(stage: Stage, folder: str) -> None:
+    """UserError if the checkpoint that a stage names is not of the kind that it takes."""
+    config = read_config(find(folder))
+    generator = config.objective == "generate"
+    if isinstance(stage, EvaluateStage) and generator:
+        one_step_settings(config, stage.given)
+    if wrong := wrong_kind(stage, folder, generator):
+        raise UserError(f"stage {stage.name!r}: {wrong}")
 
 
 def network(stage: ModelStage, nets: dict[str, NetConfig], recipe: Recipe, space: Space = PIXELS) -> NetConfig:

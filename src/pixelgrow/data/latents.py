@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pixelgrow.data.images import BadImage
-from pixelgrow.data.sources import BadFile, Source, bad_of, files_of, large_enough, sizes_of
+from pixelgrow.data.sources import BadFile, Source, Wording, bad_of, files_of, large_enough, sizes_of, wordings_of
 from pixelgrow.writing import writing
 
 CHUNK = 64  # pictures that are encoded and written at a time; a kill costs no more
@@ -47,6 +47,7 @@ class Latents:
         self.bad: Sequence[BadFile] = bad_of(source)
         self.files = files_of(source)
         self.classes: tuple[str, ...] = getattr(source, "classes", ())
+        self.several: bool = getattr(source, "several", False)
         self.captions: int | None = getattr(source, "captions", None)
         self._made: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}  # size: numbers of samples, latents
 
@@ -63,6 +64,9 @@ class Latents:
 
     def text(self, i: int) -> str:
         return self.source.text(i)
+
+    def wordings(self, i: int) -> tuple[Wording, ...]:
+        return wordings_of(self.source, i)
 
     def key(self, i: int) -> str:
         return self.source.key(i)

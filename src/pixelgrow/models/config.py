@@ -169,10 +169,11 @@ class NetConfig(Frozen):
         below = self.rungs[self.rungs.index(rung) - 1]
         return below.patch * rung.resolution // below.resolution
 
-    def check_size(self, size: tuple[int, int], resolution: int | None = None) -> None:
-        """Raise UserError unless images of `size` (h, w) fit the grid, at `resolution` or the network's own."""
+    def check_size(self, size: tuple[int, int], resolution: int | None = None, *, factor: int = 1) -> None:
+        """Raise UserError unless images of `size` (h, w) fit the grid, at `resolution` or the network's own; `factor`:
+        pixels of `size` to a pixel or latent of the network."""
         h, w = size
-        s = self.stride if resolution is None else self.core_stride * resolution // self.core_resolution
+        s = factor * (self.stride if resolution is None else self.core_stride * resolution // self.core_resolution)
         if h <= 0 or w <= 0 or h % s or w % s:
             up = (max(s, round(h / s) * s), max(s, round(w / s) * s))
             raise UserError(

@@ -127,7 +127,7 @@ class DistillObjective:
         loss = rec.loss
         logs: dict[str, Tensor | float] = {"rec": rec.value}
         if s.adversarial:
-            draws = self._uniform("augment generator", batch.index, DRAWS)
+            draws = self._uniform("augment generator", batch.index, DRAWS + 2)
             adv = at_output(drawn[n:], lambda y: hinge_generator(self._verdict(self._see(y, cond, draws), omega)))
             if s.balance == "fixed":
                 loss, weight = rec.loss + s.scale * adv.loss, torch.tensor(s.scale)
@@ -144,7 +144,7 @@ class DistillObjective:
     def _discriminator(self, batch: DistillBatch) -> Terms:
         n, others = len(batch), self._others(batch.text)
         cond = self.text.cond((*batch.text, *batch.text, *(batch.text[j] for _, j in others))).to(self.device)
-        draws = self._uniform("augment discriminator", batch.index, DRAWS)
+        draws = self._uniform("augment discriminator", batch.index, DRAWS + 2)
         with torch.no_grad():
             image, omega = batch.image.to(self.device), self._weights(batch.index, DISCRIMINATOR)
             fake = self.generator(self._prior(batch.index, DISCRIMINATOR), cond[:n], omega)
@@ -174,7 +174,8 @@ class DistillObjective:
         return total
 
     def _see(self, images: Tensor, cond: Cond, draws: Tensor) -> Seen:
-        return self.features(diff_augment(images, draws, self.losses.augment), cond, draws[:, :2])
+        """What the discriminator sees of images; draws (B, `DRAWS` + 2): of the augmentation, and where to crop."""
+        return self.features(diff_augment(images, draws[:, :DRAWS], self.losses.augment), cond, draws[:, DRAWS:])
 
     def _verdict(self, seen: Seen, omega: Tensor | None) -> list[Tensor]:
         return self.discriminator(seen.tokens, seen.vec, omega)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class SimilaritySettings(BaseModel):
@@ -48,6 +48,15 @@ class LossSettings(BaseModel):
     mismatched: bool = Field(True, description="real pictures under another's caption count as drawn too")
     similarity: SimilaritySettings | None = None
 
+    @model_validator(mode="after")
+    def _some_term(self) -> LossSettings:
+        if not self.features and not self.pixels and (not self.adversarial or self.balance == "adaptive"):
+            raise ValueError(
+                "features: 0 and pixels: 0 leave no reconstruction to weigh against: write adversarial: true and "
+                "balance: fixed, or keep one of the two"
+            )
+        return self
+
     @field_validator("discriminator")
     @classmethod
     def _no_distance(cls, discriminator: str) -> str:
@@ -81,9 +90,11 @@ def with_preset(given: Mapping[str, Any], verb: Literal["distill", "grow"]) -> d
     An average of decay 0.999 becomes the power-law one of the same deviation at the end of the run (EDM2).
     """
     filled, name = dict(given), given.get("preset")
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         return filled
     settings = PRESETS[name][verb]
+    if filled.get("core") == "finetune" or filled.get("init") == "scratch":  # the whole base trains
+        settings = {k: v for k, v in settings.items() if k != "base_blocks"}
     losses = filled.get("losses") or {}
     if isinstance(losses, Mapping):
         filled["losses"] = settings["losses"] | losses

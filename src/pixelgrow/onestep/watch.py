@@ -19,8 +19,8 @@ from pixelgrow.sampling import weights_like
 @dataclass(frozen=True)
 class Watched:
     """Held-out pictures `images` (N, 3, H, W) under `cond` with their latents (N, 3, h, w), as many `prior` latents,
-    and what the teacher draws from those, `solved` (n, 3, h, w), for the first n. `guidance`: the weight that a guided
-    generator is told, and that latents and solutions were made with."""
+    and what the teacher draws from those, `solved` (n, 3, h, w), for the first n. Latents and solutions are made with
+    the guidance weight of the pairs; `guidance`: the same weight, where the generator is told it."""
 
     images: Tensor
     cond: Cond

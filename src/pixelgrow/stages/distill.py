@@ -102,13 +102,11 @@ def _fit(
     recipe, settings = materials.recipe, stage.training()
     made = materials.pairs_of(stage)
     pairs, teacher_folder = Pairs(made.folder), made.teacher
-    pairs.check(
-        [str(entry["parent"]) for entry in lineage if "parent" in entry], materials.mixture(made.stage).describe()
-    )
+    mixture = materials.mixture(stage)
+    pairs.check([str(e["parent"]) for e in lineage if e.get("verb") == "distill"], mixture.describe())
     teacher, teacher_config = checkpoint.load(teacher_folder, materials.device)
     generator = generator.to(materials.device)
     seed = rng.seed_of(recipe.seed, "stage", stage.name, "")
-    mixture = materials.mixture(made.stage)
     loader = materials.loader(mixture, generator.resolution, settings, seed, folder / BAD_FILES)
     stream = PairStream(loader, pairs, stage.fraction)
     held = materials.heldout(WATCHED, loader.size)
@@ -143,10 +141,11 @@ def _fit(
     with torch.no_grad():
         small = box_down(images, generator.resolution // teacher.resolution)
         rows = [slice(start, start + settings.micro_batch) for start in range(0, len(small), settings.micro_batch)]
-        usual = float(teacher_config.sampling.get("guidance", GRID_GUIDANCE))
+        told: float | None = None
         if law is not None:  # the teacher's own weight, as far as the law goes, is what the checkpoint is drawn with
-            usual = min(max(usual, spread_of(law).low), spread_of(law).high)
-        weight = float(solver["guidance"]) if law is None else usual
+            usual = float(teacher_config.sampling.get("guidance", GRID_GUIDANCE))
+            told = min(max(usual, spread_of(law).low), spread_of(law).high)
+        weight = float(solver["guidance"]) if told is None else told
         latents = torch.cat([ode.to_latent(Guided(teacher, cond[r], guidance=weight), small[r]) for r in rows])
         solved = sample(
             teacher,
@@ -154,10 +153,9 @@ def _fit(
             size=low,
             seed=recipe.seed,
             steps=GRID_STEPS,
-            guidance=usual,
+            guidance=weight,
         ).images
     prior = initial_noise(low, recipe.seed, range(len(images)), generator.space.channels).to(materials.device)
-    told = None if law is None else usual
     watch = Watch(generator, features, Watched(images, cond, latents, prior, solved, told), settings.micro_batch)
     write_prompts(folder, held.captions[:COLUMNS])
     hooks = [

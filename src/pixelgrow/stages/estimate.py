@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,8 @@ def estimate_stage(stage: EstimateStage, parent: Parent, folder: Path, materials
         name=f"{materials.recipe.name}/{stage.name}",
     )
     estimator.eval()
-    with result.averages[PART][0].applied(), torch.no_grad():
+    averages = result.averages[PART]
+    with averages[0].applied() if averages else nullcontext(), torch.no_grad():
         rmse = error(descriptions[kept:], held)
         facts = save_estimator(folder, estimator, parent.config.sha256, rmse)
     write_json(folder / FACTS, facts)

@@ -151,7 +151,9 @@ class Materials:
         return find(parent) if is_folder(parent) else self.folder / parent / CHECKPOINT
 
     def mixture(self, stage: ModelStage | PairsStage) -> Mixture:
-        """What a stage trains on: its own data, or the recipe's."""
+        """What a stage trains on: its pairs' data, if it has pairs, else its own, or the recipe's."""
+        if isinstance(stage, DistillStage | GrowStage) and stage.pairs is not None:
+            stage = self.pairs_of(stage).stage
         return self._open(stage.data if stage.data is not None else self.recipe.data)[0]
 
     def loader(self, mixture: Mixture, side: int, settings: TrainSettings, seed: int, bad_path: Path) -> Loader:
