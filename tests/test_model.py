@@ -41,12 +41,14 @@ def tiny() -> Model:
     return pixelgrow.load("tiny")
 
 
-def test_what_ships_is_small_and_says_how_it_was_made() -> None:
-    assert "tiny" in builtin()
-    folder = find("tiny")
+@pytest.mark.parametrize(
+    ("name", "verbs"), [("tiny", ["train", "grow"]), ("tiny-onestep", ["train", "distill", "grow"])]
+)
+def test_what_ships_is_small_and_says_how_it_was_made(name: str, verbs: list[str]) -> None:
+    assert name in builtin()
+    folder = find(name)
     assert (folder / checkpoint.WEIGHTS).stat().st_size <= SHIPPED_BYTES
-    lineage = checkpoint.read_config(folder).lineage
-    assert [entry["verb"] for entry in lineage][:1] == ["train"] and lineage[-1]["verb"] == "grow"
+    assert [entry["verb"] for entry in checkpoint.read_config(folder).lineage] == verbs
 
 
 def test_the_shipped_model_follows_held_out_captions(tiny: Model) -> None:
@@ -55,6 +57,14 @@ def test_the_shipped_model_follows_held_out_captions(tiny: Model) -> None:
     pictures = tiny.sample([s.caption for s in scenes], seed=1, steps=10)
     result = score([np.asarray(p) for p in pictures], [s.questions for s in scenes])
     assert result["background"] >= 0.8 and result["colour"] >= 0.6, result
+
+
+def test_the_shipped_one_step_model_follows_held_out_captions() -> None:
+    scenes = [Scenes(n=64, captions=64, split="heldout").scene(i) for i in range(64)]
+    pictures = pixelgrow.load("tiny-onestep").sample([s.caption for s in scenes], seed=1)
+    result = score([np.asarray(p) for p in pictures], [s.questions for s in scenes])
+    assert result["background"] >= 0.95 and result["colour"] >= 0.9 and result["relation"] >= 0.9, result
+    assert result["shape"] >= 0.6, result
 
 
 def test_a_picture_does_not_depend_on_its_company(tiny: Model) -> None:
