@@ -18,14 +18,26 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
 from pixelgrow import rng
-from pixelgrow.data.images import to_rgb, upright
+from pixelgrow.edit_inputs import (
+    Picture,
+    check_space,
+    conditions_of,
+    each_of,
+    factor_of,
+    masks_of,
+    pictures_of,
+    pixels_of,
+    several,
+    size_of,
+    stack,
+    words_of,
+)
 from pixelgrow.errors import UserError
 from pixelgrow.growth import ungrown
 from pixelgrow.guidance import Guided
@@ -34,11 +46,9 @@ from pixelgrow.models.cond import Cond, mixed, slerp
 from pixelgrow.models.layers import box_down, up_nearest
 from pixelgrow.onestep.latents import Draw, FitSettings, Misfit, fit, nearest
 from pixelgrow.onestep.pairs import Ode
-from pixelgrow.pictures import to_uint8
 from pixelgrow.sampling import Denoise, Noise, ancestral_noise, grid_of, initial_noise, trajectory, weights_like
 from pixelgrow.sampling_spec import SamplingSpec
 
-Picture = Image.Image | np.ndarray
 Progress = Callable[[int, int], None]
 MAX_FRAMES = 1000
 BATCH = 64  # frames at a time
@@ -74,9 +84,9 @@ def inpaint(
     level of REFINED, so that seams settle (ours). A one-step generator's latent is the one whose picture has the known
     pixels (`FitSettings`).
     """
-    x = _pixels(model, pictures)
-    fill = _masks(masks, x)
-    cond = _conditions(model, prompts, len(x))
+    x = pixels_of(model, pictures)
+    fill = masks_of(masks, x)
+    cond = conditions_of(model, prompts, len(x))
     if isinstance(model, OneStepModel):
         known = (~fill).float()
 
@@ -85,10 +95,10 @@ def inpaint(
 
         draw = _drawing(model, cond, settings)
         z = _latents(model, draw, misfit, x.shape, settings, seed=seed, progress=progress)
-        return _pictures(torch.where(fill, draw(z), x))
+        return pictures_of(torch.where(fill, draw(z), x))
     path = _Path(model, settings, progress, more=REFINED)
-    drawn = path.fill(path.denoise(cond), x, fill, path.noise(_size(x), seed, len(x)), seed)
-    return _pictures(path.again(cond, x, fill, drawn, seed))
+    drawn = path.fill(path.denoise(cond), x, fill, path.noise(size_of(x), seed, len(x)), seed)
+    return pictures_of(path.again(cond, x, fill, drawn, seed))
 
 
 @torch.no_grad()
@@ -109,10 +119,10 @@ def upscale(
     one-step generator draws from the latent whose picture, averaged down, is the one given: the ODE of its `teacher`
     leads there (the paper's way; the picture then has the teacher's resolution), or descent.
     """
-    y = _stack(model, pictures)
-    k = _factor(model, _size(y))
+    y = stack(model, pictures)
+    k = factor_of(model, size_of(y))
     size = (k * y.shape[-2], k * y.shape[-1])
-    cond = _conditions(model, prompts, len(y))
+    cond = conditions_of(model, prompts, len(y))
 
     def consistent(image: Tensor) -> Tensor:
         return image + up_nearest(y - box_down(image, k), k)
@@ -131,7 +141,7 @@ def upscale(
         path = _Path(model, {"guidance": CALM} | _given(settings), progress)
         denoise = path.denoise(cond)
         drawn = path.solve(lambda z, sigma: consistent(denoise(z, sigma)), path.noise(size, seed, len(y)), seed=seed)
-    return _pictures(_averaging_to(drawn, y, k))
+    return pictures_of(_averaging_to(drawn, y, k))
 
 
 def _averaging_to(image: Tensor, y: Tensor, k: int) -> Tensor:
@@ -167,8 +177,8 @@ def transfer(
     fresh noise, since a state that was inverted still has the old picture's details. A one-step generator's latent of
     the picture, found as in `upscale`, is decoded under both prompts: where they differ, the second decode is taken.
     """
-    x = _pixels(model, pictures)
-    before, after = _each(source, len(x)), _each(target, len(x))
+    x = pixels_of(model, pictures)
+    before, after = each_of(source, len(x)), each_of(target, len(x))
     old, new = model.conditions(before), model.conditions(after)
     if isinstance(model, OneStepModel):
         if strength is not None:
@@ -177,7 +187,7 @@ def transfer(
             )
         z = _latent_of(model, x, old, before, teacher, settings, seed, progress)
         drawn, was = (_drawing(model, cond, settings)(z) for cond in (new, old))
-        return _pictures(torch.where(_differing([drawn - was]), drawn, x))
+        return pictures_of(torch.where(_differing([drawn - was]), drawn, x))
     _no_teacher(teacher)
     strength = STRENGTH if strength is None else strength
     path = _Path(model, settings, progress, strength=strength, passes=2, more=min(strength, REFINED))
@@ -190,7 +200,7 @@ def transfer(
     change = _differing([will(at, sigma) - would(at, sigma) for sigma, at in seen])
 
     drawn = path.fill(will, x, change, states[0], seed)
-    return _pictures(path.again(new, x, change, drawn, seed))
+    return pictures_of(path.again(new, x, change, drawn, seed))
 
 
 def _differing(changes: Sequence[Tensor]) -> Tensor:
@@ -199,7 +209,7 @@ def _differing(changes: Sequence[Tensor]) -> Tensor:
     All pixels whose difference, summed over the levels and averaged over the pixels next to it, is above a share APART
     of the largest one's (of a hundredth of the pixels), and those next to them. Nowhere, if it is nothing.
     """
-    reach = max(1, round(min(_size(changes[0])) / 64))
+    reach = max(1, round(min(size_of(changes[0])) / 64))
     window = 2 * reach + 1
     total = torch.stack([change.float().square().sum(1, keepdim=True).sqrt() for change in changes]).sum(0)
     near = F.avg_pool2d(total, window, 1, reach, count_include_pad=False)
@@ -226,9 +236,9 @@ def interpolate(
     drawn with (none, unless it is given: then the ends are the pictures), or to a one-step generator's latent as in
     `upscale`; a descent may be given one seed. At most BATCH frames are drawn at a time.
     """
-    _check_space(model)
+    check_space(model)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    given, ends_of = _several(pictures), [0] if seeds is None else list(seeds)
+    given, ends_of = several(pictures), [0] if seeds is None else list(seeds)
     if not 1 <= len(texts) <= 2 or not 1 <= len(ends_of) <= 2 or len(given) not in (0, 2):
         raise UserError(
             f"{len(texts)} prompts, {len(ends_of)} seeds and {len(given)} pictures: expected one or two prompts, and "
@@ -246,8 +256,8 @@ def interpolate(
         raise UserError(f"frames={frames}: expected 2 to {MAX_FRAMES}, the ends among them")
     ends = [texts[0], texts[-1]]
     cond = model.conditions(ends)
-    x = _pixels(model, given) if given else None
-    size = (model.resolution, model.resolution) if x is None else _size(x)
+    x = pixels_of(model, given) if given else None
+    size = (model.resolution, model.resolution) if x is None else size_of(x)
     t = torch.linspace(0, 1, frames, device=model.device)
     first = torch.zeros(frames, dtype=torch.int64, device=model.device)
     between = mixed(cond[first], cond[first + 1], t, model.denoiser.net.config.core.classes)
@@ -267,7 +277,7 @@ def interpolate(
         else:
             z = _latent_of(model, x, cond, ends, teacher, settings, ends_of[0], progress)
         path_z = arc(z)
-        return [p for s in slices for p in _pictures(_drawing(model, between[s], settings)(path_z[s]))]
+        return [p for s in slices for p in pictures_of(_drawing(model, between[s], settings)(path_z[s]))]
     _no_teacher(teacher)
     if x is None:
         path = _Path(model, settings, progress, passes=len(slices))
@@ -278,7 +288,7 @@ def interpolate(
     path_z, made = arc(z), []
     for s in slices:
         some = path_z[s]
-        made += _pictures(path.solve(path.denoise(between[s]), some, index=[0] * len(some)))
+        made += pictures_of(path.solve(path.denoise(between[s]), some, index=[0] * len(some)))
     return made
 
 
@@ -355,7 +365,7 @@ class _Path:
     def again(self, cond: Cond, x: Tensor, where: Tensor, drawn: Tensor, seed: int) -> Tensor:
         """A second pass over what was filled, from a lower noise level, with less guidance: seams and edges settle."""
         denoise = self.denoise(cond, guidance=min(CALM, self.guiding["guidance"]))
-        noise = self.last[0].item() * initial_noise(_size(x), rng.seed_of(seed, "again"), range(len(x))).to(x.device)
+        noise = self.last[0].item() * initial_noise(size_of(x), rng.seed_of(seed, "again"), range(len(x))).to(x.device)
         return self.fill(denoise, x, where, drawn + noise, seed, self.last)
 
     def invert(self, denoise: Denoise, x: Tensor) -> list[Tensor]:
@@ -457,10 +467,10 @@ def _inverted(model: OneStepModel, teacher: Model, x: Tensor, prompts: Sequence[
             f"the teacher is a {teacher.resolution} px model, expected {model.generator.latent_resolution} px: name "
             "the checkpoint that the generator was distilled from"
         )
-    if min(_size(x)) != denoiser.resolution:
+    if min(size_of(x)) != denoiser.resolution:
         raise UserError(
-            f"a picture of {_words(x)} cannot be inverted by a teacher of {denoiser.resolution} px: expected a shorter "
-            f"side of {denoiser.resolution}, or drop the teacher"
+            f"a picture of {words_of(x)} cannot be inverted by a teacher of {denoiser.resolution} px: expected a "
+            f"shorter side of {denoiser.resolution}, or drop the teacher"
         )
     ode = Ode(*TEACHER, denoiser.sigma_min, denoiser.sigma_max)
     cond = teacher.conditions(prompts)
@@ -473,129 +483,5 @@ def _no_pictures(teacher: Model | None, settings: dict[str, Any]) -> None:
         raise UserError(f"{', '.join(named)}: nothing is inverted without pictures; drop it, or give two pictures")
 
 
-# --- what comes in and goes out ---------------------------------------------------------------------------------------
-
-
 def _given(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if value is not None}
-
-
-def _several(pictures: Any) -> list[Picture]:
-    """Pictures, one or a sequence, as a list; what else a user gives is refused where it is read."""
-    alone = isinstance(pictures, str) or not isinstance(pictures, Sequence)
-    return [pictures] if alone else list(pictures)
-
-
-def _stack(model: Model, pictures: Picture | Sequence[Picture]) -> Tensor:
-    """Pictures of one size -> (B, 3, H, W) float in [-1, 1], on the model's device."""
-    _check_space(model)
-    arrays = [_array(p) for p in _several(pictures)]
-    sizes = {a.shape for a in arrays}
-    if len(sizes) != 1:
-        got = ", ".join(f"{h}x{w}" for h, w, _ in sorted(sizes)) or "none"
-        raise UserError(f"pictures of sizes {got}: expected one or more of one size; edit others in calls of their own")
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).to(model.device).float() / 127.5 - 1
-
-
-def _check_space(model: Model) -> None:
-    if model.config.latent:
-        raise UserError(
-            f"this model draws latents of {model.config.latent['autoencoder']}, and pictures alone are edited: name a "
-            "model of pixels"
-        )
-
-
-def _array(picture: Picture) -> np.ndarray:
-    array = _numbers(picture)
-    if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
-        raise UserError(
-            f"a picture of shape {array.shape} and type {array.dtype}: expected a PIL image, or uint8 (h, w, 3)"
-        )
-    return array
-
-
-def _numbers(picture: Picture) -> np.ndarray:
-    """A picture's array; a PIL image is turned as its EXIF block says."""
-    if isinstance(picture, Image.Image):
-        return np.asarray(to_rgb(upright(picture)))
-    if not isinstance(picture, np.ndarray):
-        raise UserError(
-            f"a picture given as {type(picture).__name__}: expected a PIL image, or uint8 (h, w, 3); open a file with "
-            "PIL.Image.open"
-        )
-    return picture
-
-
-def _pixels(model: Model, pictures: Picture | Sequence[Picture]) -> Tensor:
-    """Pictures of the model's size, on its device."""
-    x = _stack(model, pictures)
-    side, stride = model.resolution, model.denoiser.net.config.stride
-    if min(_size(x)) != side or max(_size(x)) % stride:
-        near = max(side, round(side * max(_size(x)) / min(_size(x)) / stride) * stride)
-        fits = (side, near) if x.shape[-1] > x.shape[-2] else (near, side)
-        raise UserError(
-            f"a picture of {_words(x)} does not fit: this model edits pictures whose shorter side is {side} and whose "
-            f"longer one is a multiple of {stride}, such as {fits[0]}x{fits[1]}; resize it, or have it cropped (--fit)"
-        )
-    return x
-
-
-def _masks(masks: Picture | Sequence[Picture], x: Tensor) -> Tensor:
-    """Masks of pictures x (B, 3, H, W), one for all or one for each -> (B, 1, H, W) bool, True where to fill."""
-    found = []
-    for mask in _several(masks):
-        array = _numbers(mask)
-        if array.ndim not in (2, 3):
-            raise UserError(f"a mask of shape {array.shape}: expected (h, w), or (h, w, channels)")
-        fill = array.astype(bool) if array.ndim == 2 else array.any(2)
-        if fill.shape != _size(x):
-            raise UserError(
-                f"the mask is {fill.shape[0]}x{fill.shape[1]} (height x width), its picture {_words(x)}: expected one "
-                "size; draw the mask over the picture"
-            )
-        if fill.all() or not fill.any():
-            what = "all of the picture" if fill.all() else "nothing"
-            raise UserError(
-                f"the mask covers {what}: expected black where the picture is known, and white where it is to be filled"
-            )
-        found.append(fill)
-    if len(found) not in (1, len(x)):
-        raise UserError(f"{len(found)} masks for {len(x)} pictures: expected one for all, or one for each")
-    return torch.from_numpy(np.stack(found))[:, None].expand(len(x), -1, -1, -1).to(x.device)
-
-
-def _factor(model: Model, size: tuple[int, int]) -> int:
-    """How many times a picture of `size` (h, w) is to be enlarged."""
-    side, stride = model.resolution, model.denoiser.net.config.stride
-    k = side // min(size)
-    if k < 2 or k * min(size) != side or k & (k - 1) or k * max(size) % stride:
-        fits = ", ".join(str(side >> i) for i in range(1, 5) if side % (1 << i) == 0)
-        raise UserError(
-            f"a picture of {size[0]}x{size[1]} (height x width) cannot be enlarged to {side} px: expected a shorter "
-            f"side of one of {fits} pixels, and a longer one that, enlarged as much, is a multiple of {stride}"
-        )
-    return k
-
-
-def _conditions(model: Model, prompts: str | Sequence[str], count: int) -> Cond:
-    return model.conditions(_each(prompts, count))
-
-
-def _each(prompts: str | Sequence[str], count: int) -> list[str]:
-    """A prompt for each of `count` pictures."""
-    texts = [prompts] * count if isinstance(prompts, str) else list(prompts)
-    if len(texts) != count:
-        raise UserError(f"{len(texts)} prompts for {count} pictures: expected one for all, or one for each")
-    return texts
-
-
-def _size(x: Tensor) -> tuple[int, int]:
-    return x.shape[-2], x.shape[-1]
-
-
-def _words(x: Tensor) -> str:
-    return f"{x.shape[-2]}x{x.shape[-1]} (height x width)"
-
-
-def _pictures(x: Tensor) -> list[Image.Image]:
-    return [Image.fromarray(p) for p in to_uint8(x)]
