@@ -224,7 +224,7 @@ def model_card(config: CheckpointConfig) -> str:
         f"# A pixelgrow {config.network.size} model at {config.network.resolution} px", "",
         f"Core trained at {config.network.core_resolution} px; rungs: {rungs}. "
         f"Text: {config.text.get('encoder', 'none')}.", "",
-        "```python", "import pixelgrow", 'pixelgrow.load("this/folder").sample(["a red circle"])', "```", "",
+        "```python", "import pixelgrow", "", 'pixelgrow.load("this/folder").sample(["a red circle"])', "```", "",
         "## Lineage", "",
     ]  # fmt: skip
     lines += [f"{i}. " + ", ".join(f"{k}: {v}" for k, v in e.items()) for i, e in enumerate(config.lineage, 1)]
