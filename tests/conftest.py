@@ -19,7 +19,8 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 # Before torch and the hub's client are imported; subprocesses inherit them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CORES // WORKERS)))
+if WORKERS > 1 or "OMP_NUM_THREADS" not in os.environ:  # a worker inherits what its controller, being one, set
+    os.environ["OMP_NUM_THREADS"] = str(max(1, CORES // WORKERS))
 
 import hypothesis  # noqa: E402
 import numpy as np  # noqa: E402
