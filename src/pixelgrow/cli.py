@@ -298,7 +298,7 @@ def main() -> None:
 
 def share_cores() -> None:
     """Have idle threads of libgomp sleep soon (about 10 us) in place of spinning for milliseconds; before torch is
-    imported. Costs nothing alone, and several times the speed where others use the cores (docs/benchmarks.md)."""
+    imported. Costs nothing alone, and saves speed where others use the cores (`python -m bench.contention`)."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
