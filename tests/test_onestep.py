@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import shutil
@@ -174,6 +175,18 @@ def batch(n: int, side: int, latent: int = 16) -> DistillBatch:
     picture = torch.rand(2, n, 3, side, side, generator=g) * 2 - 1
     z = torch.randn(n, 3, latent, latent, generator=g)
     return DistillBatch(picture[0], ("a",) * n, torch.arange(n), z, picture[1], ("b",) * n)
+
+
+def test_real_pictures_under_anothers_caption_are_refused_and_under_their_own_never() -> None:
+    def loss(mismatched: bool, texts: tuple[str, ...]) -> float:
+        losses = LossSettings(augment=(), mismatched=mismatched)
+        objective = DistillObjective(generator(), TeacherFeatures(shallow()), Conditions(), losses, seed=0)
+        terms = objective.loss(dataclasses.replace(batch(4, 16), text=texts), "discriminator")
+        return float(terms.loss.detach())
+
+    same, other = ("a", "a", "a", "a"), ("a", "b", "a", "b")
+    assert loss(True, same) == loss(False, same) == loss(False, other)
+    assert loss(True, other) != loss(False, other)
 
 
 def test_the_teachers_features_see_all_of_a_picture_and_a_part_of_a_large_one() -> None:

@@ -34,6 +34,7 @@ def test_a_preset_fills_in_what_is_known_and_no_more(preset: str, norms: str, tr
     for stage in (distilled, grown):
         assert (stage.optimizer, stage.lr) == ("radam", 8e-6) and stage.losses is not None
         assert stage.lr * stage.losses.discriminator_rate == pytest.approx(2e-3)
+        assert not stage.losses.mismatched  # ours
     assert (distilled.losses.norms, distilled.losses.balance, distilled.losses.scale) == (norms, "adaptive", 0.2)
     assert grown.losses is not None and (grown.losses.balance, grown.losses.scale) == ("fixed", 1.0)
     assert grown.base_blocks == trained

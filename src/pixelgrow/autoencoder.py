@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pixelgrow import hub
 from pixelgrow.checkpoint import file_hash
 from pixelgrow.errors import UserError
 from pixelgrow.models.config import Space
@@ -102,24 +103,11 @@ class Autoencoder:
 def _find(name: str) -> Path:
     folder = Path(name).expanduser()
     if not folder.exists() and name.count("/") == 1:
-        folder = _from_hub(name)
+        files = ["config.json", "diffusion_pytorch_model.safetensors"]
+        folder = hub.fetch(name, [*files, *(f"vae/{f}" for f in files)], "autoencoder")
     for candidate in (folder, folder / "vae"):
         if (candidate / "config.json").is_file() and any(candidate.glob("*.safetensors")):
             return candidate
     raise UserError(
         f"autoencoder {name} is not there: expected a folder of a diffusers AutoencoderKL (config.json, *.safetensors)"
     )
-
-
-def _from_hub(repo: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    files = ["config.json", "diffusion_pytorch_model.safetensors"]
-    try:
-        return Path(snapshot_download(repo, allow_patterns=[*files, *(f"vae/{f}" for f in files)]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"autoencoder {repo} is no folder here and cannot be fetched from the hub ({reason}); check the name"
-        ) from None

@@ -12,10 +12,9 @@ all). All raise UserError for pictures, prompts and settings that do not fit.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from pixelgrow import rng
 from pixelgrow.edit_inputs import (
     Picture,
     check_space,
@@ -38,27 +36,24 @@ from pixelgrow.edit_inputs import (
     stack,
     words_of,
 )
+from pixelgrow.edit_path import CALM, FIT, EditPath, Progress, given_of
 from pixelgrow.errors import UserError
 from pixelgrow.growth import ungrown
 from pixelgrow.guidance import Guided
-from pixelgrow.model import Model, OneStepModel, noise_grid
+from pixelgrow.model import Model, OneStepModel
 from pixelgrow.models.cond import Cond, mixed, slerp
 from pixelgrow.models.layers import box_down, up_nearest
 from pixelgrow.onestep.latents import Draw, FitSettings, Misfit, fit, nearest
 from pixelgrow.onestep.pairs import Ode
-from pixelgrow.sampling import Denoise, Noise, ancestral_noise, grid_of, initial_noise, trajectory, weights_like
-from pixelgrow.sampling_spec import SamplingSpec
+from pixelgrow.sampling import initial_noise, weights_like
 
-Progress = Callable[[int, int], None]
 MAX_FRAMES = 1000
 BATCH = 64  # frames at a time
 STRENGTH = 0.7  # of `transfer`, where none is given
 REFINED = 0.4  # of the path: for a second pass
-CALM = 2.0  # guidance where details are decided: more frays edges and makes grain
 SEEN = (0.5, 2.0)  # noise levels at which a picture's objects are seen, in units of the data's deviation
 APART = 0.3  # of the largest difference between two prompts' pictures: from there on they disagree
 TEACHER = ("heun", 20)  # the solver of a teacher's inversion: 39 evaluations
-FIT = tuple(field.name for field in dataclasses.fields(FitSettings))
 logger = logging.getLogger(__name__)
 
 
@@ -96,7 +91,7 @@ def inpaint(
         draw = _drawing(model, cond, settings)
         z = _latents(model, draw, misfit, x.shape, settings, seed=seed, progress=progress)
         return pictures_of(torch.where(fill, draw(z), x))
-    path = _Path(model, settings, progress, more=REFINED)
+    path = EditPath(model, settings, progress, more=REFINED)
     drawn = path.fill(path.denoise(cond), x, fill, path.noise(size_of(x), seed, len(x)), seed)
     return pictures_of(path.again(cond, x, fill, drawn, seed))
 
@@ -138,7 +133,7 @@ def upscale(
         drawn = draw(_latents(model, draw, misfit, shape, settings, start=start, seed=seed, progress=progress))
     else:
         _no_teacher(teacher)
-        path = _Path(model, {"guidance": CALM} | _given(settings), progress)
+        path = EditPath(model, {"guidance": CALM} | given_of(settings), progress)
         denoise = path.denoise(cond)
         drawn = path.solve(lambda z, sigma: consistent(denoise(z, sigma)), path.noise(size, seed, len(y)), seed=seed)
     return pictures_of(_averaging_to(drawn, y, k))
@@ -190,7 +185,7 @@ def transfer(
         return pictures_of(torch.where(_differing([drawn - was]), drawn, x))
     _no_teacher(teacher)
     strength = STRENGTH if strength is None else strength
-    path = _Path(model, settings, progress, strength=strength, passes=2, more=min(strength, REFINED))
+    path = EditPath(model, settings, progress, strength=strength, passes=2, more=min(strength, REFINED))
     states = path.invert(path.denoise(old, guidance=1.0), x)
     will, would = path.denoise(new), path.denoise(old)
     low, high = (sigma * model.denoiser.noise_scale * model.denoiser.config.sigma_data for sigma in SEEN)
@@ -280,115 +275,16 @@ def interpolate(
         return [p for s in slices for p in pictures_of(_drawing(model, between[s], settings)(path_z[s]))]
     _no_teacher(teacher)
     if x is None:
-        path = _Path(model, settings, progress, passes=len(slices))
+        path = EditPath(model, settings, progress, passes=len(slices))
         z = path.sigmas[0].item() * prior(size)
     else:
-        path = _Path(model, {"guidance": 1.0} | _given(settings), progress, passes=1 + len(slices))
+        path = EditPath(model, {"guidance": 1.0} | given_of(settings), progress, passes=1 + len(slices))
         z = path.invert(path.denoise(cond), x)[0]
     path_z, made = arc(z), []
     for s in slices:
         some = path_z[s]
         made += pictures_of(path.solve(path.denoise(between[s]), some, index=[0] * len(some)))
     return made
-
-
-# --- a multi-step model -----------------------------------------------------------------------------------------------
-
-
-class _Path:
-    """A multi-step model's solver under `settings`, else the checkpoint's, else the library's.
-
-    `sigmas`: its falling grid, from the noise level that `strength` in (0, 1] stands for: that share of its steps.
-    `more`: the share that `again` goes along; `passes`: how often all of `sigmas` is gone along, for `progress`.
-    """
-
-    def __init__(
-        self,
-        model: Model,
-        settings: dict[str, Any],
-        progress: Progress | None = None,
-        *,
-        strength: float = 1.0,
-        passes: int = 1,
-        more: float = 0.0,
-    ) -> None:
-        if named := [name for name in _given(settings) if name in FIT]:
-            raise UserError(
-                f"{', '.join(named)}: a multi-step model edits along its sampler's path and looks for no latent; drop "
-                "it, or name a one-step checkpoint"
-            )
-        if unknown := [name for name in _given(settings) if name not in SamplingSpec.model_fields]:
-            raise UserError(f"{unknown[0]}: no such setting; expected {', '.join(SamplingSpec.model_fields)}")
-        if not 0 < strength <= 1:
-            raise UserError(f"strength={strength}: expected more than 0 and 1 at most; 1 goes back to pure noise")
-        chosen = model.settings(**settings)
-        grid = noise_grid(chosen.pop("grid", "karras"), model.denoiser, model.config)
-        self.steps: int = chosen.pop("steps")
-        sigmas = grid_of(grid, self.steps, model.denoiser)
-        self.sigmas, self.last = (sigmas[round((1 - share) * (len(sigmas) - 2)) :] for share in (strength, more))
-        self.sampler: str = chosen.pop("sampler")
-        self.model, self.guiding, self.progress = model, chosen, progress
-        self.done, self.total = 0, passes * (len(self.sigmas) - 1) + (len(self.last) - 1 if more else 0)
-
-    def denoise(self, cond: Cond, **guiding: Any) -> Denoise:
-        """The guided denoiser of conditions; `guiding` in the place of the settings' own."""
-        return Guided(self.model.denoiser, cond, **(self.guiding | guiding))
-
-    def noise(self, size: tuple[int, int], seed: int, count: int) -> Tensor:
-        """(count, 3, h, w) to start from: that of `sample`."""
-        return self.sigmas[0].item() * initial_noise(size, seed, range(count)).to(self.model.device)
-
-    def solve(
-        self,
-        denoise: Denoise,
-        x: Tensor,
-        seed: int = 0,
-        *,
-        index: Sequence[int] | None = None,
-        sigmas: Tensor | None = None,
-    ) -> Tensor:
-        """x (B, 3, h, w) at the first level of the grid, or of `sigmas`, -> images."""
-        numbers = range(len(x)) if index is None else index
-        noise = ancestral_noise(tuple(x.shape[1:]), seed, numbers, x.device)
-        *_, end = self._along(self.sigmas if sigmas is None else sigmas, denoise, x, noise)
-        if not bool(end.isfinite().all()):
-            raise UserError("the edit gave non-finite pixels: expected finite predictions; try less guidance, or fp32")
-        return end
-
-    def fill(
-        self, denoise: Denoise, x: Tensor, where: Tensor, z: Tensor, seed: int, sigmas: Tensor | None = None
-    ) -> Tensor:
-        """Images from z at the first level, with those x (B, 3, h, w) known but for `where` (B, 1, h, w)."""
-        filled = self.solve(lambda z, sigma: torch.where(where, denoise(z, sigma), x), z, seed, sigmas=sigmas)
-        return torch.where(where, filled, x)
-
-    def again(self, cond: Cond, x: Tensor, where: Tensor, drawn: Tensor, seed: int) -> Tensor:
-        """A second pass over what was filled, from a lower noise level, with less guidance: seams and edges settle."""
-        denoise = self.denoise(cond, guidance=min(CALM, self.guiding["guidance"]))
-        noise = self.last[0].item() * initial_noise(size_of(x), rng.seed_of(seed, "again"), range(len(x))).to(x.device)
-        return self.fill(denoise, x, where, drawn + noise, seed, self.last)
-
-    def invert(self, denoise: Denoise, x: Tensor) -> list[Tensor]:
-        """Images x (B, 3, h, w) -> the states of the grid's levels, that of the first level first, x itself last."""
-        if self.steps < 2:  # from noise level 0 there is no slope to follow: the picture itself would be the noise
-            raise UserError(f"steps={self.steps}: an inversion takes 2 or more")
-        return [x, *self._along(self.sigmas.flip(0), denoise, x, None)][::-1]
-
-    @torch.no_grad()
-    def _along(self, sigmas: Tensor, denoise: Denoise, x: Tensor, noise: Noise | None) -> Iterator[Tensor]:
-        for state in trajectory(denoise, x, sigmas, self.sampler, noise):
-            self.done += 1
-            if self.progress is not None:
-                self.progress(self.done, self.total)
-            yield state
-
-
-def _no_teacher(teacher: Model | None) -> None:
-    if teacher is not None:
-        raise UserError(
-            "the checkpoint to edit with is a multi-step denoiser, expected a one-step generator where a teacher is "
-            "given: drop the teacher, or name a one-step checkpoint"
-        )
 
 
 # --- a one-step generator ---------------------------------------------------------------------------------------------
@@ -412,7 +308,7 @@ def _latents(
     progress: Progress | None = None,
 ) -> Tensor:
     """Latents whose pictures, of `shape`, fit. From `start`, where a teacher found it, no step unless asked for."""
-    given = {name: value for name, value in _given(settings).items() if name in FIT}
+    given = {name: value for name, value in given_of(settings).items() if name in FIT}
     if start is not None and "starts" in given:
         raise UserError("starts: the search begins where the teacher's ODE ends; drop it, or the teacher")
     chosen = FitSettings(**({} if start is None else {"iterations": 0}) | given)
@@ -478,10 +374,14 @@ def _inverted(model: OneStepModel, teacher: Model, x: Tensor, prompts: Sequence[
 
 
 def _no_pictures(teacher: Model | None, settings: dict[str, Any]) -> None:
-    named = [*(name for name in _given(settings) if name in FIT), *(["teacher"] if teacher is not None else [])]
+    named = [*(name for name in given_of(settings) if name in FIT), *(["teacher"] if teacher is not None else [])]
     if named:
         raise UserError(f"{', '.join(named)}: nothing is inverted without pictures; drop it, or give two pictures")
 
 
-def _given(settings: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in settings.items() if value is not None}
+def _no_teacher(teacher: Model | None) -> None:
+    if teacher is not None:
+        raise UserError(
+            "the checkpoint to edit with is a multi-step denoiser, expected a one-step generator where a teacher is "
+            "given: drop the teacher, or name a one-step checkpoint"
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from os.path import expanduser
@@ -39,6 +39,23 @@ def find(kind: str, name: str, builtin: str = "", offline: str = "") -> Path:
             "path"
         )
     return _from_hub(kind, repo, revision or None, offline)
+
+
+def fetch(name: str, wanted: Sequence[str], kind: str = "") -> Path:
+    """The files `wanted` (patterns) of a repository of the hub, "@revision" allowed after its name, or of its copy on
+    this machine. Raises UserError if it is neither; `kind` of model, for the message."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    repo, _, revision = name.partition("@")
+    try:
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=list(wanted)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"{f'{kind} ' if kind else ''}{name} is no folder here and cannot be fetched from the hub ({reason}); "
+            "check the name"
+        ) from None
 
 
 def _from_hub(kind: str, repo: str, revision: str | None, offline: str) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pixelgrow import checkpoint
+from pixelgrow import checkpoint, hub
 from pixelgrow.autoencoder import Autoencoder
 from pixelgrow.checkpoint import CheckpointConfig
 from pixelgrow.diffusion import Denoiser, NoiseSchedule
@@ -21,6 +20,7 @@ from pixelgrow.models.cond import Cond
 from pixelgrow.onestep.generator import Generator
 from pixelgrow.pictures import to_uint8
 from pixelgrow.sampling import Schedule, generate, sample
+from pixelgrow.sampling_spec import check_one_step
 from pixelgrow.text import LabelEncoder, TextEncoder, as_labels, load_encoder
 from pixelgrow.writing import reading
 
@@ -46,24 +46,11 @@ def find(name: str | Path) -> Path:
                 return candidate
         exists = folder.exists()
     if str(name).count("/") == 1 and not exists:
-        return _from_hub(str(name))
+        return hub.fetch(str(name), ["*.json", "*.safetensors", "README.md"])
     known = ", ".join(builtin()) or "none"
     raise UserError(
         f"{name} is not a checkpoint: expected a folder with {checkpoint.CONFIG}, or a built-in model ({known})"
     )
-
-
-def _from_hub(repo: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(repo, allow_patterns=["*.json", "*.safetensors", "README.md"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as e:
-        reason = str(e).splitlines()[0]
-        raise UserError(
-            f"{repo} is no folder here and cannot be fetched from the hub ({reason}); check the name"
-        ) from None
 
 
 class Model:
@@ -176,9 +163,7 @@ class Model:
         model's resolution. The same (seed, index, prompt, settings) give the same picture at any batch size.
         A prompt for a model of classes is the name of a class, or its number.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not prompts:
-            raise UserError("no prompt was given: expected at least one")
+        prompts = _listed(prompts)
         settings = self.settings(
             steps=steps, guidance=guidance, sampler=sampler, grid=grid, interval=interval, threshold=threshold
         )
@@ -242,6 +227,14 @@ class Model:
         return str(url)
 
 
+def _listed(prompts: Sequence[str] | str) -> list[str]:
+    """One prompt or several as a list; UserError for none."""
+    listed = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not listed:
+        raise UserError("no prompt was given: expected at least one")
+    return listed
+
+
 def _text(config: CheckpointConfig) -> str:
     """A text encoder in a few words."""
     text = config.text
@@ -277,9 +270,7 @@ class OneStepModel(Model):
     ) -> list[Image.Image]:
         """A picture for each prompt. A guided generator takes `guidance`, the checkpoint's own where it is left out;
         UserError for settings of multi-step sampling."""
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not prompts:
-            raise UserError("no prompt was given: expected at least one")
+        prompts = _listed(prompts)
         told = self.settings(**settings)
         size = self._size(size)
         cond = self.conditions(prompts)
@@ -300,18 +291,6 @@ def one_step_settings(config: CheckpointConfig, given: Mapping[str, Any]) -> dic
     told = own | {k: v for k, v in given.items() if v is not None}
     check_one_step(told, guided=config.network.guided)
     return {k: float(v) for k, v in told.items()}
-
-
-def check_one_step(given: Mapping[str, Any], guided: bool) -> None:
-    """Raise UserError for a setting that a one-step generator, `guided` or not, does not take."""
-    if named := [k for k in given if not (guided and k == "guidance")]:
-        raise UserError(
-            f"{', '.join(named)}: a one-step generator draws in one network evaluation and takes no such setting; "
-            "drop it, or name a multi-step checkpoint"
-        )
-    weight = given.get("guidance", 1.0)
-    if not 0 < weight < math.inf:
-        raise UserError(f"guidance={weight:g}: expected a weight above 0, the condition of this one-step generator")
 
 
 def noise_grid(name: str, denoiser: Denoiser, config: CheckpointConfig) -> str | Schedule:

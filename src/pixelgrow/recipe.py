@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,23 +11,13 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pixelgrow.errors import UserError
-from pixelgrow.model import check_one_step
+from pixelgrow.recipe_order import check_losses, check_place, resolution_of, unknown, with_parents
 from pixelgrow.recipe_spec import (
     VERBS,
-    DistillStage,
-    EstimateStage,
-    EvaluateStage,
-    GrowStage,
     Head,
-    ModelStage,
-    PairsStage,
     Recipe,
     Stage,
-    TextSpec,
-    TrainStage,
     is_folder,
-    makes_generator,
-    wrong_kind,
 )
 from pixelgrow.writing import reading
 
@@ -184,11 +173,11 @@ def read_recipe(raw: dict[str, Any], where: str) -> Recipe:
             raise UserError(f"{where}: {_dotted(at)}: got {_kind(entry)}, expected one of {_verbs()}")
         ((verb, body),) = entry.items()
         if verb not in VERBS:
-            raise UserError(f"{where}: {_dotted(at)}: {_unknown(str(verb), VERBS, 'stage')}")
+            raise UserError(f"{where}: {_dotted(at)}: {unknown(str(verb), VERBS, 'stage')}")
         stages.append(_build(VERBS[verb], body, [*at, verb], where))
-        _check_place(stages, where)
-        _check_losses(stages[-1], head.text, where)
-    stages = _with_parents(stages)
+        check_place(stages, where)
+        check_losses(stages[-1], head.text, where)
+    stages = with_parents(stages)
     return Recipe(**{f: getattr(head, f) for f in head.model_fields_set}, stages=tuple(stages))
 
 
@@ -208,7 +197,7 @@ def _message(model: type[BaseModel], error: Any, at: Where, also: Sequence[str])
     if error["type"] == "extra_forbidden":
         owner = _model_at(model, error["loc"][:-1])
         known = [*_keys(owner), *(also if owner is model else ())]
-        return f"{_dotted(loc[:-1])}: {_unknown(str(loc[-1]), known, 'key')}".removeprefix(": ")
+        return f"{_dotted(loc[:-1])}: {unknown(str(loc[-1]), known, 'key')}".removeprefix(": ")
     if error["type"] == "missing":
         return f"{_dotted(loc)} is missing"
     if error["type"] == "value_error":
@@ -248,15 +237,6 @@ def _types(annotation: Any) -> list[type]:
     return [t for a in args for t in _types(a)]
 
 
-def _unknown(got: str, known: Iterable[str], what: str) -> str:
-    """`unknown key 'imagess'; did you mean 'images'?`, or all that there are."""
-    known = list(known)
-    near = difflib.get_close_matches(got, known, n=1, cutoff=0.5)
-    return f"unknown {what} {got!r}; " + (
-        f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
-    )
-
-
 def _kind(value: Any) -> str:
     names = {type(None): "nothing", dict: "a mapping", list: "a list", str: f"the text {value!r}"}
     return names.get(type(value), repr(value))
@@ -264,167 +244,6 @@ def _kind(value: Any) -> str:
 
 def _dotted(loc: Where) -> str:
     return "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc).lstrip(".")
-
-
-# --- how stages hang together -----------------------------------------------------------------------------------------
-
-
-def _models(stages: Iterable[Stage]) -> list[str]:
-    return [s.name for s in stages if isinstance(s, ModelStage)]
-
-
-def _check_place(stages: Sequence[Stage], where: str) -> None:
-    """Names are unique, parents stand earlier, resolutions grow."""
-    *before, stage = stages
-    earlier = _with_parents(before)
-    if stage.name in [s.name for s in earlier]:
-        raise UserError(f"{where}: two stages are called {stage.name!r}; give each a name of its own")
-    at = f"stage {stage.name!r}"
-    models = _models(earlier)
-    parent = _parent_of(stage, earlier)
-    if parent is None:
-        if not isinstance(stage, TrainStage):
-            raise UserError(
-                f"{where}: {at} has no model to start from: put a train stage before it, or name a checkpoint"
-            )
-    elif parent not in models and not is_folder(parent):
-        known = _unknown(parent, models, "stage") if models else f"no stage before it makes a model, got {parent!r}"
-        raise UserError(f"{where}: {at}: from: {known} (a checkpoint folder is written with a slash)")
-    _check_kind(earlier, stage, parent, f"{where}: {at}")
-    if isinstance(stage, GrowStage | DistillStage | EstimateStage) and stage.pairs is not None:
-        made = {s.name: s for s in earlier if isinstance(s, PairsStage)}
-        if stage.pairs not in made:
-            raise UserError(f"{where}: {at}: pairs: {_unknown(stage.pairs, made, 'stage of pairs')}")
-        if isinstance(stage, GrowStage) and made[stage.pairs].direction == "draw":
-            raise UserError(
-                f"{where}: {at}: pairs: {stage.pairs} has direction: draw, so its pictures are no larger than the "
-                "teacher draws: name pairs with direction: invert"
-            )
-        _check_teacher(earlier, stage, parent, made[stage.pairs], f"{where}: {at}")
-        _check_guidance(earlier, stage, made[stage.pairs], f"{where}: {at}")
-    if isinstance(stage, GrowStage):
-        assert parent is not None
-        if stage.patch is not None and stage.init != "preserve" and _is_uvit(earlier, parent):
-            raise UserError(
-                f"{where}: {at}: patch: got {stage.patch}, but init: {stage.init} keeps the levels and the patch of "
-                "an earlier growth; drop it"
-            )
-        low = resolution_of(earlier, parent)
-        for to in stage.to:
-            if low and (to <= low or to % low or (to // low) & (to // low - 1)):
-                raise UserError(
-                    f"{where}: {at}: to: got {to}, expected {low} doubled once or more: {2 * low}, {4 * low}, ..."
-                )
-            low = to
-
-
-def _check_kind(earlier: Sequence[Stage], stage: Stage, parent: str | None, where: str) -> None:
-    """One-step generators are grown with pairs, and are no teachers; a folder's kind is seen before a run."""
-    made = next((s for s in earlier if s.name == parent), None)
-    if made is None:
-        return
-    if wrong := wrong_kind(stage, made.name, makes_generator(made)):
-        raise UserError(f"{where}: {wrong}")
-    if isinstance(stage, EvaluateStage) and isinstance(made, DistillStage | GrowStage) and makes_generator(made):
-        pairs = {s.name: s.law for s in earlier if isinstance(s, PairsStage)}
-        try:
-            check_one_step(stage.given, guided=pairs[str(made.pairs)] is not None)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from None
-
-
-def _check_teacher(
-    earlier: Sequence[Stage],
-    stage: GrowStage | DistillStage | EstimateStage,
-    parent: str | None,
-    pairs: PairsStage,
-    where: str,
-) -> None:
-    """Pairs are the teacher's own; of a checkpoint folder the weights' hash tells, when the stage runs."""
-    by_name: dict[str | None, Stage] = {s.name: s for s in earlier}
-    of: Stage | None = stage
-    while isinstance(of, GrowStage):
-        of, parent = by_name.get(parent), by_name[parent].parent if parent in by_name else None
-    if parent in by_name and pairs.parent in by_name and parent != pairs.parent:
-        raise UserError(f"{where}: pairs: {pairs.name} is of {pairs.parent}, and the teacher is {parent}: name its own")
-
-
-def _check_losses(stage: Stage, text: TextSpec, where: str) -> None:
-    """CLIP reads captions, and a recipe of classes has none."""
-    if isinstance(stage, GrowStage | DistillStage) and stage.losses and stage.losses.similarity and text.classes:
-        raise UserError(
-            f"{where}: stage {stage.name!r}: losses.similarity compares pictures with captions, and a recipe of "
-            f"{{classes: {text.classes}}} has none; drop it"
-        )
-
-
-def _check_guidance(
-    earlier: Sequence[Stage], stage: GrowStage | DistillStage | EstimateStage, pairs: PairsStage, where: str
-) -> None:
-    """Weights are estimated from pictures drawn with those of a law; of pairs of a law an estimator is needed where
-    there is a discriminator, and nowhere else."""
-    if isinstance(stage, EstimateStage):
-        if pairs.law is None or pairs.direction != "draw":
-            raise UserError(
-                f"{where}: pairs: {pairs.name} has direction: {pairs.direction} and guidance: {pairs.guidance}, "
-                "expected pictures drawn with weights of a law: direction: draw and guidance: captions or recaptions"
-            )
-        return
-    made = [s.name for s in earlier if isinstance(s, EstimateStage)]
-    adversarial = stage.losses is None or stage.losses.adversarial
-    if pairs.law is not None and adversarial and stage.estimator is None:
-        raise UserError(
-            f"{where}: pairs: {pairs.name} has guidance: {pairs.law}, so the discriminator asks for a weight of real "
-            "pictures too: write estimator: and the name of an estimate stage"
-        )
-    if stage.estimator is not None:
-        if pairs.law is None or not adversarial:
-            why = f"the pairs have guidance: {pairs.guidance}, no law" if adversarial else "there is no discriminator"
-            raise UserError(f"{where}: estimator: got {stage.estimator!r}, but {why}; drop it")
-        if stage.estimator not in made:
-            raise UserError(f"{where}: estimator: {_unknown(stage.estimator, made, 'estimate stage')}")
-
-
-def _is_uvit(stages: Sequence[Stage], name: str) -> bool:
-    """Whether the model that a stage makes has levels around its core from a growth with `random` or `scratch`."""
-    by_name = {s.name: s for s in stages}
-    while (stage := by_name.get(name)) is not None:
-        if isinstance(stage, GrowStage) and stage.init != "preserve":
-            return True
-        name = stage.parent or ""
-    return False
-
-
-def resolution_of(stages: Iterable[Stage], name: str) -> int | None:
-    """Image side of the model that a stage makes; None where only a checkpoint on disk knows."""
-    by_name = {s.name: s for s in stages}
-    stage = by_name.get(name)
-    if isinstance(stage, GrowStage):
-        return stage.to[-1]
-    if isinstance(stage, TrainStage) and stage.resolution:
-        return stage.resolution
-    return resolution_of(by_name.values(), stage.parent or "") if isinstance(stage, ModelStage) else None
-
-
-def _with_parents(stages: Sequence[Stage]) -> list[Stage]:
-    """Every stage with its parent named. Where the recipe names none: the teacher of the pairs that a generator is
-    distilled from, or a weight estimated from; else the last model before it."""
-    done: list[Stage] = []
-    for stage in stages:
-        if stage.parent is None and not isinstance(stage, TrainStage):
-            stage = stage.model_copy(update={"parent": _parent_of(stage, done)})
-        done.append(stage)
-    return done
-
-
-def _parent_of(stage: Stage, earlier: Sequence[Stage]) -> str | None:
-    """What a stage starts from, after stages whose parents are named: None if nothing, or a mistake."""
-    if stage.parent is not None or isinstance(stage, TrainStage):
-        return stage.parent
-    teachers = {s.name: s.parent for s in earlier if isinstance(s, PairsStage)}
-    if isinstance(stage, DistillStage | EstimateStage) and stage.pairs in teachers:
-        return teachers[stage.pairs]
-    return next(reversed(_models(earlier)), None)
 
 
 __all__ = ["Recipe", "builtin", "is_folder", "load_recipe", "read_recipe", "resolution_of"]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from pixelgrow.errors import UserError
 from pixelgrow.sampling import MAX_STEPS, SAMPLERS
 
 
@@ -43,3 +46,15 @@ class SamplingSpec(Spec):
     def given(self) -> dict[str, Any]:
         """What is not left out."""
         return {k: v for k in SamplingSpec.model_fields if (v := getattr(self, k)) is not None}
+
+
+def check_one_step(given: Mapping[str, Any], guided: bool) -> None:
+    """Raise UserError for a setting that a one-step generator, `guided` or not, does not take."""
+    if named := [k for k in given if not (guided and k == "guidance")]:
+        raise UserError(
+            f"{', '.join(named)}: a one-step generator draws in one network evaluation and takes no such setting; "
+            "drop it, or name a multi-step checkpoint"
+        )
+    weight = given.get("guidance", 1.0)
+    if not 0 < weight < math.inf:
+        raise UserError(f"guidance={weight:g}: expected a weight above 0, the condition of this one-step generator")

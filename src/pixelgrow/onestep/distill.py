@@ -69,7 +69,8 @@ class DistillObjective:
     """Generator and discriminator, updated in turn; prior samples and augmentations keyed by (seed, index).
 
     The discriminator looks at frozen `features` of real and drawn pictures under their captions, the teacher's or
-    others. `distance` to the pictures of pairs: by the same features if None; `similarity`: none if None. A guided
+    others; real ones under another's caption it is to refuse too (`losses.mismatched`, ours). `distance` to the
+    pictures of pairs: by the same features if None; `similarity`: none if None. A guided
     generator is told the weight of each pair, and for prior samples one of `law`; the discriminator is told it too, and
     of real pictures what `labels` say.
     """

@@ -45,7 +45,7 @@ class LossSettings(BaseModel):
     scale: float = Field(1.0, gt=0, description="of the adaptive weight; the weight itself where it is fixed")
     discriminator_rate: float = Field(5.0, gt=0, description="learning rate of the discriminator over the generator's")
     augment: tuple[Literal["colour", "translation", "cutout"], ...] = ("translation",)
-    mismatched: bool = Field(True, description="real pictures under another's caption count as drawn too")
+    mismatched: bool = Field(True, description="ours: real pictures under another's caption count as drawn too")
     similarity: SimilaritySettings | None = None
 
     @model_validator(mode="after")
@@ -67,18 +67,18 @@ class LossSettings(BaseModel):
 
 Preset = Literal["paper", "released-code"]
 _BOTH = {"optimizer": "radam", "lr": 8e-6}  # what is known of the training is the same in both
-_RATE = 250.0  # the discriminator's learning rate, 2e-3, over the generator's
+_JUDGED = {"discriminator_rate": 250.0, "mismatched": False}  # 2e-3 over the generator's rate; no trick of ours
 # What is known of the two, and no more. The paper weighs by squared norms and, where it grows, trains the base's last
 # blocks too (how many of ours that are is our choice); the released code weighs by plain ones, and what it freezes is
 # not known. LPIPS and projected features, their distances, are networks from outside: named in a recipe, not here.
 PRESETS: dict[Preset, dict[Literal["distill", "grow"], dict[str, Any]]] = {
     "paper": {
-        "distill": _BOTH | {"losses": {"norms": "squared", "scale": 0.2, "discriminator_rate": _RATE}},
-        "grow": _BOTH | {"base_blocks": 1, "losses": {"balance": "fixed", "scale": 1.0, "discriminator_rate": _RATE}},
+        "distill": _BOTH | {"losses": _JUDGED | {"norms": "squared", "scale": 0.2}},
+        "grow": _BOTH | {"base_blocks": 1, "losses": _JUDGED | {"balance": "fixed", "scale": 1.0}},
     },
     "released-code": {
-        "distill": _BOTH | {"losses": {"norms": "plain", "scale": 0.2, "discriminator_rate": _RATE}},
-        "grow": _BOTH | {"losses": {"balance": "fixed", "scale": 1.0, "discriminator_rate": _RATE}},
+        "distill": _BOTH | {"losses": _JUDGED | {"norms": "plain", "scale": 0.2}},
+        "grow": _BOTH | {"losses": _JUDGED | {"balance": "fixed", "scale": 1.0}},
     },
 }
 EMA_STEPS = 1000  # deviation of an average of decay 0.999, both presets'
