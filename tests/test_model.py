@@ -115,8 +115,16 @@ def test_pushing_uploads_a_whole_checkpoint(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_repository_of_the_hub_is_loaded_from_its_local_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     untrained().save_pretrained(tmp_path / "copy")
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda repo, allow_patterns: str(tmp_path / "copy"))
+    asked = []
+
+    def snapshot(repo: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((repo, revision))
+        return str(tmp_path / "copy")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     assert pixelgrow.load("somebody/model", device="cpu").resolution == 16
+    assert pixelgrow.load("somebody/model@v2", device="cpu").resolution == 16
+    assert asked == [("somebody/model", None), ("somebody/model", "v2")]
 
 
 def test_names_that_mean_nothing_are_one_line(tmp_path: Path) -> None:
