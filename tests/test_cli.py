@@ -55,6 +55,17 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_the_package_is_a_command_and_data_takes_a_source_or_a_verb(tmp_path: Path, run_cli: RunCli) -> None:
+    command = [sys.executable, "-m", "pixelgrow", "data"]
+    asked = [*command, "--decode", "2", "scenes", "--sheet", str(tmp_path / "sheet.png")]
+    short = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+    long = run_cli("data", "count", "scenes", "--decode", "2", "--sheet", tmp_path / "sheet.png")
+    assert "usable image-caption pairs" in short and short.splitlines() == long.out.splitlines()
+    (tmp_path / "recaption").mkdir()
+    assert "Missing argument 'source'" in run_cli("data", "recaption", cwd=tmp_path).err
+    assert "./recaption: no images in it" in run_cli("data", "./recaption", cwd=tmp_path).err
+
+
 def test_help_is_quick_and_leaves_torch_alone() -> None:
     code = (
         "import sys, time\nfrom pixelgrow.cli import main\nsys.argv = ['pixelgrow', '--help']\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -67,6 +68,10 @@ def test_the_spread_of_a_law(law: Any, expected: Any) -> None:
     spread = spread_of(law)
     assert (spread.mean, spread.std) == pytest.approx((expected.mean(), expected.std()), rel=1e-5)
     assert (spread.low, spread.high) == pytest.approx(expected.support())
+    mixed, other = spread_of("mixed"), spread_of("recaptions" if law == "captions" else "captions")
+    assert (mixed.low, mixed.high) == pytest.approx((1, 10)) and mixed.mean == pytest.approx(
+        (spread.mean + other.mean) / 2
+    )
 
 
 # --- guided generators ------------------------------------------------------------------------------------------------
@@ -204,6 +209,16 @@ def test_pairs_are_drawn_with_their_own_weights_and_prior_samples_with_the_laws(
     assert torch.equal(by_generator.weights[-1], prior)
     real = torch.full((4,), spread_of("captions").mean)  # an estimator that has learnt nothing
     torch.testing.assert_close(by_judge.weights[-1], torch.cat([real, prior]))
+
+
+def test_prior_samples_of_mixed_captions_have_the_law_of_theirs() -> None:
+    some = dataclasses.replace(batch(4), caption=torch.tensor([0, 1, 0, 2]))
+    made = DistillObjective(guided(), TeacherFeatures(shallow()), Conditions(), LossSettings(), 7, law="mixed")
+    heard = Heard(made.discriminator)
+    made.loss(some, GENERATOR)
+    u = rng.uniform(7, "guidance generator", some.index)
+    came, anew = (guidance_weights(u, law).float() for law in ("captions", "recaptions"))
+    assert torch.equal(heard.weights[0], torch.stack([came[0], anew[1], came[2], anew[3]]))
 
 
 def test_the_discriminator_goes_by_the_weight() -> None:
@@ -361,6 +376,13 @@ def test_mistakes_in_a_recipe_are_one_line(stages: list[dict[str, Any]], words: 
     with pytest.raises(UserError) as error:
         recipe(*stages)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_mixed_captions_need_samples_of_several(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "core", tmp_path / "smoke-guided" / "core")
+    several = load_recipe("smoke-guided", ["stages.pairs.guidance=mixed", "stages.drawn.guidance=mixed"])
+    with pytest.raises(UserError, match="pairs: guidance: mixed has a law for captions and one for recaptions"):
+        run(several, tmp_path)
 
 
 def test_a_guided_generator_is_grown_with_pairs_of_a_law_and_no_other() -> None:

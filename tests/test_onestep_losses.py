@@ -205,3 +205,5 @@ def test_guidance_weights_are_the_papers_laws(law: Any, expected: Any, dtype: to
     assert got.dtype == dtype
     np.testing.assert_allclose(got, expected.ppf(u.double()), rtol=1e-6 if dtype == torch.float32 else 1e-9)
     assert stats.kstest(guidance_weights(torch.rand(2000, dtype=dtype), law).double(), expected.cdf).pvalue > 1e-3
+    mixed = guidance_weights(u, "mixed", torch.full((1001,), int(law == "recaptions")))
+    assert torch.equal(mixed, got)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections import Counter
@@ -15,11 +16,13 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from pixelgrow import rng
 from pixelgrow.data import heldout_split, open_source
 from pixelgrow.data.inspect import inspect_source
 from pixelgrow.data.loader import Loader
 from pixelgrow.data.sources import Wording, chosen, wordings_of
 from pixelgrow.errors import UserError
+from pixelgrow.onestep.losses import guidance_weights
 from pixelgrow.onestep.pairs import Pairs
 from pixelgrow.onestep.stream import PairStream
 from pixelgrow.recaption import Recaption, recaption
@@ -114,7 +117,8 @@ def test_a_pair_remembers_the_caption_that_it_was_made_with(tmp_path: Path) -> N
     stages = [
         {"train": {"name": "core", "size": "tiny", "resolution": 16, "images": 8, "batch": 8, "sample_every": 0,
                    "validate_every": 0, "snapshot_every": 0}},
-        {"pairs": {"name": "pairs", "n": 16, "batch": 8, "shard": 8, "steps": 2, "flip": True}},
+        {"pairs": {"name": "pairs", "n": 16, "batch": 8, "shard": 8, "steps": 2, "flip": True,
+                   "guidance": "mixed"}},
     ]  # fmt: skip
     recipe = read_recipe({"name": "x", "data": str(folder), "stages": stages}, "x.yaml")
     with pytest.MonkeyPatch.context() as patch:
@@ -127,6 +131,13 @@ def test_a_pair_remembers_the_caption_that_it_was_made_with(tmp_path: Path) -> N
     stream = PairStream(Loader(source, size=(16, 16), batch=4, seed=1), pairs)
     said = [wordings_of(source, int(o[1]))[int(o[3])].text for o in pairs.origins]
     assert stream.texts() == said and len({text.split()[0] for text in said}) >= 2
+    u = rng.uniform(rng.seed_of(0, "stage", "pairs"), "guidance", range(16))
+    both = torch.cat([u[:8], u[:8], u[8:], u[8:]])  # a shard's pictures, then their mirror images
+    by_kind = [guidance_weights(both, law).float() for law in ("captions", "recaptions")]
+    assert torch.equal(pairs.guidance, torch.where(pairs.origins[:, 3] == 0, *by_kind))  # type: ignore[arg-type]
+    with contextlib.closing(stream.batches()) as batches:
+        some = next(batches)
+    assert [text.startswith("second") for text in some.text] == [bool(c) for c in some.caption]  # type: ignore[union-attr]
 
 
 # --- the verb ---------------------------------------------------------------------------------------------------------
@@ -163,7 +174,7 @@ def rows(path: Path) -> list[Any]:
 def test_every_picture_gets_a_second_caption(tmp_path: Path, captioner: Path, run_cli: Any) -> None:
     folder, out = captioned(tmp_path / "images", 5), tmp_path / "new.jsonl"
     done = run_cli(
-        "recaption", folder, "--model", captioner, "-o", out, "--weight", "0.5", "--batch", "2", "--tokens", "4"
+        "data", "recaption", folder, "--model", captioner, "-o", out, "--weight", "0.5", "--batch", "2", "--tokens", "4"
     )
     assert done.code == 0 and "5 of 5 images have a second caption" in done.out, done.err
     found = rows(out)
@@ -251,7 +262,7 @@ def test_mistakes_are_one_line(tmp_path: Path, captioner: Path, run_cli: Any) ->
         ((folder, "--model", cut_off), "lack 'decoder.transformer.h.0.attn.c_attn.weight' and 0 more"),
         ((folder, "--model", captioner, "--prompt", "what is this?"), "which takes none; drop it"),
     ):
-        done = run_cli("recaption", *args, "-o", out)
+        done = run_cli("data", "recaption", *args, "-o", out)
         assert done.code == 2 and words in done.err and done.err.count("\n") == 1, done.err
     assert not out.exists()
     out.write_text("")

@@ -13,10 +13,12 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from pixelgrow.cli_data import data
 from pixelgrow.cli_edit import edit
 from pixelgrow.errors import UserError, out_of_memory
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app.add_typer(data, name="data")
 app.add_typer(edit, name="edit")
 
 Set = Annotated[list[str] | None, typer.Option("--set", help="a.b=value, such as stages.core.images=1000; repeatable.")]
@@ -112,58 +114,6 @@ def sample(
 
 
 @app.command()
-def data(
-    source: Annotated[str, typer.Argument(help="A folder, tar shards, or the word scenes.")],
-    recipe: Annotated[str | None, typer.Option("--recipe", help="Count what each of its stages would see.")] = None,
-    kind: Annotated[str, typer.Option("--kind", help="auto, folder, classes or tar.")] = "auto",
-    decode: Annotated[int, typer.Option("--decode", min=0, help="Images to decode, to find damage; 0: all.")] = 1000,
-    sheet: Annotated[Path, typer.Option("--sheet", help="Where to write a contact sheet.")] = Path("contact-sheet.png"),
-    bad: Annotated[Path | None, typer.Option("--bad", help="Where to list all bad files, as bad_files.jsonl.")] = None,
-) -> None:
-    """Look into a source of images: counts, sizes, captions, bad files, a contact sheet."""
-    from pixelgrow.data.badfiles import write_list
-    from pixelgrow.data.inspect import inspect_source
-    from pixelgrow.data.opening import open_source
-    from pixelgrow.tables import inspection_tables
-
-    opened = open_source({"source": source} | ({} if source == "scenes" else {"kind": kind}))
-    sizes = {"stages": _sizes(recipe)} if recipe is not None else {}
-    found = inspect_source(opened, decode=decode or None, sheet=sheet, **sizes)
-    if bad is not None:
-        write_list(bad, found.name, found.fingerprint, found.bad)
-    _show(inspection_tables(found))
-
-
-@app.command()
-def recaption(
-    source: Annotated[str, typer.Argument(help="A folder with metadata.jsonl, or a .txt beside each image.")],
-    model: Annotated[str, typer.Option("--model", help="An image-to-text model of transformers: folder or hub name.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="The file to write, to be the folder's metadata.jsonl.")],
-    prompt: Annotated[str | None, typer.Option("--prompt", help="What to ask a model that takes words too.")] = None,
-    weight: Annotated[float, typer.Option("--weight", min=1e-6, help="Of the new caption; the old ones' is 1.")] = 1.0,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Pictures at a time.")] = 8,
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Of a caption, at the most.")] = 64,
-) -> None:
-    """Write a second caption for every picture; the same command again goes on where it was cut off."""
-    from pixelgrow.recaption import Recaption, recaption
-
-    typer.echo(recaption(Recaption(source, model, out, prompt, weight, batch, tokens)))
-
-
-def _sizes(recipe: str) -> list[tuple[int, int]]:
-    from pixelgrow.recipe import load_recipe, resolution_of
-
-    read = load_recipe(recipe)
-    factor = 1
-    if read.latent is not None:
-        from pixelgrow.autoencoder import Autoencoder
-
-        factor = Autoencoder(read.latent.autoencoder).factor
-    sides = dict.fromkeys(resolution_of(read.stages, stage.name) for stage in read.stages)
-    return [(factor * side, factor * side) for side in sides if side is not None]
-
-
-@app.command()
 def grow(
     checkpoint: Annotated[str, typer.Argument(help="What to grow.")],
     to: Annotated[int, typer.Option("--to", help="Pixels: a power of two times what it has.")],
@@ -206,11 +156,11 @@ def info(
     from pixelgrow.checkpoint import read_config
     from pixelgrow.model import find
     from pixelgrow.plan import parts_of
-    from pixelgrow.tables import checkpoint_tables
+    from pixelgrow.tables import checkpoint_tables, show
 
     folder = find(checkpoint)
     config = read_config(folder)
-    _show(checkpoint_tables(folder, config, parts_of(config.network)))
+    show(checkpoint_tables(folder, config, parts_of(config.network)))
 
 
 @app.command()
@@ -232,20 +182,20 @@ def plan(
         _plan_recipe(recipe, settings, rate, Path("runs"))
         return
     from pixelgrow.plan import plan_recipe, plan_size
-    from pixelgrow.tables import plan_tables
+    from pixelgrow.tables import plan_tables, show
 
     assert size is not None
     sized = plan_size(size, resolution, core=core, stride=stride, images=images, batch=batch)
-    _show(plan_tables(plan_recipe(sized), *_rate(rate)))
+    show(plan_tables(plan_recipe(sized), *_rate(rate)))
 
 
 def _plan_recipe(recipe: str, settings: list[str] | None, rate: float | None, runs: Path) -> None:
     from pixelgrow.plan import plan_recipe
     from pixelgrow.recipe import load_recipe
-    from pixelgrow.tables import plan_tables, recipe_heading
+    from pixelgrow.tables import plan_tables, recipe_heading, show
 
     read = load_recipe(recipe, settings or [])
-    _show(recipe_heading(read, runs / read.name), plan_tables(plan_recipe(read), *_rate(rate)))
+    show(recipe_heading(read, runs / read.name), plan_tables(plan_recipe(read), *_rate(rate)))
 
 
 def _rate(given: float | None) -> tuple[float, str]:
@@ -255,15 +205,6 @@ def _rate(given: float | None) -> tuple[float, str]:
     from pixelgrow.plan import SHARE, measured_rate
 
     return measured_rate(), f"{100 * SHARE:.0f}% of the matrix-product rate measured here"
-
-
-def _show(*parts: object) -> None:
-    from rich.console import Console
-
-    shown = sys.stdout.isatty()  # names of files and classes are not ours: [a] is no markup in them, :cat: no emoji
-    console = Console(soft_wrap=not shown, width=None if shown else 200, markup=False, emoji=False)
-    for part in parts:
-        console.print(part)
 
 
 def main() -> None:

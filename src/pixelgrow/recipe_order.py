@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 
 from pixelgrow.errors import UserError
+from pixelgrow.onestep.losses import LAWS
 from pixelgrow.recipe_spec import (
     DistillStage,
     EstimateStage,
@@ -121,7 +122,7 @@ def _check_guidance(
         if pairs.law is None or pairs.direction != "draw":
             raise UserError(
                 f"{where}: pairs: {pairs.name} has direction: {pairs.direction} and guidance: {pairs.guidance}, "
-                "expected pictures drawn with weights of a law: direction: draw and guidance: captions or recaptions"
+                f"expected pictures drawn with weights of a law: direction: draw and guidance: {', '.join(LAWS)}"
             )
         return
     made = [s.name for s in earlier if isinstance(s, EstimateStage)]

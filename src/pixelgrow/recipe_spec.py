@@ -288,8 +288,9 @@ class PairsStage(Spec):
 
     `n` images are inverted, and their mirror images too with `flip`; with `direction: draw` the teacher draws an image
     from each of `n` latents instead (the distillation baseline). `guidance` 1 is none, as in the paper's inversion; the
-    name of a law, `captions` or `recaptions`, gives each image a weight of its own, and a generator that is distilled
-    from such pairs takes the weight as a condition.
+    name of a law gives each image a weight of its own, and a generator that is distilled from such pairs takes the
+    weight as a condition: `captions`, `recaptions`, or, where samples have several, `mixed`: the first law for the
+    caption that came first, the second for the others, as in the paper.
     """
 
     name: str = Field(pattern=NAME)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from os.path import expanduser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -189,3 +190,11 @@ def inspection_tables(found: Inspection) -> RenderableType:
 
 def _spread(lengths: Lengths) -> str:
     return f"{lengths.least} to {lengths.most}, median {lengths.median}, 95% up to {lengths.p95}"
+
+
+def show(*parts: object) -> None:
+    """Print tables and lines."""
+    shown = sys.stdout.isatty()  # names of files and classes are not ours: [a] is no markup in them, :cat: no emoji
+    console = Console(soft_wrap=not shown, width=None if shown else 200, markup=False, emoji=False)
+    for part in parts:
+        console.print(part)

@@ -24,11 +24,13 @@ _MAX_ATTEMPTS = 100
 @dataclass(frozen=True)
 class Batch:
     """`image` (B, 3, H, W) float32 in [-1, 1], or latents (B, C, h, w); `text`: B captions (decimal labels for
-    classes); `index` (B,) int64: the position of each in the training stream, its only key of randomness."""
+    classes); `index` (B,) int64: the position of each in the training stream, its only key of randomness; `caption`
+    (B,) int64: which of its sample's captions each text is."""
 
     image: Tensor
     text: tuple[str, ...]
     index: Tensor
+    caption: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.text)
@@ -115,7 +117,8 @@ class Loader:
                     raise raw
                 for source, bad in raw.bad:
                     self.bad.add(source, [bad])
-                yield Batch(_to_float(torch.from_numpy(raw.image)), raw.text, torch.arange(at, at + self.batch))
+                image, index = _to_float(torch.from_numpy(raw.image)), torch.arange(at, at + self.batch)
+                yield Batch(image, raw.text, index, torch.from_numpy(raw.caption))
 
     def _try_load(self, start: int) -> "Raw | UserError":
         try:

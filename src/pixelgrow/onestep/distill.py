@@ -37,7 +37,8 @@ GENERATOR, DISCRIMINATOR = "generator", "discriminator"
 class DistillBatch:
     """`image` (B, 3, H, W) real pictures of `text`; `latent` (B, 3, h, w) and the picture `target` (B, 3, H, W) of
     `target_text` that a pair joins it to; `index` (B,) int64, the positions in the training stream. `guidance` (B,):
-    the weights that the pairs were made with, where each has its own."""
+    the weights that the pairs were made with, where each has its own. `caption` (B,): which of its picture's captions
+    each `text` is, for the law "mixed"."""
 
     image: Tensor
     text: tuple[str, ...]
@@ -46,6 +47,7 @@ class DistillBatch:
     target: Tensor
     target_text: tuple[str, ...]
     guidance: Tensor | None = None
+    caption: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.text)
@@ -120,7 +122,7 @@ class DistillObjective:
             return Terms(rec.loss, {"rec": rec.value})
         both = self.text.cond(batch.target_text + batch.text).to(self.device)
         first, cond = both[:n], both[n:]
-        omega = self._weights(batch.index, GENERATOR)
+        omega = self._weights(batch, GENERATOR)
         if told is not None and omega is not None:
             told = torch.cat([told, omega])
         drawn = self.generator(torch.cat([latent, self._prior(batch.index, GENERATOR)]), both, told)
@@ -147,7 +149,7 @@ class DistillObjective:
         cond = self.text.cond((*batch.text, *batch.text, *(batch.text[j] for _, j in others))).to(self.device)
         draws = self._uniform("augment discriminator", batch.index, DRAWS + 2)
         with torch.no_grad():
-            image, omega = batch.image.to(self.device), self._weights(batch.index, DISCRIMINATOR)
+            image, omega = batch.image.to(self.device), self._weights(batch, DISCRIMINATOR)
             fake = self.generator(self._prior(batch.index, DISCRIMINATOR), cond[:n], omega)
             rows = [i for i, _ in others]
             seen = self._see(torch.cat([image, fake, image[rows]]), cond, torch.cat([draws, draws, draws[rows]]))
@@ -157,8 +159,11 @@ class DistillObjective:
                 omega = torch.cat([said, omega, said[rows]])
         verdict = self._verdict(seen, omega)
         real, drawn = [v[:n] for v in verdict], [v[n:] for v in verdict]
-        means = {name: torch.stack([v.mean() for v in some]).mean() for name, some in (("real", real), ("fake", drawn))}
-        return Terms(hinge_discriminator(real, drawn), {name: mean.detach() for name, mean in means.items()})
+        seen_as = {"real": real, "fake": [v[:n] for v in drawn]} | (
+            {"mismatched": [v[n:] for v in drawn]} if others else {}
+        )
+        means = {name: torch.stack([v.mean() for v in some]).mean().detach() for name, some in seen_as.items()}
+        return Terms(hinge_discriminator(real, drawn), means)
 
     def _others(self, texts: Sequence[str]) -> list[tuple[int, int]]:
         """Rows of real pictures, each with the row whose caption it is shown under to be refused."""
@@ -181,11 +186,12 @@ class DistillObjective:
     def _verdict(self, seen: Seen, omega: Tensor | None) -> list[Tensor]:
         return self.discriminator(seen.tokens, seen.vec, omega)
 
-    def _weights(self, index: Tensor, whose: str) -> Tensor | None:
-        """Guidance weights (B,) of prior samples."""
+    def _weights(self, batch: DistillBatch, whose: str) -> Tensor | None:
+        """Guidance weights (B,) of prior samples under a batch's captions."""
         if self.law is None:
             return None
-        return guidance_weights(rng.uniform(self.seed, f"guidance {whose}", index), self.law).float().to(self.device)
+        u = rng.uniform(self.seed, f"guidance {whose}", batch.index)
+        return guidance_weights(u, self.law, batch.caption).float().to(self.device)
 
     def _prior(self, index: Tensor, whose: str) -> Tensor:
         side = self.generator.latent_resolution

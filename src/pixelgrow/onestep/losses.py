@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Norms = Literal["squared", "plain"]
-Law = Literal["captions", "recaptions"]
+Law = Literal["captions", "recaptions", "mixed"]
 LAWS: tuple[Law, ...] = get_args(Law)
 Augmentation = Literal["colour", "translation", "cutout"]
 
@@ -185,11 +185,17 @@ def _positions(x: Tensor, dim: int) -> Tensor:
 # --- guidance as a condition ------------------------------------------------------------------------------------------
 
 
-def guidance_weights(u: Tensor, law: Law) -> Tensor:
+def guidance_weights(u: Tensor, law: Law, caption: Tensor | None = None) -> Tensor:
     """Guidance weights omega in the shape of u, uniform in [0, 1), by the inverse of a law's distribution function.
 
-    "captions": U[2, 10]. "recaptions": a Gaussian of centre 2 and deviation 3, cut to [1, 10]. Both arXiv 2405.14822.
+    "captions": U[2, 10]. "recaptions": a Gaussian of centre 2 and deviation 3, cut to [1, 10]. Both arXiv 2405.14822,
+    which mixes both kinds of captions: "mixed" goes by `caption`, in the shape of u, which of its sample's captions
+    each is: 0 is the one it came with, the others are recaptions.
     """
+    if law == "mixed":
+        assert caption is not None
+        came = caption.to(u.device) == 0
+        return torch.where(came, guidance_weights(u, "captions"), guidance_weights(u, "recaptions"))
     if law == "captions":
         return 2 + 8 * u
     whole = NormalDist(2, 3)
@@ -200,7 +206,7 @@ def guidance_weights(u: Tensor, law: Law) -> Tensor:
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean, deviation and limits of a law of guidance weights."""
+    """Mean, deviation and limits of a law of guidance weights; of "mixed", with as many captions of either kind."""
 
     mean: float
     std: float
@@ -210,6 +216,9 @@ class Spread:
 
 def spread_of(law: Law) -> Spread:
     """See `Spread`; mean and deviation from a million evenly spaced quantiles."""
-    weights = guidance_weights((torch.arange(2**20, dtype=torch.float64) + 0.5) / 2**20, law)
-    low, high = guidance_weights(torch.tensor([0.0, 1.0], dtype=torch.float64), law).tolist()
-    return Spread(float(weights.mean()), float(weights.std(correction=0)), low, high)
+    n = 2**20
+    u = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    ends, kinds = torch.tensor([0.0, 1.0, 0.0, 1.0], dtype=torch.float64), torch.tensor([0, 0, 1, 1])
+    weights = guidance_weights(torch.cat([u, u]), law, torch.arange(2 * n) // n)
+    limits = guidance_weights(ends, law, kinds)
+    return Spread(float(weights.mean()), float(weights.std(correction=0)), float(limits.min()), float(limits.max()))

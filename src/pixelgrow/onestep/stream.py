@@ -65,6 +65,7 @@ class PairStream:
                     target=self.target(numbers),
                     target_text=tuple(caption(self.sources, self.pairs.origins[n]) for n in numbers),
                     guidance=None if self.pairs.guidance is None else self.pairs.guidance[numbers],
+                    caption=batch.caption,
                 )
 
     def target(self, numbers: Sequence[int]) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from pixelgrow import checkpoint, rng
 from pixelgrow.data.loader import Loader, mirrored, to_tensor
 from pixelgrow.diffusion import Denoiser
+from pixelgrow.errors import UserError
 from pixelgrow.guidance import Guided
 from pixelgrow.models.cond import Cond
 from pixelgrow.onestep.losses import guidance_weights
@@ -47,11 +48,12 @@ class Work:
         assert not isinstance(guidance, str)
         return Guided(self.denoiser, cond, guidance=guidance)
 
-    def weights(self, numbers: range) -> Tensor | None:
-        """The guidance weight (B,) of each number of the stream, where they follow a law."""
+    def weights(self, numbers: range, origin: Tensor) -> Tensor | None:
+        """The guidance weight (B,) of each number of the stream, of such an `origin`, where they follow a law."""
         if self.stage.law is None:
             return None
-        return guidance_weights(rng.uniform(self.seed, "guidance", numbers), self.stage.law).float()
+        caption = origin[:, 3] if self.loader.several else None
+        return guidance_weights(rng.uniform(self.seed, "guidance", numbers), self.stage.law, caption).float()
 
     def batches(self, start: int, stop: int) -> Iterator[tuple[Tensor, tuple[str, ...], Tensor, range]]:
         """Images (B, 3, h, w), captions, origins (B, 3 or 4) and numbers of the stream from image `start` to `stop`."""
@@ -78,7 +80,7 @@ class Work:
         device = self.materials.device
         for images, captions, origin, numbers in self.batches(start, stop):
             cond = self.materials.text.cond(captions).to(device)
-            weights = self.weights(numbers)
+            weights = self.weights(numbers, origin)
             denoise = self.denoise(cond, weights)
             given = {} if weights is None else {"guidance": weights}
             if self.stage.direction == "draw":
@@ -139,6 +141,11 @@ def pairs_stage(stage: PairsStage, parent: Parent, folder: Path, materials: Mate
         bad_limit=stage.bad_limit,
         bad_path=folder / BAD_FILES,
     )
+    if stage.law == "mixed" and not loader.several:
+        raise UserError(
+            f"{stage.name}: guidance: mixed has a law for captions and one for recaptions, and each sample has one "
+            "caption: write guidance: captions, or caption the pictures anew (pixelgrow data recaption)"
+        )
     materials.encode(loader.texts())
     ode = Ode(stage.sampler, stage.steps, denoiser.sigma_min, denoiser.sigma_max)
     work = Work(stage, denoiser, ode, loader, materials, seed)
@@ -154,8 +161,8 @@ def pairs_stage(stage: PairsStage, parent: Parent, folder: Path, materials: Mate
     pairs = sum(len(shard["latent"]) for shard in shards)
     latents = torch.cat([shard["latent"] for shard in shards])[:DESCRIBED]
     logger.info("%s: %d pairs; inverting %d images and solving them back", stage.name, pairs, min(CHECKED, stage.n))
-    images, captions, _, checked = next(work.batches(0, min(CHECKED, stage.n)))
-    denoise = work.denoise(materials.cond(captions), work.weights(checked))
+    images, captions, origin, checked = next(work.batches(0, min(CHECKED, stage.n)))
+    denoise = work.denoise(materials.cond(captions), work.weights(checked, origin))
     facts: dict[str, Any] = {
         "format": FORMAT,
         "teacher": parent.config.sha256,

@@ -1,0 +1,5 @@
+"""`python -m pixelgrow`: the command line."""
+
+from pixelgrow.cli import main
+
+main()
