@@ -23,6 +23,7 @@ from pixelgrow.recipe_spec import (
     Recipe,
     Stage,
     TrainStage,
+    makes_generator,
 )
 from pixelgrow.report_page import PAGE
 from pixelgrow.report_svg import Curve, chart
@@ -57,6 +58,11 @@ CHARTS = {
     },
 }
 
+ONE_STEP_ROWS = (
+    "From above: what the teacher draws from a latent, what the generator draws from it in one step, what the "
+    "generator makes of the latent of a held-out picture, and that picture:"
+)
+
 
 def write_report(recipe: Recipe, folder: Path) -> Path:
     """Write `report.html` into a run's folder; returns its path."""
@@ -86,7 +92,8 @@ def write_report(recipe: Recipe, folder: Path) -> Path:
 def _machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{torch.get_num_threads()} threads of {platform.machine()}, torch {torch.__version__}"
+    threads = torch.get_num_threads()
+    return f"{threads} thread{'s' if threads > 1 else ''} of {platform.machine()}, torch {torch.__version__}"
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
@@ -116,7 +123,7 @@ def _overview(recipe: Recipe, records: dict[str, Record]) -> str:
         )
     head = ["stage", "what", "images", "parameters", "training", "images/s", "of matmul rate", "time", "peak memory",
             "bad files"]  # fmt: skip
-    return f"<section><h2>Stages</h2>{_table(head, rows)}</section>"
+    return f"<section><h2>Stages</h2>{_table(head, rows, named=True)}</section>"
 
 
 def _side_by_side(recipe: Recipe, folder: Path, records: dict[str, Record]) -> str:
@@ -173,7 +180,8 @@ def _stage(stage: Stage, folder: Path, values: dict[str, Any]) -> str:
             parts.append(_growth(folder))
         for phase in (folder / "frozen", folder):
             if (phase / "log.jsonl").exists():
-                parts.append(_training(phase, "Frozen phase" if phase != folder else ""))
+                title = "Frozen phase" if phase != folder else ""
+                parts.append(_training(phase, title, ONE_STEP_ROWS if makes_generator(stage) else ""))
         result = values.get("result", {})
         notes = [result.get("bad_report", ""), _skipped(result.get("skipped_steps", 0))]
         parts += [f"<p>{escape(n[0].upper() + n[1:])}.</p>" for n in notes if n]
@@ -187,7 +195,8 @@ def _skipped(steps: int) -> str:
 # --- parts ------------------------------------------------------------------------------------------------------------
 
 
-def _training(folder: Path, title: str) -> str:
+def _training(folder: Path, title: str, rows: str) -> str:
+    """`rows`: what is in the rows of its grids, where they differ."""
     lines = _log(folder / "log.jsonl")
     charts = [
         chart(title, [Curve(name, _series(lines, key)) for name, key in curves.items()])
@@ -197,12 +206,13 @@ def _training(folder: Path, title: str) -> str:
     shown = [(grids[(len(grids) - 1) // 2], "on the way"), (grids[-1], "at the end")][-len(grids) :] if grids else []
     pictures = "".join(_picture(path, f"{int(path.stem):,} images, {when}") for path, when in shown)
     heading = f"<h3>{title}</h3>" if title else ""
-    prompts = folder / "samples" / "prompts.txt"
-    return f'{heading}<div class="row">{"".join(charts)}</div><div class="row">{pictures}</div>{_prompts(prompts)}'
+    note = f'<p class="note">{rows}</p>' if rows and pictures else ""
+    prompts = _prompts(folder / "samples" / "prompts.txt")
+    return f'{heading}<div class="row">{"".join(charts)}</div>{note}<div class="row">{pictures}</div>{prompts}'
 
 
 def _pairs(result: dict[str, Any]) -> str:
-    bands = [[escape(k), *(f"{v:g}" for v in numbers.values())] for k, numbers in result.get("latents", {}).items()]
+    bands = [[escape(k), *(f"{v + 0:g}" for v in numbers.values())] for k, numbers in result.get("latents", {}).items()]
     trips = [[escape(sigma), f"{value:.1f}"] for sigma, value in result.get("round_trip_psnr", {}).items()]
     note = f"{result.get('pairs', 0):,} pairs, {result.get('bytes_per_pair', 0):,.0f} bytes each"
     return (
@@ -288,11 +298,12 @@ def _details(title: str, text: str) -> str:
     return f"<details><summary>{escape(title)}</summary><pre>{escape(text.strip())}</pre></details>"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """`rows` are HTML already."""
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], named: bool = False) -> str:
+    """`rows` are HTML already; `named`: their second cells are words, not numbers."""
+    kind = ' class="named"' if named else ""
     top = "".join(f"<th>{escape(h)}</th>" for h in head)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    return f'<div class="wide"><table{kind}><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 # --- logs -------------------------------------------------------------------------------------------------------------

@@ -22,17 +22,21 @@ h3 { margin: 1.25rem 0 0.5rem; font-size: 1rem; }
 section { margin-top: 1.5rem; padding: 1.25rem 1.4rem; background: var(--card); border: 1px solid var(--line);
   border-radius: 10px; }
 a { color: var(--c0); text-decoration: none; }
-.row { display: flex; flex-wrap: wrap; gap: 1.25rem 2rem; align-items: flex-start; }
-.row > * { flex: 1 1 320px; min-width: 0; }
+.row { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 1.25rem 2rem; align-items: start; }
+.wide + .row, .row + .row { margin-top: 1.25rem; }
+@media (max-width: 720px) { .row { grid-template-columns: minmax(0, 1fr); } }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.9rem; width: 100%; }
 th { text-align: right; color: var(--soft); font-weight: normal; }
-th, td { padding: 0.28rem 0.6rem 0.28rem 0; }
+th, td { padding: 0.28rem 0 0.28rem 1rem; }
 td { text-align: right; border-top: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child, td:nth-child(2):not(.bar):not(:last-child) { text-align: left; }
+th:first-child, td:first-child { padding-left: 0; }
+th:first-child, td:first-child, .named :nth-child(2) { text-align: left; }
+.named td:nth-child(2) { white-space: normal; }
 .bars td, .bars th { border: 0; }
 .bar { width: 60%; }
 .bar i { display: block; height: 0.7rem; min-width: 1px; border-radius: 3px; background: var(--c0); }
+.note { margin: 1rem 0 0.5rem; }
 figure { margin: 0.5rem 0; }
 figure img { width: 100%; max-width: 640px; image-rendering: pixelated; border-radius: 4px; display: block; }
 figcaption { margin-bottom: 0.3rem; }

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 W, H = 460, 220  # of the drawing, in its own units
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 34
+LEFT, RIGHT, TOP, BOTTOM = 52, 16, 12, 34
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,5 @@ class _Axis:
 
 
 def _label(value: float) -> str:
-    if abs(value) >= 1e6:
-        return f"{value / 1e6:g}M"
-    return f"{value / 1e3:g}k" if abs(value) >= 1e4 else f"{value:.3g}"
+    unit, suffix = next(((u, s) for u, s in ((1e6, "M"), (1e3, "k")) if abs(value) >= u), (1, ""))
+    return f"{value / unit:.3g}{suffix}"
