@@ -6,6 +6,7 @@ import dataclasses
 import json
 import random
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from pixelgrow.run import run
 from pixelgrow.sampling import generate, initial_noise
 from pixelgrow.shapes import networks
 from pixelgrow.stages import distill, train
+from pixelgrow.stages import pairs as pairs_stage
 from pixelgrow.stages.materials import Materials
 from pixelgrow.training.state import write_tensors
 from test_growth import CORE, cond, shallow
@@ -383,6 +385,49 @@ def test_pairs_that_were_cut_off_and_damaged_end_with_the_same_bytes(made: Path,
     assert shard_path(cut / "pairs", 0).stat().st_mtime_ns == kept
     for name in ("00000.safetensors", "00001.safetensors", "00002.safetensors", "pairs.json"):
         assert (cut / "pairs" / name).read_bytes() == (made / "pairs" / name).read_bytes()
+
+
+def again(made: Path, root: Path, workers: int) -> None:
+    """The pairs of a run made anew beside its core."""
+    shutil.copytree(made / "core", root / "smoke-onestep" / "core")
+    recipe = load_recipe("smoke-onestep", [f"stages.pairs.workers={workers}"])
+    run(recipe.model_copy(update={"stages": recipe.stages[:2]}), root)
+
+
+def test_workers_share_the_shards_and_make_the_same_bytes(made: Path, tmp_path: Path) -> None:
+    makers, real = set(), pairs_stage.write_shard
+
+    def write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        makers.add(threading.get_ident())
+        barrier.wait(60)  # the three are at work together
+        real(path, tensors)
+
+    barrier = threading.Barrier(3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pairs_stage, "write_shard", write)
+        again(made, tmp_path, workers=3)
+    assert len(makers) == 3
+    for name in ("00000.safetensors", "00001.safetensors", "00002.safetensors", "pairs.json"):
+        assert (tmp_path / "smoke-onestep" / "pairs" / name).read_bytes() == (made / "pairs" / name).read_bytes()
+
+
+def test_a_worker_that_fails_ends_the_others(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = pairs_stage.write_shard
+
+    def write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+        if path.stem == "00000":
+            raise UserError("the disk is full")
+        real(path, tensors)
+
+    monkeypatch.setattr(pairs_stage, "write_shard", write)
+    with pytest.raises(UserError, match="the disk is full"):
+        again(made, tmp_path, workers=2)
+    assert not (tmp_path / "smoke-onestep" / "pairs" / "pairs.json").exists()
+    monkeypatch.undo()
+    recipe = load_recipe("smoke-onestep", ["stages.pairs.workers=1"])
+    run(recipe.model_copy(update={"stages": recipe.stages[:2]}), tmp_path)
+    for name in ("00000.safetensors", "00002.safetensors", "pairs.json"):
+        assert (tmp_path / "smoke-onestep" / "pairs" / name).read_bytes() == (made / "pairs" / name).read_bytes()
 
 
 @pytest.mark.parametrize(

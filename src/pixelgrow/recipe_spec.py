@@ -304,6 +304,7 @@ class PairsStage(Spec):
     flip: bool = False
     batch: int = Field(64, ge=1)
     shard: int = Field(1024, ge=1, description="images in a file; a multiple of batch")
+    workers: int | None = Field(None, ge=1, description="shards made side by side; if left out, one on each GPU")
     bad_limit: float = Field(0.01, ge=0, le=1)
 
     @field_validator("guidance", mode="before")

@@ -162,7 +162,9 @@ class DistillObjective:
         seen_as = {"real": real, "fake": [v[:n] for v in drawn]} | (
             {"mismatched": [v[n:] for v in drawn]} if others else {}
         )
-        means = {name: torch.stack([v.mean() for v in some]).mean().detach() for name, some in seen_as.items()}
+        means: dict[str, Tensor | float] = {
+            name: torch.stack([v.mean() for v in some]).mean().detach() for name, some in seen_as.items()
+        }
         return Terms(hinge_discriminator(real, drawn), means)
 
     def _others(self, texts: Sequence[str]) -> list[tuple[int, int]]:

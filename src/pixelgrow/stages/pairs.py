@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Work:
-    """What every shard of a stage is made with."""
+    """What every shard of a stage is made with; `decoding`: to be held by the one worker that asks the loader."""
 
     stage: PairsStage
     denoiser: Denoiser
@@ -42,6 +45,8 @@ class Work:
     loader: Loader
     materials: Materials
     seed: int
+    device: torch.device
+    decoding: threading.Lock
 
     def denoise(self, cond: Cond, weights: Tensor | None) -> Guided:
         guidance = self.stage.guidance if weights is None else weights
@@ -58,9 +63,10 @@ class Work:
     def batches(self, start: int, stop: int) -> Iterator[tuple[Tensor, tuple[str, ...], Tensor, range]]:
         """Images (B, 3, h, w), captions, origins (B, 3 or 4) and numbers of the stream from image `start` to `stop`."""
         for at in range(start, stop, self.stage.batch):
-            raw = self.loader.load(at)
-            for source, bad in raw.bad:
-                self.loader.bad.add(source, [bad])
+            with self.decoding:
+                raw = self.loader.load(at)
+                for source, bad in raw.bad:
+                    self.loader.bad.add(source, [bad])
             rows = min(self.stage.batch, stop - at)
             images = to_tensor(raw.image[:rows].transpose(0, 2, 3, 1))
             origin = torch.nn.functional.pad(torch.from_numpy(raw.origin[:rows]), (0, 1))
@@ -77,7 +83,7 @@ class Work:
             for name, tensor in tensors.items():
                 found.setdefault(name, []).append(tensor.cpu())
 
-        device = self.materials.device
+        device = self.device
         for images, captions, origin, numbers in self.batches(start, stop):
             cond = self.materials.text.cond(captions).to(device)
             weights = self.weights(numbers, origin)
@@ -104,25 +110,65 @@ class Work:
         return mirrored(self.loader.sources, self.stage.flip)[source]
 
 
+class _Stopped(Exception):
+    """Raised in a worker when another has failed or the run is stopped."""
+
+
 class Progress:
-    """A line now and then of how far the pairs are; `speed` in images a second."""
+    """A line now and then of how far the pairs are; `speed` in images a second. Ends its workers when it is stopped."""
 
     def __init__(self, name: str, total: int, pause: float = 15.0) -> None:
         self.name, self.total, self.pause, self.done = name, total, pause, 0
         self.began = self.said = time.monotonic()
+        self.stopped, self._counting = threading.Event(), threading.Lock()
 
     @property
     def speed(self) -> float:
         return self.done / max(1e-9, time.monotonic() - self.began)
 
     def add(self, images: int) -> None:
-        self.done += images
-        if time.monotonic() - self.said > self.pause:
-            self.said = time.monotonic()
-            left = duration((self.total - self.done) / self.speed)
-            logger.info(
-                "%s: %d of %d images, %.3g a second, %s left", self.name, self.done, self.total, self.speed, left
-            )
+        if self.stopped.is_set():
+            raise _Stopped
+        with self._counting:
+            self.done += images
+            if time.monotonic() - self.said > self.pause:
+                self.said = time.monotonic()
+                left = duration((self.total - self.done) / self.speed)
+                logger.info(
+                    "%s: %d of %d images, %.3g a second, %s left", self.name, self.done, self.total, self.speed, left
+                )
+
+
+def make(works: Sequence[Work], jobs: Iterator[tuple[Path, int, int]], progress: Progress) -> None:
+    """Write the shards of `jobs` (file, first image, end): each of `works`, in a thread of its own, the next one."""
+
+    def worker(work: Work) -> None:
+        while True:
+            with work.decoding:
+                job = next(jobs, None)
+            if job is None:
+                return
+            path, start, stop = job
+            write_shard(path, work.shard(start, stop, progress.add))
+
+    threads = torch.get_num_threads()
+    each = max(1, threads // len(works))
+    with ThreadPoolExecutor(len(works), initializer=torch.set_num_threads, initargs=(each,)) as pool:
+        try:
+            for done in as_completed([pool.submit(worker, work) for work in works]):
+                done.result()
+        except BaseException:
+            progress.stopped.set()
+            raise
+        finally:
+            torch.set_num_threads(threads)
+
+
+def devices_of(stage: PairsStage, device: torch.device) -> list[torch.device]:
+    """The device of each worker: every GPU in turn, or `device`."""
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    workers = stage.workers or max(1, gpus)
+    return [torch.device("cuda", i % gpus) if gpus else device for i in range(workers)]
 
 
 def pairs_stage(stage: PairsStage, parent: Parent, folder: Path, materials: Materials) -> dict[str, Any]:
@@ -148,15 +194,16 @@ def pairs_stage(stage: PairsStage, parent: Parent, folder: Path, materials: Mate
         )
     materials.encode(loader.texts())
     ode = Ode(stage.sampler, stage.steps, denoiser.sigma_min, denoiser.sigma_max)
-    work = Work(stage, denoiser, ode, loader, materials, seed)
-    progress = Progress(stage.name, stage.n)
+    work = Work(stage, denoiser, ode, loader, materials, seed, materials.device, threading.Lock())
+    devices = devices_of(stage, materials.device)
+    here = next(denoiser.parameters()).device
+    copies = {d: denoiser if d == here else copy.deepcopy(denoiser).to(d) for d in dict.fromkeys(devices)}
+    works = [replace(work, denoiser=copies[device], device=device) for device in devices]
     starts = range(0, stage.n, stage.shard)
-    for number, start in enumerate(starts):
-        stop = min(start + stage.shard, stage.n)
-        if read_shard(shard_path(folder, number)) is None:
-            write_shard(shard_path(folder, number), work.shard(start, stop, progress.add))
-        else:
-            progress.total -= stop - start
+    all_of = ((shard_path(folder, i), start, min(start + stage.shard, stage.n)) for i, start in enumerate(starts))
+    jobs = [job for job in all_of if read_shard(job[0]) is None]
+    progress = Progress(stage.name, sum(stop - start for _, start, stop in jobs))
+    make(works, iter(jobs), progress)
     shards = [shard for i in range(len(starts)) if (shard := read_shard(shard_path(folder, i))) is not None]
     pairs = sum(len(shard["latent"]) for shard in shards)
     latents = torch.cat([shard["latent"] for shard in shards])[:DESCRIBED]
