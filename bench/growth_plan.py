@@ -11,11 +11,11 @@ import torch
 from bench.sampling_overhead import conditions
 from bench.untrained import TOKENS, denoiser
 
+from pixelgrow.cost import step_cost
 from pixelgrow.growth import Init, grown_config
 from pixelgrow.heldout import SIGMAS
 from pixelgrow.models.config import NetConfig
 from pixelgrow.models.sizes import shallow_uvit
-from pixelgrow.plan import step_cost
 from pixelgrow.recipe_spec import TextSpec
 from pixelgrow.shapes import planned_core
 from pixelgrow.stages.train import GRID, GRID_STEPS

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pixelgrow import checkpoint
+from pixelgrow.cost import Live
 from pixelgrow.growth import grown_config
 from pixelgrow.model import builtin, find
 from pixelgrow.models.cond import Cond
@@ -40,7 +41,6 @@ from pixelgrow.models.config import NetConfig
 from pixelgrow.models.sizes import shallow_uvit
 from pixelgrow.models.uvit import UViT
 from pixelgrow.onestep.generator import Generator
-from pixelgrow.plan import Live
 from pixelgrow.sampling import initial_noise, sample
 
 TARGET = 25.0

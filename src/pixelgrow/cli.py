@@ -175,7 +175,7 @@ def plan(
     batch: Annotated[int, typer.Option("--batch", help="With --size: images per micro-batch.")] = 8,
     rate: Rate = None,
 ) -> None:
-    """Parameters, FLOPs, memory and time, with nothing allocated. One-step stages are listed, not costed."""
+    """Parameters, FLOPs, memory and time, with nothing allocated."""
     if (recipe is None) == (size is None):
         raise UserError("plan: expected a recipe or --size, one of the two")
     if recipe is not None:

@@ -55,7 +55,7 @@ def _table(*columns: str, title: str = "") -> Table:
 
 
 def recipe_heading(recipe: Recipe, folder: Path) -> RenderableType:
-    """Name, data, text, and the stages that are not training."""
+    """Name, data, text, and what the table of stages does not say."""
     held = _data(recipe.heldout) if recipe.heldout.source else f"{100 * recipe.heldout.fraction:g}% of the data"
     from pixelgrow.recipe_spec import DistillStage, EstimateStage, EvaluateStage, GrowStage, ModelStage, PairsStage
     from pixelgrow.shapes import is_here
@@ -81,9 +81,9 @@ def recipe_heading(recipe: Recipe, folder: Path) -> RenderableType:
         elif isinstance(s, EstimateStage):
             lines.append(f"{s.name}: estimate guidance weights from {s.pairs}, {s.images:,} images; not in the table")
         elif isinstance(s, DistillStage):
-            lines.append(f"{s.name}: distil {s.parent} on {s.pairs}, {s.images:,} images; not in the table")
+            lines.append(f"{s.name}: distil {s.parent} on {s.pairs}, {s.images:,} images")
         elif isinstance(s, GrowStage) and s.pairs is not None:
-            lines.append(f"{s.name}: grow generator {s.parent} to {s.to[-1]} px, {s.images:,} images; not in the table")
+            lines.append(f"{s.name}: grow generator {s.parent} to {s.to[-1]} px, {s.images:,} images")
     return Text("\n".join(lines))
 
 
@@ -98,7 +98,7 @@ def plan_tables(plans: Sequence[StagePlan], rate: float, how: str) -> Renderable
     work = _table("stage", "pixels", "images", "micro-batch", "core", "levels", "training", "FLOP/image", "time")
     for p in plans:
         sizes = [count(p.cost.parameters[k]) for k in ("core", "levels", "training")]
-        flops = f"{count(p.cost.forward)} + {count(p.cost.backward)}"
+        flops = " + ".join(map(count, p.cost.work.values()))
         work.add_row(
             f"{p.name}: {p.what}", str(p.resolution), f"{p.images:,}", str(p.batch), *sizes, flops,
             time_of(p.seconds(rate)),
@@ -108,7 +108,8 @@ def plan_tables(plans: Sequence[StagePlan], rate: float, how: str) -> Renderable
         m = p.cost.memory
         parts = (m.weights, m.gradients, m.optimizer, m.averages, m.activations, m.peak)
         memory.add_row(f"{p.name}: {p.what}", *map(size_of, parts))
-    note = Text(f"FLOP/image: forward + backward. Time at {count(rate)}FLOP/s, {how}; one device.", style="dim")
+    sums = "forward + backward; of a one-step generator, its update + its discriminator's; of pairs, forward"
+    note = Text(f"FLOP/image: {sums}. Time at {count(rate)}FLOP/s, {how}; one device.", style="dim")
     return Group(work, Text(), memory, Text(), note)
 
 

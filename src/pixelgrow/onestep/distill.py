@@ -102,7 +102,8 @@ class DistillObjective:
                 torch.manual_seed(rng.seed_of(seed, "discriminator"))
                 widths = features.widths(generator.resolution)
                 made = Discriminator(widths, features.vec_width, guided=generator.guided)
-            self.discriminator = made.to(self.device)
+            # A plan's tensors are fake, on the CPU, and cannot be moved.
+            self.discriminator = made if self.device.type == "cpu" else made.to(self.device)
             self.modules[DISCRIMINATOR] = self.discriminator
 
     def loss(self, batch: DistillBatch, part: str) -> Terms:

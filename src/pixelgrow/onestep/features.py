@@ -121,9 +121,11 @@ class VisionFeatures:
 
 def cropped(images: Tensor, side: int, at: Tensor) -> Tensor:
     """A part (B, C, side, side) of each image, beginning at fraction `at` (B, 2) of the slack in y and x."""
-    slack = torch.tensor([images.shape[-2] - side + 1, images.shape[-1] - side + 1])
-    corners = (at.cpu() * slack).long().tolist()
-    return torch.stack([x[:, y : y + side, z : z + side] for x, (y, z) in zip(images, corners, strict=True)])
+    for dim, u in ((2, at[:, 0]), (3, at[:, 1])):
+        corner = (u * (images.shape[dim] - side + 1)).long()
+        rows = corner[:, None] + torch.arange(side, device=corner.device)  # (B, side)
+        images = images.take_along_dim(rows[:, None, :, None] if dim == 2 else rows[:, None, None, :], dim)
+    return images
 
 
 class Distance(Protocol):

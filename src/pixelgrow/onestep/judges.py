@@ -26,21 +26,30 @@ class Judges:
     similarity: Similarity | None
 
 
+def judges_named(losses: LossSettings) -> dict[str, str]:
+    """Names of the models from outside that losses use, by their part."""
+    named: dict[str, str] = {}
+    if losses.features and losses.distance != "teacher":
+        named["distance"] = losses.distance
+    if losses.adversarial and losses.discriminator != "teacher":
+        named["discriminator"] = losses.discriminator
+    if losses.similarity and losses.similarity.weight:
+        named["similarity"] = losses.similarity.model
+    return named
+
+
 def judges_used(losses: LossSettings) -> dict[str, str]:
-    """The models from outside that losses use, by their part: name and fingerprint, for records. No weight is loaded.
+    """`judges_named` with their fingerprints, for records. No weight is loaded.
 
     Raises UserError if one of them cannot be had.
     """
-    used: dict[str, str] = {}
-    if losses.features and losses.distance == "lpips":
-        used["distance"] = describe_lpips()
-    elif losses.features and losses.distance != "teacher":
-        used["distance"] = f"{losses.distance} {describe(losses.distance).fingerprint}"
-    if losses.adversarial and losses.discriminator != "teacher":
-        used["discriminator"] = f"{losses.discriminator} {describe(losses.discriminator).fingerprint}"
-    if losses.similarity and losses.similarity.weight:
-        used["similarity"] = f"{losses.similarity.model} {describe_clip(losses.similarity.model).fingerprint}"
-    return used
+
+    def used(part: str, name: str) -> str:
+        if (part, name) == ("distance", "lpips"):
+            return describe_lpips()
+        return f"{name} {(describe_clip if part == 'similarity' else describe)(name).fingerprint}"
+
+    return {part: used(part, name) for part, name in judges_named(losses).items()}
 
 
 def load_judges(losses: LossSettings, teacher: Features, device: torch.device | str = "cpu") -> Judges:
