@@ -406,9 +406,13 @@ def test_a_grown_generator_enlarges_by_a_latent(caplog: pytest.LogCaptureFixture
     assert after < 0.3 * before
 
 
-def test_a_grown_generator_enlarges_by_its_teachers_latent() -> None:
+def test_a_grown_generator_enlarges_by_its_teachers_latent_and_some_steps(caplog: pytest.LogCaptureFixture) -> None:
     model, teacher, low = one_step(2 * SIDE), multi_step(Gauss), picture()
-    (made,) = pixelgrow.edit.upscale(model, low, "1", teacher=teacher)
+    with caplog.at_level("INFO", "pixelgrow.editing"):
+        for given in ({}, {"iterations": 0}):
+            (made,) = pixelgrow.edit.upscale(model, low, "1", teacher=teacher, **given)
+    closer, as_found = met(caplog)
+    assert closer < as_found - 0.01
     y = pixels(low)
     with torch.no_grad():
         drawn = model.generator(_inverted(model, teacher, y, ["1"]), labels(1))
@@ -514,7 +518,7 @@ def test_prompts_settings_and_models_that_do_not_fit_are_one_line() -> None:
     mistake("begins at one seed; drop one", e.interpolate, one, "0", **ends, seeds=[1, 2])
     mistake("drop seeds", e.interpolate, one, "0", **ends, seeds=[1], teacher=many)
     mistake("starts: the search begins where", e.transfer, one, picture(), "1", "2", teacher=many, starts=3)
-    mistake("prior: no step of a descent", e.transfer, one, picture(), "1", "2", teacher=many, prior=0.1)
+    mistake("prior: no step of a descent", e.transfer, one, picture(), "1", "2", teacher=many, prior=0.1, iterations=0)
     mistake("rate, tolerance: no step", e.inpaint, one, picture(), half(), "1", iterations=0, rate=1, tolerance=0.1)
     mistake("tolerance=-1: expected 0 or more", e.inpaint, one, picture(), half(), "1", tolerance=-1)
 

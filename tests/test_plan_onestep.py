@@ -48,7 +48,7 @@ def numbers(*modules: torch.nn.Module) -> int:
 CASES: dict[str, dict[str, Any]] = {
     "distilled": {},
     "plain": {"losses": {"adversarial": False}},
-    "guided": {"law": "captions", "losses": {"balance": "fixed", "augment": ["colour", "translation", "cutout"]}},
+    "guided": {"law": "mixed", "losses": {"balance": "fixed", "augment": ["colour", "translation", "cutout"]}},
     "grown": {"init": "preserve", "settings": {"optimizer": "muon"}},
     "blocks": {"init": "random", "free": 1, "settings": {"activation_checkpointing": True}, "bf16": True},
 }
@@ -77,7 +77,7 @@ def test_a_planned_update_equals_a_real_one(case: dict[str, Any]) -> None:
     side = generator.resolution
     weights, texts = torch.full((N,), 3.0) if law else None, ("a", "b", "c")
     images, latents = torch.rand(2, N, 3, side, side), torch.randn(N, 3, 16, 16)
-    batch = DistillBatch(images[0], texts, torch.arange(N), latents, images[1], texts, weights)
+    batch = DistillBatch(images[0], texts, torch.arange(N), latents, images[1], texts, weights, torch.arange(N))
 
     planned = distill_cost(
         net.config, teacher.net.config, settings, losses,

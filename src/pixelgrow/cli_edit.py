@@ -25,7 +25,12 @@ Guidance = Annotated[
     typer.Option("--guidance", min=0, help="Multi-step or guided: to the prompt; 1: none."),
 ]
 Sampler = Annotated[str | None, typer.Option("--sampler", help="Multi-step: dpm++2m, heun, ddim or ddpm.")]
-Iterations = Annotated[int | None, typer.Option("--iterations", min=0, help="One step: of the descent, at most.")]
+Iterations = Annotated[
+    int | None,
+    typer.Option(
+        "--iterations", min=0, help="One step: of the descent, at most; else 200, from a teacher's latent 30."
+    ),
+]
 Starts = Annotated[int | None, typer.Option("--starts", min=1, help="One step: latents tried before the descent.")]
 Prior = Annotated[float | None, typer.Option("--prior", help="One step: how much likely latents are preferred.")]
 Tolerance = Annotated[

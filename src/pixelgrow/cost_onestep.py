@@ -139,7 +139,8 @@ def _batch(config: NetConfig, n: int, law: Law | None) -> DistillBatch:
     )
     texts = tuple(map(str, range(n)))  # all different, as the captions of a batch nearly are
     index: Any = range(n)  # the numbers in a fake tensor cannot be read
-    return DistillBatch(image, texts, index, latent, image, texts, torch.ones(n) if law else None)
+    told, captions = (torch.ones(n), torch.zeros(n, dtype=torch.int64)) if law else (None, None)
+    return DistillBatch(image, texts, index, latent, image, texts, told, captions)
 
 
 @dataclass(frozen=True)

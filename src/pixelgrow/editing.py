@@ -54,6 +54,7 @@ REFINED = 0.4  # of the path: for a second pass
 SEEN = (0.5, 2.0)  # noise levels at which a picture's objects are seen, in units of the data's deviation
 APART = 0.3  # of the largest difference between two prompts' pictures: from there on they disagree
 TEACHER = ("heun", 20)  # the solver of a teacher's inversion: 39 evaluations
+CLOSER = 30  # steps of descent from the latent of a teacher, where no number is given; the paper's way takes none
 logger = logging.getLogger(__name__)
 
 
@@ -307,11 +308,11 @@ def _latents(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Latents whose pictures, of `shape`, fit. From `start`, where a teacher found it, no step unless asked for."""
+    """Latents whose pictures, of `shape`, fit. From `start`, where a teacher found it, in CLOSER steps unless told."""
     given = {name: value for name, value in given_of(settings).items() if name in FIT}
     if start is not None and "starts" in given:
         raise UserError("starts: the search begins where the teacher's ODE ends; drop it, or the teacher")
-    chosen = FitSettings(**({} if start is None else {"iterations": 0}) | given)
+    chosen = FitSettings(**({} if start is None else {"iterations": CLOSER}) | given)
     idle = [name for name in given if name in ("rate", "prior", "tolerance")]
     if idle and not chosen.iterations:
         raise UserError(f"{', '.join(idle)}: no step of a descent is taken; drop it, or give iterations above 0")
