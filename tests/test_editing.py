@@ -419,6 +419,20 @@ def test_a_grown_generator_enlarges_by_its_teachers_latent_and_some_steps(caplog
     assert np.abs(np.asarray(made, int) - to_uint8(_averaging_to(drawn, y, 2))[0]).max() <= 1
 
 
+def test_another_teacher_than_the_generators_own_is_refused() -> None:
+    def told(model: Any, **facts: Any) -> Any:
+        return type(model)(getattr(model, "generator", None) or model.denoiser, model.config.model_copy(update=facts))
+
+    model = told(one_step(), lineage=[{"verb": "train"}, {"verb": "distill", "parent": "c0ffee"}])
+    own, other = told(multi_step(), sha256="c0ffee"), told(multi_step(), sha256="decade")
+    grown = {"verb": "grow", "init": "preserve", "parent": "c0ffee", "tensors": {"loaded": 2, "frozen": 2}}
+    since = told(multi_step(), sha256="facade", lineage=[{"verb": "train"}, grown])
+    for teacher in (own, since):
+        assert pixelgrow.edit.transfer(model, picture(), "1", "2", teacher=teacher, iterations=0)
+    words = "the teacher is decade, and the generator was distilled from c0ffee: name the checkpoint"
+    mistake(words, pixelgrow.edit.transfer, model, picture(), "1", "2", teacher=other)
+
+
 def test_a_teacher_that_was_grown_since_inverts_as_before() -> None:
     small = multi_step()
     net, _ = grow_network(small.denoiser.net, grown_config(small.denoiser.net.config, 2 * SIDE, "preserve"), "preserve")

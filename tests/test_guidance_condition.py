@@ -378,11 +378,11 @@ def test_mistakes_in_a_recipe_are_one_line(stages: list[dict[str, Any]], words: 
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
-def test_mixed_captions_need_samples_of_several(made: Path, tmp_path: Path) -> None:
-    shutil.copytree(made / "core", tmp_path / "smoke-guided" / "core")
+def test_mixed_captions_need_samples_of_several_before_anything_trains(tmp_path: Path) -> None:
     several = load_recipe("smoke-guided", ["stages.pairs.guidance=mixed", "stages.drawn.guidance=mixed"])
-    with pytest.raises(UserError, match="pairs: guidance: mixed has a law for captions and one for recaptions"):
+    with pytest.raises(UserError, match="stage 'pairs': guidance: mixed has a law for captions and one for recaptions"):
         run(several, tmp_path)
+    assert not (tmp_path / "smoke-guided" / "core").exists()
 
 
 def test_a_guided_generator_is_grown_with_pairs_of_a_law_and_no_other() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 
 import pixelgrow
 from pixelgrow import checkpoint
@@ -125,6 +126,27 @@ def test_a_repository_of_the_hub_is_loaded_from_its_local_copy(tmp_path: Path, m
     assert pixelgrow.load("somebody/model", device="cpu").resolution == 16
     assert pixelgrow.load("somebody/model@v2", device="cpu").resolution == 16
     assert asked == [("somebody/model", None), ("somebody/model", "v2")]
+
+
+@pytest.mark.parametrize("kind", ["text", "no text", "the hub's own"])
+def test_a_download_that_breaks_off_is_one_line(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(HfHubHTTPError.__bases__[0]):  # type: ignore[misc]
+        """As a time-out of the library that the hub's talks through."""
+
+    error = {"text": OSError("broken\npipe"), "no text": OSError(), "the hub's own": Broken("timed out")}[kind]
+
+    def broken(*_: object, local_files_only: bool = False, **__: object) -> str:
+        raise FileNotFoundError if local_files_only else error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", broken)
+    reason = {"text": "broken", "no text": "OSError", "the hub's own": "timed out"}[kind]
+    with pytest.raises(
+        UserError, match=f"somebody/model .* cannot be fetched from the hub .{reason}.; check"
+    ) as caught:
+        pixelgrow.load("somebody/model")
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="encoder 'somebody/t5' is not on this machine and cannot be fetched"):
+        load_encoder("somebody/t5", max_tokens=8)
 
 
 def test_names_that_mean_nothing_are_one_line(tmp_path: Path) -> None:

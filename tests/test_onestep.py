@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ import torch
 
 from pixelgrow import checkpoint
 from pixelgrow.averaging import average_checkpoint
+from pixelgrow.diffusion import Denoiser
 from pixelgrow.errors import UserError
-from pixelgrow.growth import freeze, grow_network, grown_config
+from pixelgrow.growth import freeze, grow_network, grown_config, kept_in
+from pixelgrow.guidance import Guided
 from pixelgrow.model import Model, OneStepModel
 from pixelgrow.models.layers import box_down, up_nearest
 from pixelgrow.models.sizes import shallow_uvit
@@ -25,7 +28,7 @@ from pixelgrow.onestep.distill import DISCRIMINATOR, GENERATOR, DistillBatch, Di
 from pixelgrow.onestep.features import TeacherFeatures, cropped
 from pixelgrow.onestep.generator import Generator
 from pixelgrow.onestep.losses import DRAWS, diff_augment
-from pixelgrow.onestep.pairs import Ode, Pairs, psnr, read_shard, shard_path, spread, write_shard
+from pixelgrow.onestep.pairs import Ode, Pairs, psnr, read_shard, reduced, shard_path, spread, write_shard
 from pixelgrow.onestep.settings import LossSettings
 from pixelgrow.onestep.watch import energy_distance
 from pixelgrow.recipe import Recipe, load_recipe, read_recipe
@@ -193,7 +196,7 @@ def test_real_pictures_under_anothers_caption_are_refused_and_under_their_own_ne
 
 def test_the_teachers_features_see_all_of_a_picture_and_a_part_of_a_large_one() -> None:
     seen = TeacherFeatures(shallow())
-    crop = torch.tensor([[0.0, 0.0], [0.999, 0.5]])
+    crop = torch.tensor([[0.0, 0.0], [1.0, 0.5]])  # 1 is what rounding to float32 may make of a number below it
     small = seen(torch.rand(2, 3, 16, 16), cond(2), crop)
     assert [t.shape for t in small.tokens] == [(2, 16, 32)] * len(seen.widths(16))
     assert len(seen(torch.rand(2, 3, 64, 64), cond(2), crop).tokens) == len(seen.widths(64)) == 2 * len(seen.widths(16))
@@ -387,10 +390,10 @@ def test_pairs_that_were_cut_off_and_damaged_end_with_the_same_bytes(made: Path,
         assert (cut / "pairs" / name).read_bytes() == (made / "pairs" / name).read_bytes()
 
 
-def again(made: Path, root: Path, workers: int) -> None:
+def again(made: Path, root: Path, workers: int, n: int = 24) -> None:
     """The pairs of a run made anew beside its core."""
     shutil.copytree(made / "core", root / "smoke-onestep" / "core")
-    recipe = load_recipe("smoke-onestep", [f"stages.pairs.workers={workers}"])
+    recipe = load_recipe("smoke-onestep", [f"stages.pairs.workers={workers}", f"stages.pairs.n={n}"])
     run(recipe.model_copy(update={"stages": recipe.stages[:2]}), root)
 
 
@@ -411,23 +414,78 @@ def test_workers_share_the_shards_and_make_the_same_bytes(made: Path, tmp_path: 
         assert (tmp_path / "smoke-onestep" / "pairs" / name).read_bytes() == (made / "pairs" / name).read_bytes()
 
 
-def test_a_worker_that_fails_ends_the_others(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = pairs_stage.write_shard
+@pytest.mark.parametrize("fails", ["a worker", "the run"])
+def test_what_stops_a_worker_or_the_run_stops_all(
+    fails: str, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, wait = pairs_stage.write_shard, pairs_stage.as_completed
 
     def write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-        if path.stem == "00000":
+        if fails == "a worker" and path.stem == "00000":
             raise UserError("the disk is full")
+        time.sleep(0.3)  # the other is not yet done when this one fails
         real(path, tensors)
 
+    def interrupted(futures: Any) -> Any:
+        if fails == "the run":
+            time.sleep(0.1)
+            raise KeyboardInterrupt
+        return wait(futures)
+
     monkeypatch.setattr(pairs_stage, "write_shard", write)
-    with pytest.raises(UserError, match="the disk is full"):
-        again(made, tmp_path, workers=2)
-    assert not (tmp_path / "smoke-onestep" / "pairs" / "pairs.json").exists()
+    monkeypatch.setattr(pairs_stage, "as_completed", interrupted)
+    with pytest.raises(UserError if fails == "a worker" else KeyboardInterrupt):
+        again(made, tmp_path, workers=2, n=64)
+    folder = tmp_path / "smoke-onestep" / "pairs"
+    assert not (folder / "pairs.json").exists() and len(list(folder.glob("*.safetensors"))) <= 2
     monkeypatch.undo()
-    recipe = load_recipe("smoke-onestep", ["stages.pairs.workers=1"])
+    recipe = load_recipe("smoke-onestep", ["stages.pairs.workers=1", "stages.pairs.n=64"])
     run(recipe.model_copy(update={"stages": recipe.stages[:2]}), tmp_path)
-    for name in ("00000.safetensors", "00002.safetensors", "pairs.json"):
-        assert (tmp_path / "smoke-onestep" / "pairs" / name).read_bytes() == (made / "pairs" / name).read_bytes()
+    for name in ("00000.safetensors", "00002.safetensors"):  # of whole shards in both
+        assert (folder / name).read_bytes() == (made / "pairs" / name).read_bytes()
+
+
+# --- a grown model's pairs for the growth of a generator --------------------------------------------------------------
+
+
+def test_a_grown_model_draws_what_its_core_draws_from_the_averaged_latent() -> None:
+    low = shallow(dtype=torch.float64)
+    net, _ = grow_network(low.net, grown_config(low.net.config, 32, "preserve"), "preserve")
+    high = Denoiser(net, low.config).double().eval()
+    z, c = torch.randn(2, 3, 32, 32, dtype=torch.float64), cond(2, torch.float64)
+    with torch.no_grad():
+        drawn = [
+            Ode("dpm++2m", 4, d.sigma_min, d.sigma_max).to_image(Guided(d, c, guidance=3.0), noise)
+            for d, noise in ((low, reduced(z, 16)), (high, z))
+        ]
+    torch.testing.assert_close(box_down(drawn[1], 2), drawn[0], rtol=1e-9, atol=1e-9)
+    assert 0.9 < float(reduced(torch.randn(8, 3, 64, 64), 16).std()) < 1.1
+    assert torch.equal(reduced(z, 32), z)
+
+
+def test_a_generator_grows_with_what_a_model_grown_from_its_teacher_draws(made: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "smoke-onestep"
+    for stage in ("core", "pairs", "onestep", "text"):
+        shutil.copytree(made / stage, folder / stage)
+    quiet = {"validate_every": 0, "sample_every": 0, "snapshot_every": 0, "batch": 8}
+    stages = [
+        {"grow": {"name": "wide", "from": "core", "to": 32, "images": 8} | quiet},
+        {"pairs": {"name": "drawn", "from": "wide", "n": 8, "batch": 8, "shard": 8, "steps": 2, "direction": "draw"}},
+        {"grow": {"name": "g", "from": "onestep", "pairs": "drawn", "to": 32, "images": 8} | quiet},
+    ]
+    smoke = load_recipe("smoke-onestep").model_dump(mode="json", by_alias=True, exclude_unset=True)
+    first = [{verb: stage} for verb, stage in zip(("train", "pairs", "distill"), smoke["stages"], strict=False)]
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (train, distill):
+            patch.setattr(module, "WATCHED", 8)
+        run(read_recipe(smoke | {"stages": [*first, *stages]}, "x.yaml"), tmp_path)
+    core, wide = (checkpoint.read_config(folder / name / "checkpoint") for name in ("core", "wide"))
+    assert Pairs(folder / "drawn").facts["keeps"] == [core.sha256] == kept_in(wide.lineage)
+    assert Pairs(folder / "drawn").latents.shape[-1] == 32
+    config = checkpoint.read_config(folder / "g" / "checkpoint")
+    assert config.network.latent_resolution == 16 and config.network.resolution == 32
+    trained = {**wide.lineage[-1], "tensors": {"loaded": 5, "frozen": 3}}
+    assert kept_in([trained]) == [] == kept_in([*wide.lineage, {"verb": "train", "parent": "x"}])
 
 
 @pytest.mark.parametrize(
@@ -475,6 +533,19 @@ def test_pairs_of_another_teacher_are_refused_when_a_recipe_is_read(stage: dict[
     mistake([more, {"pairs": drawn}, {"pairs": others}, {"distill": DISTILL}, stage], words)
 
 
+def test_pairs_of_a_larger_teacher_are_refused_when_a_recipe_is_read() -> None:
+    wide = {"grow": {"name": "wide", "from": "core", "to": 64, "images": 8}}
+    pairs = {"pairs": {"name": "large", "from": "wide", "n": 8}}
+    mistake(
+        [wide, pairs, {"distill": DISTILL}, {"grow": GROW | {"from": "onestep", "pairs": "large"}}],
+        "large is of wide at 64 px, and the stage draws at 32 px: name pairs of a teacher of 32 px",
+    )
+    loose = {"grow": wide["grow"] | {"core": "finetune"}}
+    last = {"grow": GROW | {"from": "onestep", "pairs": "large", "to": 64}}
+    mistake([loose, pairs, {"distill": DISTILL}, last], "large is of wide, and the teacher is core: name its own")
+    read([wide, pairs, {"distill": DISTILL}, last])
+
+
 def test_a_generator_starts_from_the_teacher_of_its_pairs() -> None:
     recipe = read(
         [
@@ -520,7 +591,10 @@ def test_pairs_of_an_ancestor_of_the_teacher_are_refused_and_a_folder_of_the_oth
 @pytest.mark.parametrize(
     ("stage", "words"),
     [
-        ({"grow": GROW | {"from": "onestep", "pairs": "drawn"}}, "pairs: drawn has direction: draw, so its pictures"),
+        (
+            {"grow": GROW | {"from": "onestep", "pairs": "drawn"}},
+            "drawn is of core at 16 px, and the stage draws at 32",
+        ),
         ({"evaluate": {"name": "e", "steps": 4}}, "stage 'e': steps: a one-step generator draws in one network"),
         ({"evaluate": {"name": "e", "from": "onestep", "guidance": 2}}, "guidance: a one-step generator draws"),
         ({"evaluate": {"name": "e", "from": "told", "guidance": 0}}, "guidance=0: expected a weight above 0"),

@@ -128,7 +128,7 @@ def test_a_pair_remembers_the_caption_that_it_was_made_with(tmp_path: Path) -> N
     assert pairs.origins.shape == (32, 4) and set(pairs.origins[:, 2].tolist()) == {0, 1}
     assert set(pairs.origins[:, 3].tolist()) == {0, 1}
     source, _ = heldout_split(open_source(str(folder)), 0.02, 0)
-    stream = PairStream(Loader(source, size=(16, 16), batch=4, seed=1), pairs)
+    stream = PairStream(Loader(source, size=(16, 16), batch=4, seed=1), pairs, 16)
     said = [wordings_of(source, int(o[1]))[int(o[3])].text for o in pairs.origins]
     assert stream.texts() == said and len({text.split()[0] for text in said}) >= 2
     u = rng.uniform(rng.seed_of(0, "stage", "pairs"), "guidance", range(16))

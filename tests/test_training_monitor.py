@@ -109,6 +109,10 @@ def test_a_grid_is_written_and_its_seams_logged(tmp_path: Path) -> None:
     images = torch.linspace(-1.2, 1.2, 5)[:, None, None, None].expand(5, 3, 4, 6)
     hook = monitor.grid_hook(lambda: images, tmp_path, 10, columns=3, patches=(2, 8))
     assert hook.run(640) == {"seams_2": 1.0, "seams_8": 1.0}
+    some = torch.cat([torch.rand(2, 3, 16, 16), torch.zeros(1, 3, 16, 16)])
+    alone = monitor.grid_hook(lambda: some, tmp_path / "some", 10, patches=(8,), drawn=slice(2, 3))
+    assert alone.run(0) == {"seams_8": 1.0}
+    assert monitor.grid_hook(lambda: some, tmp_path / "some", 10, patches=(8,)).run(0) != {"seams_8": 1.0}
     sheet = np.asarray(Image.open(tmp_path / "samples" / "000000640.png"))
     assert sheet.shape == (10, 22, 3)
     assert sheet[0, 0, 0] == 0

@@ -17,7 +17,7 @@ Seed = Annotated[int | None, typer.Option("--seed", help="Of the noise, or of th
 Fit = Annotated[bool, typer.Option("--fit", help="Scale and crop to the model's square, a mask with its picture.")]
 Teacher = Annotated[
     str | None,
-    typer.Option("--teacher", help="One step: the multi-step checkpoint whose ODE finds the latent, not descent."),
+    typer.Option("--teacher", help="One step: the multi-step checkpoint whose ODE shows where the descent begins."),
 ]
 Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Multi-step: solver steps.")]
 Guidance = Annotated[

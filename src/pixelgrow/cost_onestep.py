@@ -41,7 +41,7 @@ FEW = 4  # steps in which every solver does all that it ever does
 def pairs_cost(stage: PairsStage, teacher: NetConfig, *, tokens: int = 32) -> Cost:
     """The cost of making a stage's pairs, per image of its `n`; with `flip` as if every source may be mirrored.
 
-    The solver runs a few steps, and all of them without a network, to count its evaluations.
+    The solver runs a few steps, and all of them without a network, to count its evaluations. Workers share a device.
     """
     guidance = 2.0 if isinstance(stage.guidance, str) else stage.guidance  # of a law: any that guides
     with FakeTensorMode(), torch.no_grad():
@@ -56,7 +56,7 @@ def pairs_cost(stage: PairsStage, teacher: NetConfig, *, tokens: int = 32) -> Co
     return Cost(
         parameters={"core": core // 4, "levels": (weights - core) // 4, "training": 0},
         work={"forward": each * whole.nfe * (1 + stage.flip)},
-        memory=Memory(weights, 0, 0, 0, 0, weights + run["peak"]),
+        memory=Memory(weights, 0, 0, 0, 0, weights + (stage.workers or 1) * run["peak"]),
     )
 
 

@@ -1,7 +1,8 @@
 """Edits of pictures: inpaint, upscale, transfer, interpolate (PaGoDA, arXiv 2405.14822, controllable generation).
 
 A multi-step model edits along its sampler's path: what is known of a picture is put into every denoised image. For a
-one-step generator the latent of what is known is looked for, by descent or along the ODE of a multi-step `teacher`.
+one-step generator the latent of what is known is looked for, by descent from a prior sample, or from where the ODE of a
+multi-step `teacher` leads.
 
 Pictures are PIL images or arrays (H, W, 3) of uint8: one, or several of one size that are edited together; what becomes
 of picture i is a function of it, its prompts, the seed, i and the settings, beyond rounding. `settings` are those of
@@ -38,7 +39,7 @@ from pixelgrow.edit_inputs import (
 )
 from pixelgrow.edit_path import CALM, FIT, EditPath, Progress, given_of
 from pixelgrow.errors import UserError
-from pixelgrow.growth import ungrown
+from pixelgrow.growth import kept_in, ungrown
 from pixelgrow.guidance import Guided
 from pixelgrow.model import Model, OneStepModel
 from pixelgrow.models.cond import Cond, mixed, slerp
@@ -112,8 +113,8 @@ def upscale(
 
     The shorter side is the model's divided by 2, 4, 8 ... A multi-step model has the averages of every denoised image
     set to the picture, and is guided by CALM unless told: the picture says enough, and details suffer from more. A
-    one-step generator draws from the latent whose picture, averaged down, is the one given: the ODE of its `teacher`
-    leads there (the paper's way; the picture then has the teacher's resolution), or descent.
+    one-step generator draws from the latent whose picture, averaged down, is the one given, found by descent; with a
+    `teacher` from where its ODE leads (the paper stays there; the picture then has the teacher's resolution).
     """
     y = stack(model, pictures)
     k = factor_of(model, size_of(y))
@@ -347,7 +348,7 @@ def _latent_of(
 
 @torch.no_grad()
 def _inverted(model: OneStepModel, teacher: Model, x: Tensor, prompts: Sequence[str]) -> Tensor:
-    """A teacher's latents of pictures (B, 3, h, w), without guidance, as `pairs` makes them.
+    """A teacher's latents of pictures (B, 3, h, w), without guidance: with it, they lie where no prior sample does.
 
     A teacher that was grown by `preserve` since the distillation inverts as it was before.
     """
@@ -356,6 +357,13 @@ def _inverted(model: OneStepModel, teacher: Model, x: Tensor, prompts: Sequence[
             "the teacher is a one-step generator, expected a multi-step denoiser: name the checkpoint that it was "
             "distilled from"
         )
+    asked = {e["parent"] for e in model.config.lineage if e.get("verb") == "distill"}
+    if asked and teacher.config.sha256 and not asked & {teacher.config.sha256, *kept_in(teacher.config.lineage)}:
+        raise UserError(
+            f"the teacher is {teacher.config.sha256[:12]}, and the generator was distilled from "
+            f"{', '.join(sorted(asked))[:12]}: name the checkpoint that it was distilled from"
+        )
+    check_space(teacher)
     denoiser = teacher.denoiser
     while denoiser.resolution > model.generator.latent_resolution and denoiser.net.config.rungs[-1].attach == "base":
         denoiser = ungrown(denoiser)

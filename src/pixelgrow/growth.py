@@ -8,10 +8,10 @@ grows by decoder halves alone: `init: random` is PaGoDA's (arXiv 2405.14822), fr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -49,6 +49,20 @@ class GrowthReport:
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
+
+
+def kept_in(lineage: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Hashes of the models that stand unchanged inside the one that a lineage ends in, which `preserve` grew from them
+    and which trained, if at all, with them frozen; latest first."""
+    found = []
+    for entry in reversed(lineage):
+        tensors = entry.get("tensors", {})
+        loaded = tensors.get("loaded")
+        frozen = tensors.get("frozen", loaded) == loaded and "unfrozen_after" not in entry
+        if entry.get("init") != "preserve" or not frozen or "parent" not in entry:
+            break
+        found.append(str(entry["parent"]))
+    return found
 
 
 def ungrown(denoiser: Denoiser) -> Denoiser:

@@ -45,17 +45,23 @@ def fetch(name: str, wanted: Sequence[str], kind: str = "") -> Path:
     """The files `wanted` (patterns) of a repository of the hub, "@revision" allowed after its name, or of its copy on
     this machine. Raises UserError if it is neither; `kind` of model, for the message."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     repo, _, revision = name.partition("@")
     try:
         return Path(snapshot_download(repo, revision=revision or None, allow_patterns=list(wanted)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except _refusals() as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(
             f"{f'{kind} ' if kind else ''}{name} is no folder here and cannot be fetched from the hub ({reason}); "
             "check the name"
         ) from None
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """What a download may raise: of files, of names, and of the library that the hub's own talks through."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return (OSError, ValueError, *HfHubHTTPError.__bases__)
 
 
 def _from_hub(kind: str, repo: str, revision: str | None, offline: str) -> Path:
@@ -71,7 +77,7 @@ def _from_hub(kind: str, repo: str, revision: str | None, offline: str) -> Path:
         pass
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
-    except (OSError, ValueError) as error:
+    except _refusals() as error:
         raise UserError(
             f"{kind} {repo!r} is not on this machine and cannot be fetched ({type(error).__name__}); expected a "
             f"folder or a hub name; check the spelling and the network{offline}"

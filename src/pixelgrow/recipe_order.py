@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from pixelgrow.errors import UserError
 from pixelgrow.onestep.losses import LAWS
@@ -50,12 +50,9 @@ def check_place(stages: Sequence[Stage], where: str) -> None:
         made = {s.name: s for s in earlier if isinstance(s, PairsStage)}
         if stage.pairs not in made:
             raise UserError(f"{where}: {at}: pairs: {unknown(stage.pairs, made, 'stage of pairs')}")
-        if isinstance(stage, GrowStage) and made[stage.pairs].direction == "draw":
-            raise UserError(
-                f"{where}: {at}: pairs: {stage.pairs} has direction: draw, so its pictures are no larger than the "
-                "teacher draws: name pairs with direction: invert"
-            )
         _check_teacher(earlier, stage, parent, made[stage.pairs], f"{where}: {at}")
+        if not isinstance(stage, EstimateStage):
+            _check_sides(earlier, stage, parent, made[stage.pairs], f"{where}: {at}")
         _check_guidance(earlier, stage, made[stage.pairs], f"{where}: {at}")
     if isinstance(stage, GrowStage):
         assert parent is not None
@@ -100,8 +97,35 @@ def _check_teacher(
     of: Stage | None = stage
     while isinstance(of, GrowStage):
         of, parent = by_name.get(parent), by_name[parent].parent if parent in by_name else None
-    if parent in by_name and pairs.parent in by_name and parent != pairs.parent:
+    if parent in by_name and pairs.parent in by_name and parent not in _kept_in(by_name, pairs.parent):
         raise UserError(f"{where}: pairs: {pairs.name} is of {pairs.parent}, and the teacher is {parent}: name its own")
+
+
+def _check_sides(
+    earlier: Sequence[Stage], stage: GrowStage | DistillStage, parent: str | None, pairs: PairsStage, where: str
+) -> None:
+    """Pairs of a larger teacher are of no use, and those that were drawn are as large as their teacher draws."""
+    made = resolution_of(earlier, str(pairs.parent))
+    side = stage.to[-1] if isinstance(stage, GrowStage) else resolution_of(earlier, str(parent))
+    if made is None or side is None or made == side or (made < side and pairs.direction == "invert"):
+        return
+    raise UserError(
+        f"{where}: pairs: {pairs.name} is of {pairs.parent} at {made} px, and the stage draws at {side} px: name "
+        f"pairs of a teacher of {side} px, or pairs with direction: invert of a smaller one"
+    )
+
+
+def _kept_in(by_name: Mapping[str | None, Stage], name: str | None) -> list[str | None]:
+    """A stage, and those whose models are unchanged inside its own: it was grown from them by `preserve`, frozen."""
+    names = [name]
+    while (
+        isinstance(stage := by_name.get(names[-1]), GrowStage)
+        and stage.init == "preserve"
+        and not stage.trains_core
+        and stage.unfreeze_after is None
+    ):
+        names.append(stage.parent)
+    return names
 
 
 def check_losses(stage: Stage, text: TextSpec, where: str) -> None:

@@ -109,8 +109,10 @@ def plan_tables(plans: Sequence[StagePlan], rate: float, how: str) -> Renderable
         parts = (m.weights, m.gradients, m.optimizer, m.averages, m.activations, m.peak)
         memory.add_row(f"{p.name}: {p.what}", *map(size_of, parts))
     sums = "forward + backward; of a one-step generator, its update + its discriminator's; of pairs, forward"
-    note = Text(f"FLOP/image: {sums}. Time at {count(rate)}FLOP/s, {how}; one device.", style="dim")
-    return Group(work, Text(), memory, Text(), note)
+    note = f"FLOP/image: {sums}. Time at {count(rate)}FLOP/s, {how}; one device."
+    if any(list(p.cost.work) == ["forward"] for p in plans):
+        note += " Pairs are made in fp32, which a GPU does slower than that."
+    return Group(work, Text(), memory, Text(), Text(note, style="dim"))
 
 
 def checkpoint_tables(folder: Path, config: CheckpointConfig, parts: dict[str, int]) -> RenderableType:

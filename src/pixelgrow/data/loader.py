@@ -86,7 +86,7 @@ class Loader:
             raise UserError("loader: got no sources, expected at least one")
         self.size, self.batch, self.seed, self.workers = size, batch, seed, workers
         self.mirror, self.random_crop = mirrored(self.sources, flip), random_crop
-        self.several = any(getattr(source, "several", False) for source in self.sources)
+        self.several = has_several(self.sources)
         self.usable = [usable(source, size) for source in self.sources]
         self.order = Order([len(items) for items in self.usable], weights, seed)
         self.bad = BadFiles(self.sources, bad_limit, bad_path)
@@ -165,6 +165,11 @@ class Loader:
             f"{source.name}: {_MAX_ATTEMPTS} images in a row cannot be decoded (the last: {bad[-1][1].key}: "
             f"{bad[-1][1].reason}); repair or remove them"
         )
+
+
+def has_several(sources: Sequence[Source]) -> bool:
+    """Whether some sample has several captions."""
+    return any(getattr(source, "several", False) for source in sources)
 
 
 def mirrored(sources: Sequence[Source], flip: bool) -> list[bool]:

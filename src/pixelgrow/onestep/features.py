@@ -13,7 +13,7 @@ from pixelgrow.diffusion import Denoiser, coefficients, column
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.core import Context
 from pixelgrow.models.layers import box_down
-from pixelgrow.onestep.losses import feature_distance
+from pixelgrow.onestep.losses import feature_distance, integers
 from pixelgrow.vision import Vision, layers_of
 
 SIGMA = 0.3  # noise level, as the core sees it, that the teacher is told of images that have none
@@ -122,7 +122,7 @@ class VisionFeatures:
 def cropped(images: Tensor, side: int, at: Tensor) -> Tensor:
     """A part (B, C, side, side) of each image, beginning at fraction `at` (B, 2) of the slack in y and x."""
     for dim, u in ((2, at[:, 0]), (3, at[:, 1])):
-        corner = (u * (images.shape[dim] - side + 1)).long()
+        corner = integers(u, images.shape[dim] - side + 1)
         rows = corner[:, None] + torch.arange(side, device=corner.device)  # (B, side)
         images = images.take_along_dim(rows[:, None, :, None] if dim == 2 else rows[:, None, None, :], dim)
     return images

@@ -90,7 +90,7 @@ class Generator(nn.Module):
             if rung.attach == "image":
                 image = up_nearest(below.image, rung.resolution // low) + rung.detail_std * out.image
             else:
-                image = self.config.sigma_data * out.image
+                image = self.config.sigma_data * out.image.to(z.dtype)
             below, low = Drawn(image, out.features, below.ctx), rung.resolution
             yield below
 

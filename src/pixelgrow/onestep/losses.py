@@ -154,7 +154,7 @@ def diff_augment(x: Tensor, draws: Tensor, policy: Collection[Augmentation]) -> 
     return x
 
 
-def _integers(u: Tensor, n: int) -> Tensor:
+def integers(u: Tensor, n: int) -> Tensor:
     """Uniform in [0, 1) -> uniform in 0 .. n - 1, int64; a 1 that rounding made is n - 1."""
     return (u * n).long().clamp_max(n - 1)
 
@@ -164,7 +164,7 @@ def _shifted(x: Tensor, u: Tensor, dim: int) -> Tensor:
     size = x.shape[dim]
     most = math.floor(size / 8 + 0.5)
     padded = F.pad(x, (most, most, 0, 0) if dim == 3 else (0, 0, most, most))
-    start = 2 * most - _integers(u, 2 * most + 1)  # most is where the image lies unmoved
+    start = 2 * most - integers(u, 2 * most + 1)  # most is where the image lies unmoved
     return padded.take_along_dim(start + _positions(x, dim), dim)
 
 
@@ -172,7 +172,7 @@ def _in_box(x: Tensor, u: Tensor, dim: int) -> Tensor:
     """True at the positions along `dim` that a box of half of it covers, as (B,1,H,1) or (B,1,1,W)."""
     size = x.shape[dim]
     box = math.floor(size / 2 + 0.5)
-    start = _integers(u, size + 1 - box % 2) - box // 2
+    start = integers(u, size + 1 - box % 2) - box // 2
     at = _positions(x, dim)
     return (at >= start) & (at < start + box)
 

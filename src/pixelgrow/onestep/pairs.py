@@ -70,6 +70,14 @@ class Ode:
         return found
 
 
+def reduced(latents: Tensor, side: int) -> Tensor:
+    """Latents (B, C, h, w) of a teacher as those (B, C, side, side) of what it was grown from: averages, scaled back to
+    unit variance. A model that `preserve` has grown gives its core the averages of its noise, so that both draw the
+    same in the large."""
+    k = latents.shape[-1] // side
+    return k * box_down(latents, k)
+
+
 def psnr(a: Tensor, b: Tensor) -> float:
     """Peak signal-to-noise ratio in dB of images in [-1, 1]: over all of them together."""
     return float(10 * torch.log10(4 / (a.double() - b.double()).square().mean()))
@@ -134,11 +142,11 @@ def _checksum(tensors: dict[str, Tensor]) -> int:
 class Pairs:
     """A finished folder of pairs, to train on.
 
-    `facts`: what `pairs.json` says; `law`: of the pairs' guidance weights, None where all have the same. Raises
-    UserError where it is missing or damaged.
+    `facts`: what `pairs.json` says; `law`: of the pairs' guidance weights, None where all have the same. `fraction`: of
+    the pairs, the first are read (1% does not hurt, PaGoDA). Raises UserError where something is missing or damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, fraction: float = 1.0) -> None:
         path = folder / INDEX
         try:
             self.facts: dict[str, Any] = json.loads(path.read_text())
@@ -153,8 +161,11 @@ class Pairs:
             raise UserError(
                 f"{path} is damaged ({type(error).__name__}); delete {folder} to make the pairs again"
             ) from None
-        parts = []
+        first = max(1, round(fraction * int(self.facts["pairs"])))
+        parts: list[dict[str, Tensor]] = []
         for number in range(shards):
+            if sum(len(p["latent"]) for p in parts) >= first:
+                break
             shard = read_shard(shard_path(folder, number))
             if shard is None:
                 raise UserError(
@@ -162,18 +173,23 @@ class Pairs:
                     "recipe again: that shard alone is made anew"
                 )
             parts.append(shard)
-        self.latents = torch.cat([p["latent"] for p in parts])  # (N, 3, h, w) float16
-        self.origins = torch.cat([p["origin"] for p in parts])  # (N, 3 or 4) int64
-        self.images = torch.cat([p["image"] for p in parts]) if self.direction == "draw" else None
+
+        def joined(name: str) -> Tensor:
+            return torch.cat([p[name] for p in parts])[:first]
+
+        self.latents = joined("latent")  # (N, 3, h, w) float16
+        self.origins = joined("origin")  # (N, 3 or 4) int64
+        self.images = joined("image") if self.direction == "draw" else None
         self.law: Law | None = guidance if isinstance(guidance, str) else None
-        self.guidance = torch.cat([p["guidance"] for p in parts]) if self.law else None  # (N,) float32
+        self.guidance = joined("guidance") if self.law else None  # (N,) float32
 
     def __len__(self) -> int:
         return len(self.latents)
 
     def check(self, teachers: Sequence[str], data: Sequence[dict[str, Any]]) -> None:
-        """Raise UserError unless the pairs are one of `teachers`' (hashes) and of the sources described by `data`."""
-        if self.facts["teacher"] not in teachers:
+        """Raise UserError unless the pairs are one of `teachers`' (hashes), or of what was grown from it and keeps it,
+        and of the sources described by `data`."""
+        if not {self.facts["teacher"], *self.facts.get("keeps", [])} & set(teachers):
             raise UserError(
                 f"the pairs are of the teacher {self.facts['teacher'][:12]}, this model comes from "
                 f"{', '.join(t[:12] for t in teachers) or 'none'}: make pairs with this model's teacher"

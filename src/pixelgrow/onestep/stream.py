@@ -15,7 +15,7 @@ from pixelgrow.data.order import Order
 from pixelgrow.data.sources import Source, large_enough, wordings_of
 from pixelgrow.errors import UserError
 from pixelgrow.onestep.distill import DistillBatch
-from pixelgrow.onestep.pairs import Pairs
+from pixelgrow.onestep.pairs import Pairs, reduced
 from pixelgrow.rng import seed_of
 
 
@@ -24,27 +24,26 @@ class PairStream:
 
     Pairs come in an order of their own, each with its picture at `loader.size`: the same centre crop that was inverted,
     from the original file, so that a generator is grown on details that the teacher never saw. Pairs whose original is
-    smaller are left out. `fraction`: of the pairs, the first (1% does not hurt, PaGoDA).
+    smaller are left out. `side`: of the generator's latents, those of a larger teacher are `reduced` to it.
     Raises UserError if none is left, or if drawn pairs are asked for at another size than they were drawn at.
     """
 
-    def __init__(self, loader: Loader, pairs: Pairs, fraction: float = 1.0) -> None:
-        self.loader, self.pairs, self.sources = loader, pairs, loader.sources
-        first = max(1, round(fraction * len(pairs)))
+    def __init__(self, loader: Loader, pairs: Pairs, side: int) -> None:
+        self.loader, self.pairs, self.side, self.sources = loader, pairs, side, loader.sources
         if pairs.images is None:
-            self.usable = np.flatnonzero(_fits(pairs.origins[:first], self.sources, loader.size))
+            self.usable = np.flatnonzero(_fits(pairs.origins, self.sources, loader.size))
         elif pairs.images.shape[-2:] == loader.size:
-            self.usable = np.arange(first)
+            self.usable = np.arange(len(pairs))
         else:
             h, w = pairs.images.shape[-2:]
             raise UserError(
                 f"the pairs were drawn by the teacher at {h}x{w}, this stage needs pictures of "
-                f"{loader.size[0]}x{loader.size[1]}: grow with pairs that were inverted"
+                f"{loader.size[0]}x{loader.size[1]}: take pairs that were inverted, or drawn by a teacher of that size"
             )
         if not len(self.usable):
             raise UserError(
-                f"none of the {first} pairs is of an image of at least {loader.size[0]}x{loader.size[1]} pixels: make "
-                "pairs of larger images (data: in the pairs stage)"
+                f"none of the {len(pairs)} pairs is of an image of at least {loader.size[0]}x{loader.size[1]} pixels: "
+                "make pairs of larger images (data: in the pairs stage)"
             )
         self.order = Order([len(self.usable)], seed=seed_of(loader.seed, "pairs"))
 
@@ -61,7 +60,7 @@ class PairStream:
                     image=batch.image,
                     text=batch.text,
                     index=batch.index,
-                    latent=self.pairs.latents[numbers].float(),
+                    latent=reduced(self.pairs.latents[numbers].float(), self.side),
                     target=self.target(numbers),
                     target_text=tuple(caption(self.sources, self.pairs.origins[n]) for n in numbers),
                     guidance=None if self.pairs.guidance is None else self.pairs.guidance[numbers],

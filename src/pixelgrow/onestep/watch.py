@@ -83,11 +83,12 @@ class Watch:
 
     @torch.no_grad()
     def _pooled(self, images: Tensor) -> Tensor:
-        """The teacher's last tokens of each picture, averaged: (N, C)."""
+        """The teacher's last tokens of each picture as a whole, averaged: (N, C)."""
         found = []
         for rows in self._rows(images):
             middle = images.new_full((len(images[rows]), 2), 0.5)
-            found.append(self.features(images[rows], self.watched.cond[rows], middle).tokens[-1].mean(1))
+            tokens = self.features(images[rows], self.watched.cond[rows], middle).tokens
+            found.append(tokens[len(self.features.layers) - 1].mean(1))
         return torch.cat(found)
 
     def _rows(self, of: Tensor) -> list[slice]:

@@ -21,7 +21,7 @@ from pixelgrow.onestep.features import TeacherFeatures
 from pixelgrow.onestep.generator import Generator, told_guidance
 from pixelgrow.onestep.judges import judges_used, load_judges
 from pixelgrow.onestep.losses import spread_of
-from pixelgrow.onestep.pairs import Ode, Pairs
+from pixelgrow.onestep.pairs import Ode, Pairs, reduced
 from pixelgrow.onestep.settings import LossSettings
 from pixelgrow.onestep.stream import PairStream
 from pixelgrow.onestep.watch import Watch, Watched
@@ -101,14 +101,14 @@ def _fit(
     """Train a generator on its teacher's pairs, going on where it was cut off; write `folder/checkpoint`."""
     recipe, settings = materials.recipe, stage.training()
     made = materials.pairs_of(stage)
-    pairs, teacher_folder = Pairs(made.folder), made.teacher
+    pairs, teacher_folder = Pairs(made.folder, stage.fraction), made.teacher
     mixture = materials.mixture(stage)
     pairs.check([str(e["parent"]) for e in lineage if e.get("verb") == "distill"], mixture.describe())
     teacher, teacher_config = checkpoint.load(teacher_folder, materials.device)
     generator = generator.to(materials.device)
     seed = rng.seed_of(recipe.seed, "stage", stage.name, "")
     loader = materials.loader(mixture, generator.resolution, settings, seed, folder / BAD_FILES)
-    stream = PairStream(loader, pairs, stage.fraction)
+    stream = PairStream(loader, pairs, generator.latent_resolution)
     held = materials.heldout(WATCHED, loader.size)
     materials.account(held, mixture, loader.bad)
     materials.encode(chain(loader.texts(), stream.texts(), held.captions))
@@ -134,6 +134,11 @@ def _fit(
     if settings.activation_checkpointing:
         recompute_blocks(generator.net)
 
+    if teacher.resolution > generator.resolution:
+        raise UserError(
+            f"the pairs are of a teacher of {teacher.resolution} px, this stage draws at {generator.resolution} px: "
+            "name pairs of one that is no larger"
+        )
     low = (teacher.resolution, teacher.resolution)
     solver = pairs.facts["solver"]
     ode = Ode(solver["sampler"], min(20, int(solver["steps"])), teacher.sigma_min, teacher.sigma_max)
@@ -156,16 +161,19 @@ def _fit(
             guidance=weight,
         ).images
     prior = initial_noise(low, recipe.seed, range(len(images)), generator.space.channels).to(materials.device)
+    latents, prior = (reduced(z, generator.latent_resolution) for z in (latents, prior))
     watch = Watch(generator, features, Watched(images, cond, latents, prior, solved, told), settings.micro_batch)
-    write_prompts(folder, held.captions[:COLUMNS])
+    columns = min(COLUMNS, len(images))
+    write_prompts(folder, held.captions[:columns])
     hooks = [
         Hook("validation", settings.validate_every or 0, watch.numbers, at_start=True),
         grid_hook(
-            lambda: materials.pictures(watch.grid(COLUMNS)),
+            lambda: materials.pictures(watch.grid(columns)),
             folder,
             settings.sample_every or 0,
-            COLUMNS,
+            columns,
             materials.patches(generator),
+            slice(columns, 3 * columns),  # of its rows, those that the generator draws
         ),
     ]
     result = loop.train(

@@ -18,7 +18,7 @@ from pixelgrow.autoencoder import Autoencoder
 from pixelgrow.data.badfiles import BadFiles, check_share
 from pixelgrow.data.images import BadImage
 from pixelgrow.data.latents import Latents
-from pixelgrow.data.loader import Loader, mirrored, to_tensor, usable
+from pixelgrow.data.loader import Loader, has_several, mirrored, to_tensor, usable
 from pixelgrow.data.opening import open_mixture, open_source
 from pixelgrow.data.scenes import Scenes
 from pixelgrow.data.sources import BadFile, Source, Subset, bad_of, heldout_split, large_enough
@@ -278,6 +278,12 @@ class Materials:
                 )
             sources = self.mixture(stage).sources
             mirrored(sources, stage.flip)
+            if isinstance(stage, PairsStage) and stage.law == "mixed" and not has_several(sources):
+                raise UserError(
+                    f"stage {stage.name!r}: guidance: mixed has a law for captions and one for recaptions, and each "
+                    "sample has one caption: write guidance: captions, or caption the pictures anew (pixelgrow data "
+                    "recaption)"
+                )
             self._check_apart(sources)
             for source in sources:
                 usable(source, size)

@@ -18,13 +18,13 @@ from torch import Tensor
 from pixelgrow import checkpoint, rng
 from pixelgrow.data.loader import Loader, mirrored, to_tensor
 from pixelgrow.diffusion import Denoiser
-from pixelgrow.errors import UserError
+from pixelgrow.growth import kept_in
 from pixelgrow.guidance import Guided
 from pixelgrow.models.cond import Cond
 from pixelgrow.onestep.losses import guidance_weights
 from pixelgrow.onestep.pairs import FORMAT, INDEX, Ode, read_shard, shard_path, spread, write_shard
 from pixelgrow.recipe_spec import PairsStage
-from pixelgrow.sampling import initial_noise
+from pixelgrow.sampling import Denoise, initial_noise
 from pixelgrow.stages.materials import BAD_FILES, Materials
 from pixelgrow.stages.record import write_json
 from pixelgrow.stages.train import Parent
@@ -35,9 +35,14 @@ DESCRIBED = 16384  # pairs whose latents are described
 logger = logging.getLogger(__name__)
 
 
+class _Stopped(Exception):
+    """Raised in a worker when another has failed or the run is stopped."""
+
+
 @dataclass(frozen=True)
 class Work:
-    """What every shard of a stage is made with; `decoding`: to be held by the one worker that asks the loader."""
+    """What every shard of a stage is made with. `decoding`: held by the one worker that asks the loader. `stopped`: set
+    when a worker has failed or the run is stopped, and seen at the next evaluation."""
 
     stage: PairsStage
     denoiser: Denoiser
@@ -47,11 +52,19 @@ class Work:
     seed: int
     device: torch.device
     decoding: threading.Lock
+    stopped: threading.Event
 
-    def denoise(self, cond: Cond, weights: Tensor | None) -> Guided:
+    def denoise(self, cond: Cond, weights: Tensor | None) -> Denoise:
         guidance = self.stage.guidance if weights is None else weights
         assert not isinstance(guidance, str)
-        return Guided(self.denoiser, cond, guidance=guidance)
+        guided = Guided(self.denoiser, cond, guidance=guidance)
+
+        def denoised(x: Tensor, sigma: float) -> Tensor:
+            if self.stopped.is_set():
+                raise _Stopped
+            return guided(x, sigma)
+
+        return denoised
 
     def weights(self, numbers: range, origin: Tensor) -> Tensor | None:
         """The guidance weight (B,) of each number of the stream, of such an `origin`, where they follow a law."""
@@ -110,25 +123,19 @@ class Work:
         return mirrored(self.loader.sources, self.stage.flip)[source]
 
 
-class _Stopped(Exception):
-    """Raised in a worker when another has failed or the run is stopped."""
-
-
 class Progress:
-    """A line now and then of how far the pairs are; `speed` in images a second. Ends its workers when it is stopped."""
+    """A line now and then of how far the pairs are; `speed` in images a second."""
 
     def __init__(self, name: str, total: int, pause: float = 15.0) -> None:
         self.name, self.total, self.pause, self.done = name, total, pause, 0
         self.began = self.said = time.monotonic()
-        self.stopped, self._counting = threading.Event(), threading.Lock()
+        self._counting = threading.Lock()
 
     @property
     def speed(self) -> float:
         return self.done / max(1e-9, time.monotonic() - self.began)
 
     def add(self, images: int) -> None:
-        if self.stopped.is_set():
-            raise _Stopped
         with self._counting:
             self.done += images
             if time.monotonic() - self.said > self.pause:
@@ -158,7 +165,7 @@ def make(works: Sequence[Work], jobs: Iterator[tuple[Path, int, int]], progress:
             for done in as_completed([pool.submit(worker, work) for work in works]):
                 done.result()
         except BaseException:
-            progress.stopped.set()
+            works[0].stopped.set()
             raise
         finally:
             torch.set_num_threads(threads)
@@ -187,14 +194,11 @@ def pairs_stage(stage: PairsStage, parent: Parent, folder: Path, materials: Mate
         bad_limit=stage.bad_limit,
         bad_path=folder / BAD_FILES,
     )
-    if stage.law == "mixed" and not loader.several:
-        raise UserError(
-            f"{stage.name}: guidance: mixed has a law for captions and one for recaptions, and each sample has one "
-            "caption: write guidance: captions, or caption the pictures anew (pixelgrow data recaption)"
-        )
+    if stage.direction == "invert" and stage.n > len(loader):
+        logger.warning("%s: %d of %d images: some are inverted more than once", stage.name, stage.n, len(loader))
     materials.encode(loader.texts())
     ode = Ode(stage.sampler, stage.steps, denoiser.sigma_min, denoiser.sigma_max)
-    work = Work(stage, denoiser, ode, loader, materials, seed, materials.device, threading.Lock())
+    work = Work(stage, denoiser, ode, loader, materials, seed, materials.device, threading.Lock(), threading.Event())
     devices = devices_of(stage, materials.device)
     here = next(denoiser.parameters()).device
     copies = {d: denoiser if d == here else copy.deepcopy(denoiser).to(d) for d in dict.fromkeys(devices)}
@@ -204,21 +208,28 @@ def pairs_stage(stage: PairsStage, parent: Parent, folder: Path, materials: Mate
     jobs = [job for job in all_of if read_shard(job[0]) is None]
     progress = Progress(stage.name, sum(stop - start for _, start, stop in jobs))
     make(works, iter(jobs), progress)
-    shards = [shard for i in range(len(starts)) if (shard := read_shard(shard_path(folder, i))) is not None]
-    pairs = sum(len(shard["latent"]) for shard in shards)
-    latents = torch.cat([shard["latent"] for shard in shards])[:DESCRIBED]
+    pairs, some, few = 0, [], 0
+    for i in range(len(starts)):
+        shard = read_shard(shard_path(folder, i))
+        assert shard is not None  # it was made or seen to be whole just now
+        pairs += len(shard["latent"])
+        if few < DESCRIBED:
+            some.append(shard["latent"])
+            few += len(some[-1])
+    latents = torch.cat(some)[:DESCRIBED]
     logger.info("%s: %d pairs; inverting %d images and solving them back", stage.name, pairs, min(CHECKED, stage.n))
     images, captions, origin, checked = next(work.batches(0, min(CHECKED, stage.n)))
     denoise = work.denoise(materials.cond(captions), work.weights(checked, origin))
     facts: dict[str, Any] = {
         "format": FORMAT,
         "teacher": parent.config.sha256,
+        "keeps": kept_in(parent.config.lineage),
         "direction": stage.direction,
         "solver": {"sampler": stage.sampler, "steps": stage.steps, "guidance": stage.guidance},
         "resolution": [side, side],
         "data": mixture.describe(),
         "pairs": pairs,
-        "shards": len(shards),
+        "shards": len(starts),
         "latents": spread(latents),
         "round_trip_psnr": ode.round_trip(denoise, images.to(materials.device)),
     }
@@ -230,8 +241,8 @@ def pairs_stage(stage: PairsStage, parent: Parent, folder: Path, materials: Mate
     return {
         "images": stage.n,
         "pairs": pairs,
-        "images_per_second": progress.speed,
-        "bytes_per_pair": sum(shard_path(folder, i).stat().st_size for i in range(len(shards))) / pairs,
+        **({"images_per_second": progress.speed} if progress.done else {}),
+        "bytes_per_pair": sum(shard_path(folder, i).stat().st_size for i in range(len(starts))) / pairs,
         "bad_files": len(loader.bad),
         "bad_report": loader.bad.report(),
         "latents": facts["latents"],

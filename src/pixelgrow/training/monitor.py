@@ -50,12 +50,18 @@ class Hook:
 
 
 def grid_hook(
-    sample: Callable[[], Tensor], folder: Path, every: int, columns: int = 8, patches: Sequence[int] = (8,)
+    sample: Callable[[], Tensor],
+    folder: Path,
+    every: int,
+    columns: int = 8,
+    patches: Sequence[int] = (8,),
+    drawn: slice = slice(None),
 ) -> Hook:
     """Write `samples/<images>.png` of `sample() -> (B, 3, H, W)` in [-1, 1] and log the energy ratios at its seams.
 
     sample: draws the same pictures of the same noise each time. patches: sides of the network's patches in pixels, each
-    logged as `seams_<side>`. Pictures that cannot be drawn are no reason to stop: a warning says why.
+    logged as `seams_<side>`, over the pictures `drawn` by the network. Pictures that cannot be drawn are no reason to
+    stop: a warning says why.
     """
 
     def run(images: int) -> Mapping[str, float]:
@@ -65,7 +71,7 @@ def grid_hook(
             logger.warning("no sample grid at %s images: %s", f"{images:,}", error)
             return {}
         save_grid(pictures, folder / "samples" / f"{images:09d}.png", columns)
-        return seams(pictures, patches)
+        return seams(pictures[drawn], patches)
 
     return Hook("samples", every, run)
 
