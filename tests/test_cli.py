@@ -94,7 +94,7 @@ def test_help_is_quick_and_leaves_torch_alone() -> None:
         (["run", "smoke", "--runs", "FILE"], "cannot write FILE/smoke: Not a directory"),
         (["data", "images", "--sheet", "images"], "cannot write images: Is a directory"),
         (["data", "images", "--sheet", "FILE/x.png"], "cannot write FILE/x.png: File exists"),
-        (["info", LONG], "File name too long; allow reading it, or name another place"),
+        (["info", LONG], "File name too long; check the path"),
         (["run", LONG], "File name too long"),
         (["run", "smoke", "--dry-run", "--set", f"text.encoder={LONG}"], "File name too long"),
         (["average", LONG, "--length", "0.1", "-o", "out"], "File name too long"),

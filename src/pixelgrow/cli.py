@@ -171,8 +171,8 @@ def plan(
     resolution: Annotated[int, typer.Option("--resolution", help="With --size: pixels in the end.")] = 64,
     core: Annotated[int | None, typer.Option("--core", help="With --size: pixels of the core's training.")] = None,
     stride: Annotated[int, typer.Option("--stride", help="With --size: pixels per core token.")] = 4,
-    images: Annotated[int, typer.Option("--images", help="With --size: images of each stage.")] = 1_000_000,
-    batch: Annotated[int, typer.Option("--batch", help="With --size: images per micro-batch.")] = 8,
+    images: Annotated[int, typer.Option("--images", min=1, help="With --size: images of each stage.")] = 1_000_000,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="With --size: images per micro-batch.")] = 8,
     rate: Rate = None,
 ) -> None:
     """Parameters, FLOPs, memory and time, with nothing allocated."""
@@ -181,10 +181,13 @@ def plan(
     if recipe is not None:
         _plan_recipe(recipe, settings, rate, Path("runs"))
         return
+    from pixelgrow.models.sizes import SIZES
     from pixelgrow.plan import plan_recipe, plan_size
     from pixelgrow.tables import plan_tables, show
 
     assert size is not None
+    if size not in SIZES:
+        raise UserError(f"--size: got {size!r}, expected one of {', '.join(SIZES)}")
     sized = plan_size(size, resolution, core=core, stride=stride, images=images, batch=batch)
     show(plan_tables(plan_recipe(sized), *_rate(rate)))
 
@@ -192,10 +195,12 @@ def plan(
 def _plan_recipe(recipe: str, settings: list[str] | None, rate: float | None, runs: Path) -> None:
     from pixelgrow.plan import plan_recipe
     from pixelgrow.recipe import load_recipe
+    from pixelgrow.stages.record import done_before
     from pixelgrow.tables import plan_tables, recipe_heading, show
 
     read = load_recipe(recipe, settings or [])
-    show(recipe_heading(read, runs / read.name), plan_tables(plan_recipe(read), *_rate(rate)))
+    done = done_before(read, runs / read.name)
+    show(recipe_heading(read, runs / read.name, done), plan_tables(plan_recipe(read), *_rate(rate)))
 
 
 def _rate(given: float | None) -> tuple[float, str]:

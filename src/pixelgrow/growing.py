@@ -31,7 +31,10 @@ def grow_checkpoint(name: str, to: int, out: Path, *, source: str, init: str, se
         raise UserError(f"{out} holds a checkpoint already: name another folder, or delete it")
     checkpoint.check_target(out)
     model = Model.from_pretrained(name)
-    checkpoint.check_objective(find(name), model.config, "denoise")
+    if model.config.objective == "generate":
+        raise UserError(
+            f"{name} is a one-step generator: it grows by a recipe's grow stage, with pairs: of its teacher"
+        )
     grown_config(model.denoiser.net.config, to, cast("Init", init))  # a mistake here is told before data are read
     spec = {"source": source} | ({"split": "heldout"} if source == "scenes" else {})
     opened = open_source(spec)

@@ -274,8 +274,9 @@ def _evaluation(folder: Path, metrics: dict[str, Any]) -> str:
         points = [(float(k), v) for k, v in error.items()]
         parts.append(chart("Held-out error by noise level at the core", [Curve("error", points)], "sigma", log_x=True))
     grid = folder / "samples" / "grid.png"
-    settings = ", ".join(f"{name} {value}" for name, value in metrics.get("sampling", {}).items())
-    caption = f"held-out prompts; {settings}; {metrics.get('nfe', '?')} network evaluations each"
+    settings = [", ".join(f"{name} {value}" for name, value in metrics.get("sampling", {}).items())]
+    each = "one network evaluation each" if metrics.get("nfe") == 1 else f"{metrics.get('nfe', '?')} evaluations each"
+    caption = "; ".join(["held-out prompts", *filter(None, settings), each])
     picture = _picture(grid, caption) if grid.exists() else ""
     return f'<div class="row">{"".join(parts)}</div>{picture}{_prompts(folder / "samples" / "prompts.txt")}'
 

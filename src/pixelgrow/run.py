@@ -6,7 +6,7 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ def run(recipe: Recipe, root: Path = Path("runs")) -> Path:
         records = {stage.name: Record(folder / stage.name) for stage in recipe.stages}
         for stage in recipe.stages:  # before any work: a change in the last stage is no surprise after the first
             records[stage.name].check(materials.describe(stage))
+        _warn_of_gone(recipe, records)
         nets = networks(recipe)
         for stage in recipe.stages:
             if not records[stage.name].done:
@@ -92,6 +93,18 @@ def run(recipe: Recipe, root: Path = Path("runs")) -> Path:
             if report := result.get("bad_files") and result.get("bad_report"):
                 logger.warning("%s: %s", where, report)
         return write_report(recipe, folder)
+
+
+def _warn_of_gone(recipe: Recipe, records: Mapping[str, Record]) -> None:
+    """A word, before anything is trained, on stages that were made from one that is to be made anew."""
+    for stage in recipe.stages:
+        for name in records[stage.name].values.get("parents", {}):
+            if name in records and not records[name].values:
+                logger.warning(
+                    "%s was made from a %s that is gone: unless the new one is the same to the bit, it will be refused "
+                    "then; delete %s too to have it made anew",
+                    stage.name, name, records[stage.name].folder,
+                )  # fmt: skip
 
 
 def _execute(stage: Stage, parent: Parent | None, folder: Path, materials: Materials) -> dict[str, Any]:

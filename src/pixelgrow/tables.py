@@ -54,8 +54,8 @@ def _table(*columns: str, title: str = "") -> Table:
     return table
 
 
-def recipe_heading(recipe: Recipe, folder: Path) -> RenderableType:
-    """Name, data, text, and what the table of stages does not say."""
+def recipe_heading(recipe: Recipe, folder: Path, done: Sequence[str] = ()) -> RenderableType:
+    """Name, data, text, which stages are `done`, and what the table of stages does not say."""
     held = _data(recipe.heldout) if recipe.heldout.source else f"{100 * recipe.heldout.fraction:g}% of the data"
     from pixelgrow.recipe_spec import DistillStage, EstimateStage, EvaluateStage, GrowStage, ModelStage, PairsStage
     from pixelgrow.shapes import is_here
@@ -70,6 +70,8 @@ def recipe_heading(recipe: Recipe, folder: Path) -> RenderableType:
         f"data: {', '.join(_data(d) for d in recipe.data)}; held out: {held}",
         f"text: {recipe.text.encoder}, {recipe.text.max_tokens} tokens{assumed}",
     ]
+    if done:
+        lines.append(f"done before: {', '.join(done)}")
     for s in recipe.stages:
         if isinstance(s, ModelStage | PairsStage) and s.data is not None:
             lines.append(f"{s.name}: data {', '.join(_data(d) for d in s.data)}")
@@ -117,13 +119,18 @@ def plan_tables(plans: Sequence[StagePlan], rate: float, how: str) -> Renderable
 
 def checkpoint_tables(folder: Path, config: CheckpointConfig, parts: dict[str, int]) -> RenderableType:
     """What `info` shows of a checkpoint."""
+    from pixelgrow.checkpoint import KINDS
+
     net = config.network
+    one_step = config.objective == "generate"
+    defaults = f"one evaluation, latents of {net.latent_resolution} px" if one_step else "the library's defaults"
     facts = Table(box=None, show_header=False, pad_edge=False)
     rungs = ", ".join(
         f"{'-'.join(str(v.resolution) for v in r.levels)} px on {r.attach}, patch {r.patch}" for r in net.rungs
     )
     rows = {
         "checkpoint": str(folder),
+        "kind": KINDS[config.objective].removeprefix("a "),
         "resolution": f"{net.resolution} px; sides are multiples of {net.stride}",
         "core": f"{net.size}: {net.core.depth} blocks, {net.core.width} wide, {net.core.heads} heads; "
         f"{net.core_resolution // net.core_stride}x{net.core_resolution // net.core_stride} tokens at "
@@ -132,7 +139,7 @@ def checkpoint_tables(folder: Path, config: CheckpointConfig, parts: dict[str, i
         "denoiser": f"{config.diffusion.prediction}, sigma at the core from {config.diffusion.sigma_min:g} "
         f"to {config.diffusion.sigma_max:g}",
         "text": f"{config.text.get('encoder', 'none')}, {config.text.get('max_tokens', 0)} tokens",
-        "sampling": ", ".join(f"{k} {v}" for k, v in config.sampling.items()) or "the library's defaults",
+        "sampling": ", ".join(f"{k} {v}" for k, v in config.sampling.items()) or defaults,
         "weights": f"sha256 {config.sha256}",
     }
     if config.latent:
@@ -166,9 +173,10 @@ def inspection_tables(found: Inspection) -> RenderableType:
     if found.unnamed:
         facts.add_row("images without a line in metadata.jsonl, passed over", f"{found.unnamed:,}")
     facts.add_row(f"bad files (headers of all, {found.decoded:,} decoded)", f"{len(found.bad):,}")
-    facts.add_row(f"distinct captions among {found.captions:,}", f"{found.distinct:,}")
-    facts.add_row("words in a caption", _spread(found.words))
-    facts.add_row("characters in a caption", _spread(found.characters))
+    if not found.classes:
+        facts.add_row(f"distinct captions among {found.captions:,}", f"{found.distinct:,}")
+        facts.add_row("words in a caption", _spread(found.words))
+        facts.add_row("characters in a caption", _spread(found.characters))
     sides = _table("smaller side", "images")
     for low, n in found.sides:
         sides.add_row(f"{low} to {2 * low - 1} px", f"{n:,}")

@@ -191,8 +191,8 @@ def label_cond(texts: Sequence[str], spec: EncoderSpec) -> Cond:
     for text in texts:
         if not (text.isascii() and text.isdecimal() and int(text) < spec.classes):
             raise UserError(
-                f"label {text!r} does not fit text encoder {spec.name!r}; expected a whole number from 0 to "
-                f"{spec.classes - 1}; raise N in 'labels:N' or use a text encoder"
+                f"class {text!r} is unknown; expected a whole number from 0 to {spec.classes - 1}: name data of class "
+                "folders, or a model that reads captions"
             )
     labels = torch.tensor([int(text) for text in texts], dtype=torch.int64)
     return Cond(None, None, None, torch.zeros(len(texts), dtype=torch.bool), labels)

@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from pixelgrow.errors import UserError
 
 # What the user can mend, by the system's number of the error.
+_FORBIDDEN = (errno.EACCES, errno.EPERM)
 REMEDIES = (
     dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room there")
     | dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "allow writing there or name another place")
@@ -41,9 +42,8 @@ def reading(what: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(
-            f"cannot read {what}: {error.strerror or error}; allow reading it, or name another place"
-        ) from error
+        advice = "allow reading it, or name another place" if error.errno in _FORBIDDEN else "check the path"
+        raise UserError(f"cannot read {what}: {error.strerror or error}; {advice}") from error
 
 
 def _cannot(what: Path, reason: str, number: int) -> str:

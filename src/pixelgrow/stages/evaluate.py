@@ -33,6 +33,8 @@ def evaluate_stage(stage: EvaluateStage, parent: Parent, folder: Path, materials
     model: Denoiser | Generator = load(parent.folder, materials.device)[0]
     side = model.resolution
     held = materials.heldout(stage.prompts, (side, side))
+    if len(held.captions) < stage.prompts:
+        logger.warning("%s: %d held-out prompts, of %d asked for", stage.name, len(held.captions), stage.prompts)
     cond = materials.cond(held.captions)
     began = time.perf_counter()
     settings: dict[str, Any] = {}

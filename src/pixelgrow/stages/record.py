@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pixelgrow.errors import UserError
+from pixelgrow.recipe_spec import Recipe
 from pixelgrow.writing import writing
 
 FILE = "stage.json"
@@ -51,7 +52,7 @@ class Record:
                 change = "" if kind == "parents" else f" (was {_short(was.get(key))}, now {_short(new.get(key))})"
                 raise UserError(
                     f"stage {self.folder.name!r}: {what} changed since it was begun{change}: "
-                    f"set it back, give the recipe another name, or delete {self.folder}"
+                    f"set it back, give the recipe another name, or delete {self.folder} and the stages made from it"
                 )
 
     def begin(self, settings: Mapping[str, Any], parents: Mapping[str, str]) -> None:
@@ -66,6 +67,17 @@ class Record:
         """Write the file whole or not at all."""
         self.values = dict(values)
         write_json(self.path, self.values)
+
+
+def done_before(recipe: Recipe, folder: Path) -> list[str]:
+    """The stages of a recipe that are done in its folder. Raises UserError if one was begun with other settings of its
+    own, or another seed; whether its data are still the same shows when it runs."""
+    records = {stage.name: Record(folder / stage.name) for stage in recipe.stages}
+    for stage in recipe.stages:
+        was = records[stage.name].values.get("settings", {})
+        now = stage.model_dump(mode="json", by_alias=True, exclude={"data"}) | {"seed": recipe.seed}
+        records[stage.name].check(was | now)
+    return [name for name, record in records.items() if record.done]
 
 
 def write_json(path: Path, values: Any) -> None:

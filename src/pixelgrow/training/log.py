@@ -144,7 +144,7 @@ class Display:
             return
         self.said = now
         speed = (images - self.start) / max(now - self.began, 1e-9)
-        left = f", {duration((self.images - images) / speed)} left" if speed > 0 else ""
+        left = f", {duration(max(0, self.images - images) / speed)} left" if speed > 0 else ""
         logger.info("%s: %s of %s images%s%s", self.name, f"{images:,}", f"{self.images:,}", note and f", {note}", left)
 
     def __enter__(self) -> Self:
