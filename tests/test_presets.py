@@ -53,7 +53,19 @@ def test_what_the_recipe_says_stands() -> None:
     *_, distilled, grown = stages(said, {}).stages
     assert (distilled.lr, distilled.losses.norms, distilled.losses.pixels) == (1e-4, "plain", 0)
     assert distilled.ema == (0.05,) and distilled.losses.discriminator_rate == 250
-    assert (grown.optimizer, grown.losses, grown.base_blocks) == ("adamw", None, 0)
+    assert (grown.optimizer, grown.base_blocks) == ("adamw", 0)
+
+
+def test_without_a_preset_a_growth_weighs_pixels_more() -> None:
+    for given, want in (
+        ({}, (0.2, 4.0, 0.2, "adaptive")),
+        ({"losses": {"features": 0}}, (0.0, 4.0, 0.2, "adaptive")),
+        ({"losses": {"balance": "fixed"}}, (0.2, 4.0, 1.0, "fixed")),
+        ({"preset": "paper"}, (1.0, 1.0, 1.0, "fixed")),
+    ):
+        *_, grown = stages({}, given).stages
+        assert isinstance(grown, GrowStage) and grown.losses is not None
+        assert (grown.losses.features, grown.losses.pixels, grown.losses.scale, grown.losses.balance) == want
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,9 @@ class LossSettings(BaseModel):
     Reconstruction (`rec` of pairs that were inverted, `dstl` of pairs that were drawn) is `features` times the distance
     of features plus `pixels` times the squared error (ours: the paper has LPIPS). The adversarial term is weighed
     against it by the gradients in the last layer: `norms` squared as in the paper, plain as in the released code, times
-    `scale` (0.2 in both; 1 is ours); where a generator is grown the paper's weight is 1, `balance: fixed`.
+    `scale` (0.2 in both; 1 is ours); where a generator is grown the paper's weight is 1, `balance: fixed`. Without a
+    preset, a growth has features 0.2, pixels 4 and scale 0.2 unless told (`GROWN`, ours): details are learnt from
+    pixels, the teacher's features hardly show them, and a discriminator on those holds them back.
 
     `distance`: whose features, the teacher's own (`teacher`), `lpips`, or those of a vision model of transformers, by
     its folder or its name on the hub ("facebook/dinov2-small@REVISION"). `discriminator`: whose features it looks at,
@@ -81,21 +83,26 @@ PRESETS: dict[Preset, dict[Literal["distill", "grow"], dict[str, Any]]] = {
         "grow": _BOTH | {"losses": _JUDGED | {"balance": "fixed", "scale": 1.0}},
     },
 }
+GROWN: dict[str, Any] = {"features": 0.2, "pixels": 4.0, "scale": 0.2}  # without a preset; see `LossSettings`
 EMA_STEPS = 1000  # deviation of an average of decay 0.999, both presets'
 
 
 def with_preset(given: Mapping[str, Any], verb: Literal["distill", "grow"]) -> dict[str, Any]:
     """A stage as given, with what it leaves out of its losses, optimizer and average from its `preset`.
 
-    An average of decay 0.999 becomes the power-law one of the same deviation at the end of the run (EDM2).
+    Without one, a growth's losses begin at `GROWN`; `balance: fixed` has the weight 1 unless told. An average of decay
+    0.999 becomes the power-law one of the same deviation at the end of the run (EDM2).
     """
     filled, name = dict(given), given.get("preset")
+    losses = filled.get("losses") or {}
+    if name is None and verb == "grow" and isinstance(losses, Mapping):
+        weighed = {k: v for k, v in GROWN.items() if k != "scale" or losses.get("balance") != "fixed"}
+        filled["losses"] = weighed | dict(losses)
     if not isinstance(name, str) or name not in PRESETS:
         return filled
     settings = PRESETS[name][verb]
     if filled.get("core") == "finetune" or filled.get("init") == "scratch":  # the whole base trains
         settings = {k: v for k, v in settings.items() if k != "base_blocks"}
-    losses = filled.get("losses") or {}
     if isinstance(losses, Mapping):
         filled["losses"] = settings["losses"] | losses
     batch, images = (filled.get(k, default) for k, default in (("batch", 64), ("images", None)))
