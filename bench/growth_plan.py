@@ -16,7 +16,7 @@ from pixelgrow.growth import Init, grown_config
 from pixelgrow.heldout import SIGMAS
 from pixelgrow.models.config import NetConfig
 from pixelgrow.models.sizes import shallow_uvit
-from pixelgrow.recipe_spec import TextSpec
+from pixelgrow.recipe_data import TextSpec
 from pixelgrow.shapes import planned_core
 from pixelgrow.stages.train import GRID, GRID_STEPS
 

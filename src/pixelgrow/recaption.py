@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +19,10 @@ from pixelgrow.data.index import FileSource
 from pixelgrow.data.opening import open_source
 from pixelgrow.data.sources import Wording, wordings_of
 from pixelgrow.errors import UserError, out_of_memory
+from pixelgrow.training.log import Display
 from pixelgrow.writing import writing
 
 MAX_SIDE = 768  # pixels; larger pictures are scaled down before the model's own preparation sees them
-PAUSE = 15.0  # seconds between notes of how far it is
 logger = logging.getLogger(__name__)
 
 
@@ -61,11 +60,10 @@ def recaption(ask: Recaption) -> str:
     with writing(ask.out):
         ask.out.parent.mkdir(parents=True, exist_ok=True)
         said, end = _done(part, told)
-        with part.open("r+b" if end else "wb") as file:
+        with part.open("r+b" if end else "wb") as file, Display(ask.model, len(source), len(said)) as display:
             file.truncate(end)
             file.seek(end)
             file.write(b"" if end else _line(told))
-            noted = time.monotonic()
             for start in range(len(said), len(source), ask.batch):
                 pictures = [_picture(source, i) for i in range(start, min(start + ask.batch, len(source)))]
                 words = iter(captioner([p for p in pictures if p is not None]))
@@ -73,9 +71,7 @@ def recaption(ask: Recaption) -> str:
                     said.append(None if picture is None else next(words))
                     file.write(_line(said[-1]))
                 file.flush()
-                if time.monotonic() - noted > PAUSE or len(said) == len(source):
-                    noted = time.monotonic()
-                    logger.info("%d of %d images", len(said), len(source))
+                display.update(len(said))
         whole = ask.out.with_name(f".{ask.out.name}.whole")
         with whole.open("wb") as file:
             for i, words_of in enumerate(said):

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from pixelgrow.errors import UserError
 from pixelgrow.onestep.losses import LAWS
+from pixelgrow.recipe_data import TextSpec
 from pixelgrow.recipe_spec import (
     DistillStage,
     EstimateStage,
@@ -15,7 +16,6 @@ from pixelgrow.recipe_spec import (
     ModelStage,
     PairsStage,
     Stage,
-    TextSpec,
     TrainStage,
     is_folder,
     makes_generator,

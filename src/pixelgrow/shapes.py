@@ -12,6 +12,7 @@ from pixelgrow.growth import grown_config, last_blocks
 from pixelgrow.model import find, one_step_settings
 from pixelgrow.models.config import PIXELS, CoreConfig, NetConfig, Space
 from pixelgrow.models.sizes import core_config, shallow_uvit
+from pixelgrow.recipe_data import TextSpec
 from pixelgrow.recipe_spec import (
     DistillStage,
     EvaluateStage,
@@ -20,7 +21,6 @@ from pixelgrow.recipe_spec import (
     PairsStage,
     Recipe,
     Stage,
-    TextSpec,
     TrainStage,
     is_folder,
     wrong_kind,

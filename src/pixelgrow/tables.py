@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from pixelgrow.checkpoint import CheckpointConfig
     from pixelgrow.data.inspect import Inspection, Lengths
     from pixelgrow.plan import StagePlan
-    from pixelgrow.recipe_spec import DataSpec, Recipe
+    from pixelgrow.recipe_data import DataSpec
+    from pixelgrow.recipe_spec import Recipe
 
 YEAR = 365.25 * 86400
 

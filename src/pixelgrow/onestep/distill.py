@@ -72,9 +72,9 @@ class DistillObjective:
 
     The discriminator looks at frozen `features` of real and drawn pictures under their captions, the teacher's or
     others; real ones under another's caption it is to refuse too (`losses.mismatched`, ours). `distance` to the
-    pictures of pairs: by the same features if None; `similarity`: none if None. A guided
-    generator is told the weight of each pair, and for prior samples one of `law`; the discriminator is told it too, and
-    of real pictures what `labels` say.
+    pictures of pairs: by the same features if None; `similarity`: none if None. A guided generator is told the weight
+    of each pair, and for prior samples one of `law`; the discriminator is told it too, and of real pictures what
+    `labels` say.
     """
 
     def __init__(
@@ -160,11 +160,9 @@ class DistillObjective:
                 omega = torch.cat([said, omega, said[rows]])
         verdict = self._verdict(seen, omega)
         real, drawn = [v[:n] for v in verdict], [v[n:] for v in verdict]
-        seen_as = {"real": real, "fake": [v[:n] for v in drawn]} | (
-            {"mismatched": [v[n:] for v in drawn]} if others else {}
-        )
+        groups = {"real": real, "fake": [v[:n] for v in drawn], "mismatched": [v[n:] for v in drawn]}
         means: dict[str, Tensor | float] = {
-            name: torch.stack([v.mean() for v in some]).mean().detach() for name, some in seen_as.items()
+            name: torch.stack([v.mean() for v in some]).mean().detach() for name, some in groups.items() if len(some[0])
         }
         return Terms(hinge_discriminator(real, drawn), means)
 

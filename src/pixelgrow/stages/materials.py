@@ -29,8 +29,8 @@ from pixelgrow.models.cond import Cond
 from pixelgrow.models.config import PIXELS, Space
 from pixelgrow.onestep.generator import Generator
 from pixelgrow.onestep.judges import judges_used
+from pixelgrow.recipe_data import DataSpec
 from pixelgrow.recipe_spec import (
-    DataSpec,
     DistillStage,
     EstimateStage,
     GrowStage,

@@ -28,7 +28,7 @@ from pixelgrow.sampling import Denoise, initial_noise
 from pixelgrow.stages.materials import BAD_FILES, Materials
 from pixelgrow.stages.record import write_json
 from pixelgrow.stages.train import Parent
-from pixelgrow.training.log import duration
+from pixelgrow.training.log import Display
 
 CHECKED = 16  # images that are inverted and solved back
 DESCRIBED = 16384  # pairs whose latents are described
@@ -50,9 +50,12 @@ class Work:
     loader: Loader
     materials: Materials
     seed: int
-    device: torch.device
     decoding: threading.Lock
     stopped: threading.Event
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.parameters()).device
 
     def denoise(self, cond: Cond, weights: Tensor | None) -> Denoise:
         guidance = self.stage.guidance if weights is None else weights
@@ -123,52 +126,41 @@ class Work:
         return mirrored(self.loader.sources, self.stage.flip)[source]
 
 
-class Progress:
-    """A line now and then of how far the pairs are; `speed` in images a second."""
-
-    def __init__(self, name: str, total: int, pause: float = 15.0) -> None:
-        self.name, self.total, self.pause, self.done = name, total, pause, 0
-        self.began = self.said = time.monotonic()
-        self._counting = threading.Lock()
-
-    @property
-    def speed(self) -> float:
-        return self.done / max(1e-9, time.monotonic() - self.began)
-
-    def add(self, images: int) -> None:
-        with self._counting:
-            self.done += images
-            if time.monotonic() - self.said > self.pause:
-                self.said = time.monotonic()
-                left = duration((self.total - self.done) / self.speed)
-                logger.info(
-                    "%s: %d of %d images, %.3g a second, %s left", self.name, self.done, self.total, self.speed, left
-                )
-
-
-def make(works: Sequence[Work], jobs: Iterator[tuple[Path, int, int]], progress: Progress) -> None:
-    """Write the shards of `jobs` (file, first image, end): each of `works`, in a thread of its own, the next one."""
+def make(name: str, works: Sequence[Work], jobs: Sequence[tuple[Path, int, int]]) -> float | None:
+    """Write the shards of `jobs` (file, first image, end): each of `works`, in a thread of its own, the next one.
+    Returns images a second; None if there were none."""
+    left, taking, counting, done = iter(jobs), threading.Lock(), threading.Lock(), 0
 
     def worker(work: Work) -> None:
         while True:
-            with work.decoding:
-                job = next(jobs, None)
+            with taking:
+                job = next(left, None)
             if job is None:
                 return
             path, start, stop = job
-            write_shard(path, work.shard(start, stop, progress.add))
+            write_shard(path, work.shard(start, stop, note))
 
-    threads = torch.get_num_threads()
+    def note(images: int) -> None:
+        nonlocal done
+        with counting:
+            done += images
+            display.update(done)
+
+    threads, began = torch.get_num_threads(), time.monotonic()
     each = max(1, threads // len(works))
-    with ThreadPoolExecutor(len(works), initializer=torch.set_num_threads, initargs=(each,)) as pool:
+    with (
+        Display(name, sum(stop - start for _, start, stop in jobs), 0) as display,
+        ThreadPoolExecutor(len(works), initializer=torch.set_num_threads, initargs=(each,)) as pool,
+    ):
         try:
-            for done in as_completed([pool.submit(worker, work) for work in works]):
-                done.result()
+            for future in as_completed([pool.submit(worker, work) for work in works]):
+                future.result()
         except BaseException:
             works[0].stopped.set()
             raise
         finally:
             torch.set_num_threads(threads)
+    return done / (time.monotonic() - began) if done else None
 
 
 def devices_of(stage: PairsStage, device: torch.device) -> list[torch.device]:
@@ -198,25 +190,20 @@ def pairs_stage(stage: PairsStage, parent: Parent, folder: Path, materials: Mate
         logger.warning("%s: %d of %d images: some are inverted more than once", stage.name, stage.n, len(loader))
     materials.encode(loader.texts())
     ode = Ode(stage.sampler, stage.steps, denoiser.sigma_min, denoiser.sigma_max)
-    work = Work(stage, denoiser, ode, loader, materials, seed, materials.device, threading.Lock(), threading.Event())
+    work = Work(stage, denoiser, ode, loader, materials, seed, threading.Lock(), threading.Event())
     devices = devices_of(stage, materials.device)
-    here = next(denoiser.parameters()).device
-    copies = {d: denoiser if d == here else copy.deepcopy(denoiser).to(d) for d in dict.fromkeys(devices)}
-    works = [replace(work, denoiser=copies[device], device=device) for device in devices]
+    copies = {d: denoiser if d == work.device else copy.deepcopy(denoiser).to(d) for d in dict.fromkeys(devices)}
+    works = [replace(work, denoiser=copies[device]) for device in devices]
     starts = range(0, stage.n, stage.shard)
     all_of = ((shard_path(folder, i), start, min(start + stage.shard, stage.n)) for i, start in enumerate(starts))
     jobs = [job for job in all_of if read_shard(job[0]) is None]
-    progress = Progress(stage.name, sum(stop - start for _, start, stop in jobs))
-    make(works, iter(jobs), progress)
-    pairs, some, few = 0, [], 0
+    speed = make(stage.name, works, jobs)
+    pairs, some = 0, []
     for i in range(len(starts)):
         shard = read_shard(shard_path(folder, i))
         assert shard is not None  # it was made or seen to be whole just now
+        some.append(shard["latent"][: max(0, DESCRIBED - pairs)].clone())  # the rest of the shard is let go
         pairs += len(shard["latent"])
-        if few < DESCRIBED:
-            some.append(shard["latent"])
-            few += len(some[-1])
-    latents = torch.cat(some)[:DESCRIBED]
     logger.info("%s: %d pairs; inverting %d images and solving them back", stage.name, pairs, min(CHECKED, stage.n))
     images, captions, origin, checked = next(work.batches(0, min(CHECKED, stage.n)))
     denoise = work.denoise(materials.cond(captions), work.weights(checked, origin))
@@ -230,7 +217,7 @@ def pairs_stage(stage: PairsStage, parent: Parent, folder: Path, materials: Mate
         "data": mixture.describe(),
         "pairs": pairs,
         "shards": len(starts),
-        "latents": spread(latents),
+        "latents": spread(torch.cat(some)),
         "round_trip_psnr": ode.round_trip(denoise, images.to(materials.device)),
     }
     write_json(folder / INDEX, facts)
@@ -241,7 +228,7 @@ def pairs_stage(stage: PairsStage, parent: Parent, folder: Path, materials: Mate
     return {
         "images": stage.n,
         "pairs": pairs,
-        **({"images_per_second": progress.speed} if progress.done else {}),
+        **({"images_per_second": speed} if speed else {}),
         "bytes_per_pair": sum(shard_path(folder, i).stat().st_size for i in range(len(starts))) / pairs,
         "bad_files": len(loader.bad),
         "bad_report": loader.bad.report(),
