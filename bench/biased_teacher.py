@@ -34,9 +34,9 @@ from bench.growth_summary import spread
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from pixelgrow.diffusion.sampling import Denoise, invert, karras_grid, solve
 from pixelgrow.onestep.losses import at_output, balanced, hinge_discriminator, hinge_generator
 from pixelgrow.rng import generator, seed_of
-from pixelgrow.sampling import Denoise, invert, karras_grid, solve
 
 MODES, WIDTH = 6, 0.3  # of the data, on a circle of radius 1
 SIGMA_MAX = 20.0

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 from pixelgrow import checkpoint
+from pixelgrow.diffusion.generator import Generator
 from pixelgrow.growth import ungrown
 from pixelgrow.model import find
-from pixelgrow.onestep.generator import Generator
-from pixelgrow.recipe import Recipe, read_recipe
+from pixelgrow.recipe.read import Recipe, read_recipe
 from pixelgrow.run import run
 
 TEACHER, STUDENT = "tiny", "tiny-onestep"

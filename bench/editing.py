@@ -29,12 +29,12 @@ from PIL import Image
 
 import pixelgrow
 from pixelgrow import edit
-from pixelgrow.data.captions import Group, Spec, caption, pick
-from pixelgrow.data.checker import score
-from pixelgrow.data.questions import questions
-from pixelgrow.data.scenes import Scene, Scenes
-from pixelgrow.data.seeing import View, look
-from pixelgrow.data.vocabulary import SHAPES, contrasting
+from pixelgrow.data.scenes.captions import Group, Spec, caption, pick
+from pixelgrow.data.scenes.checker import score
+from pixelgrow.data.scenes.questions import questions
+from pixelgrow.data.scenes.seeing import View, look
+from pixelgrow.data.scenes.source import Scene, Scenes
+from pixelgrow.data.scenes.vocabulary import SHAPES, contrasting
 from pixelgrow.model import Model, OneStepModel
 
 TARGET = 0.7  # of the transfers

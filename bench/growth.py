@@ -8,9 +8,9 @@ the shape of `random` and loads nothing, gets the core's budget on top. FLOPs ar
 and attention as training does them: what is frozen is evaluated and, where the gradient must pass through it
 (`random`), differentiated by its input, never by its weights. `unfreeze` frees the core at half of its budget.
 
-"Held-out error" is the mean over the noise levels of `pixelgrow.heldout.SIGMAS` of the squared error of the denoised
-image, on images whose captions are held out, with the averaged weights; measured along the way. At the end held-out
-captions are drawn and looked at by the checker.
+"Held-out error" is the mean over the noise levels of `pixelgrow.diffusion.heldout.SIGMAS` of the squared error of the
+denoised image, on images whose captions are held out, with the averaged weights; measured along the way. At the end
+held-out captions are drawn and looked at by the checker.
 
 A seed is a recipe run by `pixelgrow.run`, one stage a regime: run the same command again to go on where it was cut off.
 """
@@ -29,8 +29,8 @@ from bench.growth_plan import PATCH, REGIMES, Plan, describe, make_plan
 from bench.growth_summary import summarize
 
 from pixelgrow.errors import UserError
-from pixelgrow.recipe import read_recipe
-from pixelgrow.recipe_spec import Recipe
+from pixelgrow.recipe.read import read_recipe
+from pixelgrow.recipe.stages import Recipe
 from pixelgrow.run import run
 from pixelgrow.training.stopping import Interrupted
 

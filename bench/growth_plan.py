@@ -11,13 +11,13 @@ import torch
 from bench.sampling_overhead import conditions
 from bench.untrained import TOKENS, denoiser
 
-from pixelgrow.cost import step_cost
+from pixelgrow.diffusion.heldout import SIGMAS
 from pixelgrow.growth import Init, grown_config
-from pixelgrow.heldout import SIGMAS
 from pixelgrow.models.config import NetConfig
 from pixelgrow.models.sizes import shallow_uvit
-from pixelgrow.recipe_data import TextSpec
-from pixelgrow.shapes import planned_core
+from pixelgrow.plan.network import step_cost
+from pixelgrow.plan.shapes import planned_core
+from pixelgrow.recipe.data import TextSpec
 from pixelgrow.stages.train import GRID, GRID_STEPS
 
 REGIMES: dict[str, tuple[Init, Literal["finetune", "frozen", "unfreeze"]]] = {

@@ -12,9 +12,9 @@ from typing import Any
 
 from bench.growth_plan import TERA, Phase, Plan
 
-from pixelgrow.data.questions import KINDS
+from pixelgrow.data.scenes.questions import KINDS
+from pixelgrow.diffusion.heldout import SIGMAS
 from pixelgrow.errors import UserError
-from pixelgrow.heldout import SIGMAS
 from pixelgrow.stages.grow import FROZEN
 from pixelgrow.stages.record import write_json
 

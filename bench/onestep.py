@@ -33,15 +33,15 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pixelgrow import checkpoint
-from pixelgrow.cost import Live
+from pixelgrow.diffusion.generator import Generator
+from pixelgrow.diffusion.sampling import initial_noise, sample
 from pixelgrow.growth import grown_config
 from pixelgrow.model import builtin, find
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.config import NetConfig
 from pixelgrow.models.sizes import shallow_uvit
 from pixelgrow.models.uvit import UViT
-from pixelgrow.onestep.generator import Generator
-from pixelgrow.sampling import initial_noise, sample
+from pixelgrow.plan.network import Live
 
 TARGET = 25.0
 TEACHER, ONE_STEP = "tiny", "tiny-onestep"

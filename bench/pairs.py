@@ -30,17 +30,17 @@ from bench.resume import PRELOADED
 
 from pixelgrow import checkpoint
 from pixelgrow.data.loader import take
-from pixelgrow.data.scenes import Scenes
-from pixelgrow.diffusion import Denoiser
+from pixelgrow.data.scenes.source import Scenes
+from pixelgrow.diffusion.denoiser import Denoiser
+from pixelgrow.diffusion.guidance import Guided
 from pixelgrow.errors import UserError
 from pixelgrow.growth import ungrown
-from pixelgrow.guidance import Guided
 from pixelgrow.model import find
 from pixelgrow.onestep.pairs import INDEX, Ode, Pairs, psnr, read_shard, shard_path
-from pixelgrow.recipe import Recipe, read_recipe
+from pixelgrow.recipe.read import Recipe, read_recipe
 from pixelgrow.run import run
 from pixelgrow.stages.record import FILE
-from pixelgrow.text import load_encoder
+from pixelgrow.text.encoders import load_encoder
 
 TEACHER = "tiny"
 TARGET = 30.0  # dB

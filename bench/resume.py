@@ -21,7 +21,7 @@ from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-from pixelgrow.recipe import Recipe, read_recipe
+from pixelgrow.recipe.read import Recipe, read_recipe
 
 COMPARED = (".safetensors", ".png", "config.json", "growth.json", "log.jsonl", "metrics.json")
 SPEEDS = {"time", "images_per_second", "waited", "matmul_share", "memory_mib", "skipped"}  # of the log: not results

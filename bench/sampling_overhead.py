@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from pixelgrow import checkpoint
-from pixelgrow.diffusion import Denoiser, NoiseConfig, NoiseSchedule
+from pixelgrow.diffusion.denoiser import Denoiser, NoiseConfig, NoiseSchedule
+from pixelgrow.diffusion.sampling import sample
 from pixelgrow.growth import grown_config
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.config import CoreConfig
 from pixelgrow.models.sizes import shallow_uvit
 from pixelgrow.models.uvit import UViT
-from pixelgrow.sampling import sample
 
 TARGET = 0.05  # of the time of the evaluations
 

@@ -34,18 +34,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import untrained
 from bench.sampling_overhead import conditions
 from torch import Tensor
 
-from pixelgrow import diffusion
+from bench import untrained
 from pixelgrow.data.loader import Batch
-from pixelgrow.diffusion import Denoiser
-from pixelgrow.flops import counted
+from pixelgrow.diffusion import denoiser as diffusion
+from pixelgrow.diffusion.denoiser import Denoiser
+from pixelgrow.diffusion.sampling import sample
 from pixelgrow.growth import grown_config
 from pixelgrow.models.cond import Cond
+from pixelgrow.models.flops import counted
 from pixelgrow.models.sizes import shallow_uvit
-from pixelgrow.sampling import sample
 from pixelgrow.training import cpu, monitor
 from pixelgrow.training.denoise import DenoiseObjective
 from pixelgrow.training.loop import Training

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from bench.sampling_overhead import conditions
 
-from pixelgrow.diffusion import Denoiser
+from pixelgrow.diffusion.denoiser import Denoiser
 from pixelgrow.growth import freeze, inherited
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.config import CoreConfig, NetConfig

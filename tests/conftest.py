@@ -102,11 +102,11 @@ def run_cli(monkeypatch: pytest.MonkeyPatch) -> RunCli:
     def run(*args: str | Path, cwd: Path | None = None, new_process: bool = False, timeout: float = 100) -> CliResult:
         words = [str(a) for a in args]
         if new_process:
-            command = [sys.executable, "-c", "from pixelgrow.cli import main; main()", *words]
+            command = [sys.executable, "-c", "from pixelgrow.cli.main import main; main()", *words]
             done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)
             return CliResult(done.returncode, done.stdout, done.stderr)
 
-        from pixelgrow.cli import main
+        from pixelgrow.cli.main import main
 
         out, err, code = io.StringIO(), io.StringIO(), 0
         with monkeypatch.context() as patch, redirect_stdout(out), redirect_stderr(err):

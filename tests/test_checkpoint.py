@@ -11,7 +11,7 @@ import torch
 
 from pixelgrow import checkpoint
 from pixelgrow.checkpoint import CheckpointConfig
-from pixelgrow.diffusion import Denoiser
+from pixelgrow.diffusion.denoiser import Denoiser
 from pixelgrow.errors import UserError
 from pixelgrow.models.config import CoreConfig
 from pixelgrow.models.sizes import shallow_uvit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pixelgrow.diffusion import Denoiser
+from pixelgrow.diffusion.denoiser import Denoiser
 from pixelgrow.errors import UserError
 from pixelgrow.growth import freeze, grow, grown_config
 from pixelgrow.models.cond import Cond

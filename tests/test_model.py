@@ -14,15 +14,15 @@ from huggingface_hub.errors import HfHubHTTPError
 import pixelgrow
 from pixelgrow import checkpoint
 from pixelgrow.checkpoint import CheckpointConfig
-from pixelgrow.data.checker import score
-from pixelgrow.data.scenes import Scenes
-from pixelgrow.diffusion import Denoiser, NoiseConfig, NoiseSchedule
+from pixelgrow.data.scenes.checker import score
+from pixelgrow.data.scenes.source import Scenes
+from pixelgrow.diffusion.denoiser import Denoiser, NoiseConfig, NoiseSchedule
+from pixelgrow.diffusion.sampling import Samples
 from pixelgrow.errors import UserError
 from pixelgrow.model import Model, builtin, find
 from pixelgrow.models.sizes import core_config, shallow_uvit
 from pixelgrow.models.uvit import UViT
-from pixelgrow.sampling import Samples
-from pixelgrow.text import load_encoder
+from pixelgrow.text.encoders import load_encoder
 
 SHIPPED_BYTES = 16 * 2**20
 

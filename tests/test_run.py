@@ -28,9 +28,9 @@ import pixelgrow.stages.materials
 import pixelgrow.training.state
 from pixelgrow.data.badfiles import BadFiles
 from pixelgrow.data.loader import Batch
-from pixelgrow.diffusion import Denoiser
+from pixelgrow.diffusion.denoiser import Denoiser
 from pixelgrow.errors import UserError
-from pixelgrow.recipe import Recipe, load_recipe, read_recipe
+from pixelgrow.recipe.read import Recipe, load_recipe, read_recipe
 from pixelgrow.run import locked, run
 from pixelgrow.stages import grow, train
 from pixelgrow.stages.materials import Materials
@@ -156,7 +156,7 @@ def test_a_changed_stage_is_refused(smoke: Path) -> None:
 
 def only_core(folder: Path) -> Path:
     """The smoke recipe without what follows its core."""
-    from pixelgrow.recipe import FOLDER
+    from pixelgrow.recipe.read import FOLDER
 
     text = (FOLDER / "smoke.yaml").read_text()
     path = folder / "smoke.yaml"
@@ -166,7 +166,7 @@ def only_core(folder: Path) -> Path:
 
 def test_a_killed_run_goes_on_to_the_same_bytes(smoke: Path, tmp_path: Path) -> None:
     recipe = only_core(tmp_path)
-    command = [sys.executable, "-c", "from pixelgrow.cli import main; main()", "run", str(recipe)]
+    command = [sys.executable, "-c", "from pixelgrow.cli.main import main; main()", "run", str(recipe)]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     state = tmp_path / "runs" / "smoke" / "core" / "state"
     deadline = time.monotonic() + 90

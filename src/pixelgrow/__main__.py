@@ -1,5 +1,5 @@
 """`python -m pixelgrow`: the command line."""
 
-from pixelgrow.cli import main
+from pixelgrow.cli.main import main
 
 main()

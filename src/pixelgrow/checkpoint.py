@@ -17,12 +17,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from safetensors.torch import load_file, save_file
 
-from pixelgrow.diffusion import Denoiser, DiffusionConfig, NoiseConfig
+from pixelgrow.diffusion.denoiser import Denoiser, DiffusionConfig, NoiseConfig
+from pixelgrow.diffusion.generator import Generator
+from pixelgrow.diffusion.sampling_spec import SamplingSpec
 from pixelgrow.errors import UserError
 from pixelgrow.models.config import NetConfig
 from pixelgrow.models.uvit import UViT
-from pixelgrow.onestep.generator import Generator
-from pixelgrow.sampling_spec import SamplingSpec
 from pixelgrow.writing import writing
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"

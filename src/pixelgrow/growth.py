@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from pixelgrow import rng
-from pixelgrow.diffusion import Denoiser
+from pixelgrow.diffusion.denoiser import Denoiser
+from pixelgrow.diffusion.heldout import denoising_error
 from pixelgrow.errors import UserError
-from pixelgrow.heldout import denoising_error
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.config import LevelConfig, NetConfig, RungConfig
 from pixelgrow.models.layers import box_down, up_nearest

@@ -10,18 +10,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from pixelgrow import checkpoint, hub
-from pixelgrow.autoencoder import Autoencoder
+from pixelgrow import checkpoint
 from pixelgrow.checkpoint import CheckpointConfig
-from pixelgrow.diffusion import Denoiser, NoiseSchedule
+from pixelgrow.diffusion.denoiser import Denoiser, NoiseSchedule
+from pixelgrow.diffusion.generator import Generator
+from pixelgrow.diffusion.guidance import Network
+from pixelgrow.diffusion.sampling import Schedule, generate, sample
+from pixelgrow.diffusion.sampling_spec import check_one_step
 from pixelgrow.errors import UserError
-from pixelgrow.guidance import Network
+from pixelgrow.external import hub
+from pixelgrow.external.autoencoder import Autoencoder
 from pixelgrow.models.cond import Cond
-from pixelgrow.onestep.generator import Generator
 from pixelgrow.pictures import to_uint8
-from pixelgrow.sampling import Schedule, generate, sample
-from pixelgrow.sampling_spec import check_one_step
-from pixelgrow.text import LabelEncoder, TextEncoder, as_labels, load_encoder
+from pixelgrow.text.encoders import LabelEncoder, TextEncoder, as_labels, load_encoder
 from pixelgrow.writing import reading
 
 WEIGHTS = Path(__file__).parent / "weights"

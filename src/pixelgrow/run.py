@@ -16,7 +16,8 @@ from pixelgrow.errors import UserError
 from pixelgrow.model import find
 from pixelgrow.onestep.estimator import FACTS
 from pixelgrow.onestep.pairs import INDEX
-from pixelgrow.recipe_spec import (
+from pixelgrow.plan.shapes import networks, parent_network
+from pixelgrow.recipe.stages import (
     DistillStage,
     EstimateStage,
     GrowStage,
@@ -26,8 +27,7 @@ from pixelgrow.recipe_spec import (
     TrainStage,
     is_folder,
 )
-from pixelgrow.report import write_report
-from pixelgrow.shapes import networks, parent_network
+from pixelgrow.report.report import write_report
 from pixelgrow.stages.distill import distill_stage, grow_generator_stage
 from pixelgrow.stages.estimate import estimate_stage
 from pixelgrow.stages.evaluate import evaluate_stage

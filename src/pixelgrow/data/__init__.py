@@ -2,8 +2,8 @@
 
 from pixelgrow.data.images import BadImage
 from pixelgrow.data.loader import Batch, Loader, take
-from pixelgrow.data.opening import open_mixture, open_source
-from pixelgrow.data.sources import BadFile, Source, Subset, heldout_split
+from pixelgrow.data.sources.base import BadFile, Source, Subset, heldout_split
+from pixelgrow.data.sources.opening import open_mixture, open_source
 
 __all__ = [
     "BadFile",

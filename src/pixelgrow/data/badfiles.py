@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from pixelgrow.data.sources import BadFile, Source, bad_of, files_of
+from pixelgrow.data.sources.base import BadFile, Source, bad_of, files_of
 from pixelgrow.errors import UserError
 from pixelgrow.writing import writing
 

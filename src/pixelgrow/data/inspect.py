@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from pixelgrow.data.images import BadImage
-from pixelgrow.data.sources import BadFile, Source, bad_of, files_of, large_enough, sizes_of, wordings_of
+from pixelgrow.data.sources.base import BadFile, Source, bad_of, files_of, large_enough, sizes_of, wordings_of
 from pixelgrow.writing import writing
 
 SHEET = (4, 8)  # rows, columns of the contact sheet

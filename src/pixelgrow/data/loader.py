@@ -13,7 +13,7 @@ from torch import Tensor
 from pixelgrow.data.badfiles import BadFiles
 from pixelgrow.data.images import BadImage
 from pixelgrow.data.order import Order
-from pixelgrow.data.sources import BadFile, Source, chosen, large_enough, sizes_of, wordings_of
+from pixelgrow.data.sources.base import BadFile, Source, chosen, large_enough, sizes_of, wordings_of
 from pixelgrow.data.workers import in_processes
 from pixelgrow.errors import UserError
 from pixelgrow.rng import uniform

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from pixelgrow import rng
+from pixelgrow.diffusion.generator import Generator
+from pixelgrow.diffusion.sampling import space_of
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.discriminator import Discriminator
 from pixelgrow.onestep.estimator import Labels
 from pixelgrow.onestep.features import Distance, FeatureDistance, Features, Seen
-from pixelgrow.onestep.generator import Generator
 from pixelgrow.onestep.losses import (
     DRAWS,
     Law,
@@ -25,9 +26,8 @@ from pixelgrow.onestep.losses import (
     hinge_discriminator,
     hinge_generator,
 )
+from pixelgrow.onestep.outside import OutsideGenerator
 from pixelgrow.onestep.settings import LossSettings
-from pixelgrow.outside import OutsideGenerator
-from pixelgrow.sampling import space_of
 from pixelgrow.training.objective import Terms
 
 GENERATOR, DISCRIMINATOR = "generator", "discriminator"

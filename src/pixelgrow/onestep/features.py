@@ -9,12 +9,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pixelgrow.diffusion import Denoiser, coefficients, column
+from pixelgrow.diffusion.denoiser import Denoiser, coefficients, column
+from pixelgrow.external.vision import Vision, layers_of
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.core import Context
 from pixelgrow.models.layers import box_down
 from pixelgrow.onestep.losses import feature_distance, integers
-from pixelgrow.vision import Vision, layers_of
 
 SIGMA = 0.3  # noise level, as the core sees it, that the teacher is told of images that have none
 

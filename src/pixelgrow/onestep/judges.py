@@ -9,12 +9,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from pixelgrow.external.vision import Clip, Lpips, describe, describe_clip, describe_lpips, load_clip, load_vision
 from pixelgrow.models.cond import Cond
 from pixelgrow.onestep.distill import Similarity
 from pixelgrow.onestep.features import Distance, FeatureDistance, Features, VisionFeatures
 from pixelgrow.onestep.losses import similarity_loss
 from pixelgrow.onestep.settings import LossSettings
-from pixelgrow.vision import Clip, Lpips, describe, describe_clip, describe_lpips, load_clip, load_vision
 
 
 @dataclass(frozen=True)

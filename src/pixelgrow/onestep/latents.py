@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from pixelgrow import rng
+from pixelgrow.diffusion.sampling import initial_noise
 from pixelgrow.errors import UserError
-from pixelgrow.sampling import initial_noise
 
 Draw = Callable[[Tensor], Tensor]
 """Latents (B, 3, h, w) -> images (B, 3, H, W): a generator under its conditions."""

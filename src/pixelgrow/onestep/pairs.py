@@ -21,10 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pixelgrow.diffusion.sampling import Denoise, invert, karras_grid, solve
 from pixelgrow.errors import UserError
 from pixelgrow.models.layers import box_down, up_nearest
 from pixelgrow.onestep.losses import Law
-from pixelgrow.sampling import Denoise, invert, karras_grid, solve
 from pixelgrow.training.state import flush
 from pixelgrow.writing import writing
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from pixelgrow.data.images import BadImage
 from pixelgrow.data.loader import Loader, to_tensor
 from pixelgrow.data.order import Order
-from pixelgrow.data.sources import Source, large_enough, wordings_of
+from pixelgrow.data.sources.base import Source, large_enough, wordings_of
 from pixelgrow.errors import UserError
 from pixelgrow.onestep.distill import DistillBatch
 from pixelgrow.onestep.pairs import Pairs, reduced

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pixelgrow.diffusion.generator import Generator
+from pixelgrow.diffusion.sampling import weights_like
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.layers import box_down
 from pixelgrow.onestep.features import TeacherFeatures
-from pixelgrow.onestep.generator import Generator
 from pixelgrow.onestep.pairs import psnr
-from pixelgrow.sampling import weights_like
 
 
 @dataclass(frozen=True)

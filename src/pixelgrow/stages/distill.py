@@ -11,22 +11,22 @@ from typing import Any
 import torch
 
 from pixelgrow import checkpoint, rng
+from pixelgrow.diffusion.generator import Generator, told_guidance
+from pixelgrow.diffusion.guidance import Guided
+from pixelgrow.diffusion.sampling import initial_noise, sample
 from pixelgrow.errors import UserError
 from pixelgrow.growth import detail_std, freeze, grow_network, grown_config, last_blocks, with_detail
-from pixelgrow.guidance import Guided
 from pixelgrow.models.layers import box_down
 from pixelgrow.onestep.distill import GENERATOR, DistillObjective
 from pixelgrow.onestep.estimator import Labels, load_estimator
 from pixelgrow.onestep.features import TeacherFeatures
-from pixelgrow.onestep.generator import Generator, told_guidance
 from pixelgrow.onestep.judges import judges_used, load_judges
 from pixelgrow.onestep.losses import spread_of
 from pixelgrow.onestep.pairs import Ode, Pairs, reduced
 from pixelgrow.onestep.settings import LossSettings
 from pixelgrow.onestep.stream import PairStream
 from pixelgrow.onestep.watch import Watch, Watched
-from pixelgrow.recipe_spec import DistillStage, GrowStage
-from pixelgrow.sampling import initial_noise, sample
+from pixelgrow.recipe.stages import DistillStage, GrowStage
 from pixelgrow.stages.grow import REPORT, START, describe, lineage_entry
 from pixelgrow.stages.materials import BAD_FILES, Materials
 from pixelgrow.stages.record import write_json

@@ -24,7 +24,7 @@ from pixelgrow.onestep.estimator import (
 from pixelgrow.onestep.features import TeacherFeatures
 from pixelgrow.onestep.pairs import Pairs
 from pixelgrow.onestep.stream import caption
-from pixelgrow.recipe_spec import EstimateStage
+from pixelgrow.recipe.stages import EstimateStage
 from pixelgrow.stages.materials import Materials
 from pixelgrow.stages.record import write_json
 from pixelgrow.stages.train import Parent

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from pixelgrow import checkpoint
-from pixelgrow.data.checker import score
-from pixelgrow.data.scenes import Scenes
-from pixelgrow.diffusion import Denoiser
-from pixelgrow.heldout import denoising_error
+from pixelgrow.data.scenes.checker import score
+from pixelgrow.data.scenes.source import Scenes
+from pixelgrow.diffusion.denoiser import Denoiser
+from pixelgrow.diffusion.generator import Generator
+from pixelgrow.diffusion.heldout import denoising_error
+from pixelgrow.diffusion.sampling import generate, sample
 from pixelgrow.model import DEFAULTS, noise_grid, one_step_settings
-from pixelgrow.onestep.generator import Generator
 from pixelgrow.pictures import to_uint8
-from pixelgrow.recipe_spec import EvaluateStage
-from pixelgrow.sampling import generate, sample
+from pixelgrow.recipe.stages import EvaluateStage
 from pixelgrow.stages.materials import HeldOut, Materials
 from pixelgrow.stages.record import write_json
 from pixelgrow.stages.train import Parent, write_prompts

@@ -11,11 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from pixelgrow import checkpoint
-from pixelgrow.diffusion import Denoiser
+from pixelgrow.diffusion.denoiser import Denoiser
+from pixelgrow.diffusion.sampling import sample
 from pixelgrow.growth import freeze, grow
 from pixelgrow.models.cond import Cond
-from pixelgrow.recipe_spec import GrowStage
-from pixelgrow.sampling import sample
+from pixelgrow.recipe.stages import GrowStage
 from pixelgrow.stages.materials import Materials
 from pixelgrow.stages.record import write_json
 from pixelgrow.stages.train import GRID, GRID_GUIDANCE, GRID_STEPS, WATCHED, Parent, fit, guided_batch, save

@@ -14,23 +14,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pixelgrow.autoencoder import Autoencoder
 from pixelgrow.data.badfiles import BadFiles, check_share
 from pixelgrow.data.images import BadImage
-from pixelgrow.data.latents import Latents
 from pixelgrow.data.loader import Loader, has_several, mirrored, to_tensor, usable
-from pixelgrow.data.opening import open_mixture, open_source
-from pixelgrow.data.scenes import Scenes
-from pixelgrow.data.sources import BadFile, Source, Subset, bad_of, heldout_split, large_enough
-from pixelgrow.diffusion import Denoiser
+from pixelgrow.data.scenes.source import Scenes
+from pixelgrow.data.sources.base import BadFile, Source, Subset, bad_of, heldout_split, large_enough
+from pixelgrow.data.sources.latents import Latents
+from pixelgrow.data.sources.opening import open_mixture, open_source
+from pixelgrow.diffusion.denoiser import Denoiser
+from pixelgrow.diffusion.generator import Generator
 from pixelgrow.errors import UserError
+from pixelgrow.external.autoencoder import Autoencoder
 from pixelgrow.model import find
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.config import PIXELS, Space
-from pixelgrow.onestep.generator import Generator
 from pixelgrow.onestep.judges import judges_used
-from pixelgrow.recipe_data import DataSpec
-from pixelgrow.recipe_spec import (
+from pixelgrow.recipe.data import DataSpec
+from pixelgrow.recipe.stages import (
     DistillStage,
     EstimateStage,
     GrowStage,
@@ -41,7 +41,7 @@ from pixelgrow.recipe_spec import (
     is_folder,
 )
 from pixelgrow.rng import seed_of
-from pixelgrow.text_cache import TextCache
+from pixelgrow.text.cache import TextCache
 from pixelgrow.training.loop import CHECKPOINT
 from pixelgrow.training.settings import TrainSettings
 

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from pixelgrow import checkpoint, rng
 from pixelgrow.data.loader import Loader, mirrored, to_tensor
-from pixelgrow.diffusion import Denoiser
+from pixelgrow.diffusion.denoiser import Denoiser
+from pixelgrow.diffusion.guidance import Guided
+from pixelgrow.diffusion.sampling import Denoise, initial_noise
 from pixelgrow.growth import kept_in
-from pixelgrow.guidance import Guided
 from pixelgrow.models.cond import Cond
 from pixelgrow.onestep.losses import guidance_weights
 from pixelgrow.onestep.pairs import FORMAT, INDEX, Ode, read_shard, shard_path, spread, write_shard
-from pixelgrow.recipe_spec import PairsStage
-from pixelgrow.sampling import Denoise, initial_noise
+from pixelgrow.recipe.stages import PairsStage
 from pixelgrow.stages.materials import BAD_FILES, Materials
 from pixelgrow.stages.record import write_json
 from pixelgrow.stages.train import Parent

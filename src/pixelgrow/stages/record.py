@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pixelgrow.errors import UserError
-from pixelgrow.recipe_spec import Recipe
+from pixelgrow.recipe.stages import Recipe
 from pixelgrow.writing import writing
 
 FILE = "stage.json"

@@ -15,13 +15,13 @@ from torch import Tensor
 from pixelgrow import checkpoint, rng
 from pixelgrow.checkpoint import CheckpointConfig
 from pixelgrow.data.loader import Loader
-from pixelgrow.diffusion import Denoiser, NoiseConfig
+from pixelgrow.diffusion.denoiser import Denoiser, NoiseConfig
+from pixelgrow.diffusion.generator import Generator
+from pixelgrow.diffusion.sampling import sample
 from pixelgrow.errors import UserError
 from pixelgrow.models.sizes import core_config, shallow_uvit
 from pixelgrow.models.uvit import UViT
-from pixelgrow.onestep.generator import Generator
-from pixelgrow.recipe_spec import ModelStage, TrainStage
-from pixelgrow.sampling import sample
+from pixelgrow.recipe.stages import ModelStage, TrainStage
 from pixelgrow.stages.materials import BAD_FILES, Materials
 from pixelgrow.training import loop
 from pixelgrow.training.denoise import DenoiseObjective, validation_hook

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pixelgrow import diffusion, rng
-from pixelgrow.diffusion import Denoiser, NoiseSchedule
-from pixelgrow.heldout import denoising_error
+from pixelgrow import rng
+from pixelgrow.diffusion import denoiser as diffusion
+from pixelgrow.diffusion.denoiser import Denoiser, NoiseSchedule
+from pixelgrow.diffusion.heldout import denoising_error
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.uvit import UViT
 from pixelgrow.training.monitor import Hook

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pixelgrow.errors import UserError
-from pixelgrow.flops import counted
+from pixelgrow.models.flops import counted
 from pixelgrow.pictures import grid, to_uint8
 from pixelgrow.training import cpu
 from pixelgrow.training.objective import Objective

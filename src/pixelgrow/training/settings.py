@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from pixelgrow.diffusion import NoiseConfig, Weighting
+from pixelgrow.diffusion.denoiser import NoiseConfig, Weighting
 
 MAX_EMA_LENGTH = 12**-0.5  # of a plain average over the whole run (gamma = 0; EDM2, arXiv 2312.02696, section 3.1)
 

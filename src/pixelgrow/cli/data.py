@@ -1,0 +1,80 @@
+"""The command line's `data`: look into a source of images, or caption its pictures anew."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+COUNT = "count"
+
+
+class _Data(TyperGroup):
+    """`data SOURCE` counts the source; a source that is called like a verb is written ./recaption."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args[:1] != ["--help"] and args[:1] not in ([name] for name in self.commands):
+            args = [COUNT, *args]
+        return super().parse_args(ctx, args)
+
+
+data = typer.Typer(cls=_Data, rich_markup_mode=None)
+
+
+@data.callback()
+def _about() -> None:
+    """Look into a source of images (`data SOURCE` is short for `data count SOURCE`), or caption its pictures anew."""
+
+
+@data.command(COUNT)
+def count(
+    source: Annotated[str, typer.Argument(help="A folder, tar shards, or the word scenes.")],
+    recipe: Annotated[str | None, typer.Option("--recipe", help="Count what each of its stages would see.")] = None,
+    kind: Annotated[str, typer.Option("--kind", help="auto, folder, classes or tar.")] = "auto",
+    decode: Annotated[int, typer.Option("--decode", min=0, help="Images to decode, to find damage; 0: all.")] = 1000,
+    sheet: Annotated[Path, typer.Option("--sheet", help="Where to write a contact sheet.")] = Path("contact-sheet.png"),
+    bad: Annotated[Path | None, typer.Option("--bad", help="Where to list all bad files, as bad_files.jsonl.")] = None,
+) -> None:
+    """Look into a source of images: counts, sizes, captions, bad files, a contact sheet."""
+    from pixelgrow.data.badfiles import write_list
+    from pixelgrow.data.inspect import inspect_source
+    from pixelgrow.data.sources.opening import open_source
+    from pixelgrow.report.tables import inspection_tables, show
+
+    opened = open_source({"source": source} | ({} if source == "scenes" else {"kind": kind}))
+    sizes = {"stages": _sizes(recipe)} if recipe is not None else {}
+    found = inspect_source(opened, decode=decode or None, sheet=sheet, **sizes)
+    if bad is not None:
+        write_list(bad, found.name, found.fingerprint, found.bad)
+    show(inspection_tables(found))
+
+
+@data.command()
+def recaption(
+    source: Annotated[str, typer.Argument(help="A folder with metadata.jsonl, or a .txt beside each image.")],
+    model: Annotated[str, typer.Option("--model", help="An image-to-text model of transformers: folder or hub name.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The file to write, to be the folder's metadata.jsonl.")],
+    prompt: Annotated[str | None, typer.Option("--prompt", help="What to ask a model that takes words too.")] = None,
+    weight: Annotated[float, typer.Option("--weight", min=1e-6, help="Of the new caption; the old ones' is 1.")] = 1.0,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Pictures at a time.")] = 8,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Of a caption, at the most.")] = 64,
+) -> None:
+    """Write a second caption for every picture; the same command again goes on where it was cut off."""
+    from pixelgrow.cli.recaption import Recaption, recaption
+
+    typer.echo(recaption(Recaption(source, model, out, prompt, weight, batch, tokens)))
+
+
+def _sizes(recipe: str) -> list[tuple[int, int]]:
+    from pixelgrow.recipe.read import load_recipe, resolution_of
+
+    read = load_recipe(recipe)
+    factor = 1
+    if read.latent is not None:
+        from pixelgrow.external.autoencoder import Autoencoder
+
+        factor = Autoencoder(read.latent.autoencoder).factor
+    sides = dict.fromkeys(resolution_of(read.stages, stage.name) for stage in read.stages)
+    return [(factor * side, factor * side) for side in sides if side is not None]

@@ -1,0 +1,58 @@
+"""The `grow` verb: a checkpoint on disk to a larger one beside it, with no training."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import cast, get_args
+
+from pixelgrow import checkpoint
+from pixelgrow.data.loader import take
+from pixelgrow.data.sources.latents import Latents
+from pixelgrow.data.sources.opening import open_source
+from pixelgrow.errors import UserError
+from pixelgrow.growth import Init, grow, grown_config
+from pixelgrow.model import Model, find
+from pixelgrow.stages.grow import REPORT, describe, draw_both
+from pixelgrow.stages.record import write_json
+from pixelgrow.writing import writing
+
+logger = logging.getLogger(__name__)
+WATCHED = 64  # images that both models are measured on
+
+
+def grow_checkpoint(name: str, to: int, out: Path, *, source: str, init: str, seed: int = 0) -> str:
+    """Grow a checkpoint to `to` pixels and write it to `out`; returns the report in words. Raises UserError."""
+    if init not in get_args(Init):
+        raise UserError(f"--init {init!r}: expected one of {', '.join(get_args(Init))}")
+    with writing(out):
+        exists = (out / checkpoint.CONFIG).exists()
+    if exists:
+        raise UserError(f"{out} holds a checkpoint already: name another folder, or delete it")
+    checkpoint.check_target(out)
+    model = Model.from_pretrained(name)
+    if model.config.objective == "generate":
+        raise UserError(
+            f"{name} is a one-step generator: it grows by a recipe's grow stage, with pairs: of its teacher"
+        )
+    grown_config(model.denoiser.net.config, to, cast("Init", init))  # a mistake here is told before data are read
+    spec = {"source": source} | ({"split": "heldout"} if source == "scenes" else {})
+    opened = open_source(spec)
+    if model.autoencoder is not None:
+        opened = Latents(opened, model.autoencoder, model.denoiser.space.channels, out)  # made for this once, not kept
+    batch = take(opened, WATCHED, (to, to))
+    logger.info("growing to %d px; measuring and drawing both on %d images of %s", to, len(batch.text), source)
+    cond = model.encode(batch.text)
+    child, report = grow(
+        model.denoiser, to, cast("Init", init), images=batch.image.to(model.device), cond=cond, seed=seed
+    )
+    counts = {k: len(getattr(report, k)) for k in ("loaded", "new", "dropped")}
+    entry = {"verb": "grow", "init": init, "from": model.resolution, "to": to, "tensors": counts}
+    entry |= {"parent": model.config.sha256, "of": str(find(name))}
+    config = model.config.model_copy(update={"lineage": [*model.config.lineage, entry]})
+    beside = out.with_name(f"{out.name}-growth")
+    with writing(out):
+        draw_both(beside, model.denoiser, child, cond, seed, pictures=model.pictures)
+        write_json(beside / REPORT, report.to_dict())
+        checkpoint.save(out, child, config)
+    return describe(report.to_dict()) + f"\nwritten to {out}; the report and pictures of both to {beside}"

@@ -1,0 +1,269 @@
+"""The command line: verbs, options, and every user's mistake in one line. Slow imports wait inside the verbs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from io import TextIOWrapper
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+
+from pixelgrow.cli.data import data
+from pixelgrow.cli.edit import edit
+from pixelgrow.errors import UserError, out_of_memory
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app.add_typer(data, name="data")
+app.add_typer(edit, name="edit")
+
+Set = Annotated[list[str] | None, typer.Option("--set", help="a.b=value, such as stages.core.images=1000; repeatable.")]
+Runs = Annotated[Path, typer.Option("--runs", help="The folder of all runs.")]
+Rate = Annotated[float | None, typer.Option("--rate", min=1, help="FLOP/s that training achieves; else measured here.")]
+Checkpoint = Annotated[str, typer.Argument(help="A folder of a checkpoint or stage, a built-in model, a hub name.")]
+Recipe = Annotated[str, typer.Argument(help="A recipe's file, or the name of one that the package carries.")]
+
+
+PICTURES = Path("samples.png")
+LESS_MEMORY = (
+    "draw with a smaller --batch; train with more accumulate: (micro-batches a step), a smaller batch:, or "
+    "activation_checkpointing: true. What was saved before is kept"
+)
+LESS_TO_EDIT = "crop the picture to the model's square (--fit), or edit with a smaller model"
+
+
+@app.callback()
+def _about() -> None:
+    """Grow a pixel-space image generator from a small one."""
+
+
+@app.command()
+def demo(settings: Set = None, runs: Runs = Path("runs")) -> None:
+    """Train a core, grow it, distil it to one step, and write a report: under twenty minutes on two CPU cores."""
+    _run("demo", settings, runs)
+
+
+@app.command()
+def run(
+    recipe: Recipe,
+    settings: Set = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done; touch nothing.")] = False,
+    rate: Rate = None,
+    runs: Runs = Path("runs"),
+) -> None:
+    """Run a recipe: do what is missing, go on with what was cut off."""
+    if dry_run:
+        _plan_recipe(recipe, settings, rate, runs)
+    else:
+        _run(recipe, settings, runs)
+
+
+def _run(recipe: str, settings: list[str] | None, runs: Path) -> None:
+    from pixelgrow.recipe.read import load_recipe
+
+    read = load_recipe(recipe, settings or [])
+    from pixelgrow.run import run as run_recipe
+
+    report = run_recipe(read, runs)
+    typer.echo(f"report: {report}")
+
+
+@app.command()
+def sample(
+    checkpoint: Checkpoint,
+    prompts: Annotated[list[str] | None, typer.Argument(help="What to draw.")] = None,
+    file: Annotated[Path | None, typer.Option("--prompts", help="More prompts, one a line.")] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="A PNG (a grid), or a folder (single files).")] = PICTURES,
+    n: Annotated[int, typer.Option("-n", min=1, help="Pictures of each prompt.")] = 1,
+    seed: Annotated[int, typer.Option("--seed", help="Picture i of a call is a function of the seed and i.")] = 0,
+    steps: Annotated[int | None, typer.Option("--steps", min=1)] = None,
+    guidance: Annotated[float | None, typer.Option("--guidance", min=0, help="1: none.")] = None,
+    sampler: Annotated[str | None, typer.Option("--sampler", help="dpm++2m, heun, ddim or ddpm.")] = None,
+    size: Annotated[str | None, typer.Option("--size", help="HxW in pixels, such as 64x96.")] = None,
+    grid: Annotated[bool | None, typer.Option("--grid/--single", help="One grid, or a file for each picture.")] = None,
+    threshold: Annotated[float | None, typer.Option("--threshold", help="Dynamic thresholding's percentile.")] = None,
+    guide: Annotated[
+        str | None,
+        typer.Option("--guide", help="A weaker checkpoint to be guided by; base: this one ungrown."),
+    ] = None,
+    interval: Annotated[
+        tuple[float, float] | None, typer.Option("--interval", help="Guide between two noise levels alone: LO HI.")
+    ] = None,
+    schedule: Annotated[
+        str | None, typer.Option("--schedule", help="Noise levels: karras, or native, as dense as training was.")
+    ] = None,
+    batch: Annotated[int, typer.Option("--batch", min=1)] = 64,
+) -> None:
+    """Draw pictures of prompts; the settings are in the PNGs' metadata."""
+    from pixelgrow.cli.sample import Request, draw
+
+    request = Request(
+        checkpoint=checkpoint, prompts=list(prompts or []), file=file, out=out, n=n, seed=seed, size=size, grid=grid,
+        guide=guide, batch=batch,
+        settings={
+            "steps": steps, "guidance": guidance, "sampler": sampler, "threshold": threshold, "interval": interval,
+            "grid": schedule,
+        },
+    )  # fmt: skip
+    for path in draw(request):
+        typer.echo(path)
+
+
+@app.command()
+def grow(
+    checkpoint: Annotated[str, typer.Argument(help="What to grow.")],
+    to: Annotated[int, typer.Option("--to", help="Pixels: a power of two times what it has.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The grown checkpoint's folder.")],
+    source: Annotated[str, typer.Option("--data", help="Pictures like the model's: a folder, shards, or scenes.")],
+    init: Annotated[str, typer.Option("--init", help="preserve, random or scratch.")] = "preserve",
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+) -> None:
+    """Grow a checkpoint, without training: prints what became of its tensors and the error before and after.
+
+    The same, and pictures of both, go to a folder beside it, `<out>-growth`. The size of details that growth starts
+    from is measured on the pictures of --data.
+    """
+    from pixelgrow.cli.grow import grow_checkpoint
+
+    typer.echo(grow_checkpoint(checkpoint, to, out, source=source, init=init, seed=seed))
+
+
+@app.command()
+def average(
+    stage: Annotated[Path, typer.Argument(help="The folder of a stage that has trained, such as runs/photos/core.")],
+    length: Annotated[float, typer.Option("--length", help="As a share of the run (EDM2's sigma_rel).")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The checkpoint's folder.")],
+    images: Annotated[int | None, typer.Option("--images", help="As of so many images; else at the end.")] = None,
+) -> None:
+    """Choose another average of a stage's weights, or an earlier one, after its training: writes a checkpoint.
+
+    An earlier one can guide the finished model: `pixelgrow sample ... --guide`.
+    """
+    from pixelgrow.cli.average import average_checkpoint
+
+    typer.echo(average_checkpoint(stage, length, out, images))
+
+
+@app.command()
+def info(
+    checkpoint: Checkpoint,
+) -> None:
+    """Show a checkpoint: configuration, parameters by part, lineage."""
+    from pixelgrow.checkpoint import read_config
+    from pixelgrow.model import find
+    from pixelgrow.plan.recipe import parts_of
+    from pixelgrow.report.tables import checkpoint_tables, show
+
+    folder = find(checkpoint)
+    config = read_config(folder)
+    show(checkpoint_tables(folder, config, parts_of(config.network)))
+
+
+@app.command()
+def plan(
+    recipe: Annotated[str | None, typer.Argument(help="A recipe; or use --size.")] = None,
+    settings: Set = None,
+    size: Annotated[str | None, typer.Option("--size", help="tiny to huge, in place of a recipe.")] = None,
+    resolution: Annotated[int, typer.Option("--resolution", help="With --size: pixels in the end.")] = 64,
+    core: Annotated[int | None, typer.Option("--core", help="With --size: pixels of the core's training.")] = None,
+    stride: Annotated[int, typer.Option("--stride", help="With --size: pixels per core token.")] = 4,
+    images: Annotated[int, typer.Option("--images", min=1, help="With --size: images of each stage.")] = 1_000_000,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="With --size: images per micro-batch.")] = 8,
+    rate: Rate = None,
+) -> None:
+    """Parameters, FLOPs, memory and time, with nothing allocated."""
+    if (recipe is None) == (size is None):
+        raise UserError("plan: expected a recipe or --size, one of the two")
+    if recipe is not None:
+        _plan_recipe(recipe, settings, rate, Path("runs"))
+        return
+    from pixelgrow.models.sizes import SIZES
+    from pixelgrow.plan.recipe import plan_recipe, plan_size
+    from pixelgrow.report.tables import plan_tables, show
+
+    assert size is not None
+    if size not in SIZES:
+        raise UserError(f"--size: got {size!r}, expected one of {', '.join(SIZES)}")
+    sized = plan_size(size, resolution, core=core, stride=stride, images=images, batch=batch)
+    show(plan_tables(plan_recipe(sized), *_rate(rate)))
+
+
+def _plan_recipe(recipe: str, settings: list[str] | None, rate: float | None, runs: Path) -> None:
+    from pixelgrow.plan.recipe import plan_recipe
+    from pixelgrow.recipe.read import load_recipe
+    from pixelgrow.report.tables import plan_tables, recipe_heading, show
+    from pixelgrow.stages.record import done_before
+
+    read = load_recipe(recipe, settings or [])
+    done = done_before(read, runs / read.name)
+    show(recipe_heading(read, runs / read.name, done), plan_tables(plan_recipe(read), *_rate(rate)))
+
+
+def _rate(given: float | None) -> tuple[float, str]:
+    """FLOP/s achieved, and how that is known."""
+    if given is not None:
+        return given, "as given"
+    from pixelgrow.plan.recipe import SHARE, measured_rate
+
+    return measured_rate(), f"{100 * SHARE:.0f}% of the matrix-product rate measured here"
+
+
+def main() -> None:
+    """The entry point. A mistake is one line on stderr and status 2; a stop says how to go on, status 128 + signal."""
+    log = logging.getLogger("pixelgrow")
+    log.setLevel(logging.INFO)
+    log.handlers = [_Stderr()]
+    signal.signal(signal.SIGTERM, _terminated)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
+    share_cores()
+    try:
+        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        if status == 130:  # typer has caught a KeyboardInterrupt
+            raise KeyboardInterrupt
+    except UserError as error:
+        _stop(str(error), 2)
+    except (KeyboardInterrupt, typer.Abort):
+        _stop("stopped by SIGINT: run the same command again to go on", 130)
+    except _Terminated:
+        _stop("stopped by SIGTERM: run the same command again to go on", 143)
+    except Exception as error:
+        if out_of_memory(error):
+            advice = LESS_TO_EDIT if sys.argv[1:2] == ["edit"] else LESS_MEMORY
+            _stop(f"out of memory ({str(error).splitlines()[0][:120]}): {advice}", 2)
+        if hasattr(error, "format_message"):  # click's, which typer has under a name of its own
+            _stop(error.format_message(), 2)
+        if type(error).__name__ != "Interrupted":  # of training; its import would bring torch along
+            raise
+        _stop(str(error), getattr(error, "status", 1))
+
+
+def share_cores() -> None:
+    """Have idle threads of libgomp sleep soon (about 10 us) in place of spinning for milliseconds; before torch is
+    imported. Costs nothing alone, and saves speed where others use the cores (`python -m bench.contention`)."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+
+
+class _Stderr(logging.Handler):
+    """Messages to what stderr is now: a live progress bar puts itself in its place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stderr.write(self.format(record) + "\n")
+
+
+def _stop(message: str, status: int) -> NoReturn:
+    typer.echo(f"pixelgrow: {message}", err=True)
+    sys.exit(status)
+
+
+class _Terminated(BaseException):
+    """SIGTERM outside of training."""
+
+
+def _terminated(signum: int, frame: FrameType | None) -> None:
+    raise _Terminated

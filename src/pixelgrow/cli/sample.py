@@ -1,0 +1,157 @@
+"""The `sample` verb: prompts to PNG files that carry their settings."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, PngImagePlugin
+
+from pixelgrow import __version__
+from pixelgrow.checkpoint import check_objective
+from pixelgrow.diffusion.guidance import Network
+from pixelgrow.errors import UserError
+from pixelgrow.model import Model, find
+from pixelgrow.pictures import grid
+from pixelgrow.writing import writing
+
+MAX_PICTURES = 100_000  # of a call
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to draw and where to. `settings`: None where the checkpoint's own hold; `grid` None: as `out` suggests."""
+
+    checkpoint: str
+    prompts: list[str]
+    out: Path
+    file: Path | None = None
+    n: int = 1
+    seed: int = 0
+    size: str | None = None
+    grid: bool | None = None
+    guide: str | None = None
+    batch: int = 64
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def draw(request: Request) -> list[Path]:
+    """Draw a request's pictures; returns the files written. Raises UserError."""
+    prompts = request.prompts + _read(request.file)
+    if len(prompts) * request.n > MAX_PICTURES:
+        raise UserError(
+            f"{len(prompts)} prompts with -n {request.n}: expected {MAX_PICTURES} pictures at most; draw them in "
+            "several calls, each with another --seed"
+        )
+    if not prompts:
+        raise UserError("no prompt was given: write one after the checkpoint, or name a file with --prompts")
+    size = None if request.size is None else parse_size(request.size)
+    png = request.out.suffix.lower() == ".png"
+    if not png and request.out.suffix.lower() in Image.registered_extensions():
+        raise UserError(f"--out {request.out}: pictures are PNGs; expected a name that ends in .png, or a folder's")
+    single = request.grid is False or (request.grid is None and not png)
+    if not single and not png:
+        raise UserError(f"--out {request.out}: a grid is one PNG; expected a name that ends in .png, or --single")
+    folder = request.out.parent if png else request.out
+    model = Model.from_pretrained(request.checkpoint)
+    guide: Model | Network | None = None if request.guide is None else _guide(request.guide, model)
+    check_writable(request.out, folder, single)  # now, not when the pictures are drawn
+    each = [p for p in prompts for _ in range(request.n)]
+    pictures = model.sample(
+        each, seed=request.seed, size=size, guide=guide, batch=request.batch, progress=show_progress, **request.settings
+    )
+    facts = {
+        "checkpoint": str(find(request.checkpoint)),
+        "sha256": model.config.sha256,
+        "seed": request.seed,
+        "size": list(reversed(pictures[0].size)),
+        **({"guide": request.guide} if request.guide else {}),
+        **model.settings(**request.settings),
+    }
+    with writing(request.out):
+        if not single:
+            columns = request.n if request.n > 1 else math.ceil(math.sqrt(len(pictures)))
+            sheet = grid([np.asarray(p) for p in pictures], columns)
+            save_png(sheet, request.out, facts | {"prompts": each})
+            return [request.out]
+        stem = request.out.stem + "-" if png else ""
+        paths = []
+        for i, (picture, prompt) in enumerate(zip(pictures, each, strict=True)):
+            path = folder / f"{stem}{i:04d}-{_slug(prompt)}.png"
+            save_png(picture, path, facts | {"prompt": prompt, "index": i})
+            paths.append(path)
+        return paths
+
+
+def check_writable(out: Path, folder: Path, single: bool = False) -> None:
+    """Make `folder` and see that files can be written to it; UserError if not, or if a grid's name is a folder's."""
+    with writing(out):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        is_folder = out.is_dir()
+    if is_folder and not single:
+        raise UserError(f"--out {out}: that is a folder; expected the name of a PNG to write, or --single")
+
+
+def _guide(name: str, model: Model) -> Model | Network:
+    """The weaker model of a name: `base` is what the model was before its last `preserve` growth."""
+    if name == "base":
+        return model.denoiser.base
+    guide = Model.from_pretrained(name)
+    check_objective(find(name), guide.config, "denoise")
+    return guide
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`64x96` -> (64, 96), height first; UserError for anything else."""
+    found = re.fullmatch(r"(\d+)[xX](\d+)", text)
+    if not found:
+        raise UserError(f"--size {text!r}: expected HEIGHTxWIDTH in pixels, such as 64x96")
+    return int(found[1]), int(found[2])
+
+
+def save_png(picture: Image.Image, path: Path, facts: dict[str, Any]) -> None:
+    """Write a PNG whole or not at all, its settings as JSON in the text chunk `pixelgrow`."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("Software", f"pixelgrow {__version__}")
+    info.add_text("pixelgrow", json.dumps(facts))
+    part = path.with_name(f".{path.name}.part")
+    picture.save(part, format="PNG", pnginfo=info)
+    part.replace(path)
+
+
+def _read(file: Path | None) -> list[str]:
+    if file is None:
+        return []
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"--prompts {file}: cannot be read ({error}); expected a text file, one prompt a line"
+        ) from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"--prompts {file}: no prompt in it; expected one a line")
+    return prompts
+
+
+def _slug(prompt: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "picture"
+
+
+def show_progress(done: int, total: int) -> None:
+    """A line that counts, where there is a terminal."""
+    if sys.stderr.isatty():
+        end = "\n" if done == total else ""
+        sys.stderr.write(f"\r{done} of {total} steps{end}")
+        sys.stderr.flush()

@@ -1,0 +1,122 @@
+"""A source of pictures seen through an autoencoder: latents, made once and memory-mapped."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pixelgrow.data.images import BadImage
+from pixelgrow.data.sources.base import BadFile, Source, Wording, bad_of, files_of, large_enough, sizes_of, wordings_of
+from pixelgrow.writing import writing
+
+CHUNK = 64  # pictures that are encoded and written at a time; a kill costs no more
+PAUSE = 15.0  # seconds between two lines on how far it is
+logger = logging.getLogger(__name__)
+
+
+class Encoder(Protocol):
+    """All that is asked of an autoencoder."""
+
+    @property
+    def factor(self) -> int: ...
+    @property
+    def fingerprint(self) -> str: ...
+    def encode(self, images: Tensor, /) -> Tensor: ...
+
+
+class Latents:
+    """`source` with `image` giving latents, float32 (h, w, C), of the centre crop of h * factor by w * factor pixels.
+
+    Crops and mirror images are pictures of their own, which were not encoded: `crop` makes no difference, and nothing
+    may be mirrored. Sizes are counted in latents. `folder`: where `make` keeps them, in half precision.
+    """
+
+    mirror = False
+
+    def __init__(self, source: Source, encoder: Encoder, channels: int, folder: Path) -> None:
+        self.source, self.encoder, self.channels, self.folder = source, encoder, channels, folder
+        self.name = source.name
+        self.fingerprint = f"{source.fingerprint}-{encoder.fingerprint[:16]}"
+        self.bad: Sequence[BadFile] = bad_of(source)
+        self.files = files_of(source)
+        self.classes: tuple[str, ...] = getattr(source, "classes", ())
+        self.several: bool = getattr(source, "several", False)
+        self.captions: int | None = getattr(source, "captions", None)
+        self._made: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}  # size: numbers of samples, latents
+
+    @property
+    def sizes(self) -> np.ndarray:
+        return sizes_of(self.source) // self.encoder.factor
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def size(self, i: int) -> tuple[int, int]:
+        h, w = self.source.size(i)
+        return h // self.encoder.factor, w // self.encoder.factor
+
+    def text(self, i: int) -> str:
+        return self.source.text(i)
+
+    def wordings(self, i: int) -> tuple[Wording, ...]:
+        return wordings_of(self.source, i)
+
+    def key(self, i: int) -> str:
+        return self.source.key(i)
+
+    def image(self, i: int, size: tuple[int, int], crop: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
+        numbers, latents = self._made.get(size, (np.empty(0, np.int64), np.empty(0)))
+        row = int(np.searchsorted(numbers, i))
+        if row < len(numbers) and numbers[row] == i and np.isfinite(latents[row]).all():
+            return latents[row].astype(np.float32).transpose(1, 2, 0)
+        return self._encode([self._picture(i, size)])[0].transpose(1, 2, 0)
+
+    def make(self, size: tuple[int, int]) -> None:
+        """Encode every picture that is large enough, going on where it was cut off; a bad one is left as NaN."""
+        numbers = large_enough(self, size)
+        shape = (self.channels, *size)
+        path = self.folder / f"{self.fingerprint}-{size[0]}x{size[1]}.f16"
+        item = 2 * int(np.prod(shape))  # bytes
+        with writing(path):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with path.open("ab") as file:
+                first = len(numbers)
+                if file.tell() != first * item:
+                    first = file.tell() // (CHUNK * item) * CHUNK
+                    file.truncate(first * item)
+                began = said = time.monotonic()
+                for start in range(first, len(numbers), CHUNK):
+                    file.write(self._chunk(numbers[start : start + CHUNK], size).tobytes())
+                    if time.monotonic() - said > PAUSE:
+                        said = time.monotonic()
+                        done = start + CHUNK
+                        speed = (done - first) / (said - began)
+                        logger.info("%s: %d of %d latents, %.3g a second", self.name, done, len(numbers), speed)
+        self._made[size] = numbers, np.memmap(path, np.float16, "r", shape=(len(numbers), *shape))
+
+    def _chunk(self, numbers: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        pictures: dict[int, np.ndarray] = {}
+        for row, i in enumerate(numbers):
+            try:
+                pictures[row] = self._picture(int(i), size)
+            except BadImage:  # the loader meets it again, and lists it
+                continue
+        found = np.full((len(numbers), self.channels, *size), np.nan, np.float16)
+        if pictures:
+            found[list(pictures)] = self._encode(list(pictures.values()))
+        return found
+
+    def _picture(self, i: int, size: tuple[int, int]) -> np.ndarray:
+        f = self.encoder.factor
+        return self.source.image(i, (f * size[0], f * size[1]))
+
+    def _encode(self, pictures: list[np.ndarray]) -> np.ndarray:
+        images = torch.from_numpy(np.stack(pictures).transpose(0, 3, 1, 2)) / 127.5 - 1
+        return self.encoder.encode(images).numpy()

@@ -1,0 +1,360 @@
+"""Samplers: the reverse process of a denoiser, integrated over a grid of noise levels, in either direction.
+
+Everything is in the VE convention: x_sigma = x + sigma*eps, and the probability-flow ODE is
+    dx/dsigma = (x - D(x, sigma)) / sigma        (Karras et al., arXiv 2206.00364, eq. 3 with eq. 1)
+A solver knows only `denoise(x, sigma) -> x0`; conditions and guidance are inside that closure (see guidance.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pixelgrow.diffusion.guidance import Guided, Network
+from pixelgrow.errors import UserError
+from pixelgrow.models.cond import Cond
+from pixelgrow.models.config import PIXELS, Space
+from pixelgrow.rng import normal
+
+Denoise = Callable[[Tensor, float], Tensor]
+"""`(x (B,...), sigma) -> x0 (B,...)` in x's dtype."""
+Noise = Callable[[int], Tensor]
+"""Step number -> standard normal noise in the shape of x, for the samplers that add some."""
+MAX_STEPS, MAX_SIDE = 10_000, 8192  # more is a slip of the finger
+Solver = Callable[[Denoise, Tensor, list[float], Noise], Iterator[Tensor]]
+
+
+class DenoiserLike(Protocol):
+    """All that a sampler knows of a denoiser."""
+
+    @property
+    def sigma_min(self) -> float: ...
+    @property
+    def sigma_max(self) -> float: ...
+    def __call__(self, x: Tensor, sigma: Tensor, cond: Cond, /) -> Tensor: ...
+
+
+class OneStep(Protocol):
+    """All that is asked of a one-step generator."""
+
+    def latent_size(self, size: tuple[int, int], /) -> tuple[int, int]: ...
+    def __call__(self, z: Tensor, cond: Cond, guidance: Tensor | None, /) -> Tensor: ...
+
+
+class Schedule(Protocol):
+    """A training distribution of sigma by its inverse CDF: u float64 in [0, 1) -> sigma, increasing."""
+
+    def sigma(self, u: Tensor, /) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Samples:
+    """`images` (N,3,H,W) float in [-1, 1], or latents (N,C,h,w); `nfe`: network evaluations spent on each."""
+
+    images: Tensor
+    nfe: int
+
+
+# --- grids: (steps + 1,) float64 from sigma_max down to 0 -------------------------------------------------------------
+
+
+def karras_grid(steps: int, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Tensor:
+    """Noise levels evenly spaced in sigma^(1/rho) from sigma_max to sigma_min, then 0 (arXiv 2206.00364, eq. 5)."""
+    _check_grid(steps, sigma_min, sigma_max)
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    sigmas = (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
+    return torch.cat([sigmas.clamp(sigma_min, sigma_max), sigmas.new_zeros(1)])
+
+
+def native_grid(schedule: Schedule, steps: int, sigma_min: float, sigma_max: float) -> Tensor:
+    """Quantiles of the training noise within [sigma_min, sigma_max]: u = 1, 1 - 1/steps, ..., 1/steps, then sigma 0.
+
+    For a (shifted) cosine schedule u is its time, so these are the evenly spaced times of ancestral DDPM; for a
+    log-normal one, steps are dense where training was. The distribution is cut at both limits before it is divided,
+    so no two levels coincide however much of it lies outside, or was clamped to the limits already.
+    """
+    _check_grid(steps, sigma_min, sigma_max)
+    low = _crossing(lambda u: schedule.sigma(u) <= sigma_min)
+    high = _crossing(lambda u: schedule.sigma(u) < sigma_max)
+    u = torch.linspace(high, low, steps + 1, dtype=torch.float64)
+    sigmas = schedule.sigma(u[:-1]).to("cpu", torch.float64).clamp(sigma_min, sigma_max)
+    sigmas[0] = sigma_max
+    return torch.cat([sigmas, sigmas.new_zeros(1)])
+
+
+def _crossing(below: Callable[[Tensor], Tensor]) -> float:
+    """The u in [0, 1) up to which below(u) is true, both (N,): a search by N-section."""
+    low, high = 0.0, 1 - 2**-53
+    for _ in range(5):  # 4096^5 = 2^60 cells
+        u = torch.linspace(low, high, 4097, dtype=torch.float64)
+        n = int(below(u).sum())
+        low, high = float(u[max(n - 1, 0)]), float(u[min(n, 4096)])
+    return low
+
+
+def _check_grid(steps: int, sigma_min: float, sigma_max: float) -> None:
+    if not 1 <= steps <= MAX_STEPS:
+        raise UserError(f"steps={steps}: expected 1 to {MAX_STEPS}; 16 to 64 are usual")
+    if not 0 < sigma_min < sigma_max < math.inf:
+        raise UserError(
+            f"noise levels from {sigma_min} to {sigma_max}: expected 0 < sigma_min < sigma_max < inf; "
+            "correct the denoiser's limits"
+        )
+
+
+# --- solvers: generators of x after each step -------------------------------------------------------------------------
+# The first-order step to s1 is D + (s1/s0) (x - D): an Euler step of the ODE, exact where D is constant. A step to
+# sigma 0 is of first order in all of them and gives D itself; one *from* sigma 0 leaves x where it is, since the slope
+# is -sigma * score(x).
+
+
+def ddim(denoise: Denoise, x: Tensor, sigmas: list[float], noise: Noise) -> Iterator[Tensor]:
+    """DDIM with eta = 0 (Song et al., arXiv 2010.02502, eq. 13): order 1, one evaluation a step."""
+    for s0, s1 in pairwise(sigmas):
+        if s0 > 0:
+            x = torch.lerp(denoise(x, s0), x, s1 / s0)
+        yield x
+
+
+def ddpm(denoise: Denoise, x: Tensor, sigmas: list[float], noise: Noise) -> Iterator[Tensor]:
+    """Ancestral DDPM, which is DDIM with eta = 1 (Ho et al., arXiv 2006.11239, eq. 6-7): one evaluation a step.
+
+    Draws from q(x_s1 | x_s0, x0 = D), in VE terms: mean D + (s1/s0)^2 (x - D), variance s1^2 (1 - (s1/s0)^2).
+    """
+    for step, (s0, s1) in enumerate(pairwise(sigmas)):
+        x = torch.lerp(denoise(x, s0), x, (s1 / s0) ** 2)
+        if s1 > 0:
+            x = x + s1 * math.sqrt(1 - (s1 / s0) ** 2) * noise(step)
+        yield x
+
+
+def heun(denoise: Denoise, x: Tensor, sigmas: list[float], noise: Noise) -> Iterator[Tensor]:
+    """Heun's method (arXiv 2206.00364, algorithm 1): order 2, two evaluations a step, one where it ends at 0."""
+    for s0, s1 in pairwise(sigmas):
+        if s0 > 0:
+            x0 = denoise(x, s0)
+            x_euler = torch.lerp(x0, x, s1 / s0)
+            if s1 > 0:
+                slope0, slope1 = (x - x0) / s0, (x_euler - denoise(x_euler, s1)) / s1
+                x = x + (s1 - s0) / 2 * (slope0 + slope1)
+            else:
+                x = x_euler
+        yield x
+
+
+def dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: list[float], noise: Noise) -> Iterator[Tensor]:
+    """DPM-Solver++(2M) (Lu et al., arXiv 2211.01095, algorithm 2): order 2, one evaluation a step.
+
+    The first-order step with D extrapolated, from this and the last evaluation, to the middle of the step in log sigma.
+    """
+    x0_old: Tensor | None = None
+    h_old = math.nan
+    for s0, s1 in pairwise(sigmas):
+        if s0 > 0:
+            x0 = denoise(x, s0)
+            h = math.log(s0 / s1) if s1 > 0 else math.inf  # step in lambda = -log sigma; negative where sigma grows
+            x0_middle = x0 if x0_old is None or s1 == 0 else torch.lerp(x0_old, x0, 1 + h / (2 * h_old))
+            x = torch.lerp(x0_middle, x, s1 / s0)
+            x0_old, h_old = x0, h
+        yield x
+
+
+SAMPLERS: dict[str, Solver] = {"dpm++2m": dpmpp_2m, "heun": heun, "ddim": ddim, "ddpm": ddpm}
+
+
+def trajectory(
+    denoise: Denoise, x: Tensor, sigmas: Tensor | Sequence[float], method: str = "dpm++2m", noise: Noise | None = None
+) -> Iterator[Tensor]:
+    """x after each step of `method` along `sigmas`, starting from x (B,...) at sigmas[0].
+
+    `sigmas` is any strictly monotone grid: falling it samples, rising it inverts. Only `ddpm` needs `noise(step)`.
+    Raises UserError for an unknown method, a grid that is not monotone, finite and >= 0, or `ddpm` on a rising one.
+    """
+    if method not in SAMPLERS:
+        raise UserError(f"sampler {method!r} does not exist; expected one of {', '.join(SAMPLERS)}")
+    levels = [float(s) for s in (sigmas.tolist() if isinstance(sigmas, Tensor) else sigmas)]
+    falling = all(a > b for a, b in pairwise(levels))
+    rising = all(a < b for a, b in pairwise(levels))
+    if len(levels) < 2 or not (falling or rising) or min(levels) < 0 or not math.isfinite(max(levels)):
+        got = ", ".join(f"{s:.4g}" for s in levels)
+        raise UserError(f"sigmas ({got}): expected two or more finite levels >= 0 that only fall, or only rise")
+    if method == "ddpm" and rising:
+        raise UserError("sampler 'ddpm' got rising sigmas: noise cannot be undone; invert with heun, dpm++2m or ddim")
+    if method == "ddpm" and noise is None:
+        raise UserError("sampler 'ddpm' got no noise: expected noise(step) -> normal noise like x")
+    return SAMPLERS[method](denoise, x, levels, noise or (lambda step: torch.zeros_like(x)))
+
+
+def solve(
+    denoise: Denoise, x: Tensor, sigmas: Tensor | Sequence[float], method: str = "dpm++2m", noise: Noise | None = None
+) -> Tensor:
+    """The end of `trajectory`: x (B,...) at sigmas[0] -> x (B,...) at sigmas[-1]."""
+    (end,) = deque(trajectory(denoise, x, sigmas, method, noise), maxlen=1)
+    return end
+
+
+def invert(denoise: Denoise, x: Tensor, sigmas: Tensor, method: str = "heun") -> Tensor:
+    """The ODE run backwards: images x (B,...) -> the x (B,...) at sigmas[0] that a sampler turns into them.
+
+    `sigmas` is the sampler's falling grid. Divide by sigmas[0] for a latent of about unit variance.
+    """
+    return solve(denoise, x, sigmas.flip(0), method)
+
+
+# --- the whole of it --------------------------------------------------------------------------------------------------
+
+
+def space_of(model: object) -> Space:
+    """What a denoiser's or a generator's images are: what it says, else pixels."""
+    space = getattr(model, "space", PIXELS)
+    assert isinstance(space, Space)
+    return space
+
+
+def initial_noise(size: tuple[int, int], seed: int, index: Sequence[int], channels: int = 3) -> Tensor:
+    """Standard normal noise (B,channels,h,w) float32 on the CPU, row b a function of (seed, index[b], size) alone."""
+    return normal((channels, *size), seed, "sample", index)
+
+
+@torch.no_grad()
+def sample(
+    denoiser: DenoiserLike,
+    cond: Cond,
+    *,
+    size: tuple[int, int],
+    seed: int = 0,
+    index: Sequence[int] | Tensor | None = None,
+    steps: int = 32,
+    sampler: str = "dpm++2m",
+    grid: str | Schedule | Tensor | Sequence[float] = "karras",
+    guidance: float = 1.0,
+    interval: tuple[float, float] | None = None,
+    guide: Network | None = None,
+    threshold: float | None = None,
+    batch: int = 64,
+    device: torch.device | str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Samples:
+    """One image for each of the N conditions.
+
+    An image is a function of (seed, its index, its condition, the settings): neither `batch` nor the order matters,
+    beyond rounding. All noise is drawn on the CPU.
+
+    size      (h, w) in pixels; one that the denoiser's grid divides
+    index     N sample numbers, the key of each image's noise; 0 .. N-1 if None
+    steps     solver steps; `heun` evaluates 2*steps - 1 times, the others `steps` times; guidance doubles that
+    sampler   "dpm++2m", "heun", "ddim" or "ddpm"
+    grid      "karras"; a training schedule (see `native_grid`); or sigmas that fall to 0, in place of `steps`
+    guidance, interval, guide, threshold   see `guidance.Guided`
+    batch     images at a time; classifier-free guidance evaluates twice as many rows in one call
+    device    where the denoiser is; that of `cond` if None
+    progress  called with (steps done, steps in all) after each step of each batch
+
+    Returns images on `device`. Raises UserError for settings that mean nothing, and for a denoiser that is not finite.
+    """
+    n = len(cond)
+    numbers = _numbers(n, index, size, batch)
+    space = space_of(denoiser)
+    if threshold is not None and not space.bounded:
+        raise UserError(f"threshold={threshold}: latents are not bounded as pixels are; drop it")
+    sigmas = grid_of(grid, steps, denoiser)
+    device = cond.null.device if device is None else torch.device(device)
+    starts = range(0, n, batch)
+    total, done, nfe, images = (len(sigmas) - 1) * len(starts), 0, 0, []
+    for start in starts:
+        rows = numbers[start : start + batch]
+        denoise = Guided(
+            denoiser,
+            cond[start : start + batch].to(device),
+            guidance=guidance,
+            interval=interval,
+            guide=guide,
+            threshold=threshold,
+        )
+        noise = ancestral_noise((space.channels, *size), seed, rows, device)
+        x = sigmas[0].item() * initial_noise(size, seed, rows, space.channels).to(device)
+        for x_next in trajectory(denoise, x, sigmas, sampler, noise):
+            x, done = x_next, done + 1
+            if progress is not None:
+                progress(done, total)
+        if not bool(x.isfinite().all()):
+            raise UserError(
+                f"sampling gave non-finite pixels among samples {rows[0]} to {rows[-1]}: expected finite predictions; "
+                "try an earlier checkpoint, fp32 or less guidance"
+            )
+        images.append(space.bound(x))
+        nfe = denoise.nfe
+    return Samples(torch.cat(images), nfe)
+
+
+@torch.no_grad()
+def generate(
+    generator: OneStep,
+    cond: Cond,
+    *,
+    size: tuple[int, int],
+    seed: int = 0,
+    index: Sequence[int] | None = None,
+    batch: int = 64,
+    guidance: float | None = None,
+) -> Samples:
+    """One image of `size` (h, w) for each of the N conditions, in one evaluation of a one-step generator.
+
+    Image i is a function of (seed, its index, its condition), as in `sample`, and starts from the same noise.
+    `guidance`: the weight that a guided generator is told; None for any other. Raises UserError for a size, a batch or
+    indices that mean nothing.
+    """
+    numbers = _numbers(len(cond), index, size, batch)
+    latent, device, images = generator.latent_size(size), cond.null.device, []
+    space = space_of(generator)
+    for start in range(0, len(cond), batch):
+        rows = slice(start, start + batch)
+        z = initial_noise(latent, seed, numbers[rows], space.channels).to(device)
+        images.append(space.bound(generator(z, cond[rows], weights_like(z, guidance)).float()))
+    return Samples(torch.cat(images), 1)
+
+
+def _numbers(count: int, index: Sequence[int] | Tensor | None, size: tuple[int, int], batch: int) -> list[int]:
+    """The sample numbers of `count` conditions; UserError where they, the size or the batch mean nothing."""
+    numbers = list(range(count)) if index is None else [int(i) for i in index]
+    if count < 1 or len(numbers) != count:
+        raise UserError(
+            f"{count} conditions and {len(numbers)} indices: expected an index for each of 1 or more conditions"
+        )
+    if min(size) < 1 or max(size) > MAX_SIDE or batch < 1:
+        raise UserError(
+            f"size={size}, batch={batch}: expected (height, width), each from 1 to {MAX_SIDE} pixels, and a batch of 1 "
+            "or more"
+        )
+    return numbers
+
+
+def weights_like(z: Tensor, guidance: float | None) -> Tensor | None:
+    """A guidance weight as the tensor (B,) that goes with latents z (B, ...)."""
+    return None if guidance is None else z.new_full((len(z),), guidance)
+
+
+def grid_of(grid: str | Schedule | Tensor | Sequence[float], steps: int, denoiser: DenoiserLike) -> Tensor:
+    """The falling sigmas that `grid` stands for, float64 on the CPU."""
+    if isinstance(grid, str):
+        if grid != "karras":
+            raise UserError(f"grid {grid!r} does not exist; expected 'karras', a training schedule or a list of sigmas")
+        return karras_grid(steps, denoiser.sigma_min, denoiser.sigma_max)
+    if isinstance(grid, Tensor | Sequence):
+        sigmas = torch.as_tensor(grid, dtype=torch.float64, device="cpu")
+        if len(sigmas) < 2 or sigmas[-1] != 0:
+            raise UserError(f"grid of {len(sigmas)} sigmas: expected two or more that fall, the last of them 0")
+        return sigmas
+    return native_grid(grid, steps, denoiser.sigma_min, denoiser.sigma_max)
+
+
+def ancestral_noise(shape: tuple[int, ...], seed: int, index: Sequence[int], device: torch.device) -> Noise:
+    """What `ddpm` adds to images of `shape` (C, H, W) at each step, a function of (seed, step, index[b], shape)."""
+    return lambda step: normal(shape, seed, f"ancestral {step}", index).to(device)

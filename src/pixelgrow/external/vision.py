@@ -1,0 +1,222 @@
+"""Frozen networks from outside that look at pictures: transformers' vision models, CLIP with its text half, LPIPS."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pixelgrow.errors import UserError
+from pixelgrow.external import hub
+
+DEPTHS = (1 / 3, 2 / 3, 1.0)  # of a network's layers, whose outputs are features
+LPIPS_SIDE = 224  # px; smaller pictures are brought to it: LPIPS' networks halve a picture four times. Ours
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # of an image processor; of a whole processor
+_FILES = (
+    "config.json", *_PROCESSORS,
+    "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class VisionSpec:
+    """A vision model, described: `side` of the square pictures that it was trained on, `mean` and `std` of RGB in
+    [0, 1] that it expects to be taken off, `fingerprint` of its weights and settings."""
+
+    name: str
+    folder: Path
+    model_type: str
+    side: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    fingerprint: str
+
+    @property
+    def label(self) -> str:
+        """What messages call it."""
+        return f"vision model {self.name!r}"
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [-1, 1] -> (B, 3, side, side) as the model wants them, differentiably; antialiased."""
+        x = images.float()
+        if x.shape[-2:] != (self.side, self.side):
+            x = F.interpolate(x, (self.side, self.side), mode="bicubic", antialias=True)
+        mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (self.mean, self.std))
+        return ((x + 1) / 2 - mean) / std
+
+
+def layers_of(depth: int) -> list[int]:
+    """Which of a network's `depth` layers, counted from 1, are features."""
+    return sorted({max(1, round(part * depth)) for part in DEPTHS})
+
+
+def describe(name: str) -> VisionSpec:
+    """Find the vision model `name`, a folder or one of the hub, without loading a weight.
+
+    Raises UserError if it cannot be had, is not in safetensors, or does not say how it wants pictures.
+    """
+    label = f"vision model {name!r}"
+    folder = hub.find("vision model", name)
+    config = _json(label, folder / "config.json")
+    given = next((_json(label, folder / f) for f in _PROCESSORS if (folder / f).exists()), None)
+    if given is None:
+        raise UserError(
+            f"{label}: no {_PROCESSORS[0]} in {folder}; expected what tells how it wants pictures; save the model's "
+            "image processor into its folder"
+        )
+    given = given.get("image_processor", given)
+    try:
+        cropped = given.get("do_center_crop", True) and given.get("crop_size")
+        side = _side(cropped or given["size"])
+        normal = given.get("do_normalize", True)
+        mean, std = (given["image_mean"], given["image_std"]) if normal else ((0.0,) * 3, (1.0,) * 3)
+        mean, std = tuple(map(float, mean)), tuple(map(float, std))
+        model_type = str(config["model_type"])
+        if len(mean) != 3 or len(std) != 3 or side < 1 or min(std) <= 0:
+            raise ValueError("not of RGB pictures")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(
+            f"{label}: its settings in {folder} are no image processor's ({type(error).__name__}: {error}); expected "
+            "size, image_mean and image_std of RGB pictures; choose another model"
+        ) from error
+    return VisionSpec(
+        name, folder, model_type, side, mean, std, hub.fingerprint(label, folder, _FILES, "pixelgrow vision 1")
+    )
+
+
+def _side(size: Any) -> int:
+    if isinstance(size, dict):
+        size = size.get("shortest_edge", size.get("height"))
+    return int(size)
+
+
+def _json(label: str, path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+        reason = "no mapping"
+    except (OSError, ValueError, RecursionError) as error:
+        reason = type(error).__name__
+    raise UserError(f"{label}: {path} cannot be read ({reason}); expected a folder that transformers' save_pretrained "
+                    "wrote; fetch it again")  # fmt: skip
+
+
+class Vision:
+    """A frozen vision model: images -> the hidden states of some of its layers as tokens.
+
+    `widths`: channels of each. Class and register tokens are tokens as others; maps (B, C, h, w) of convolutional
+    networks are flattened.
+    """
+
+    def __init__(self, spec: VisionSpec, model: Any) -> None:
+        self.spec, self.model = spec, model.eval().requires_grad_(False)
+        with torch.no_grad():
+            self.widths = [t.shape[-1] for t in self(torch.zeros(1, 3, spec.side, spec.side, device=model.device))]
+
+    def __call__(self, images: Tensor) -> list[Tensor]:
+        """images (B, 3, H, W) in [-1, 1] -> (B, N, C) of each layer, differentiable in the images."""
+        states = self.model(pixel_values=self.spec.prepare(images), output_hidden_states=True).hidden_states
+        chosen = [states[n] for n in layers_of(len(states) - 1)]
+        return [h.flatten(2).transpose(1, 2) if h.ndim == 4 else h for h in chosen]
+
+
+class Clip:
+    """A frozen CLIP: embeddings of images and captions in one space."""
+
+    def __init__(self, spec: VisionSpec, model: Any, tokenizer: Any) -> None:
+        self.spec, self.model, self.tokenizer = spec, model.eval().requires_grad_(False), tokenizer
+        self.longest = model.config.text_config.max_position_embeddings
+
+    def images(self, images: Tensor) -> Tensor:
+        """images (B, 3, H, W) in [-1, 1] -> (B, C), differentiable in the images."""
+        return self.model.visual_projection(self.model.vision_model(self.spec.prepare(images)).pooler_output)
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """Captions -> (B, C); a caption is cut after as many tokens as CLIP reads."""
+        batch = self.tokenizer(
+            list(texts), padding=True, truncation=True, max_length=self.longest, return_tensors="pt"
+        ).to(self.model.device)
+        out = self.model.text_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        return self.model.text_projection(out.pooler_output)
+
+
+def load_vision(name: str, device: torch.device | str = "cpu") -> Vision:
+    """Load a vision model, of CLIP and the like the image half alone. Raises UserError."""
+    import transformers
+
+    spec = describe(name)
+    model = hub.pretrained(spec.label, spec.folder, transformers.AutoModel, unused="pooler")
+    half = getattr(model, "vision_model", model).to(device)
+    with hub.loading(spec.label, spec.folder):  # it is asked once, and may be no vision model
+        return Vision(spec, half)
+
+
+def load_clip(name: str, device: torch.device | str = "cpu") -> Clip:
+    """Load both halves of a CLIP. Raises UserError if it is none."""
+    import transformers
+
+    spec = describe_clip(name)
+    model = hub.pretrained(spec.label, spec.folder, transformers.CLIPModel)
+    with hub.loading(spec.label, spec.folder):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(spec.folder, local_files_only=True)
+    return Clip(spec, model.to(device), tokenizer)
+
+
+def describe_clip(name: str) -> VisionSpec:
+    """`describe` for a model that must be a CLIP with both halves; UserError if it is not."""
+    spec = describe(name)
+    if spec.model_type != "clip":
+        raise UserError(f"{spec.label} is of type {spec.model_type!r}, expected 'clip': a CLIP with both its halves")
+    return spec
+
+
+# --- LPIPS, an extra --------------------------------------------------------------------------------------------------
+
+
+class Lpips:
+    """LPIPS (Zhang et al., arXiv 1801.03924) with its VGG-16, as the package `lpips` has it."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        package = _lpips()
+        try:
+            model = package.LPIPS(net="vgg", verbose=False)
+        except OSError as error:
+            raise UserError(
+                f"distance: lpips: its VGG-16 cannot be fetched ({error}); torchvision keeps it in torch's hub folder: "
+                "check the network, or copy it there"
+            ) from error
+        self.model = model.eval().requires_grad_(False).to(device)
+
+    def __call__(self, a: Tensor, b: Tensor) -> Tensor:
+        """Distance (B,) of images (B, 3, H, W) in [-1, 1]."""
+        a, b = (
+            x if x.shape[-1] >= LPIPS_SIDE else F.interpolate(x, (LPIPS_SIDE, LPIPS_SIDE), mode="bilinear")
+            for x in (a, b)
+        )
+        return self.model(a, b).flatten(1)[:, 0]
+
+
+def describe_lpips() -> str:
+    """Which LPIPS there is; UserError where there is none."""
+    _lpips()
+    return f"lpips {version('lpips')}"
+
+
+def _lpips() -> Any:
+    try:
+        import lpips
+    except ImportError as error:
+        raise UserError(
+            f"distance: lpips is not to be had here ({error}); expected the packages lpips and torchvision: install "
+            "pixelgrow[lpips], or write distance: teacher"
+        ) from error
+    return lpips

@@ -1,0 +1,181 @@
+"""What one-step stages cost: pairs by a teacher's ODE, and the updates of a generator and of its discriminator.
+
+As in `cost.py`, the code that will run is run on fake tensors; here with whole networks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from pixelgrow.diffusion.denoiser import Denoiser
+from pixelgrow.diffusion.generator import Generator
+from pixelgrow.diffusion.guidance import Guided
+from pixelgrow.diffusion.sampling import solve
+from pixelgrow.growth import freeze, inherited, last_blocks
+from pixelgrow.models.cond import Cond
+from pixelgrow.models.config import CoreConfig, NetConfig
+from pixelgrow.models.uvit import UViT
+from pixelgrow.onestep.distill import GENERATOR, DistillBatch, DistillObjective
+from pixelgrow.onestep.estimator import Labels, described
+from pixelgrow.onestep.features import FeatureDistance, Seen, TeacherFeatures
+from pixelgrow.onestep.judges import judges_named
+from pixelgrow.onestep.losses import Law
+from pixelgrow.onestep.settings import LossSettings
+from pixelgrow.plan.network import Cost, Measured, Memory, blank_cond, bytes_of, measured, memory_of, spent
+from pixelgrow.recipe.stages import PairsStage
+from pixelgrow.training.denoise import recompute_blocks
+from pixelgrow.training.settings import TrainSettings
+
+FEW = 4  # steps in which every solver does all that it ever does
+
+
+# --- pairs ------------------------------------------------------------------------------------------------------------
+
+
+def pairs_cost(stage: PairsStage, teacher: NetConfig, *, tokens: int = 32) -> Cost:
+    """The cost of making a stage's pairs, per image of its `n`; with `flip` as if every source may be mirrored.
+
+    The solver runs a few steps, and all of them without a network, to count its evaluations. Workers share a device.
+    """
+    guidance = 2.0 if isinstance(stage.guidance, str) else stage.guidance  # of a law: any that guides
+    with FakeTensorMode(), torch.no_grad():
+        denoiser = Denoiser(UViT(teacher))
+        cond = blank_cond(teacher.core, stage.batch, tokens)
+        x = torch.zeros(stage.batch, teacher.space.channels, teacher.resolution, teacher.resolution)
+        few, whole = (Guided(network, cond, guidance=guidance) for network in (denoiser, lambda x, *_: x))
+        run = spent(lambda: _solved(stage, min(FEW, stage.steps), few, x))
+        _solved(stage, stage.steps, whole, x)
+    core, weights = bytes_of(denoiser.net.core), bytes_of(denoiser)
+    each = run["forward"] / stage.batch / few.nfe
+    return Cost(
+        parameters={"core": core // 4, "levels": (weights - core) // 4, "training": 0},
+        work={"forward": each * whole.nfe * (1 + stage.flip)},
+        memory=Memory(weights, 0, 0, 0, 0, weights + (stage.workers or 1) * run["peak"]),
+    )
+
+
+def _solved(stage: PairsStage, steps: int, denoise: Guided, x: Tensor) -> Tensor:
+    """As the stage's `Ode` goes from images or latents x, in so many steps; which noise levels does not matter."""
+    levels = [float(i) for i in range(steps + 1)]
+    if stage.direction == "invert":
+        return solve(denoise, x, levels, stage.sampler)
+    return solve(denoise, levels[-1] * x, levels[::-1], stage.sampler)
+
+
+# --- a generator ------------------------------------------------------------------------------------------------------
+
+
+def distill_cost(
+    config: NetConfig,
+    teacher: NetConfig,
+    settings: TrainSettings,
+    losses: LossSettings,
+    *,
+    law: Law | None = None,
+    frozen: NetConfig | None = None,
+    free: int = 0,
+    tokens: int = 32,
+    bf16: bool = False,
+) -> Cost:
+    """The cost of training a generator of `config` with the pairs and the features of `teacher`.
+
+    Parameters are the generator's. law: of the pairs' guidance weights. frozen: what it grew out of, whose tensors do
+    not train, but those of its last `free` residual blocks. Judges from outside are not loaded, and cost nothing here.
+    """
+    n = settings.micro_batch
+    with FakeTensorMode():
+        net, judge = UViT(config), Denoiser(UViT(teacher))
+        if frozen is not None:
+            trains = last_blocks(frozen, free)
+            freeze(net, [name for name in inherited(net.state_dict(), config, frozen) if not name.startswith(trains)])
+        objective = _objective(Generator(net), TeacherFeatures(judge), losses, law, _Captions(config.core, tokens))
+        if settings.activation_checkpointing:
+            recompute_blocks(net)
+        batch = _batch(config, n, law)
+        parts = {part: _update(objective, part, batch, settings, bf16) for part in objective.modules}
+    return Cost(
+        parameters=parts[GENERATOR].parameters(bytes_of(net.core) // 4),
+        work={part: (p.forward + p.backward) / n for part, p in parts.items()},
+        memory=memory_of(list(parts.values()), settings, others=bytes_of(judge)),
+    )
+
+
+def _update(
+    objective: DistillObjective, part: str, batch: DistillBatch, settings: TrainSettings, bf16: bool
+) -> Measured:
+    module = objective.modules[part]
+    run = spent(lambda: objective.loss(batch, part).loss, bf16=bf16)
+    module.zero_grad(set_to_none=True)
+    return measured(module, settings, run)
+
+
+def _objective(
+    generator: Generator, teacher: TeacherFeatures, losses: LossSettings, law: Law | None, text: _Captions
+) -> DistillObjective:
+    """The objective, with stand-ins for judges from outside."""
+    outside, elsewhere = judges_named(losses), _Elsewhere(teacher)
+    return DistillObjective(
+        generator,
+        elsewhere if "discriminator" in outside else teacher,
+        text,
+        losses,
+        seed=0,
+        distance=FeatureDistance(elsewhere if "distance" in outside else teacher),
+        similarity=(lambda images, texts: images.mean()) if "similarity" in outside else None,
+        law=law,
+        labels=_Labels(teacher) if law else None,
+    )
+
+
+def _batch(config: NetConfig, n: int, law: Law | None) -> DistillBatch:
+    image, latent = (
+        torch.zeros(n, config.space.channels, side, side) for side in (config.resolution, config.latent_resolution)
+    )
+    texts = tuple(map(str, range(n)))  # all different, as the captions of a batch nearly are
+    index: Any = range(n)  # the numbers in a fake tensor cannot be read
+    told, captions = (torch.ones(n), torch.zeros(n, dtype=torch.int64)) if law else (None, None)
+    return DistillBatch(image, texts, index, latent, image, texts, told, captions)
+
+
+@dataclass(frozen=True)
+class _Captions:
+    """Conditions for whatever captions, each of as many tokens."""
+
+    core: CoreConfig
+    tokens: int
+
+    def cond(self, texts: Sequence[str]) -> Cond:
+        return blank_cond(self.core, len(texts), self.tokens)
+
+
+class _Labels(Labels):
+    """Labels by what the teacher sees in pictures, without the estimator, whose few layers cost next to nothing."""
+
+    def __init__(self, features: TeacherFeatures) -> None:
+        self.features = features
+
+    def __call__(self, images: Tensor, cond: Cond) -> Tensor:
+        return described(self.features, images, cond)[:, 0]
+
+
+class _Elsewhere:
+    """Features in the place of those of a network that is not loaded: an image's mean, one token."""
+
+    def __init__(self, teacher: TeacherFeatures) -> None:
+        self.teacher, self.vec_width = teacher, teacher.vec_width
+        self.channels = teacher.teacher.space.channels
+
+    def widths(self, resolution: int) -> list[int]:
+        return [self.channels]
+
+    def vec(self, cond: Cond) -> Tensor:
+        return self.teacher.vec(cond)
+
+    def __call__(self, images: Tensor, cond: Cond, crop: Tensor) -> Seen:
+        return Seen([images.mean((2, 3))[:, None]], self.vec(cond))

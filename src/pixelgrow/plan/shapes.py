@@ -1,0 +1,101 @@
+"""The network that each stage of a recipe makes, known before anything is trained or allocated."""
+
+from __future__ import annotations
+
+from os.path import expanduser
+from pathlib import Path
+
+from pixelgrow.checkpoint import read_config
+from pixelgrow.errors import UserError
+from pixelgrow.external.autoencoder import Autoencoder
+from pixelgrow.growth import grown_config, last_blocks
+from pixelgrow.model import find, one_step_settings
+from pixelgrow.models.config import PIXELS, CoreConfig, NetConfig, Space
+from pixelgrow.models.sizes import core_config, shallow_uvit
+from pixelgrow.recipe.data import TextSpec
+from pixelgrow.recipe.stages import (
+    DistillStage,
+    EvaluateStage,
+    GrowStage,
+    ModelStage,
+    PairsStage,
+    Recipe,
+    Stage,
+    TrainStage,
+    is_folder,
+    wrong_kind,
+)
+from pixelgrow.text.spec import describe
+from pixelgrow.writing import reading
+
+
+def networks(recipe: Recipe) -> dict[str, NetConfig]:
+    """The network of every stage that makes one, by name. Raises UserError for shapes that do not go together."""
+    nets: dict[str, NetConfig] = {}
+    space = Autoencoder(recipe.latent.autoencoder).space if recipe.latent else PIXELS
+    for stage in recipe.stages:
+        if stage.parent is not None and is_folder(stage.parent):
+            _check_kind(stage, stage.parent)
+        if isinstance(stage, ModelStage):
+            nets[stage.name] = network(stage, nets, recipe, space)
+    return nets
+
+
+def _check_kind(stage: Stage, folder: str) -> None:
+    """UserError if the checkpoint that a stage names is not of the kind that it takes."""
+    config = read_config(find(folder))
+    generator = config.objective == "generate"
+    if isinstance(stage, EvaluateStage) and generator:
+        one_step_settings(config, stage.given)
+    if wrong := wrong_kind(stage, folder, generator):
+        raise UserError(f"stage {stage.name!r}: {wrong}")
+
+
+def network(stage: ModelStage, nets: dict[str, NetConfig], recipe: Recipe, space: Space = PIXELS) -> NetConfig:
+    """The network that a stage makes, given those of the stages before it."""
+    if isinstance(stage, TrainStage) and stage.parent is None:
+        assert stage.size is not None and stage.resolution is not None
+        core = planned_core(stage.size, recipe.text)
+        return shallow_uvit(
+            stage.size, stage.resolution, stride=stage.stride, patch=stage.patch, core=core, space=space
+        )
+    config = parent_network(str(stage.parent), nets)
+    if isinstance(stage, DistillStage):
+        return config.model_copy(update={"guided": _follows_law(stage.pairs, recipe)})
+    if isinstance(stage, GrowStage):
+        one_step = stage.pairs is not None
+        last_blocks(config, stage.base_blocks)  # raises where there are fewer
+        if stage.pairs is not None and config.guided != _follows_law(stage.pairs, recipe):
+            is_told, have = ("is told", "none") if config.guided else ("is not told", "one")
+            raise UserError(
+                f"stage {stage.name!r}: {stage.parent} {is_told} the guidance weight and the guidance of the pairs "
+                f"{stage.pairs} follows {have} of its laws: name pairs like those that it was distilled on"
+            )
+        for to in stage.to:
+            config = grown_config(config, to, stage.init, patch=stage.patch, blocks=stage.blocks, generator=one_step)
+    return config
+
+
+def _follows_law(pairs: str, recipe: Recipe) -> bool:
+    """Whether each pair of a stage has a guidance weight of its own."""
+    made = recipe.stage(pairs)
+    return isinstance(made, PairsStage) and made.law is not None
+
+
+def parent_network(parent: str, nets: dict[str, NetConfig]) -> NetConfig:
+    """The network of a stage, or of the checkpoint folder that a `from` names."""
+    return read_config(find(parent)).network if is_folder(parent) else nets[parent]
+
+
+def planned_core(size: str, text: TextSpec) -> CoreConfig:
+    """The core of a size for an encoder on this machine; for one that is not, the size's reference width stands in."""
+    if is_here(text):
+        spec = describe(text.encoder, text.max_tokens)
+        return core_config(size, text_dim=spec.dim or None, pooled_dim=spec.pooled_dim or None, classes=text.classes)
+    return core_config(size)
+
+
+def is_here(text: TextSpec) -> bool:
+    """Whether an encoder's width can be read without asking a hub."""
+    with reading(text.encoder):
+        return bool(text.classes) or text.encoder == "minilm" or Path(expanduser(text.encoder)).is_dir()

@@ -1,0 +1,121 @@
+"""What a recipe says of what goes in: sources of images, what is held out of them, text encoder, latents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from pixelgrow.data.scenes.source import MAX_SCENES
+from pixelgrow.diffusion.sampling_spec import Spec
+
+SCENES = ("n", "captions", "seed", "split")  # what the built-in scenes are told
+
+
+class TextSpec(Spec):
+    """The frozen text encoder, or class labels instead: `{classes: N}` is short for `{encoder: "labels:N"}`."""
+
+    encoder: str = "minilm"
+    max_tokens: int = Field(32, ge=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _classes(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and "classes" in given:
+            if "encoder" in given:
+                raise ValueError(
+                    f"got encoder: {given['encoder']} and classes: {given['classes']}, expected one of the two; "
+                    f"for class labels write text={{classes: {given['classes']}}} and nothing else"
+                )
+            return {k: v for k, v in given.items() if k != "classes"} | {"encoder": f"labels:{given['classes']}"}
+        return given
+
+    @field_validator("encoder")
+    @classmethod
+    def _labels(cls, encoder: str) -> str:
+        head, _, count = encoder.partition(":")
+        if head == "labels" and not (count.isdigit() and int(count) > 0):
+            raise ValueError(f"got {encoder!r}, expected labels:N with N the number of classes")
+        return encoder
+
+    @property
+    def classes(self) -> int:
+        """Number of classes; 0 for a text encoder."""
+        head, _, count = self.encoder.partition(":")
+        return int(count) if head == "labels" else 0
+
+
+class LatentSpec(Spec):
+    """Work in the latents of a diffusers `AutoencoderKL`, a folder or a repository of the hub; a word alone names it.
+
+    Resolutions of the stages are then sides of latents. Pictures are encoded once, as centre crops.
+    """
+
+    autoencoder: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, given: Any) -> Any:
+        return {"autoencoder": given} if isinstance(given, str) else given
+
+
+class DataSpec(Spec):
+    """One source of captioned images, or of images in classes; a word alone is its `source`.
+
+    `source`: scenes (drawn, with `n`, `captions`, `seed`, `split`) or the path of a folder or of tar shards.
+    `kind` says what a path holds, should looking at it not tell. `weight`: share of the mixture; by size if left out.
+    """
+
+    source: str
+    kind: Literal["auto", "folder", "classes", "tar"] = "auto"
+    weight: float | None = Field(None, gt=0)
+    n: int | None = Field(None, ge=1, le=MAX_SCENES)
+    captions: int | None = Field(None, ge=1)
+    seed: int | None = None
+    split: Literal["train", "heldout"] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_form(cls, given: Any) -> Any:
+        return {"source": given} if isinstance(given, str) else given
+
+    @model_validator(mode="after")
+    def _scenes_alone(self) -> DataSpec:
+        extra = [k for k in SCENES if getattr(self, k) is not None]
+        if extra and self.source != "scenes":
+            raise ValueError(f"{extra[0]} belongs to `source: scenes`, but the source is {self.source!r}; drop it")
+        if self.source == "scenes" and self.kind != "auto":
+            raise ValueError(f"kind: got {self.kind!r}, but scenes are drawn and no path; drop it")
+        return self
+
+    @property
+    def opening(self) -> dict[str, Any]:
+        """What `pixelgrow.data` is asked to open."""
+        return self.model_dump(
+            exclude_none=True, include={"source", *(SCENES if self.source == "scenes" else ["kind"])}
+        )
+
+
+def _listed(data: Any) -> Any:
+    return [data] if isinstance(data, Mapping | str) else data
+
+
+Mixture = Annotated[tuple[DataSpec, ...], BeforeValidator(_listed), Field(min_length=1)]  # one source, or several
+
+
+class HeldoutSpec(DataSpec):
+    """What is kept from training: a source of its own, or a `fraction` of the data (at least 16 images)."""
+
+    source: str = ""
+    fraction: float = Field(0.02, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> HeldoutSpec:
+        if self.source and "fraction" in self.model_fields_set:
+            raise ValueError("give a source or a fraction, not both")
+        if self.weight is not None:
+            raise ValueError(f"weight: got {self.weight:g}, but held-out data is no mixture; drop it")
+        if self.kind != "auto" and not self.source:
+            raise ValueError(f"kind: got {self.kind!r} without a source that it says something of; drop it")
+        return self

@@ -1,0 +1,215 @@
+"""Whether the stages of a recipe go together: names, parents, kinds, resolutions, pairs; every mistake one line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+
+from pixelgrow.diffusion.sampling_spec import check_one_step
+from pixelgrow.errors import UserError
+from pixelgrow.onestep.losses import LAWS
+from pixelgrow.recipe.data import TextSpec
+from pixelgrow.recipe.stages import (
+    DistillStage,
+    EstimateStage,
+    EvaluateStage,
+    GrowStage,
+    ModelStage,
+    PairsStage,
+    Stage,
+    TrainStage,
+    is_folder,
+    makes_generator,
+    wrong_kind,
+)
+
+
+def _models(stages: Iterable[Stage]) -> list[str]:
+    return [s.name for s in stages if isinstance(s, ModelStage)]
+
+
+def check_place(stages: Sequence[Stage], where: str) -> None:
+    """Names are unique, parents stand earlier, resolutions grow."""
+    *before, stage = stages
+    earlier = with_parents(before)
+    if stage.name in [s.name for s in earlier]:
+        raise UserError(f"{where}: two stages are called {stage.name!r}; give each a name of its own")
+    at = f"stage {stage.name!r}"
+    models = _models(earlier)
+    parent = _parent_of(stage, earlier)
+    if parent is None:
+        if not isinstance(stage, TrainStage):
+            raise UserError(
+                f"{where}: {at} has no model to start from: put a train stage before it, or name a checkpoint"
+            )
+    elif parent not in models and not is_folder(parent):
+        known = unknown(parent, models, "stage") if models else f"no stage before it makes a model, got {parent!r}"
+        raise UserError(f"{where}: {at}: from: {known} (a checkpoint folder is written with a slash)")
+    _check_kind(earlier, stage, parent, f"{where}: {at}")
+    if isinstance(stage, GrowStage | DistillStage | EstimateStage) and stage.pairs is not None:
+        made = {s.name: s for s in earlier if isinstance(s, PairsStage)}
+        if stage.pairs not in made:
+            raise UserError(f"{where}: {at}: pairs: {unknown(stage.pairs, made, 'stage of pairs')}")
+        _check_teacher(earlier, stage, parent, made[stage.pairs], f"{where}: {at}")
+        if not isinstance(stage, EstimateStage):
+            _check_sides(earlier, stage, parent, made[stage.pairs], f"{where}: {at}")
+        _check_guidance(earlier, stage, made[stage.pairs], f"{where}: {at}")
+    if isinstance(stage, GrowStage):
+        assert parent is not None
+        if stage.patch is not None and stage.init != "preserve" and _is_uvit(earlier, parent):
+            raise UserError(
+                f"{where}: {at}: patch: got {stage.patch}, but init: {stage.init} keeps the levels and the patch of "
+                "an earlier growth; drop it"
+            )
+        low = resolution_of(earlier, parent)
+        for to in stage.to:
+            if low and (to <= low or to % low or (to // low) & (to // low - 1)):
+                raise UserError(
+                    f"{where}: {at}: to: got {to}, expected {low} doubled once or more: {2 * low}, {4 * low}, ..."
+                )
+            low = to
+
+
+def _check_kind(earlier: Sequence[Stage], stage: Stage, parent: str | None, where: str) -> None:
+    """One-step generators are grown with pairs, and are no teachers; a folder's kind is seen before a run."""
+    made = next((s for s in earlier if s.name == parent), None)
+    if made is None:
+        return
+    if wrong := wrong_kind(stage, made.name, makes_generator(made)):
+        raise UserError(f"{where}: {wrong}")
+    if isinstance(stage, EvaluateStage) and isinstance(made, DistillStage | GrowStage) and makes_generator(made):
+        pairs = {s.name: s.law for s in earlier if isinstance(s, PairsStage)}
+        try:
+            check_one_step(stage.given, guided=pairs[str(made.pairs)] is not None)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+
+
+def _check_teacher(
+    earlier: Sequence[Stage],
+    stage: GrowStage | DistillStage | EstimateStage,
+    parent: str | None,
+    pairs: PairsStage,
+    where: str,
+) -> None:
+    """Pairs are the teacher's own; of a checkpoint folder the weights' hash tells, when the stage runs."""
+    by_name: dict[str | None, Stage] = {s.name: s for s in earlier}
+    of: Stage | None = stage
+    while isinstance(of, GrowStage):
+        of, parent = by_name.get(parent), by_name[parent].parent if parent in by_name else None
+    if parent in by_name and pairs.parent in by_name and parent not in _kept_in(by_name, pairs.parent):
+        raise UserError(f"{where}: pairs: {pairs.name} is of {pairs.parent}, and the teacher is {parent}: name its own")
+
+
+def _check_sides(
+    earlier: Sequence[Stage], stage: GrowStage | DistillStage, parent: str | None, pairs: PairsStage, where: str
+) -> None:
+    """Pairs of a larger teacher are of no use, and those that were drawn are as large as their teacher draws."""
+    made = resolution_of(earlier, str(pairs.parent))
+    side = stage.to[-1] if isinstance(stage, GrowStage) else resolution_of(earlier, str(parent))
+    if made is None or side is None or made == side or (made < side and pairs.direction == "invert"):
+        return
+    raise UserError(
+        f"{where}: pairs: {pairs.name} is of {pairs.parent} at {made} px, and the stage draws at {side} px: name "
+        f"pairs of a teacher of {side} px, or pairs with direction: invert of a smaller one"
+    )
+
+
+def _kept_in(by_name: Mapping[str | None, Stage], name: str | None) -> list[str | None]:
+    """A stage, and those whose models are unchanged inside its own: it was grown from them by `preserve`, frozen."""
+    names = [name]
+    while (
+        isinstance(stage := by_name.get(names[-1]), GrowStage)
+        and stage.init == "preserve"
+        and not stage.trains_core
+        and stage.unfreeze_after is None
+    ):
+        names.append(stage.parent)
+    return names
+
+
+def check_losses(stage: Stage, text: TextSpec, where: str) -> None:
+    """CLIP reads captions, and a recipe of classes has none."""
+    if isinstance(stage, GrowStage | DistillStage) and stage.losses and stage.losses.similarity and text.classes:
+        raise UserError(
+            f"{where}: stage {stage.name!r}: losses.similarity compares pictures with captions, and a recipe of "
+            f"{{classes: {text.classes}}} has none; drop it"
+        )
+
+
+def _check_guidance(
+    earlier: Sequence[Stage], stage: GrowStage | DistillStage | EstimateStage, pairs: PairsStage, where: str
+) -> None:
+    """Weights are estimated from pictures drawn with those of a law; of pairs of a law an estimator is needed where
+    there is a discriminator, and nowhere else."""
+    if isinstance(stage, EstimateStage):
+        if pairs.law is None or pairs.direction != "draw":
+            raise UserError(
+                f"{where}: pairs: {pairs.name} has direction: {pairs.direction} and guidance: {pairs.guidance}, "
+                f"expected pictures drawn with weights of a law: direction: draw and guidance: {', '.join(LAWS)}"
+            )
+        return
+    made = [s.name for s in earlier if isinstance(s, EstimateStage)]
+    adversarial = stage.losses is None or stage.losses.adversarial
+    if pairs.law is not None and adversarial and stage.estimator is None:
+        raise UserError(
+            f"{where}: pairs: {pairs.name} has guidance: {pairs.law}, so the discriminator asks for a weight of real "
+            "pictures too: write estimator: and the name of an estimate stage"
+        )
+    if stage.estimator is not None:
+        if pairs.law is None or not adversarial:
+            why = f"the pairs have guidance: {pairs.guidance}, no law" if adversarial else "there is no discriminator"
+            raise UserError(f"{where}: estimator: got {stage.estimator!r}, but {why}; drop it")
+        if stage.estimator not in made:
+            raise UserError(f"{where}: estimator: {unknown(stage.estimator, made, 'estimate stage')}")
+
+
+def _is_uvit(stages: Sequence[Stage], name: str) -> bool:
+    """Whether the model that a stage makes has levels around its core from a growth with `random` or `scratch`."""
+    by_name = {s.name: s for s in stages}
+    while (stage := by_name.get(name)) is not None:
+        if isinstance(stage, GrowStage) and stage.init != "preserve":
+            return True
+        name = stage.parent or ""
+    return False
+
+
+def resolution_of(stages: Iterable[Stage], name: str) -> int | None:
+    """Image side of the model that a stage makes; None where only a checkpoint on disk knows."""
+    by_name = {s.name: s for s in stages}
+    stage = by_name.get(name)
+    if isinstance(stage, GrowStage):
+        return stage.to[-1]
+    if isinstance(stage, TrainStage) and stage.resolution:
+        return stage.resolution
+    return resolution_of(by_name.values(), stage.parent or "") if isinstance(stage, ModelStage) else None
+
+
+def with_parents(stages: Sequence[Stage]) -> list[Stage]:
+    """Every stage with its parent named. Where the recipe names none: the teacher of the pairs that a generator is
+    distilled from, or a weight estimated from; else the last model before it."""
+    done: list[Stage] = []
+    for stage in stages:
+        if stage.parent is None and not isinstance(stage, TrainStage):
+            stage = stage.model_copy(update={"parent": _parent_of(stage, done)})
+        done.append(stage)
+    return done
+
+
+def _parent_of(stage: Stage, earlier: Sequence[Stage]) -> str | None:
+    """What a stage starts from, after stages whose parents are named: None if nothing, or a mistake."""
+    if stage.parent is not None or isinstance(stage, TrainStage):
+        return stage.parent
+    teachers = {s.name: s.parent for s in earlier if isinstance(s, PairsStage)}
+    if isinstance(stage, DistillStage | EstimateStage) and stage.pairs in teachers:
+        return teachers[stage.pairs]
+    return next(reversed(_models(earlier)), None)
+
+
+def unknown(got: str, known: Iterable[str], what: str) -> str:
+    """`unknown key 'imagess'; did you mean 'images'?`, or all that there are."""
+    known = list(known)
+    near = difflib.get_close_matches(got, known, n=1, cutoff=0.5)
+    return f"unknown {what} {got!r}; " + (
+        f"did you mean {near[0]!r}?" if near else f"expected one of {', '.join(known)}"
+    )

@@ -1,0 +1,300 @@
+"""What a recipe says: its stages in order, and what they all share, as validated settings."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import ConfigDict, Field, field_validator, model_validator
+
+from pixelgrow.diffusion.denoiser import DiffusionConfig
+from pixelgrow.diffusion.sampling_spec import SamplingSpec, Spec
+from pixelgrow.models.sizes import SIZES
+from pixelgrow.onestep.losses import LAWS, Law
+from pixelgrow.onestep.settings import LossSettings, Preset, with_preset
+from pixelgrow.recipe.data import HeldoutSpec, LatentSpec, Mixture, TextSpec
+from pixelgrow.training.settings import TrainSettings
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of recipes and stages: they become folders
+
+
+class TrainedStage(TrainSettings):
+    """What stages that train share: a name, a parent, and the training settings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_by_name=True, validate_by_alias=True)
+
+    name: str = Field(pattern=NAME)
+    parent: str | None = Field(None, alias="from")
+
+    def training(self, images: int | None = None) -> TrainSettings:
+        """The training settings alone; for a phase of `images`, with every length that was left out filled in anew."""
+        mine = type(self).model_fields
+        own = {k for k, f in TrainSettings.model_fields.items() if mine[k].default != f.default} | self.model_fields_set
+        given = {k: getattr(self, k) for k in own if k in TrainSettings.model_fields}
+        return TrainSettings(**given | ({} if images is None else {"images": images}))
+
+
+class ModelStage(TrainedStage):
+    """What stages that make a checkpoint share: data of their own, and how the checkpoint is sampled."""
+
+    data: Mixture | None = None
+    sampling: SamplingSpec | None = None
+
+
+def is_folder(parent: str) -> bool:
+    """Whether a `from` names a checkpoint folder, not a stage."""
+    return "/" in parent
+
+
+class TrainStage(ModelStage):
+    """Train a core in its Shallow-UViT from nothing; or, with `from`, a checkpoint on other data or other terms."""
+
+    size: str | None = None
+    resolution: int | None = Field(None, ge=1)
+    stride: int = Field(4, ge=1, description="pixels per core token")
+    patch: int | None = Field(None, ge=1, description="pixels per cell of the entry's map; the stride if left out")
+    diffusion: DiffusionConfig = DiffusionConfig()
+
+    @field_validator("size")
+    @classmethod
+    def _size(cls, size: str | None) -> str | None:
+        if size is not None and size not in SIZES:
+            raise ValueError(f"got {size!r}, expected one of {', '.join(SIZES)}")
+        return size
+
+    @model_validator(mode="after")
+    def _new_or_from(self) -> TrainStage:
+        shape = {"size", "resolution", "stride", "patch", "diffusion"} & self.model_fields_set
+        if self.parent is not None and shape:
+            raise ValueError(f"{min(shape)} comes from the checkpoint named by `from`; drop one of the two")
+        if self.parent is None and (self.size is None or self.resolution is None):
+            raise ValueError("a stage without `from` needs both `size` and `resolution`")
+        if self.resolution is not None and self.resolution % self.stride:
+            raise ValueError(f"resolution {self.resolution} is not a multiple of the stride {self.stride}")
+        return self
+
+
+class GrowStage(ModelStage):
+    """Grow a checkpoint to a higher resolution, then train.
+
+    `init`: new levels at random around the core (`random`), or so that the function is kept (`preserve`); `scratch`
+    takes the shape of `random` and loads nothing. `core`: `frozen`, `finetune`, or `{unfreeze_after: N}` images.
+    `to`: one resolution, or several in ascending order to grow in steps before training.
+    """
+
+    to: tuple[int, ...] = Field(min_length=1)
+    init: Literal["preserve", "random", "scratch"] = "preserve"
+    core: Literal["frozen", "finetune"] = "frozen"
+    unfreeze_after: int | None = Field(None, ge=1)
+    patch: int | None = Field(None, ge=1, description="pixels per cell of the new top map")
+    blocks: int = Field(1, ge=1, description="residual blocks in each new half level")
+    pairs: str | None = Field(None, description="of a one-step generator: the stage that made its teacher's pairs")
+    fraction: float = Field(1.0, gt=0, le=1, description="of the pairs")
+    estimator: str | None = Field(None, description="of a guided generator: the stage that labels real pictures")
+    preset: Preset | None = None
+    base_blocks: int = Field(0, ge=0, description="of a one-step generator: its last residual blocks, which train too")
+    losses: LossSettings | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        given = dict(given)
+        core = given.get("core")
+        if isinstance(core, Mapping) and set(core) == {"unfreeze_after"} and "unfreeze_after" not in given:
+            given |= {"core": "frozen", "unfreeze_after": core["unfreeze_after"]}
+        if "to" in given and not isinstance(given["to"], list | tuple):
+            given["to"] = [given["to"]]
+        return given if given.get("pairs") is None else with_preset(given, "grow")
+
+    @model_validator(mode="after")
+    def _regimes(self) -> GrowStage:
+        if self.unfreeze_after is not None:
+            if self.core != "frozen":
+                raise ValueError(f"unfreeze_after goes with core: frozen, not with core: {self.core}")
+            if self.unfreeze_after >= self.images:
+                raise ValueError(f"unfreeze_after ({self.unfreeze_after}) is not below images ({self.images})")
+        if self.pairs is None:
+            odd = {"fraction", "estimator", "losses", "preset", "base_blocks"} & self.model_fields_set
+            if odd:
+                raise ValueError(f"{min(odd)} is for the growth of a one-step generator; write pairs: too, or drop it")
+        else:
+            _no_denoiser(self)
+            if self.base_blocks and self.trains_core:
+                raise ValueError("base_blocks is for a frozen base; drop it, or core: finetune")
+            if self.unfreeze_after is not None:
+                raise ValueError("unfreeze_after is for the growth of a denoiser; drop it, or write core: finetune")
+        if self.init == "scratch" and (
+            self.unfreeze_after or ("core" in self.model_fields_set and self.core == "frozen")
+        ):
+            raise ValueError("init: scratch trains everything; drop core: frozen")
+        return self
+
+    @property
+    def trains_core(self) -> bool:
+        """Whether the core trains from the first image on."""
+        return self.init == "scratch" or self.core == "finetune"
+
+
+def _no_denoiser(stage: ModelStage) -> None:
+    """ValueError if the training of a one-step generator is told what is a denoiser's alone."""
+    odd = {"noise", "weighting", "multiscale", "cond_dropout", "sampling"} & stage.model_fields_set
+    if odd:
+        raise ValueError(f"{min(odd)} is for the training of a denoiser, a one-step generator has none; drop it")
+    if stage.data is not None:
+        raise ValueError("data: a one-step generator trains on the data of its pairs; drop it")
+
+
+class DistillStage(ModelStage):
+    """Distil a teacher, that of the pairs, to a one-step generator (PaGoDA, arXiv 2405.14822) on the stage `pairs`.
+
+    Where the pairs' guidance follows a law, generator and discriminator take the weight as a condition, and `estimator`
+    names the stage whose estimates stand for the weights of real pictures. Learning rate, betas and decay are ours;
+    `preset: paper` or `released-code` fills in what is known of theirs.
+    """
+
+    pairs: str
+    fraction: float = Field(1.0, gt=0, le=1, description="of the pairs; the paper found 1% enough")
+    estimator: str | None = None
+    preset: Preset | None = None
+    losses: LossSettings = LossSettings()
+    betas: tuple[float, float] = (0.0, 0.99)
+    weight_decay: float = Field(0.0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, given: Any) -> Any:
+        return with_preset(given, "distill") if isinstance(given, Mapping) else given
+
+    @model_validator(mode="after")
+    def _of_denoisers(self) -> DistillStage:
+        _no_denoiser(self)
+        return self
+
+
+class PairsStage(Spec):
+    """Join a teacher's data with latents by its ODE, for distilling it (PaGoDA, arXiv 2405.14822).
+
+    `n` images are inverted, and their mirror images too with `flip`; with `direction: draw` the teacher draws an image
+    from each of `n` latents instead (the distillation baseline). `guidance` 1 is none, as in the paper's inversion; the
+    name of a law gives each image a weight of its own, and a generator that is distilled from such pairs takes the
+    weight as a condition: `captions`, `recaptions`, or, where samples have several, `mixed`: the first law for the
+    caption that came first, the second for the others, as in the paper.
+    """
+
+    name: str = Field(pattern=NAME)
+    parent: str | None = Field(None, alias="from")
+    data: Mixture | None = None
+    n: int = Field(ge=1)
+    direction: Literal["invert", "draw"] = "invert"
+    sampler: Literal["heun", "ddim", "dpm++2m"] = "heun"
+    steps: int = Field(40, ge=2, description="levels of the grid; heun evaluates 2 * steps - 1 times")
+    guidance: float | Law = 1.0
+    flip: bool = False
+    batch: int = Field(64, ge=1)
+    shard: int = Field(1024, ge=1, description="images in a file; a multiple of batch")
+    workers: int | None = Field(None, ge=1, description="shards made side by side; if left out, one on each GPU")
+    bad_limit: float = Field(0.01, ge=0, le=1)
+
+    @field_validator("guidance", mode="before")
+    @classmethod
+    def _guidance(cls, guidance: Any) -> Any:
+        number = isinstance(guidance, int | float) and not isinstance(guidance, bool) and 0 <= guidance < math.inf
+        if not number and guidance not in LAWS:
+            raise ValueError(f"got {guidance!r}, expected a weight >= 0 (1: none) or a law: {', '.join(LAWS)}")
+        return guidance
+
+    @property
+    def law(self) -> Law | None:
+        """The law of the pairs' guidance weights; None where all have the same."""
+        return self.guidance if isinstance(self.guidance, str) else None
+
+    @model_validator(mode="after")
+    def _shards(self) -> PairsStage:
+        if self.shard % self.batch:
+            raise ValueError(f"shard: got {self.shard}, expected a multiple of batch ({self.batch})")
+        if self.flip and self.direction == "draw":
+            raise ValueError("flip mirrors images that are inverted; drop it, or direction: draw")
+        return self
+
+
+class EstimateStage(TrainedStage):
+    """Learn what guidance weight a picture was drawn with, from `pairs` that were drawn with weights of a law (PaGoDA,
+    arXiv 2405.14822); network and settings are ours. A tenth of the pairs is held out."""
+
+    pairs: str
+    snapshot_every: int | None = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _of_descriptions(self) -> EstimateStage:
+        images = {"noise", "weighting", "multiscale", "cond_dropout", "flip", "workers", "bad_limit", "sample_every"}
+        odd = (images | {"activation_checkpointing"}) & self.model_fields_set
+        if odd:
+            raise ValueError(f"{min(odd)}: an estimator trains on what its teacher sees in pictures; drop it")
+        return self
+
+
+class EvaluateStage(SamplingSpec):
+    """Draw held-out prompts, ask the checker (scenes), and measure the held-out error by noise level.
+
+    Sampling settings that are left out are the checkpoint's own.
+    """
+
+    name: str = Field(pattern=NAME)
+    parent: str | None = Field(None, alias="from")
+    prompts: int = Field(256, ge=1)
+    batch: int = Field(64, ge=1)
+
+
+Stage = TrainStage | GrowStage | PairsStage | EstimateStage | DistillStage | EvaluateStage
+VERBS: dict[str, type[Stage]] = {
+    "train": TrainStage,
+    "grow": GrowStage,
+    "pairs": PairsStage,
+    "estimate": EstimateStage,
+    "distill": DistillStage,
+    "evaluate": EvaluateStage,
+}
+
+
+def makes_generator(stage: Stage) -> bool:
+    """Whether what a stage makes is a one-step generator."""
+    return isinstance(stage, DistillStage) or (isinstance(stage, GrowStage) and stage.pairs is not None)
+
+
+def wrong_kind(stage: Stage, parent: str, generator: bool) -> str | None:
+    """What is wrong with a stage whose parent is a one-step `generator`, or is none; None if nothing is."""
+    if isinstance(stage, EvaluateStage):
+        return None
+    if not isinstance(stage, GrowStage):
+        return (
+            f"from: {parent} is a one-step generator, expected a multi-step model; name another" if generator else None
+        )
+    if generator and stage.pairs is None:
+        return f"{parent} is a one-step generator: write pairs: and the name of its pairs' stage"
+    if not generator and stage.pairs is not None:
+        return f"pairs: {parent} is a multi-step model, which grows without; drop it"
+    return None
+
+
+class Head(Spec):
+    """A recipe without its stages."""
+
+    name: str = Field(pattern=NAME)
+    seed: int = 0
+    text: TextSpec = TextSpec()
+    latent: LatentSpec | None = None
+    data: Mixture
+    heldout: HeldoutSpec = HeldoutSpec()
+
+
+class Recipe(Head):
+    """A whole recipe; read one with `pixelgrow.recipe.read.load_recipe`."""
+
+    stages: tuple[Stage, ...] = Field(min_length=1)
+
+    def stage(self, name: str) -> Stage:
+        """The stage of a name."""
+        return next(s for s in self.stages if s.name == name)

@@ -1,0 +1,212 @@
+"""What the command line shows: plans, checkpoints and sources as tables for people."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from os.path import expanduser
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from pixelgrow.training.log import duration
+from pixelgrow.writing import reading
+
+if TYPE_CHECKING:
+    from pixelgrow.checkpoint import CheckpointConfig
+    from pixelgrow.data.inspect import Inspection, Lengths
+    from pixelgrow.plan.recipe import StagePlan
+    from pixelgrow.recipe.data import DataSpec
+    from pixelgrow.recipe.stages import Recipe
+
+YEAR = 365.25 * 86400
+
+
+def count(n: float, unit: str = "") -> str:
+    """A number in three digits and a suffix: 3.04M, 75.5T."""
+    for power, suffix in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if abs(n) >= 0.9995 * 10**power:
+            return f"{n / 10**power:.3g}{suffix}{unit}"
+    return f"{n:.3g}{unit}"
+
+
+def size_of(n: float) -> str:
+    """Bytes for people: 12.3 MiB."""
+    for power, suffix in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if n >= 2**power:
+            return f"{n / 2**power:.1f} {suffix}"
+    return f"{n:.0f} B"
+
+
+def time_of(seconds: float) -> str:
+    """A time for people, up to years."""
+    if seconds >= YEAR:
+        return f"{seconds / YEAR:,.0f} years" if seconds >= 2 * YEAR else f"{seconds / YEAR:.1f} years"
+    return f"{seconds / 86400:.1f} days" if seconds >= 3 * 86400 else duration(seconds)
+
+
+def _table(*columns: str, title: str = "") -> Table:
+    table = Table(title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", header_style="dim")
+    return table
+
+
+def recipe_heading(recipe: Recipe, folder: Path, done: Sequence[str] = ()) -> RenderableType:
+    """Name, data, text, which stages are `done`, and what the table of stages does not say."""
+    held = _data(recipe.heldout) if recipe.heldout.source else f"{100 * recipe.heldout.fraction:g}% of the data"
+    from pixelgrow.plan.shapes import is_here
+    from pixelgrow.recipe.stages import DistillStage, EstimateStage, EvaluateStage, GrowStage, ModelStage, PairsStage
+
+    assumed = (
+        ""
+        if is_here(recipe.text)
+        else " (neither minilm nor a folder here: taken as a name on the hub, its width as the size's reference)"
+    )
+    lines = [
+        f"recipe {recipe.name}, seed {recipe.seed}, in {folder}",
+        f"data: {', '.join(_data(d) for d in recipe.data)}; held out: {held}",
+        f"text: {recipe.text.encoder}, {recipe.text.max_tokens} tokens{assumed}",
+    ]
+    if done:
+        lines.append(f"done before: {', '.join(done)}")
+    for s in recipe.stages:
+        if isinstance(s, ModelStage | PairsStage) and s.data is not None:
+            lines.append(f"{s.name}: data {', '.join(_data(d) for d in s.data)}")
+        if isinstance(s, EvaluateStage):
+            lines.append(f"{s.name}: evaluate {s.parent}, {s.prompts:,} prompts")
+        elif isinstance(s, PairsStage):
+            told = f", guidance {s.guidance}" if s.guidance != 1 else ""
+            lines.append(f"{s.name}: {s.direction} {s.n:,} pairs of {s.parent}, {s.sampler}, {s.steps} levels{told}")
+        elif isinstance(s, EstimateStage):
+            lines.append(f"{s.name}: estimate guidance weights from {s.pairs}, {s.images:,} images; not in the table")
+        elif isinstance(s, DistillStage):
+            lines.append(f"{s.name}: distil {s.parent} on {s.pairs}, {s.images:,} images")
+        elif isinstance(s, GrowStage) and s.pairs is not None:
+            lines.append(f"{s.name}: grow generator {s.parent} to {s.to[-1]} px, {s.images:,} images")
+    return Text("\n".join(lines))
+
+
+def _data(spec: DataSpec) -> str:
+    with reading(spec.source):
+        found = "" if spec.source == "scenes" or Path(expanduser(spec.source)).exists() else " (not there yet)"
+    return spec.source + (f" x {spec.weight:g}" if spec.weight is not None else "") + found
+
+
+def plan_tables(plans: Sequence[StagePlan], rate: float, how: str) -> RenderableType:
+    """Stages, sizes, images, cost; then memory by what it is for. `rate`: FLOP/s achieved; `how` it is known."""
+    work = _table("stage", "pixels", "images", "micro-batch", "core", "levels", "training", "FLOP/image", "time")
+    for p in plans:
+        sizes = [count(p.cost.parameters[k]) for k in ("core", "levels", "training")]
+        flops = " + ".join(map(count, p.cost.work.values()))
+        work.add_row(
+            f"{p.name}: {p.what}", str(p.resolution), f"{p.images:,}", str(p.batch), *sizes, flops,
+            time_of(p.seconds(rate)),
+        )  # fmt: skip
+    memory = _table("memory", "weights", "gradients", "optimizer", "averages", "activations", "peak of a step")
+    for p in plans:
+        m = p.cost.memory
+        parts = (m.weights, m.gradients, m.optimizer, m.averages, m.activations, m.peak)
+        memory.add_row(f"{p.name}: {p.what}", *map(size_of, parts))
+    sums = "forward + backward; of a one-step generator, its update + its discriminator's; of pairs, forward"
+    note = f"FLOP/image: {sums}. Time at {count(rate)}FLOP/s, {how}; one device."
+    if any(list(p.cost.work) == ["forward"] for p in plans):
+        note += " Pairs are made in fp32, which a GPU does slower than that."
+    return Group(work, Text(), memory, Text(), Text(note, style="dim"))
+
+
+def checkpoint_tables(folder: Path, config: CheckpointConfig, parts: dict[str, int]) -> RenderableType:
+    """What `info` shows of a checkpoint."""
+    from pixelgrow.checkpoint import KINDS
+
+    net = config.network
+    one_step = config.objective == "generate"
+    defaults = f"one evaluation, latents of {net.latent_resolution} px" if one_step else "the library's defaults"
+    facts = Table(box=None, show_header=False, pad_edge=False)
+    rungs = ", ".join(
+        f"{'-'.join(str(v.resolution) for v in r.levels)} px on {r.attach}, patch {r.patch}" for r in net.rungs
+    )
+    rows = {
+        "checkpoint": str(folder),
+        "kind": KINDS[config.objective].removeprefix("a "),
+        "resolution": f"{net.resolution} px; sides are multiples of {net.stride}",
+        "core": f"{net.size}: {net.core.depth} blocks, {net.core.width} wide, {net.core.heads} heads; "
+        f"{net.core_resolution // net.core_stride}x{net.core_resolution // net.core_stride} tokens at "
+        f"{net.core_resolution} px",
+        "rungs": rungs,
+        "denoiser": f"{config.diffusion.prediction}, sigma at the core from {config.diffusion.sigma_min:g} "
+        f"to {config.diffusion.sigma_max:g}",
+        "text": f"{config.text.get('encoder', 'none')}, {config.text.get('max_tokens', 0)} tokens",
+        "sampling": ", ".join(f"{k} {v}" for k, v in config.sampling.items()) or defaults,
+        "weights": f"sha256 {config.sha256}",
+    }
+    if config.latent:
+        rows["latents"] = f"of {config.latent.get('autoencoder')}; resolutions are sides of latents"
+    for name, value in rows.items():
+        facts.add_row(Text(name, style="dim"), value)
+    sizes = _table("parameters", "")
+    for name, n in parts.items():
+        sizes.add_row(name, f"{n:,}")
+    sizes.add_row("all", f"{sum(parts.values()):,}", style="bold")
+    lineage = Table(box=None, show_header=False, pad_edge=False)
+    for i, entry in enumerate(config.lineage, 1):
+        lineage.add_row(str(i), ", ".join(f"{k} {_shown(v)}" for k, v in entry.items()))
+    return Group(facts, Text(), sizes, Text(), Text("lineage", style="dim"), lineage)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return "(" + ", ".join(f"{k} {v}" for k, v in value.items()) + ")"
+    if type(value) is int:
+        return f"{value:,}"
+    return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)  # hashes are shortened
+
+
+def inspection_tables(found: Inspection) -> RenderableType:
+    """What `data` shows of a source."""
+    facts = _table(f"{found.name} ({found.kind})", "")
+    facts.add_row("files", f"{found.files:,}")
+    facts.add_row("usable image-caption pairs", f"{found.samples:,}")
+    facts.add_row("files passed over, neither image nor caption", f"{found.ignored:,}")
+    if found.unnamed:
+        facts.add_row("images without a line in metadata.jsonl, passed over", f"{found.unnamed:,}")
+    facts.add_row(f"bad files (headers of all, {found.decoded:,} decoded)", f"{len(found.bad):,}")
+    if not found.classes:
+        facts.add_row(f"distinct captions among {found.captions:,}", f"{found.distinct:,}")
+        facts.add_row("words in a caption", _spread(found.words))
+        facts.add_row("characters in a caption", _spread(found.characters))
+    sides = _table("smaller side", "images")
+    for low, n in found.sides:
+        sides.add_row(f"{low} to {2 * low - 1} px", f"{n:,}")
+    stages = _table("a stage at", "sees images")
+    for (h, w), n in found.stages:
+        stages.add_row(f"{h}x{w}", f"{n:,}")
+    parts: list[RenderableType] = [facts, Text(), sides, Text(), stages]
+    if found.classes:
+        classes = _table("class", "images")
+        for name, n in found.classes:
+            classes.add_row(name, f"{n:,}")
+        parts += [Text(), classes]
+    if found.bad:
+        bad = _table("bad files", "", "such as")
+        for reason in found.reasons():
+            bad.add_row(Text(reason.text), f"{reason.files:,}", Text(reason.example))
+        parts += [Text(), bad]
+    if found.sheet is not None:
+        parts += [Text(), Text(f"contact sheet: {found.sheet}")]
+    return Group(*parts)
+
+
+def _spread(lengths: Lengths) -> str:
+    return f"{lengths.least} to {lengths.most}, median {lengths.median}, 95% up to {lengths.p95}"
+
+
+def show(*parts: object) -> None:
+    """Print tables and lines."""
+    shown = sys.stdout.isatty()  # names of files and classes are not ours: [a] is no markup in them, :cat: no emoji
+    console = Console(soft_wrap=not shown, width=None if shown else 200, markup=False, emoji=False)
+    for part in parts:
+        console.print(part)

@@ -1,0 +1,272 @@
+"""Each distinct caption encoded once, in a memory map that runs and stages share.
+
+A folder per encoder fingerprint holds `records.f16` (per caption: the pooled vector, then its tokens), `index.bin` (per
+caption: hash of the text, where its record starts, its number of tokens) and `encoder.json` (for people). Records and
+index only grow, the records first, so a kill at any moment leaves a usable cache: what the index does not name does not
+exist.
+"""
+
+from __future__ import annotations
+
+import errno
+import gc
+import hashlib
+import io
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+
+from pixelgrow.errors import UserError
+from pixelgrow.models.cond import Cond
+from pixelgrow.text.encoders import TextEncoder, TokenBatch, assemble, label_cond, load_spec
+from pixelgrow.text.spec import describe
+
+_ENTRY = np.dtype([("hi", "<u8"), ("lo", "<u8"), ("start", "<u8"), ("length", "<u4"), ("check", "<u4")])
+_SLAB = 16384  # captions tokenized at a time
+_FLUSH = 1024  # captions between two writes
+_log = logging.getLogger(__name__)
+
+
+class TextCache:
+    """Encodings of captions by the encoder `encoder_name`, on disk under `folder`.
+
+    The encoder is in memory only while `ensure` finds something missing. Several processes may use one folder: they
+    write one after the other. With "labels:N" there is nothing to store and captions are decimal labels.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        encoder_name: str = "minilm",
+        max_tokens: int = 32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Raises UserError if the encoder cannot be found; reads no weight of it. `device` is where it would run."""
+        self.spec = describe(encoder_name, max_tokens)
+        self.folder = Path(folder) / self.spec.fingerprint[:16]
+        self._device = device
+        self._reload()
+
+    @property
+    def dim(self) -> int:
+        return self.spec.dim
+
+    @property
+    def pooled_dim(self) -> int:
+        return self.spec.pooled_dim
+
+    @property
+    def fingerprint(self) -> str:
+        return self.spec.fingerprint
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, text: str) -> bool:
+        return bool(self._find([text])[0] >= 0)
+
+    def ensure(self, texts: Iterable[str], progress: Callable[[int, int], None] | None = None) -> int:
+        """Encode and store what is missing of `texts`; returns how many captions that was.
+
+        `progress(done, total)` is called after each batch, in captions. Batches are a function of `texts` alone, not of
+        what is there already, so an interrupted call that is repeated leaves the same bytes for each caption.
+        Raises UserError if the folder cannot be written, or if an encoding is not finite.
+        """
+        wanted = list(dict.fromkeys(texts))
+        if self.spec.classes is not None:
+            label_cond(wanted, self.spec)
+            return 0
+        if (self._find(wanted) >= 0).all():
+            return 0
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self._lock():
+                self._reload()  # another process may have been here
+                return self._fill(wanted, progress)
+        except OSError as error:
+            what = "the disk is full" if error.errno == errno.ENOSPC else str(error.strerror or error)
+            raise UserError(
+                f"text cache {self.folder} cannot be written: {what}; expected a writable folder with space; "
+                "what was stored so far is kept, run again"
+            ) from error
+
+    def cond(self, texts: Sequence[str]) -> Cond:
+        """The stored conditions of `texts`, float32 on the CPU; tokens (B, L, dim), L the longest's rounded up to 8.
+
+        KeyError names a caption that `ensure` was not given.
+        """
+        if self.spec.classes is not None:
+            return label_cond(texts, self.spec)
+        found = self._find(texts)
+        if (found < 0).any():
+            raise KeyError(f"caption not in the text cache, ensure() it first: {texts[int(found.argmin())]!r}")
+        dim, pooled_dim = self.dim, self.pooled_dim
+        items = []
+        entries = self._entries[found]
+        for start, length in zip(entries["start"].tolist(), entries["length"].tolist(), strict=True):
+            middle = start + pooled_dim
+            items.append(
+                (self._records[middle : middle + length * dim].reshape(length, dim), self._records[start:middle])
+            )
+        return assemble(items, dim, pooled_dim)
+
+    # Reading
+
+    def _reload(self) -> None:
+        """Read the index, and drop from its end what a kill or a power cut left unfinished."""
+        index, records = self.folder / "index.bin", self.folder / "records.f16"
+        entries = np.empty(0, _ENTRY)
+        if index.exists() and records.exists():
+            entries = np.fromfile(index, _ENTRY, count=index.stat().st_size // _ENTRY.itemsize)
+            good = (entries["check"] == _check(entries)) & (self._ends(entries) * 2 <= records.stat().st_size)
+            entries = entries[: len(good) if good.all() else int(good.argmin())]
+        self._entries = entries
+        # As many fp16 numbers as the index vouches for.
+        self._stored = int(self._ends(entries[-1:])[0]) if len(entries) else 0
+        self._records: NDArray[np.float16] = np.empty(0, np.float16)
+        if self._stored:
+            self._records = np.asarray(np.memmap(records, np.float16, mode="r", shape=(self._stored,)))
+        self._order = np.argsort(entries["hi"], kind="stable")
+        self._sorted = entries["hi"][self._order]
+
+    def _ends(self, entries: NDArray[Any]) -> NDArray[np.uint64]:
+        return entries["start"] + np.uint64(self.pooled_dim) + entries["length"].astype(np.uint64) * np.uint64(self.dim)
+
+    def _find(self, texts: Sequence[str]) -> NDArray[np.int64]:
+        """The entry of each text, -1 where there is none."""
+        keys = _keys(texts)
+        found = np.full(len(texts), -1, np.int64)
+        at = np.searchsorted(self._sorted, keys["hi"])
+        rows = np.arange(len(texts))
+        while len(rows):  # once, unless two captions share the upper 64 bits of their hash
+            rows = rows[at[rows] < len(self._sorted)]
+            rows = rows[self._sorted[at[rows]] == keys["hi"][rows]]
+            entry = self._order[at[rows]]
+            same = self._entries["lo"][entry] == keys["lo"][rows]
+            found[rows[same]] = entry[same]
+            rows = rows[~same]
+            at[rows] += 1
+        return found
+
+    # Writing
+
+    def _lock(self) -> FileLock:
+        lock = FileLock(self.folder / "lock")
+        try:
+            lock.acquire(timeout=0)
+            lock.release()
+        except Timeout:
+            _log.info("waiting for another process that writes the text cache %s", self.folder)
+        return lock
+
+    def _fill(self, wanted: list[str], progress: Callable[[int, int], None] | None) -> int:
+        missing = self._find(wanted) < 0
+        total, done = int(missing.sum()), 0
+        if not total:
+            return 0
+        _log.info("encoding %d captions with %s", total, self.spec.name)
+        encoder: TextEncoder | None = load_spec(self.spec, self._device)
+        try:
+            assert encoder is not None
+            self._describe()
+            with _open(self.folder / "records.f16") as records, _open(self.folder / "index.bin") as index:
+                writer = _Writer(records, index, self._stored, len(self._entries))
+                for start in range(0, len(wanted), _SLAB):
+                    slab, lacks = wanted[start : start + _SLAB], missing[start : start + _SLAB]
+                    for batch in encoder.plan(slab) if lacks.any() else ():
+                        keep = [i for i, row in enumerate(batch.rows) if lacks[row]]
+                        if keep:
+                            rows = self._encode(encoder, batch, slab)[keep]
+                            writer.add([slab[batch.rows[i]] for i in keep], batch.ids.shape[1], rows)
+                            done += len(keep)
+                            if progress is not None:
+                                progress(done, total)
+                writer.flush()
+        finally:
+            encoder = None
+            gc.collect()  # a module's hooks may hold cycles
+            self._reload()
+        return done
+
+    def _encode(self, encoder: TextEncoder, batch: TokenBatch, texts: Sequence[str]) -> NDArray[np.float16]:
+        """Records (B, pooled_dim + L * dim) of a batch."""
+        out = encoder.run(batch)
+        rows = torch.cat([out.pooled, out.tokens.flatten(1)], 1).half()
+        finite = rows.isfinite().all(1)
+        if not finite.all():
+            text = texts[batch.rows[int(finite.int().argmin())]]
+            raise UserError(
+                f"text encoder {encoder.name!r} gives numbers beyond float16 for {text!r}; expected finite ones; "
+                "check the encoder's weights or drop that caption"
+            )
+        return rows.numpy()
+
+    def _describe(self) -> None:
+        facts = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self.spec).items()}
+        temporary = self.folder / f"encoder.json.{os.getpid()}"
+        temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(self.folder / "encoder.json")
+
+
+def _open(path: Path) -> io.FileIO:
+    path.touch()
+    return path.open("r+b", buffering=0)  # a buffer would try again at close after the disk was full
+
+
+class _Writer:
+    """Appends to both files, the records first and through to the disk."""
+
+    def __init__(self, records: io.FileIO, index: io.FileIO, stored: int, count: int) -> None:
+        """Cuts off what lies behind `stored` fp16 numbers and `count` entries: an earlier call left it unfinished."""
+        self._records, self._index, self._end = records, index, stored
+        self._rows: list[NDArray[np.float16]] = []
+        self._entries: list[NDArray[Any]] = []
+        records.truncate(records.seek(stored * 2))
+        index.truncate(index.seek(count * _ENTRY.itemsize))
+
+    def add(self, texts: Sequence[str], length: int, rows: NDArray[np.float16]) -> None:
+        """Take the records `rows` (B, pooled_dim + length * dim) of `texts`."""
+        entries, keys = np.empty(len(texts), _ENTRY), _keys(texts)
+        entries["hi"], entries["lo"], entries["length"] = keys["hi"], keys["lo"], length
+        entries["start"] = self._end + np.arange(len(texts), dtype=np.uint64) * np.uint64(rows.shape[1])
+        entries["check"] = _check(entries)
+        self._end += rows.size
+        self._rows.append(rows)
+        self._entries.append(entries)
+        if sum(map(len, self._entries)) >= _FLUSH:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was taken."""
+        for stream, arrays in ((self._records, self._rows), (self._index, self._entries)):
+            for array in arrays:
+                rest = memoryview(np.ascontiguousarray(array).tobytes())
+                while rest:
+                    rest = rest[_write(stream, rest) :]
+            os.fsync(stream.fileno())
+            arrays.clear()
+
+
+def _write(stream: io.FileIO, data: memoryview) -> int:
+    return stream.write(data)
+
+
+def _keys(texts: Sequence[str]) -> NDArray[Any]:
+    """128-bit hashes as two uint64 fields."""
+    hashed = b"".join(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest() for text in texts)
+    return np.frombuffer(hashed, np.dtype([("hi", "<u8"), ("lo", "<u8")]))
+
+
+def _check(entries: NDArray[Any]) -> NDArray[np.uint32]:
+    """A checksum that zeros, as a power cut may leave them, do not pass."""
+    mixed = entries["hi"] ^ (entries["lo"] * np.uint64(3)) ^ (entries["start"] * np.uint64(5)) ^ entries["length"]
+    return ((mixed >> np.uint64(32)) ^ mixed ^ np.uint64(0x70697867)).astype(np.uint32)

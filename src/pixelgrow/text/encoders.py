@@ -1,0 +1,215 @@
+"""Frozen text encoders: captions in, tokens and a pooled vector out.
+
+T5 and BERT sentence encoders pool by the mean over real tokens, CLIP by its own rule (the state at the end-of-text
+token).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pixelgrow.errors import UserError
+from pixelgrow.external import hub
+from pixelgrow.models.cond import Cond
+from pixelgrow.text.spec import EncoderSpec, describe
+
+_CPU_TOKENS = 512  # tokens per pass; more is slower, as they leave the core's caches
+_GPU_TOKENS = 16384
+_ROUND = 8  # the token axis of a batch is a multiple of this, so that few shapes occur
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Captions of equal length in tokens: `rows` are their positions in the list planned, `ids` is (B, L) int64."""
+
+    rows: list[int]
+    ids: Tensor
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """`tokens` (B, L, dim) and `pooled` (B, pooled_dim), float32 on the CPU."""
+
+    tokens: Tensor
+    pooled: Tensor
+
+
+class TextEncoder:
+    """A frozen encoder in memory. Captions are run in batches of equal length, so none is padded and no mask is needed:
+    an encoding does not depend on what else is encoded, but for rounding.
+    """
+
+    def __init__(self, spec: EncoderSpec, model: nn.Module, tokenizer: Any, device: torch.device | str = "cpu") -> None:
+        self.spec = spec
+        self.model = model.eval().requires_grad_(False).to(device)
+        self._tokenizer = tokenizer
+        self._device = torch.device(device)
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def dim(self) -> int:
+        return self.spec.dim
+
+    @property
+    def pooled_dim(self) -> int:
+        return self.spec.pooled_dim
+
+    @property
+    def max_tokens(self) -> int:
+        return self.spec.max_tokens
+
+    @property
+    def fingerprint(self) -> str:
+        return self.spec.fingerprint
+
+    def plan(self, texts: Sequence[str]) -> list[TokenBatch]:
+        """Cut `texts` into batches of equal length, shortest first; a function of `texts` alone."""
+        if not texts:
+            return []
+        # A lone surrogate, as a badly decoded file leaves them, is no UTF-8 and would stop the tokenizer.
+        clean = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
+        ids = self._tokenizer(clean, truncation=True, max_length=self.max_tokens, padding=False)["input_ids"]
+        by_length: dict[int, list[int]] = defaultdict(list)
+        for row, one in enumerate(ids):
+            by_length[len(one)].append(row)
+        if 0 in by_length:
+            empty = texts[by_length[0][0]]
+            raise UserError(
+                f"text encoder {self.name!r} makes no token of {empty!r}; expected at least one; "
+                "use a tokenizer that adds an end-of-text token, or drop that caption"
+            )
+        batches, budget = [], _CPU_TOKENS if self._device.type == "cpu" else _GPU_TOKENS
+        for length in sorted(by_length):
+            rows, size = by_length[length], max(1, budget // length)
+            for start in range(0, len(rows), size):
+                part = rows[start : start + size]
+                batches.append(TokenBatch(part, torch.tensor([ids[row] for row in part])))
+        return batches
+
+    @torch.inference_mode()
+    def run(self, batch: TokenBatch) -> Encoding:
+        """Encode one batch of `plan`."""
+        ids = batch.ids.to(self._device)
+        out = self.model(input_ids=ids, attention_mask=torch.ones_like(ids))
+        tokens = out.last_hidden_state.float()  # (B, L, D)
+        pooled = out.pooler_output.float() if self.spec.model_type == "clip_text_model" else tokens.mean(1)  # (B, P)
+        return Encoding(tokens.cpu(), pooled.cpu())
+
+    def encode(self, texts: Sequence[str]) -> Cond:
+        """The conditions of `texts`, (B, L, dim), float32 on the CPU; L is the longest caption's, rounded up to 8."""
+        found: list[tuple[NDArray[Any], NDArray[Any]]] = [(np.empty(0), np.empty(0))] * len(texts)
+        for batch in self.plan(texts):
+            out = self.run(batch)
+            for row, tokens, pooled in zip(batch.rows, out.tokens.numpy(), out.pooled.numpy(), strict=True):
+                found[row] = (tokens, pooled)
+        return assemble(found, self.dim, self.pooled_dim)
+
+
+class LabelEncoder:
+    """Class labels in the place of captions: nothing is loaded, the network learns one token per class."""
+
+    def __init__(self, spec: EncoderSpec) -> None:
+        self.spec = spec
+        self.name, self.dim, self.pooled_dim = spec.name, spec.dim, spec.pooled_dim
+        self.max_tokens, self.fingerprint = spec.max_tokens, spec.fingerprint
+
+    def encode(self, texts: Sequence[str]) -> Cond:
+        """`Cond.labels` (B,) from decimal labels; UserError if one is no number or out of range."""
+        return label_cond(texts, self.spec)
+
+
+def load_encoder(
+    name: str = "minilm", max_tokens: int = 32, device: torch.device | str = "cpu"
+) -> TextEncoder | LabelEncoder:
+    """Load the frozen encoder `name` (see `text_spec.describe`) in float32; captions are cut after `max_tokens`.
+
+    Raises UserError if it cannot be found or loaded, or if its weights do not fit its configuration.
+    """
+    spec = describe(name, max_tokens)
+    return LabelEncoder(spec) if spec.classes is not None else load_spec(spec, device)
+
+
+def load_spec(spec: EncoderSpec, device: torch.device | str = "cpu") -> TextEncoder:
+    """Load the encoder that `spec` describes."""
+    import transformers
+
+    assert spec.folder is not None
+    classes: dict[str, Any] = {
+        "t5": transformers.T5EncoderModel,
+        "mt5": transformers.MT5EncoderModel,
+        "umt5": transformers.UMT5EncoderModel,
+        "clip_text_model": transformers.CLIPTextModel,
+        "bert": transformers.BertModel,
+    }
+    extra: dict[str, Any] = {"add_pooling_layer": False} if spec.model_type == "bert" else {}
+    label = f"text encoder {spec.name!r}"
+    with hub.loading(label, spec.folder):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(spec.folder, local_files_only=True)
+    model = hub.pretrained(label, spec.folder, classes[spec.model_type], **extra)
+    if len(tokenizer) > model.config.vocab_size:
+        raise UserError(
+            f"text encoder {spec.name!r}: the tokenizer in {spec.folder} knows {len(tokenizer)} tokens, the model "
+            f"{model.config.vocab_size}; expected no more than the model's; use the tokenizer that belongs to it"
+        )
+    _log.debug("text encoder %s: %d parameters", spec.name, sum(p.numel() for p in model.parameters()))
+    return TextEncoder(spec, model, tokenizer, device)
+
+
+def assemble(items: Sequence[tuple[NDArray[Any], NDArray[Any]]], dim: int, pooled_dim: int) -> Cond:
+    """A padded batch from rows of (tokens (l, dim), pooled (pooled_dim,)); padding is zero and masked out; float32."""
+    count = len(items)
+    longest = max((len(tokens) for tokens, _ in items), default=0)
+    width = max(_ROUND, -(-longest // _ROUND) * _ROUND)
+    dtype = items[0][0].dtype if items else np.float32  # torch widens float16 faster than numpy does
+    tokens = np.zeros((count, width, dim), dtype)
+    pooled = np.zeros((count, pooled_dim), dtype)
+    mask = np.zeros((count, width), np.bool_)
+    for row, (one, whole) in enumerate(items):
+        tokens[row, : len(one)] = one
+        pooled[row] = whole
+        mask[row, : len(one)] = True
+    null = torch.zeros(count, dtype=torch.bool)
+    return Cond(torch.from_numpy(tokens).float(), torch.from_numpy(mask), torch.from_numpy(pooled).float(), null)
+
+
+def label_cond(texts: Sequence[str], spec: EncoderSpec) -> Cond:
+    """`Cond.labels` (B,) int64 from decimal labels; UserError if one is no number in [0, classes)."""
+    assert spec.classes is not None
+    for text in texts:
+        if not (text.isascii() and text.isdecimal() and int(text) < spec.classes):
+            raise UserError(
+                f"class {text!r} is unknown; expected a whole number from 0 to {spec.classes - 1}: name data of class "
+                "folders, or a model that reads captions"
+            )
+    labels = torch.tensor([int(text) for text in texts], dtype=torch.int64)
+    return Cond(None, None, None, torch.zeros(len(texts), dtype=torch.bool), labels)
+
+
+def as_labels(prompts: Sequence[str], names: Sequence[str], classes: int) -> list[str]:
+    """Class names, or numbers below `classes`, as decimal labels; a name that is a number is taken as a name first.
+
+    Raises UserError for a class that is neither.
+    """
+    labels = []
+    for prompt in prompts:
+        if prompt in names:
+            labels.append(str(names.index(prompt)))
+        elif prompt.isascii() and prompt.isdecimal() and int(prompt) < classes:
+            labels.append(str(int(prompt)))
+        else:
+            known = f"one of {', '.join(names)}, or " if names else ""
+            raise UserError(f"class {prompt!r} is unknown: expected {known}a number from 0 to {classes - 1}")
+    return labels

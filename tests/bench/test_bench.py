@@ -1,0 +1,266 @@
+"""The benchmarks at their smallest: that they run, and that their arithmetic is right."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pixelgrow import checkpoint
+from pixelgrow.data.scenes.seeing import look
+from pixelgrow.diffusion.generator import Generator
+from pixelgrow.growth import ungrown
+from pixelgrow.model import find
+from pixelgrow.models.uvit import UViT
+from pixelgrow.stages import grow, train
+from pixelgrow.stages import pairs as stages_of_pairs
+from text_models import save_t5
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+# --- throughput -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["core", "preserve", "sample"])
+def test_throughput_measures_a_case(kind: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from bench import throughput
+
+    case = f"tiny:{kind}:{16 if kind == 'core' else 64}"
+    throughput.main(["--only", case, "--here", "--batch", "1", "--rounds", "2", "--gemm", "64", "--seconds", "0.001"])
+    result = json.loads(capsys.readouterr().out)
+    assert result["case"] == case
+    assert len(result["shares"]) == 2 and result["share"] > 0
+    assert result["images_per_s"] > 0 and result["gemm_gflops"] > 0
+    assert case.split(":")[1] in throughput.table([result])
+
+
+def test_throughput_counts_attention_and_not_what_is_frozen() -> None:
+    from bench import throughput
+
+    def flops(kind: str) -> float:
+        under = throughput.Conditions("cpu", "fp32", False, batch=1, rounds=1, gemm=64, seconds=1e-3)
+        return float(throughput.measure(throughput.Case("tiny", kind, 64), under)["gflop_per_image"])
+
+    assert flops("preserve") < 0.75 * flops("random")
+
+
+def test_throughput_refuses_what_is_no_case(capsys: pytest.CaptureFixture[str]) -> None:
+    from bench import throughput
+
+    with pytest.raises(SystemExit):
+        throughput.main(["--only", "tiny:random:32"])
+    assert "grown ones above 32 px" in capsys.readouterr().err
+
+
+def test_throughput_plots_cost_by_resolution(tmp_path: Path) -> None:
+    from bench import throughput
+
+    results: list[dict[str, Any]] = [
+        {"size": "tiny", "kind": kind, "resolution": side, "images_per_s": 1e3 / side, "memory_mib": side, "batch": 1}
+        for kind, side in (("core", 32), ("random", 64), ("preserve", 64))
+    ]
+    throughput.plot(results, tmp_path / "figures" / "throughput.png")
+    assert (tmp_path / "figures" / "throughput.png").stat().st_size > 1000
+
+
+# --- growth -----------------------------------------------------------------------------------------------------------
+
+
+def test_growth_dry_run_shares_out_equal_compute(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from bench import growth, growth_plan
+
+    argv = ["--dry-run", "--root", str(tmp_path / "runs"), "--budget", "0.5"]
+    growth.main(argv)
+    out = capsys.readouterr().out
+    assert all(name in out for name in growth_plan.REGIMES) and "minutes at 90 GFLOP/s" in out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_growth_budgets_are_equal_to_within_a_batch() -> None:
+    from bench import growth, growth_plan
+
+    names = ["scratch", "frozen-random", "frozen-preserve", "unfreeze-preserve"]
+    args = growth.parser().parse_args(["--batch", "8", "--low", "16", "--to", "32", "--regimes", *names])
+    plan = growth_plan.make_plan(args)
+    totals = {n: plan.starts(n) + sum(p.cost for p in phases) for n, phases in plan.regimes.items()}
+    for name, phases in plan.regimes.items():
+        slack = sum(8 * p.flops for p in phases) + 8 * plan.core.flops
+        assert abs(totals[name] - (args.core + args.growth) * growth_plan.TERA) <= slack
+    assert plan.regimes["frozen-preserve"][0].flops < plan.regimes["frozen-random"][0].flops
+    assert plan.regimes["frozen-random"][0].flops < plan.regimes["scratch"][0].flops
+
+
+def test_growth_crossing_is_interpolated() -> None:
+    from bench.growth_summary import Curve, crossing
+
+    curve = Curve([10.0, 20.0, 30.0, 40.0], {"mean": [1.0, 0.5, 0.6, 0.2]})
+    assert crossing(curve, 1.5) == 10.0
+    assert crossing(curve, 0.75) == pytest.approx(15.0)
+    assert crossing(curve, 0.4) == pytest.approx(35.0)
+    assert crossing(curve, 0.1) is None
+
+
+def test_growth_fractions_leave_the_core_out_where_both_have_it() -> None:
+    from bench.growth_plan import Phase, Plan
+    from bench.growth_summary import Curve, fractions
+
+    def curve(flops: list[float], errors: list[float]) -> Curve:
+        return Curve(flops, {"mean": errors})
+
+    curves = {
+        "frozen-preserve": curve([100, 150, 200], [0.5, 0.3, 0.1]),
+        "frozen-random": curve([100, 200], [1.0, 0.4]),
+        "scratch": curve([0, 200], [1.0, 0.2]),
+    }
+    found = fractions(curves, Plan(Phase(100, 1.0), {}, {}))
+    assert found == {"frozen-random": pytest.approx(0.25), "scratch": pytest.approx(175 / 200)}
+
+
+def test_growth_runs_goes_on_and_summarizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bench.growth_plan import Phase, Plan
+
+    from bench import growth
+
+    save_t5(tmp_path / "t5")
+    for module, values in ((train, {"GRID_STEPS": 1}), (grow, {"GRID": 1, "GRID_STEPS": 1})):
+        for name, value in values.items():
+            monkeypatch.setattr(module, name, value)
+    few = Phase(2, 1e9)
+    regimes = {"scratch": (few,), "frozen-random": (few,), "frozen-preserve": (few,), "unfreeze-preserve": (few, few)}
+    plan = Plan(few, regimes, dict.fromkeys(regimes, 1000000000.0))
+    monkeypatch.setattr(growth, "make_plan", lambda _: plan)
+    argv = ["--root", str(tmp_path / "runs"), "--figures", str(tmp_path / "figures"), "--encoder", str(tmp_path / "t5")]
+    small = {"seeds": 1, "low": 16, "to": 32, "batch": 2, "captions": 4, "heldout": 1, "evaluations": 1, "prompts": 2}
+    argv += [word for k, v in (small | {"steps": 1}).items() for word in (f"--{k}", str(v))]
+    with pytest.raises(SystemExit, match="a target is missed"):  # one step meets none
+        growth.main(argv)
+    first = capsys.readouterr().out
+    assert "scratch | total compute" in first and "| unfreeze-preserve |" in first
+    (seed,) = json.loads((tmp_path / "runs" / "results.json").read_text())["seeds"]
+    curve = seed["curves"]["unfreeze-preserve"]
+    assert curve["flops"] == [2e9, 4e9, 4e9, 6e9] and len(curve["errors"]["20"]) == 4
+    assert seed["curves"]["scratch"]["flops"] == [0, 2e9]
+    assert {"background", "colour"} <= seed["accuracy"]["scratch"].keys()
+    assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == ["growth.png", "growth_by_noise.png"]
+    weights = tmp_path / "runs" / "seed0" / "scratch" / "checkpoint" / "model.safetensors"
+    written = weights.stat().st_mtime_ns
+    growth.execute(plan, growth.parser().parse_args(argv))
+    assert weights.stat().st_mtime_ns == written
+
+
+# --- one step ---------------------------------------------------------------------------------------------------------
+
+
+def test_onestep_measures_speed_parts_and_resolutions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("diffusers")
+    from bench import onestep
+
+    onestep.main(["--quick", "--figures", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "times faster" in out and "| of it, growth blocks |" in out and "| 128 |" in out
+    assert (tmp_path / "onestep.png").stat().st_size > 1000
+
+
+def test_onestep_counts_what_each_rung_costs_without_allocating() -> None:
+    from bench import onestep
+
+    (config,) = onestep.shapes(["tiny"], 256).values()
+    found = onestep.counted(lambda: Generator(UViT(config)), lambda g: onestep.drawn(g, *onestep.inputs(config)))
+    assert len(found) == 4 and [c.flops for c in found] == sorted(c.flops for c in found)
+    more = [b.flops - a.flops for a, b in pairwise(found)]
+    assert more[2] > 3 * more[1]  # four times the pixels, the same channels
+
+
+# --- pairs ------------------------------------------------------------------------------------------------------------
+
+
+def test_pairs_are_mended_and_another_teacher_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench import pairs
+
+    monkeypatch.setattr(pairs, "IMAGES", 6)
+    monkeypatch.setattr(pairs, "SHARD", 2)
+    monkeypatch.setattr(stages_of_pairs, "CHECKED", 2)
+    model, config = checkpoint.load(find("tiny"))
+    alone = config.model_copy(update={"lineage": config.lineage[:1]})  # of the core
+    checkpoint.save(tmp_path / "teacher", ungrown(model), alone)
+    pairs.work(str(tmp_path / "teacher"), str(tmp_path / "run"))
+    assert pairs.whole(tmp_path / "run") == 3 and len(pairs.contents(tmp_path / "run")) == 4
+    found = pairs.cut_off(tmp_path / "teacher", tmp_path / "run", random.Random(0))
+    assert found["found"] and found["same"] and found["alone"]
+    said = pairs.refused(tmp_path / "teacher", tmp_path / "run")
+    assert "its parent" in said["stage"] and "changed since it was begun" in said["stage"]
+    assert "the pairs are of the teacher" in said["distillation"]
+
+
+def test_the_shipped_core_inverts_to_30_db_at_79_evaluations() -> None:
+    from bench import pairs
+
+    found = pairs.round_trip(ungrown(checkpoint.load(find("tiny"))[0]), images=2)
+    assert list(found)[-1] == "stored" and min(found.values()) > pairs.TARGET
+
+
+# --- editing ----------------------------------------------------------------------------------------------------------
+
+
+def test_editing_knows_an_edit_that_is_right_from_none() -> None:
+    from bench import editing
+
+    cases = [editing.recolour(scene) for scene in editing.heldout(30)]
+    done = [editing.judge(look(case.changed.render(64, 64)), case) for case in cases]
+    not_done = [editing.judge(look(case.scene.render(64, 64)), case) for case in cases]
+    assert np.mean([d["right"] for d in done]) >= 0.9 and not any(d["right"] for d in not_done)
+    assert all(case.new in case.after and case.new not in case.before.split() for case in cases)
+    assert np.mean([d["place"] for d in not_done]) >= 0.9
+
+
+def test_editing_masks_the_second_group_alone() -> None:
+    from bench import editing
+
+    for scene in editing.heldout(20, lambda spec: bool(spec.relation)):
+        mask, wanted, words = editing.replaced(scene)
+        first, second = scene.spec.groups
+        inside = {o.colour: mask[int(64 * o.y), int(64 * o.x)] for o in scene.view().objects}
+        assert (inside[first.colour], inside[second.colour]) == (False, True)
+        assert wanted.groups[1].colour in words and second.colour != wanted.groups[1].colour
+
+
+def test_editing_runs_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from bench import editing
+
+    with pytest.raises(SystemExit, match="a target is missed: transfer"):  # two steps are too few
+        editing.main(["tiny", "--cases", "2", "--steps", "2", "--guidance", "1", "--figures", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "transfer: right" in out and "known 0" in out and "bicubic_psnr" in out
+    names = ["edit-inpaint.png", "edit-interpolate.png", "edit-transfer.png", "edit-upscale.png"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+
+
+# --- all of them ------------------------------------------------------------------------------------------------------
+
+
+def test_every_bench_is_a_module(capsys: pytest.CaptureFixture[str]) -> None:
+    from bench import __main__ as benches
+
+    benches.main(["--list"])
+    out = capsys.readouterr().out
+    for name in benches.BENCHES:
+        assert f"-m bench.{name}" in out
+        assert (ROOT / "bench" / f"{name}.py").exists()
+    assert sys.executable not in out
+    runs = {p.stem for p in (ROOT / "bench").glob("*.py") if "\ndef main(" in p.read_text()}
+    assert runs - {"__main__"} == set(benches.BENCHES)
+    assert all(f"| `{name}` |" in (ROOT / "bench" / "README.md").read_text() for name in benches.BENCHES)

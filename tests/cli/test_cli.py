@@ -1,0 +1,335 @@
+"""The command line: every verb, one line for a mistake, and torch only where it is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pixelgrow import checkpoint
+from pixelgrow.checkpoint import CheckpointConfig
+from pixelgrow.cli.main import share_cores
+from pixelgrow.diffusion.denoiser import Denoiser
+from pixelgrow.models.sizes import core_config, shallow_uvit
+from pixelgrow.models.uvit import UViT
+from pixelgrow.training.state import write_tensors
+
+LONG = "x" * 300
+
+
+class CliResult(Protocol):
+    """What `run_cli` returns; see conftest.py."""
+
+    code: int
+    out: str
+    err: str
+
+
+class RunCli(Protocol):
+    """The `run_cli` fixture; see conftest.py."""
+
+    def __call__(self, *args: str | Path, cwd: Path | None = None) -> CliResult: ...
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained checkpoint of three classes."""
+    folder = tmp_path_factory.mktemp("model") / "checkpoint"
+    torch.manual_seed(0)
+    net = UViT(shallow_uvit("tiny", 16, core=core_config("tiny", classes=3)))
+    torch.nn.init.normal_(net.exit["16"].conv.weight, std=0.1)
+    denoiser = Denoiser(net)
+    text = {"encoder": "labels:3", "max_tokens": 1}
+    config = CheckpointConfig(
+        network=net.config, diffusion=denoiser.config, text=text, lineage=[{"stage": "core", "images": 12345}]
+    )
+    checkpoint.save(folder, denoiser, config)
+    return folder
+
+
+def test_the_package_is_a_command_and_data_takes_a_source_or_a_verb(tmp_path: Path, run_cli: RunCli) -> None:
+    command = [sys.executable, "-m", "pixelgrow", "data"]
+    asked = [*command, "--decode", "2", "scenes", "--sheet", str(tmp_path / "sheet.png")]
+    short = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+    long = run_cli("data", "count", "scenes", "--decode", "2", "--sheet", tmp_path / "sheet.png")
+    assert "usable image-caption pairs" in short and short.splitlines() == long.out.splitlines()
+    (tmp_path / "recaption").mkdir()
+    assert "Missing argument 'source'" in run_cli("data", "recaption", cwd=tmp_path).err
+    assert "./recaption: no images in it" in run_cli("data", "./recaption", cwd=tmp_path).err
+
+
+def test_help_is_quick_and_leaves_torch_alone() -> None:
+    code = (
+        "import sys, time\nfrom pixelgrow.cli.main import main\nsys.argv = ['pixelgrow', '--help']\n"
+        "main()\nprint('torch' in sys.modules, 'pydantic' in sys.modules, time.process_time())"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    *helped, last = out.splitlines()
+    assert {"demo", "run", "sample", "data", "grow", "info", "plan"} <= {line.split()[0] for line in helped if line}
+    loaded_torch, loaded_pydantic, seconds = last.split()
+    assert (loaded_torch, loaded_pydantic) == ("False", "False")
+    assert float(seconds) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["rnu"], "No such command 'rnu'"),
+        (["run"], "Missing argument"),
+        (["run", "nowhere.yaml"], "recipe 'nowhere.yaml' is neither a file nor one of demo"),
+        (["run", "demo", "--set", "stages.core.imagess=1"], "unknown key 'imagess'; did you mean 'images'?"),
+        (["sample", "nowhere"], "no prompt was given"),
+        (["sample", "nowhere", "a"], "nowhere is not a checkpoint"),
+        (["info", "nowhere"], "nowhere is not a checkpoint"),
+        (["plan"], "expected a recipe or --size"),
+        (["plan", "smoke", "--rate", "0"], "Invalid value for '--rate'"),
+        (["run", "smoke", "--runs", "FILE"], "cannot write FILE/smoke: Not a directory"),
+        (["data", "images", "--sheet", "images"], "cannot write images: Is a directory"),
+        (["data", "images", "--sheet", "FILE/x.png"], "cannot write FILE/x.png: File exists"),
+        (["info", LONG], "File name too long; check the path"),
+        (["run", LONG], "File name too long"),
+        (["run", "smoke", "--dry-run", "--set", f"text.encoder={LONG}"], "File name too long"),
+        (["average", LONG, "--length", "0.1", "-o", "out"], "File name too long"),
+        (["average", "MODEL", "--length", "0.1", "-o", LONG], "is not a stage that has trained"),
+        (["sample", "MODEL", "1", "-o", f"{LONG}/x.png"], "File name too long"),
+        (["grow", "MODEL", "--to", "32", "-o", LONG], "File name too long"),
+        (["plan", "--size", "giant"], "got 'giant', expected one of tiny, small"),
+        (["data", "nowhere"], "nowhere: no such folder or file"),
+        (["sample", "MODEL", "1", "--size", "16"], "--size '16': expected HEIGHTxWIDTH"),
+        (["sample", "MODEL", "1", "--size", "16x15"], "size 16x15 does not fit"),
+        (["sample", "MODEL", "1", "--sampler", "euler"], "sampler 'euler' does not exist"),
+        (["sample", "MODEL", "1", "-o", "folder", "--grid"], "a grid is one PNG"),
+        (["sample", "MODEL", "1", "-o", "picture.jpg"], "expected a name that ends in .png, or a folder's"),
+        (["sample", "MODEL", "1", "--guide", "base"], "has no base path"),
+        (["sample", "MODEL", "1", "--schedule", "native"], "does not say what noise"),
+        (["sample", "MODEL", "1", "--interval", "3", "1"], "expected (lo, hi) with 0 <= lo < hi"),
+        (["sample", "MODEL", "--prompts", "nowhere.txt"], "--prompts nowhere.txt: cannot be read"),
+        (["sample", "MODEL", "--prompts", "FILE"], "--prompts FILE: no prompt in it; expected one a line"),
+        (["sample", "MODEL", "1", "--schedule", "foo"], "(--schedule) 'foo' does not exist; expected 'karras' or"),
+        (["sample", "MODEL", "1", "--steps", "1000000000000"], "steps=1000000000000: expected 1 to 10000"),
+        (["sample", "MODEL", "1", "--size", "1000000x1000000"], "each from 1 to 8192 pixels"),
+        (["sample", "MODEL", "1", "-n", "1000000000000"], "expected 100000 pictures at most"),
+        (["data", "images/0/a.png"], "images/0/a.png: a single image is no source"),
+        (["grow", "MODEL", "--to", "24", "-o", "out"], "cannot grow from 16 to 24 px"),
+        (["grow", "MODEL", "--to", "0", "-o", "out"], "cannot grow from 16 to 0 px"),
+        (["average", "MODEL", "--length", "0.1", "-o", "out"], "is not a stage that has trained"),
+        (["grow", "MODEL", "--to", "32", "-o", "MODEL"], "holds a checkpoint already"),
+        (["grow", "MODEL", "--to", "32", "-o", "."], "cannot be written to '.'"),
+        (["grow", "MODEL", "--to", "32", "-o", "images"], "images holds 0 and 2 more"),
+        (["grow", "MODEL", "--to", "32", "-o", "out", "--init", "magic"], "expected one of preserve, random, scratch"),
+    ],
+)
+def test_a_mistake_is_one_line(words: list[str], expected: str, model: Path, run_cli: RunCli, tmp_path: Path) -> None:
+    (tmp_path / "FILE").write_text("")
+    class_folder(tmp_path)
+    if words[0] == "grow":  # class labels: scenes' captions are none
+        words = [*words, "--data", "images"]
+    result = run_cli(*(str(model) if w == "MODEL" else w for w in words), cwd=tmp_path)
+    assert result.code == 2
+    assert result.err.startswith("pixelgrow: ")
+    assert expected in result.err
+    assert len(result.err.strip().splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_another_average_of_a_stage_becomes_a_checkpoint(model: Path, run_cli: RunCli, tmp_path: Path) -> None:
+    stage = tmp_path / "core"
+    denoiser, config = checkpoint.load(model)
+    checkpoint.save(stage / "checkpoint", denoiser, config)
+    name = "net.exit.16.conv.weight"
+    last = denoiser.state_dict()[name]
+    for images in (1000, 2000):  # weights that stood still: every average of theirs is themselves
+        kept = {f"{length}/{name}": (2 * last).half() for length in (0.05, 0.1)}
+        write_tensors(stage / "snapshots" / "denoiser" / f"{images:012d}.safetensors", kept)
+    result = run_cli("average", stage, "--length", "0.08", "-o", tmp_path / "out")
+    assert result.code == 0 and "the average of length 0.08" in result.out
+    found, written = checkpoint.load(tmp_path / "out")
+    torch.testing.assert_close(found.state_dict()[name], 2 * last, rtol=1e-3, atol=1e-4)
+    assert torch.equal(found.net.core.null_token, denoiser.net.core.null_token)
+    assert written.lineage[-1] == {"verb": "average", "length": 0.08, "parent": config.sha256}
+    assert run_cli("average", stage, "--length", "0.1", "-o", stage / "checkpoint").code == 2
+    assert "name another folder" in run_cli("average", stage, "--length", "0.1", "-o", stage / "checkpoint").err
+
+
+def test_running_out_of_memory_is_one_line(model: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def sample(*_: object, **__: object) -> None:
+        torch.empty(2**50)
+
+    monkeypatch.setattr("pixelgrow.model.sample", sample)
+    result = run_cli("sample", model, "1")
+    assert result.code == 2 and len(result.err.strip().splitlines()) == 1
+    assert "out of memory" in result.err and "smaller --batch" in result.err
+
+
+def test_idle_threads_are_told_to_sleep_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setenv(name, "x")  # so that what follows is undone
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    share_cores()
+    assert "GOMP_SPINCOUNT" not in os.environ
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    share_cores()
+    assert os.environ["GOMP_SPINCOUNT"] == "5000"
+
+
+def class_folder(root: Path) -> Path:
+    folder = root / "images"
+    for label in range(3):
+        (folder / str(label)).mkdir(parents=True)
+        pixels = np.full((32, 32, 3), 80 * label, np.uint8)
+        Image.fromarray(pixels).save(folder / str(label) / "a.png")
+    return folder
+
+
+def test_sample_writes_a_grid_with_its_settings(model: Path, run_cli: RunCli, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("1\n\n2\n")
+    words = ["sample", str(model), "0", "--prompts", "prompts.txt", "-n", "2", "--steps", "2", "--seed", "3"]
+    result = run_cli(*words, "-o", "out/grid.png", cwd=tmp_path)
+    assert result.out.strip() == "out/grid.png"
+    picture = Image.open(tmp_path / "out/grid.png")
+    assert picture.size == (2 * 16 + 2, 3 * 16 + 4)
+    facts = json.loads(picture.text["pixelgrow"])  # type: ignore[attr-defined]
+    assert facts["prompts"] == ["0", "0", "1", "1", "2", "2"]
+    assert (facts["seed"], facts["steps"], facts["guidance"]) == (3, 2, 2.0)
+    assert facts["sha256"] == checkpoint.read_config(model).sha256
+
+
+def test_a_byte_order_mark_is_no_prompt(model: Path, run_cli: RunCli, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbf1\n")
+    assert run_cli("sample", model, "--prompts", "prompts.txt", "--steps", "1", "-o", "o", cwd=tmp_path).code == 0
+    assert [p.name for p in (tmp_path / "o").iterdir()] == ["0000-1.png"]
+
+
+def test_sample_writes_single_files_that_the_grid_holds(model: Path, run_cli: RunCli, tmp_path: Path) -> None:
+    words = ["sample", str(model), "0", "1", "--steps", "2", "--size", "16x24"]
+    assert run_cli(*words, "-o", "grid.png", cwd=tmp_path).code == 0
+    result = run_cli(*words, "-o", "singles", cwd=tmp_path)
+    assert result.out.split() == ["singles/0000-0.png", "singles/0001-1.png"]
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    for i, name in enumerate(result.out.split()):
+        single = np.asarray(Image.open(tmp_path / name))
+        assert single.shape == (16, 24, 3)
+        assert (grid[:, 26 * i : 26 * i + 24] == single).all()
+
+
+@pytest.mark.parametrize("out", ["FILE/grid.png", "FILE", "folder.png"])
+def test_where_pictures_go_is_tested_before_they_are_drawn(
+    model: Path, run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
+) -> None:
+    (tmp_path / "FILE").write_text("")
+    (tmp_path / "folder.png").mkdir()
+    drawn: list[object] = []
+    monkeypatch.setattr("pixelgrow.model.Model.sample", lambda *_, **__: drawn.append(1))
+    result = run_cli("sample", model, "0", "-o", out, cwd=tmp_path)
+    assert (result.code, drawn, len(result.err.splitlines())) == (2, [], 1)
+    assert out in result.err
+
+
+def test_info(model: Path, run_cli: RunCli) -> None:
+    out = run_cli("info", model).out
+    for words in ("16 px; sides are multiples of 4", "tiny: 4 blocks", "labels:3", "stage core, images 12,345"):
+        assert words in out
+
+
+def test_grow_writes_a_checkpoint(model: Path, run_cli: RunCli, tmp_path: Path) -> None:
+    result = run_cli("grow", model, "--to", "32", "-o", tmp_path / "big", "--data", class_folder(tmp_path))
+    assert result.code == 0, result.err
+    words = ["--guide", "base", "--interval", "0.1", "5", "--steps", "2", "-o", tmp_path / "guided.png"]
+    guided = run_cli("sample", tmp_path / "big", "0", *words)
+    assert guided.code == 0, guided.err
+    facts = json.loads(Image.open(tmp_path / "guided.png").text["pixelgrow"])  # type: ignore[attr-defined]
+    assert (facts["guide"], facts["interval"]) == ("base", [0.1, 5.0])
+    assert "grown from 16 to 32 px (preserve)" in result.out
+    assert "0 dropped" in result.out
+    assert checkpoint.read_config(tmp_path / "big").lineage[-1]["to"] == 32
+    report = json.loads((tmp_path / "big-growth" / "growth.json").read_text())
+    assert report["resolution"] == [16, 32] and report["loaded"] and report["after"]
+    before, after = (tmp_path / "big-growth" / f"{name}.png" for name in ("before", "after"))
+    with Image.open(before) as low, Image.open(after) as high:
+        assert high.width > low.width
+
+
+def test_data(run_cli: RunCli, tmp_path: Path) -> None:
+    class_folder(tmp_path)
+    result = run_cli("data", "images", "--recipe", "smoke", cwd=tmp_path)
+    assert result.code == 0, result.err
+    assert (tmp_path / "contact-sheet.png").exists()
+    assert [line.split() for line in result.out.splitlines() if line.startswith("16x16")] == [["16x16", "3"]]
+
+
+def test_data_names_bad_files(run_cli: RunCli, tmp_path: Path) -> None:
+    """One for each reason; all in a list like a run's; also where a name is no text, and ours is not its language."""
+    folder = class_folder(tmp_path)
+    for name in (b"x.png", b"y.png", b"\xe9.gif"):
+        (Path(os.fsdecode(os.fsencode(folder) + b"/0/" + name))).write_bytes(b"")
+    command = [sys.executable, "-m", "pixelgrow", "data", "images", "--bad", "bad.jsonl"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"LC_ALL": "C.UTF-8"})
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [line[-2:] for line in lines if line and line[0] in ("not", "format")] == [
+        ["2", "0/x.png"],
+        ["1", "0/\\udce9.gif"],
+    ]
+    rows = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    assert sorted(row["file"] for row in rows) == ["0/x.png", "0/y.png", "0/\udce9.gif"]
+    assert rows[0].keys() == {"source", "file", "reason", "fingerprint"}
+    result = run_cli("data", "images", "--bad", "images", cwd=tmp_path)
+    assert (result.code, "cannot write images: Is a directory" in result.err) == (2, True)
+
+
+def test_dry_run_touches_nothing(run_cli: RunCli, tmp_path: Path) -> None:
+    result = run_cli("run", "smoke", "--dry-run", "--rate", "1e9", cwd=tmp_path)
+    assert result.code == 0, result.err
+    stages = ("core: train tiny", "grown: grow preserve, frozen", "eval: evaluate grown, 8 prompts")
+    for words in (*stages, "activations", "as given"):
+        assert words in result.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_dry_run_says_what_is_not_there(run_cli: RunCli, tmp_path: Path) -> None:
+    words = [
+        "text.encoder=minlm",
+        "heldout.source=held",
+        "stages.grown.data=more",
+        "data=scenes",
+        "heldout={source: h}",
+    ]
+    sets = [word for setting in words for word in ("--set", setting)]
+    result = run_cli("run", "photos", "--dry-run", "--rate", "1e9", *sets, cwd=tmp_path)
+    assert result.code == 0, result.err
+    assert "data: scenes; held out: h (not there yet)" in result.out
+    assert "grown: data more (not there yet)" in result.out
+    assert "minlm, 32 tokens (neither minilm nor a folder here: taken as a name on the hub" in result.out
+
+
+def test_names_are_shown_as_they_are(run_cli: RunCli, tmp_path: Path, model: Path) -> None:
+    names = ["cats [old]", "[bold]", ":cat:"]
+    for i, name in enumerate(names):
+        (tmp_path / "m[/a]" / name).mkdir(parents=True)
+        Image.new("RGB", (20 + i, 20)).save(tmp_path / "m[/a]" / name / "a.png")
+        (tmp_path / "m[/a]" / name / "b.png").write_bytes(b"")
+    result = run_cli("data", "m[/a]", cwd=tmp_path)
+    assert result.code == 0, result.err
+    for name in (*names, "m[/a] (class folders)", ":cat:/b.png"):
+        assert name in result.out
+    (tmp_path / "m[/b]").symlink_to(model)
+    assert "m[/b]" in run_cli("info", "m[/b]", cwd=tmp_path).out
+
+
+def test_control_c_says_how_to_go_on(run_cli: RunCli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pixelgrow.run.run", interrupted)
+    result = run_cli("run", "smoke", cwd=tmp_path)
+    assert result.code == 130
+    assert result.err == "pixelgrow: stopped by SIGINT: run the same command again to go on\n"

@@ -1,0 +1,464 @@
+"""Sources of files: what each kind finds, what it says when it finds nothing, and how little memory a million take."""
+
+import io
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tarfile
+import tracemalloc
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pixelgrow.data import heldout_split, open_mixture, open_source, take
+from pixelgrow.data.inspect import inspect_source
+from pixelgrow.data.sources import folders
+from pixelgrow.data.sources.base import Subset, bad_of, files_of, large_enough, sizes_of
+from pixelgrow.data.sources.folders import ClassFolder, MetadataFolder, PairedFolder
+from pixelgrow.data.sources.index import FileSource
+from pixelgrow.data.sources.tars import TarShards
+from pixelgrow.errors import UserError
+
+
+def picture(w: int = 40, h: int = 40, shade: int = 0) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (w, h), (shade % 256, 90, 200)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_metadata(folder: Path, rows: list[object]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+def captioned(folder: Path, count: int = 4) -> Path:
+    write_metadata(folder, [{"file_name": f"{i}.png", "text": f"caption {i}"} for i in range(count)])
+    for i in range(count):
+        (folder / f"{i}.png").write_bytes(picture(40 + i, 30, i))
+    return folder
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]], format: int = tarfile.USTAR_FORMAT) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def as_files(path: Path | str) -> FileSource:
+    source = open_source(str(path))
+    assert isinstance(source, FileSource)
+    return source
+
+
+def reasons(source: FileSource) -> dict[str, str]:
+    return {bad.key: bad.reason for bad in source.bad}
+
+
+def test_metadata_folder(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/ü b.png").write_bytes(picture(50, 40))
+    (tmp_path / "c.png").write_bytes(picture(60, 70))
+    write_metadata(
+        tmp_path,
+        [
+            {"file_name": "a/ü b.png", "text": "  zwei\n Wörter ", "width": 999, "height": 999},
+            {"file_name": "./c.png", "text": "first"},
+            {"file_name": "c.png", "text": "second"},
+        ],
+    )
+    source = as_files(tmp_path)
+    assert isinstance(source, MetadataFolder)
+    assert [source.key(i) for i in range(3)] == ["a/ü b.png", "c.png", "c.png"]
+    assert [source.text(i) for i in range(3)] == ["zwei Wörter", "first", "second"]
+    assert [source.size(i) for i in range(3)] == [(40, 50), (70, 60), (70, 60)]
+    assert source.image(0, (16, 24)).shape == (16, 24, 3)
+    assert source.files == 2
+    assert not source.bad
+
+
+def test_metadata_with_a_byte_order_mark_blank_lines_and_no_final_newline(tmp_path: Path) -> None:
+    captioned(tmp_path, 2)
+    rows = (tmp_path / "metadata.jsonl").read_bytes().splitlines()
+    (tmp_path / "metadata.jsonl").write_bytes(b"\xef\xbb\xbf" + rows[0] + b"\r\n\n   \n" + rows[1])
+    source = as_files(tmp_path)
+    assert [source.text(i) for i in range(2)] == ["caption 0", "caption 1"]
+    assert not source.bad
+
+
+def test_txt_beside_the_image(tmp_path: Path) -> None:
+    (tmp_path / "sub/deep").mkdir(parents=True)
+    for name, text in {"b": "bee", "a": "ay", "a.b": "dotted", "sub/deep/z": "zed", "a b": "spaced"}.items():
+        (tmp_path / f"{name}.JPG").write_bytes(picture())
+        (tmp_path / f"{name}.txt").write_text("\ufeff" + text, encoding="utf-8")
+    (tmp_path / ".hidden.jpg").write_bytes(b"")
+    (tmp_path / "notes.md").write_text("not ours")
+    source = as_files(tmp_path)
+    assert isinstance(source, PairedFolder)
+    assert {source.key(i): source.text(i) for i in range(5)} == {
+        "a b.JPG": "spaced",
+        "a.JPG": "ay",
+        "a.b.JPG": "dotted",
+        "b.JPG": "bee",
+        "sub/deep/z.JPG": "zed",
+    }
+    assert len(source) == 5
+    assert (source.files, source.ignored, source.bad) == (5, 1, ())
+
+
+def test_class_folders(tmp_path: Path) -> None:
+    for name in ("dog/x.png", "cat/1.png", "cat/more/2.png", "emu/3.webp"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(picture())
+    (tmp_path / "bare").mkdir()
+    source = as_files(tmp_path)
+    assert isinstance(source, ClassFolder)
+    assert source.classes == ("cat", "dog", "emu")
+    assert [(source.key(i), source.text(i)) for i in range(4)] == [
+        ("cat/1.png", "0"),
+        ("cat/more/2.png", "0"),
+        ("dog/x.png", "1"),
+        ("emu/3.webp", "2"),
+    ]
+    assert Subset(source, np.array([2]), "view").classes == source.classes
+
+
+def test_a_class_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
+    """Its name would be written into a checkpoint, after training."""
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    os.mkdir(folder)
+    with open(folder + b"/1.png", "wb") as file:
+        file.write(picture())
+    with pytest.raises(UserError, match=r"the class folder b'caf\\xe9' has a name that is not UTF-8.*rename"):
+        open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_tar_shards_as_img2dataset_writes_them(tmp_path: Path, format: int) -> None:
+    long = "k" * 80 + "/" + "l" * 80 if format == tarfile.USTAR_FORMAT else "ü" * 150
+    for shard in range(2):
+        members = []
+        for i in range(3):
+            key = long if i == 2 else f"{shard:05}{i:04}"
+            members.append((f"{key}.jpg", picture(40, 50, i)))
+            if shard == 0:
+                members.append((f"{key}.txt", f"text {i}".encode()))
+            members.append((f"{key}.json", json.dumps({"caption": f"json {shard} {i}", "width": 1}).encode()))
+        write_tar(tmp_path / f"{shard:05}.tar", members, format)
+    (tmp_path / "00000_stats.json").write_text("{}")
+    source = as_files(tmp_path)
+    assert isinstance(source, TarShards)
+    assert [source.text(i) for i in range(6)] == ["text 0", "text 1", "text 2", "json 1 0", "json 1 1", "json 1 2"]
+    assert source.key(3) == "00001.tar/000010000.jpg"
+    assert source.key(2) == f"00000.tar/{long}.jpg"
+    assert source.size(0) == (50, 40)
+    assert (source.image(4, (8, 8)) == (1, 90, 200)).all()
+    assert len(as_files(tmp_path / "00001.tar")) == 3
+
+
+@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_a_header_that_claims_the_moon_ends_its_shard(tmp_path: Path, kind: bytes) -> None:
+    whole = write_tar(tmp_path / "x.tar", [("a.jpg", picture()), ("a.txt", b"a")]).read_bytes()
+    header = tarfile.TarInfo("long")
+    header.type, header.size = kind, 2**62
+    end = whole.rstrip(b"\0")
+    end += bytes(-len(end) % 512)
+    (tmp_path / "x.tar").write_bytes(end + header.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    source = as_files(tmp_path / "x.tar")
+    assert [source.text(i) for i in range(len(source))] == ["a"]
+    assert reasons(source) == {"x.tar": f"shard: a header that claims {2**62} bytes, what follows is lost"}
+
+
+def test_interleaved_keys_are_an_error(tmp_path: Path) -> None:
+    members = [("a.jpg", picture()), ("b.jpg", picture()), ("a.txt", b"a"), ("b.txt", b"b")]
+    with pytest.raises(UserError, match=r"x\.tar: the members of key 'a' are not neighbours"):
+        open_source(str(write_tar(tmp_path / "x.tar", members)))
+
+
+def test_a_key_is_what_comes_before_the_first_dot(tmp_path: Path) -> None:
+    members = [("d.e/a.jpg", picture()), ("d.e/a.txt", b"a"), ("d.e/a.seg.png", b"?"), ("d.e/b.JPG", picture())]
+    source = as_files(write_tar(tmp_path / "x.tar", [*members, ("d.e/b.txt", b"b")]))
+    assert [source.text(i) for i in range(len(source))] == ["a", "b"]
+
+
+def test_what_can_be_wrong_in_a_shard(tmp_path: Path) -> None:
+    good = [("ok.jpg", picture()), ("ok.txt", b"fine")]
+    bad = [
+        *(("nocaption.jpg", picture()), ("noimage.txt", b"text"), ("gif.gif", b"GIF89a"), ("gif.txt", b"text")),
+        *(("two.jpg", picture()), ("two.png", picture()), ("two.txt", b"text")),
+        *(("latin.jpg", picture()), ("latin.txt", "ü".encode("latin-1"))),
+        *(("notjson.jpg", picture()), ("notjson.json", b"{")),
+        *(("null.jpg", picture()), ("null.json", b'{"caption": null, "text": "zz"}')),
+        *(("list.jpg", picture()), ("list.json", b"[]")),
+        *(("nokey.jpg", picture()), ("nokey.json", b'{"url": ""}')),
+        *(("broken.jpg", b"\xff\xd8\xff"), ("broken.txt", b"text")),
+        *(("empty.jpg", picture()), ("empty.txt", b" \n")),
+    ]
+    write_tar(tmp_path / "a.tar", good + bad)
+    (tmp_path / "b.tar").write_bytes(b"")
+    (tmp_path / "c.tar").write_bytes(os.urandom(2000))
+    whole = write_tar(tmp_path / "d.tar", [*good, ("late.jpg", picture() * 9), ("late.txt", b"text")]).read_bytes()
+    at = whole.index(b"late.jpg")
+    (tmp_path / "d.tar").write_bytes(whole[: at + 700])
+    (tmp_path / "e.tar").write_bytes(whole[:at] + b"junk" * 256 + whole[at:])
+    (tmp_path / "f.tar").mkdir()
+    source = as_files(tmp_path)
+    keys = ["a.tar/ok.jpg", "a.tar/null.jpg", "d.tar/ok.jpg", "e.tar/ok.jpg"]
+    assert [source.key(i) for i in range(len(source))] == keys
+    assert source.text(1) == "zz"
+    found = reasons(source)
+    expected = {
+        "a.tar/nocaption.jpg": "no caption",
+        "a.tar/noimage": "no image",
+        "a.tar/gif.gif": "format not supported",
+        "a.tar/two.jpg": "2 images with one key",
+        "a.tar/latin.jpg": "caption is not UTF-8",
+        "a.tar/notjson.jpg": "caption file is not JSON",
+        "a.tar/list.jpg": "caption file is not a JSON object",
+        "a.tar/nokey.jpg": "no caption",
+        "a.tar/broken.jpg": "not a JPEG",
+        "a.tar/empty.jpg": "empty caption",
+        "b.tar": "shard: empty file",
+        "c.tar": "shard: ",
+        "d.tar": "shard: ends within late.jpg",
+        "e.tar": "shard: damaged from byte",
+        "f.tar": "shard: is a directory",
+    }
+    assert found.keys() == expected.keys()
+    for key, reason in expected.items():
+        assert found[key].startswith(reason), (key, found[key])
+    assert source.files == len(source) + len(expected)
+
+
+@pytest.mark.parametrize("name", ["a.tar.gz", "a.tar"])
+def test_compressed_shards_are_refused(tmp_path: Path, name: str) -> None:
+    with tarfile.open(tmp_path / name, "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("a.txt"))
+    with pytest.raises(UserError, match="compressed shard"):
+        open_source(str(tmp_path))
+
+
+def test_a_compressed_archive_beside_images_is_passed_over(tmp_path: Path) -> None:
+    for key in ("cat/1", "dog/2"):
+        (tmp_path / key).parent.mkdir()
+        (tmp_path / f"{key}.png").write_bytes(picture())
+    (tmp_path / "backup.tar.gz").write_bytes(b"")
+    source = as_files(tmp_path)
+    assert (source.classes, source.ignored) == (("cat", "dog"), 1)
+
+
+def test_captions_one_folder_below_are_named(tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        captioned(tmp_path / split)
+    with pytest.raises(UserError, match=r"captions are in .*/train/metadata\.jsonl; name .*/train as the source"):
+        open_source(str(tmp_path))
+
+
+def test_one_line_for_each_mistake(tmp_path: Path) -> None:
+    empty, loose = tmp_path / "empty", tmp_path / "loose"
+    empty.mkdir()
+    loose.mkdir()
+    (loose / "a.png").write_bytes(picture())
+    write_metadata(tmp_path / "norows", [])
+    write_metadata(tmp_path / "otherkeys", [{"image": "a.png", "prompt": "x"}] * 3)
+    write_metadata(tmp_path / "absent", [{"file_name": f"{i}.png", "text": "x"} for i in range(3)])
+    (tmp_path / "nometa").mkdir()
+    (tmp_path / "nometa/metadata.jsonl").mkdir()
+    (tmp_path / "file.png").write_bytes(picture())
+    specs: list[tuple[object, str]] = [
+        (str(tmp_path / "nowhere"), "no such folder or file"),
+        (str(empty), "no images in it"),
+        (str(loose), "captions in no known form"),
+        (str(tmp_path / "norows"), "empty; expected one line per image"),
+        (str(tmp_path / "otherkeys"), "line 1: no file_name"),
+        (str(tmp_path / "absent"), "no such file"),
+        (str(tmp_path / "nometa"), "is a directory"),
+        ({"source": str(loose), "kind": "tar"}, "no .tar files in it"),
+        ({"source": str(loose), "kind": "folder"}, "no caption"),
+        ({"source": str(loose), "kind": "classes"}, "not in the folder of a class"),
+        ({"source": str(tmp_path / "norows/metadata.jsonl"), "kind": "folder"}, "expects a folder"),
+        (str(tmp_path / "file.png"), "a single image is no source"),
+        ({"source": "scenes", "n": 10**12}, "expected n from 1 to 100000000"),
+        ({"source": str(loose), "kind": "zip"}, "kind is 'zip'"),
+        ({"source": str(loose), "kidn": "tar"}, "unknown setting 'kidn'"),
+        ({"source": "scenes", "m": 3}, "unknown setting 'm'"),
+        ({"kind": "tar"}, "without source:"),
+    ]
+    for spec, message in specs:
+        with pytest.raises(UserError) as caught:
+            open_source(spec)  # type: ignore[arg-type]
+        assert message in str(caught.value), str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_the_example_makes_a_folder_once(tmp_path: Path) -> None:
+    script = Path(__file__).parents[2] / "examples" / "photographs.py"
+    command = [sys.executable, str(script), "photographs", "-n", "1", "--side", "40"]
+    for expected, words in ((0, ""), (2, "photographs.py: cannot write photographs: File exists; name another place")):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr.startswith(words), len(done.stderr.splitlines())) == (
+            expected,
+            True,
+            int(bool(expected)),
+        )
+    assert len(as_files(tmp_path / "photographs")) == 12
+
+
+def test_mixtures(tmp_path: Path) -> None:
+    spec = {"source": str(captioned(tmp_path))}
+    sources, weights = open_mixture([{**spec, "weight": 1}, {**spec, "weight": 2.5}])
+    assert (len(sources), weights) == (2, [1.0, 2.5])
+    assert open_mixture(spec)[1] is None
+    assert open_mixture([spec, str(tmp_path)])[1] is None
+    for specs, message in (
+        ([], "empty list"),
+        ([{**spec, "weight": 1}, spec], "1 of 2 sources"),
+        ([{**spec, "weight": "much"}], "weight is 'much'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_mixture(specs)  # type: ignore[arg-type]
+
+
+def test_the_fingerprint_follows_the_content(tmp_path: Path) -> None:
+    first = as_files(captioned(tmp_path)).fingerprint
+    assert as_files(tmp_path).fingerprint == first
+    (tmp_path / "0.png").write_bytes(picture(40, 40, 7))
+    second = as_files(tmp_path).fingerprint
+    write_metadata(tmp_path, [{"file_name": f"{i}.png", "text": f"other {i}"} for i in range(4)])
+    assert len({first, second, as_files(tmp_path).fingerprint}) == 3
+
+
+def test_links_are_followed_and_loops_are_bad(tmp_path: Path) -> None:
+    (tmp_path / "real/cat").mkdir(parents=True)
+    (tmp_path / "real/cat/1.png").write_bytes(picture())
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/cats").symlink_to(tmp_path / "real/cat")
+    (tmp_path / "real/cat/again").symlink_to(tmp_path / "real/cat")
+    source = as_files(tmp_path / "set")
+    assert [source.key(i) for i in range(len(source))] == ["cats/1.png"]
+    assert reasons(source) == {"cats/again": "loop of links"}
+
+
+def test_heldout_split(tmp_path: Path) -> None:
+    rows = [{"file_name": f"{i // 2}.png", "text": f"caption {i}"} for i in range(120)]
+    for i in range(60):
+        (tmp_path / f"{i}.png").write_bytes(picture(32 + i, 32))
+    source = as_files(write_metadata(tmp_path, rows))
+    train, held = heldout_split(source, 0.25, seed=3)
+    assert len(train) + len(held) == 120
+    assert len(held) == 30
+    keys = [{view.key(i) for i in range(len(view))} for view in (train, held)]
+    assert not keys[0] & keys[1]
+    assert train.fingerprint != held.fingerprint
+    assert held.text(0) == source.text(int(held.indices[0]))
+    assert held.size(1) == tuple(sizes_of(held)[1]) == source.size(int(held.indices[1]))
+    assert (held.image(0, (8, 8)) == source.image(int(held.indices[0]), (8, 8))).all()
+    assert files_of(held) == 60
+    assert (heldout_split(source, 0.25, seed=3)[1].indices == held.indices).all()
+    assert not np.array_equal(heldout_split(source, 0.25, seed=4)[1].indices, held.indices)
+    assert len(heldout_split(source, 0.001)[1]) == 16
+    assert 0 < len(heldout_split(source, 0.9)[1]) <= 60
+    batch = take(held, 5, (16, 24))
+    assert batch.image.shape == (5, 3, 16, 24)
+    assert batch.text == tuple(held.text(i) for i in range(5))
+    assert len(take(held, 1000, (16, 24))) == 30
+    for fraction in (0, 1, -0.5):
+        with pytest.raises(UserError, match="held-out fraction"):
+            heldout_split(source, fraction)
+    with pytest.raises(UserError, match="too few"):
+        heldout_split(Subset(source, np.array([0, 1]), "one file twice"), 0.5)
+
+
+def test_a_held_out_split_moves_little_when_files_are_added(tmp_path: Path) -> None:
+    source = as_files(captioned(tmp_path, 40))
+    few = Subset(source, np.arange(38), "before")
+    before = {few.key(int(i)) for i in heldout_split(few, 0.3)[1].indices}
+    after = {source.key(int(i)) for i in heldout_split(source, 0.3)[1].indices}
+    assert len(before - after) <= 2
+
+
+def test_sizes_filter(tmp_path: Path) -> None:
+    source = as_files(captioned(tmp_path, 10))  # 40..49 wide, 30 high
+    assert large_enough(source, (30, 45)).tolist() == [5, 6, 7, 8, 9]
+    assert large_enough(source, (45, 30)).tolist() == []
+
+
+def test_scenes_are_a_source_like_any_other() -> None:
+    scenes = open_source({"source": "scenes", "n": 40, "captions": 10, "seed": 1, "split": "heldout"})
+    assert len(scenes) == 40
+    assert sizes_of(scenes).shape == (40, 2)
+    assert not bad_of(scenes)
+    assert files_of(scenes) == 40
+    assert take(scenes, 3, (16, 16)).image.shape == (3, 3, 16, 16)
+    train, held = heldout_split(scenes)
+    assert len(held) == 16
+    assert len(train) == 24
+
+
+def test_a_source_travels_to_another_process(tmp_path: Path) -> None:
+    write_tar(tmp_path / "tar/x.tar", [("a.jpg", picture()), ("a.txt", b"a")])
+    for folder in (captioned(tmp_path / "folder"), tmp_path / "tar"):
+        source = as_files(folder)
+        copy = pickle.loads(pickle.dumps(source))  # noqa: S301
+        assert copy.text(0) == source.text(0)
+        assert (copy.image(0, (8, 8)) == source.image(0, (8, 8))).all()
+
+
+def test_inspection(tmp_path: Path) -> None:
+    for i, name in enumerate(("a/1", "a/2", "b/3")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.png").write_bytes(picture(100 * (i + 1), 70))
+    (tmp_path / "b/4.png").write_bytes(picture(90, 90)[:-30])
+    (tmp_path / "b/5.png").write_bytes(b"")
+    (tmp_path / "b/6.gif").write_bytes(b"GIF89a")
+    (tmp_path / "b/readme").write_bytes(b"")
+    found = inspect_source(open_source(str(tmp_path)), [(64, 64), (80, 80)], sheet=tmp_path / "out/sheet.png")
+    assert (found.files, found.samples, found.ignored, found.decoded) == (6, 4, 1, 4)
+    assert {bad.key for bad in found.bad} == {"b/4.png", "b/5.png", "b/6.gif"}
+    assert found.sides == ((64, 4),)
+    assert found.stages == (((64, 64), 4), ((80, 80), 1))
+    assert found.classes == (("a", 2), ("b", 2))
+    why = {reason.example: reason.files for reason in found.reasons()}
+    assert why == {"b/4.png": 1, "b/5.png": 1, "b/6.gif": 1}
+    assert found.sheet is not None
+    with Image.open(found.sheet) as sheet:
+        assert sheet.size == (1024, 632)
+    captions = inspect_source(open_source(str(captioned(tmp_path / "captioned", 3))), decode=0)
+    assert (captions.words.median, captions.characters.most, captions.distinct, captions.decoded) == (2, 9, 3, 0)
+
+
+def test_a_million_samples_index_in_200_megabytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four thousand rows, measured, times 250; the files' headers are taken as read."""
+    count = 4_000
+    caption = (
+        "a photograph of something with a caption of an ordinary length, as people write them below their pictures"
+    )
+    with open(tmp_path / "metadata.jsonl", "w") as file:
+        for i in range(count):
+            file.write(json.dumps({"file_name": f"folder/of/images/{i:09}.jpg", "text": f"{caption} {i}"}) + "\n")
+
+    def no_file(path: bytes) -> BinaryIO:
+        return open(tmp_path / "metadata.jsonl", "rb") if path.endswith(b".jpg") else open(path, "rb")
+
+    monkeypatch.setattr(folders, "open_regular", lambda path: no_file(os.fsencode(path)))
+    monkeypatch.setattr("pixelgrow.data.sources.index.read_size", lambda file: (640, 480))
+    MetadataFolder(str(tmp_path))  # whatever is imported or cached on first use
+    tracemalloc.start()
+    try:
+        source = MetadataFolder(str(tmp_path))
+        held, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(source) == count
+    assert source.text(count - 1).endswith(str(count - 1))
+    assert held * (1_000_000 / count) < 50e6
+    assert peak * (1_000_000 / count) < 200e6

@@ -1,0 +1,144 @@
+"""Preconditioning, noise distributions, weights: closed forms, and safety at both ends of sigma."""
+
+from __future__ import annotations
+
+import math
+from typing import get_args
+
+import pytest
+import torch
+
+from pixelgrow.diffusion.denoiser import (
+    MAX_WEIGHT,
+    Denoiser,
+    DiffusionConfig,
+    NoiseConfig,
+    NoiseSchedule,
+    Prediction,
+    Weighting,
+    coefficients,
+    loss,
+    weight,
+)
+from pixelgrow.models.cond import Cond
+from pixelgrow.models.config import CoreConfig
+from pixelgrow.models.sizes import shallow_uvit
+from pixelgrow.models.uvit import UViT
+
+CORE = CoreConfig(width=32, depth=1, heads=2, text_dim=8, pooled_dim=8)
+SIGMA = torch.logspace(-6, 6, 49, dtype=torch.float64)
+
+
+def denoiser(prediction: Prediction = "edm") -> Denoiser:
+    torch.manual_seed(0)
+    net = UViT(shallow_uvit("tiny", 16, core=CORE))
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    return Denoiser(net, DiffusionConfig(prediction=prediction))
+
+
+def cond(n: int) -> Cond:
+    g = torch.Generator().manual_seed(1)
+    return Cond(
+        torch.randn(n, 4, 8, generator=g),
+        torch.ones(n, 4, dtype=torch.bool),
+        torch.randn(n, 8, generator=g),
+        torch.zeros(n, dtype=torch.bool),
+    )
+
+
+def test_edm_coefficients_keep_input_and_target_at_unit_variance() -> None:
+    std = 0.5
+    c_skip, c_out, c_in = coefficients("edm", SIGMA, std)
+    torch.testing.assert_close(c_in**2 * (std**2 + SIGMA**2), torch.ones_like(SIGMA))
+    # Variance of the target (x0 - c_skip x) / c_out for x = x0 + sigma eps; arXiv 2206.00364, eqs. 120-123.
+    target = ((1 - c_skip) ** 2 * std**2 + (c_skip * SIGMA) ** 2) / c_out**2
+    torch.testing.assert_close(target, torch.ones_like(SIGMA))
+
+
+def test_v_prediction_is_the_v_of_the_vp_process() -> None:
+    """With alpha^2 + s^2 = 1, s/alpha = sigma, z = alpha x_sigma: F = alpha eps - s x0 gives D = x0 exactly."""
+    x0, eps = torch.randn(2, 49, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    alpha = torch.rsqrt(1 + SIGMA**2)
+    s = SIGMA * alpha
+    c_skip, c_out, c_in = coefficients("v", SIGMA, 0.5)
+    torch.testing.assert_close(c_in, alpha)
+    torch.testing.assert_close(c_skip * (x0 + SIGMA * eps) + c_out * (alpha * eps - s * x0), x0, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", get_args(Weighting))
+def test_weights_are_finite_positive_and_bounded(kind: Weighting) -> None:
+    w = weight(kind, SIGMA, 0.5)
+    assert w.isfinite().all() and (w > 0).all() and (w <= MAX_WEIGHT).all()
+    torch.testing.assert_close(weight(kind, 4 * SIGMA, 0.5, scale=4.0), w)
+
+
+def test_weights_are_the_losses_they_are_named_after() -> None:
+    sigma = torch.logspace(-1.5, 1.5, 13, dtype=torch.float64)
+    for prediction in ("edm", "v"):
+        _, c_out, _ = coefficients(prediction, sigma, 0.5)
+        torch.testing.assert_close(weight(prediction, sigma, 0.5).double(), 1 / c_out**2, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(weight("eps", sigma, 0.5).double(), 1 / sigma**2, rtol=1e-5, atol=1e-5)
+    log_snr = -2 * sigma.log()
+    want = torch.sigmoid(-3 - log_snr) / sigma**2
+    torch.testing.assert_close(weight("sigmoid", sigma, 0.5).double(), want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("prediction", get_args(Prediction))
+@pytest.mark.parametrize("kind", get_args(Weighting))
+def test_loss_and_gradient_are_finite_at_both_ends(prediction: Prediction, kind: Weighting) -> None:
+    d = denoiser(prediction)
+    sigma = torch.tensor([1e-8, 0.002, 80.0, 1e6])
+    x0 = torch.rand(4, 3, 16, 16) * 2 - 1
+    losses = loss(d, x0, sigma, torch.randn_like(x0), cond(4), weight(kind, sigma, 0.5), multiscale=1)
+    assert losses.shape == (4,) and losses.isfinite().all()
+    losses.sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in d.parameters())
+
+
+def test_clean_inputs_pass_and_pure_noise_is_ignored() -> None:
+    d = denoiser().double()
+    x = torch.rand(2, 3, 16, 16, dtype=torch.float64) * 2 - 1
+    c = Cond(
+        *(t.double() if t.is_floating_point() else t for t in (cond(2).tokens, cond(2).mask, cond(2).pooled)),
+        cond(2).null,
+    )  # type: ignore[union-attr]
+    torch.testing.assert_close(d(x, torch.full((2,), 1e-7, dtype=torch.float64), c), x, rtol=1e-5, atol=1e-5)
+    big = torch.full((2,), 1e6, dtype=torch.float64)
+    assert d(1e6 * torch.randn_like(x), big, c).abs().max() < 100
+
+
+def test_lognormal_quantiles_and_range() -> None:
+    d = denoiser()
+    schedule = NoiseSchedule(NoiseConfig(mean=-0.5, std=0.7), d)
+    u = torch.arange(1, 2000, dtype=torch.float64) / 2000
+    log_sigma = schedule.sigma(u).log()
+    assert log_sigma.mean().item() == pytest.approx(-0.5, abs=0.01)
+    assert log_sigma.std().item() == pytest.approx(0.7, abs=0.01)
+    ends = schedule.sigma(torch.tensor([0.0, 1 - 1e-16], dtype=torch.float64))
+    assert d.sigma_min <= ends[0] and ends[1] <= d.sigma_max
+
+
+@pytest.mark.parametrize("kind", ["cosine", "interpolated"])
+def test_cosine_schedules(kind: str) -> None:
+    """log-SNR = -2 log tan(pi t/2) at the core; interpolated is one doubling cleaner at the clean end alone."""
+    d = denoiser()
+    schedule = NoiseSchedule(NoiseConfig(kind=kind), d)  # type: ignore[arg-type]
+    u = torch.linspace(0.02, 0.98, 25, dtype=torch.float64)
+    log_snr = -2 * schedule.sigma(u).log()
+    want = -2 * torch.log(torch.tan(math.pi * u / 2))
+    shift = 0.0 if kind == "cosine" else 2 * math.log(2)
+    torch.testing.assert_close(log_snr, want + shift * (1 - u))
+    assert (schedule.sigma(u).diff() > 0).all()
+
+
+def test_a_grown_model_is_trained_at_k_times_the_noise() -> None:
+    from pixelgrow.growth import grown_config
+
+    d = denoiser()
+    high = Denoiser(UViT(grown_config(d.net.config, 64, "preserve")))
+    u = torch.linspace(0.1, 0.9, 5, dtype=torch.float64)
+    for kind in ("lognormal", "cosine"):
+        low_s, high_s = (NoiseSchedule(NoiseConfig(kind=kind), m).sigma(u) for m in (d, high))  # type: ignore[arg-type]
+        torch.testing.assert_close(high_s, 4 * low_s)
+    assert (high.sigma_min, high.sigma_max) == (4 * d.sigma_min, 4 * d.sigma_max)

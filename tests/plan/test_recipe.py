@@ -1,0 +1,96 @@
+"""Plans: figures from fake tensors equal those of real ones, and the largest model costs nothing to describe."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pixelgrow.diffusion.denoiser import Denoiser
+from pixelgrow.growth import freeze, grown_config
+from pixelgrow.models.cond import Cond
+from pixelgrow.models.config import NetConfig
+from pixelgrow.models.sizes import shallow_uvit
+from pixelgrow.models.uvit import UViT
+from pixelgrow.plan.network import network_cost, step_cost
+from pixelgrow.plan.recipe import parts_of, plan_recipe, plan_size
+from pixelgrow.recipe.read import load_recipe
+from pixelgrow.training.settings import TrainSettings
+
+SETTINGS = TrainSettings(images=100, batch=3)
+
+
+def cond(net: NetConfig, batch: int, tokens: int) -> Cond:
+    mask = torch.ones(batch, tokens, dtype=torch.bool)
+    null = torch.zeros(batch, dtype=torch.bool)
+    return Cond(torch.zeros(batch, tokens, net.core.text_dim), mask, torch.zeros(batch, net.core.pooled_dim), null)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_fake_figures_equal_real_ones(frozen: bool) -> None:
+    core = shallow_uvit("tiny", 16)
+    config = grown_config(core, 32, "preserve")
+    denoiser = Denoiser(UViT(config))
+    if frozen:
+        freeze(denoiser.net, list(UViT(core).state_dict()))
+    real = step_cost(denoiser, cond(config, 3, 8), 3)
+    planned = network_cost(config, SETTINGS, frozen=core if frozen else None, tokens=8)
+    everything = sum(p.numel() for p in denoiser.parameters())
+    training = sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
+    assert planned.parameters["core"] + planned.parameters["levels"] == everything
+    assert planned.parameters["training"] == training
+    assert planned.work["forward"] * 3 == pytest.approx(real["forward"], rel=1e-9)
+    assert planned.work["backward"] * 3 == pytest.approx(real["backward"], rel=1e-9)
+    assert planned.memory.activations == real["activations"]
+    assert planned.memory.weights == 4 * everything
+    assert planned.memory.gradients == 4 * training
+    states = planned.memory.weights + planned.memory.optimizer + planned.memory.averages
+    assert planned.memory.peak - states == pytest.approx(real["peak"], rel=0.25)
+
+
+def test_attention_is_counted() -> None:
+    """Of a linear map and two products, forward: 2 N C^2 a layer, and 2 * 2 N M C of an attention."""
+    config = shallow_uvit("tiny", 16)
+    two = config.model_copy(update={"core": config.core.model_copy(update={"depth": 2})})
+    one = config.model_copy(update={"core": config.core.model_copy(update={"depth": 1})})
+    n, tokens, c, text = 16, 8, config.core.width, config.core.text_dim
+    linear = 2 * n * c * (4 * c + 2 * c + 2 * config.core.mlp_ratio * c) + 2 * tokens * text * 2 * c
+    attention = 4 * n * (n + tokens) * c
+    flops = [step_cost(Denoiser(UViT(x)), cond(x, 1, tokens), 1)["forward"] for x in (one, two)]
+    assert flops[1] - flops[0] == linear + attention
+
+
+def test_recomputing_blocks_keeps_less() -> None:
+    config = shallow_uvit("tiny", 32)
+    less = network_cost(config, SETTINGS.model_copy(update={"activation_checkpointing": True}))
+    more = network_cost(config, SETTINGS)
+    assert less.memory.activations < more.memory.activations / 3
+    assert less.work["backward"] == pytest.approx(more.flops, rel=0.2)
+
+
+def test_the_largest_recipe_is_described() -> None:
+    core, raw, tuned = plan_recipe(load_recipe("huge"), gpu=True)
+    assert core.cost.parameters["core"] == pytest.approx(8e9, rel=0.03)
+    assert (core.resolution, raw.resolution, tuned.resolution) == (256, 1024, 1024)
+    assert raw.cost.parameters["training"] == raw.cost.parameters["levels"]
+    assert raw.cost.memory.peak < core.cost.memory.peak / 4
+    assert core.seconds(1e15) == pytest.approx(core.images * core.cost.flops / 1e15)
+
+
+def test_a_size_alone_is_described() -> None:
+    small, grown = plan_recipe(plan_size("small", 128, core=None, stride=4, images=1000, batch=2))
+    assert (small.resolution, grown.resolution, grown.what) == (64, 128, "grow preserve, frozen")
+    assert len(plan_recipe(plan_size("small", 32, core=None, stride=4, images=1000, batch=2))) == 1
+
+
+def test_phases_of_a_stage_are_told_apart() -> None:
+    frozen, unfrozen = plan_recipe(load_recipe("smoke"))[1:]
+    assert (frozen.images, unfrozen.images) == (16, 16)
+    assert frozen.cost.parameters["training"] < unfrozen.cost.parameters["training"]
+    assert frozen.cost.flops < unfrozen.cost.flops
+
+
+def test_parts_add_up() -> None:
+    config = grown_config(shallow_uvit("tiny", 16), 32, "preserve")
+    parts = parts_of(config)
+    assert set(parts) == {"core", "16 px", "32 px"}
+    assert sum(parts.values()) == sum(p.numel() for p in UViT(config).parameters())

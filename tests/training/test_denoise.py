@@ -1,0 +1,180 @@
+"""The denoising objective on small real denoisers: it learns, resumes to the same bytes, leaves a frozen core alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from pixelgrow import rng
+from pixelgrow.data.loader import Batch
+from pixelgrow.diffusion.denoiser import Denoiser
+from pixelgrow.growth import freeze, grow
+from pixelgrow.models.cond import Cond
+from pixelgrow.models.config import CoreConfig
+from pixelgrow.models.sizes import shallow_uvit
+from pixelgrow.models.uvit import UViT
+from pixelgrow.training import monitor
+from pixelgrow.training.denoise import DenoiseObjective, validation_hook
+from pixelgrow.training.loop import TrainResult, train
+from pixelgrow.training.monitor import Hook
+from pixelgrow.training.settings import TrainSettings
+
+
+@pytest.fixture(autouse=True)
+def _no_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(monitor, "matmul_rate", lambda *_: 1e11)
+
+
+class Labels:
+    def cond(self, texts: Sequence[str]) -> Cond:
+        labels = torch.tensor([int(t) for t in texts])
+        return Cond(None, None, None, torch.zeros(len(texts), dtype=torch.bool), labels)
+
+
+def core() -> Denoiser:
+    torch.manual_seed(0)
+    config = CoreConfig(width=32, depth=1, heads=1, text_dim=16, pooled_dim=16, classes=4)
+    return Denoiser(UViT(shallow_uvit("tiny", 8, stride=2, core=config)))
+
+
+def awake() -> Denoiser:
+    """A core whose zero-started tensors are random too: nothing passes by being zero."""
+    denoiser = core()
+    for p in denoiser.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    return denoiser
+
+
+def images(index: torch.Tensor, side: int) -> torch.Tensor:
+    """Plain colours by label with a bright square."""
+    x = torch.stack([torch.full((3, side, side), (int(i) % 4) / 2 - 0.75) for i in index])
+    x[:, :, : side // 2, : side // 2] += 0.3
+    return x
+
+
+def stream(side: int, batch: int):
+    def batches(start: int) -> Iterator[Batch]:
+        while True:
+            index = torch.arange(start, start + batch)
+            yield Batch(images(index, side), tuple(str(int(i) % 4) for i in index), index)
+            start += batch
+
+    return batches
+
+
+def run(denoiser: Denoiser, folder: Path, hooks: Sequence[Hook] = (), **changes) -> TrainResult:
+    base = {"images": 64, "batch": 16, "lr": 2e-3, "save_every": 16, "snapshot_every": 0, "validate_every": 64}
+    settings = TrainSettings(**(base | changes))
+    objective = DenoiseObjective(denoiser, Labels(), settings, seed=1)
+    side = denoiser.resolution
+    held = torch.arange(8)
+    check = validation_hook(
+        denoiser, images(held, side), Labels().cond([str(int(i) % 4) for i in held]), settings.validate_every or 0
+    )
+    return train(objective, stream(side, settings.micro_batch), settings, folder, seed=1, hooks=[check, *hooks])
+
+
+def same(a: Denoiser, b: Denoiser) -> None:
+    for (name, x), (_, y) in zip(a.state_dict().items(), b.state_dict().items(), strict=True):
+        assert torch.equal(x, y), name
+
+
+class Stop(Exception):
+    pass
+
+
+def stop(images: int) -> dict[str, float]:
+    if images == 32:
+        raise Stop
+    return {}
+
+
+def grown() -> Denoiser:
+    parent = core()
+    index = torch.arange(4)
+    child, report = grow(parent, 16, images=images(index, 16), cond=Labels().cond(["0", "1", "2", "3"]))
+    freeze(child.net, report.loaded)
+    return child
+
+
+@pytest.mark.parametrize("make", [core, grown])
+def test_stopped_and_resumed_is_the_same_bytes(tmp_path: Path, make) -> None:
+    whole, cut, rest = make(), make(), make()
+    run(whole, tmp_path / "whole")
+    with pytest.raises(Stop):
+        run(cut, tmp_path / "cut", [Hook("stop", 16, stop)])
+    run(rest, tmp_path / "cut")
+    same(whole, rest)
+
+
+def test_it_learns(tmp_path: Path) -> None:
+    run(core(), tmp_path, images=1200, validate_every=1200, ema=(0.1,))
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    first, last = [r["validation/mean"] for r in records if "validation/mean" in r]
+    assert last < 0.8 * first
+
+
+def test_a_frozen_core_stays_bit_equal_and_averages_share_it(tmp_path: Path) -> None:
+    child = grown()
+    before = {n: p.clone() for n, p in child.named_parameters() if not p.requires_grad}
+    assert before
+    result = run(child, tmp_path)
+    for name, p in child.named_parameters():
+        assert (name in before) == (not p.requires_grad)
+        if name in before:
+            assert torch.equal(p, before[name])
+            assert p.grad is None
+    average = result.averages["denoiser"][0]
+    assert not average.tensors.keys() & before.keys()
+    with average.applied():
+        assert all(child.get_parameter(n).data_ptr() == t.data_ptr() for n, t in average.tensors.items())
+
+
+def test_recomputed_blocks_give_the_same_gradients(tmp_path: Path) -> None:
+    grads = []
+    for recompute in (False, True):
+        denoiser = awake()
+        settings = TrainSettings(images=8, batch=8, activation_checkpointing=recompute)
+        objective = DenoiseObjective(denoiser, Labels(), settings, seed=0)
+        terms = objective.loss(next(stream(8, 8)(0)), "denoiser")
+        terms.loss.backward()
+        assert {"loss_low", "loss_middle", "loss_high"} >= terms.logs.keys()
+        grads.append({n: p.grad for n, p in denoiser.named_parameters() if p.grad is not None and p.grad.any()})
+    assert len(grads[0]) > 40
+    assert grads[0].keys() == grads[1].keys()
+    for name, grad in grads[0].items():
+        assert torch.equal(grad, grads[1][name]), name
+
+
+def test_half_precision_trains_the_real_network() -> None:
+    denoiser = awake()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        terms = DenoiseObjective(denoiser, Labels(), TrainSettings(images=8, batch=8), seed=0).loss(
+            next(stream(8, 8)(0))
+        )
+    terms.loss.backward()
+    assert all(p.grad.dtype == torch.float32 for p in denoiser.parameters() if p.grad is not None)
+    full = DenoiseObjective(denoiser, Labels(), TrainSettings(images=8, batch=8), seed=0).loss(next(stream(8, 8)(0)))
+    assert terms.loss.item() == pytest.approx(full.loss.item(), rel=0.05)
+
+
+def test_the_loss_of_a_sample_depends_on_its_index_alone() -> None:
+    denoiser = awake()
+    objective = DenoiseObjective(denoiser, Labels(), TrainSettings(images=8, batch=8, cond_dropout=0.5), seed=0)
+    batch = next(stream(8, 8)(0))
+    whole = objective.loss(batch).loss
+    halves = [
+        objective.loss(Batch(batch.image[rows], batch.text[rows], batch.index[rows])).loss
+        for rows in (slice(4, 8), slice(0, 4))
+    ]
+    assert torch.allclose(whole, sum(halves) / 2, rtol=1e-5)
+
+
+def test_dropping_and_noise_have_their_own_streams() -> None:
+    index = torch.arange(1000)
+    a, b = (rng.uniform(0, stream, index) for stream in ("sigma", "dropout"))
+    assert abs(float(torch.corrcoef(torch.stack([a, b]))[0, 1])) < 0.1

@@ -1,0 +1,336 @@
+"""The loop: exact resume, skipped steps, signals, frozen tensors, hooks that perturb nothing."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from pixelgrow.errors import UserError
+from pixelgrow.training import monitor, state
+from pixelgrow.training.loop import Interrupted
+from pixelgrow.training.monitor import Hook
+from pixelgrow.training.objective import Terms
+
+TOY = Path(__file__).parents[1] / "training_toy.py"
+
+
+def _load() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("training_toy", TOY)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["training_toy"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+toy = _load()
+
+
+@pytest.fixture(autouse=True)
+def _no_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(monitor, "matmul_rate", lambda *_: 1e11)
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(images: int) -> Hook:
+    def run(now: int) -> dict[str, float]:
+        if now == images:
+            raise Stop
+        return {}
+
+    return Hook("stop", 8, run)
+
+
+def lines(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        assert torch.equal(tensor, b[name]), name
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"accumulate": 2}, {"optimizer": "muon"}, {"optimizer": "radam"}, {"clip": 0.01, "decay": "inverse_sqrt"}],
+)
+def test_stopped_and_resumed_is_the_same_bytes(tmp_path: Path, changes: dict) -> None:
+    whole, cut = toy.Toy(), None
+    expected = toy.weights(whole, toy.run(tmp_path / "whole", whole, **changes))
+    for at in (8, 40, 56, 88):
+        with pytest.raises(Stop):
+            toy.run(tmp_path / "cut", toy.Toy(), hooks=(stop_at(at),), **changes)
+    cut = toy.Toy()
+    result = toy.run(tmp_path / "cut", cut, **changes)
+    assert (result.images, result.steps, result.skipped) == (96, 12, 0)
+    same(toy.weights(cut, result), expected)
+    records = [[{k: v for k, v in r.items() if "loss" in k or "error" in k} | {"images": r["images"]} for r in lines(f)]
+               for f in (tmp_path / "whole", tmp_path / "cut")]  # fmt: skip
+    assert {r["images"] for r in records[0]} == {0, 16, 32, 48, 64, 80, 96}
+    assert records[0] == records[1]
+
+
+def test_a_finished_run_runs_no_step_again(tmp_path: Path) -> None:
+    first = toy.Toy()
+    expected = toy.weights(first, toy.run(tmp_path, first))
+    again = toy.Toy()
+    same(toy.weights(again, toy.run(tmp_path, again)), expected)
+    assert not again.seen
+
+
+def test_it_learns_and_logs(tmp_path: Path) -> None:
+    toy.run(tmp_path, images=800, lr=1e-2)
+    records = [r for r in lines(tmp_path) if "loss" in r]
+    assert records[-1]["loss"] < 0.6 * records[0]["loss"]
+    assert {
+        "lr",
+        "grad_norm",
+        "sigma_mean",
+        "images_per_second",
+        "waited",
+        "matmul_share",
+        "memory_mib",
+        "skipped",
+    } <= records[0].keys()
+    assert any((tmp_path / "tensorboard").iterdir())
+
+
+def test_accumulation_sees_the_same_images(tmp_path: Path) -> None:
+    one, two = toy.Toy(), toy.Toy()
+    toy.run(tmp_path / "1", one)
+    toy.run(tmp_path / "2", two, accumulate=4)
+    assert one.seen == two.seen == list(range(96))
+
+
+def test_hooks_perturb_nothing(tmp_path: Path) -> None:
+    quiet, busy = toy.Toy(), toy.Toy()
+    a = toy.weights(quiet, toy.run(tmp_path / "a", quiet, validate_every=0))
+    assert busy.modules["net"].training
+
+    def draw(images: int) -> dict[str, float]:
+        assert not busy.modules["net"].training
+        assert not torch.is_grad_enabled()
+        torch.manual_seed(images)
+        return {"x": float(torch.rand(()))}
+
+    b = toy.weights(busy, toy.run(tmp_path / "b", busy, hooks=(Hook("draw", 8, draw),), validate_every=8))
+    same(a, b)
+
+
+def test_frozen_tensors_stay_and_have_no_state(tmp_path: Path) -> None:
+    frozen = toy.Toy(frozen=True)
+    before = frozen.modules["net"][0].weight.clone()
+    result = toy.run(tmp_path, frozen)
+    assert torch.equal(before, frozen.modules["net"][0].weight)
+    assert frozen.modules["net"][0].weight.grad is None
+    saved = state.load(tmp_path / "state")
+    assert saved is not None
+    assert not [n for n in saved.tensors if n.endswith("0.weight")]
+    average = result.averages["net"][0].state_dict()
+    assert average["0.weight"].data_ptr() == frozen.modules["net"][0].weight.data_ptr()
+    frozen.modules["net"].requires_grad_(False)
+    with pytest.raises(UserError, match="nothing to train"):
+        toy.run(tmp_path / "x", frozen)
+
+
+def test_a_bad_step_is_skipped_and_counted(tmp_path: Path) -> None:
+    bad = toy.Toy(poison=frozenset([17, 50]))
+    result = toy.run(tmp_path, bad)
+    assert result.skipped == 2
+    assert all(bool(t.isfinite().all()) for t in result.averages["net"][0].tensors.values())
+    assert lines(tmp_path)[-2]["skipped"] == 2
+
+
+def test_too_many_bad_steps_stop_and_keep_the_last_good_state(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"3 times in a row, last at step 9 .*noise levels 0\.\d+ to 1\.?\d*") as error:
+        toy.run(tmp_path, toy.Toy(poison=frozenset(range(48, 96))), max_bad_steps=3)
+    assert "\n" not in str(error.value)
+    saved = state.load(tmp_path / "state")
+    assert saved is not None
+    assert saved.counters["images"] == 48
+    result = toy.run(tmp_path)
+    assert result.images == 96
+
+
+class Still(toy.Toy):
+    """Without buffers: a skipped step leaves nothing behind."""
+
+    def __init__(self, poison: frozenset[int] = frozenset()) -> None:
+        super().__init__(poison)
+        self.modules["net"] = self.modules["net"][:4]
+
+
+def test_bad_steps_leave_a_state_and_a_result_behind(tmp_path: Path) -> None:
+    whole = Still()
+    expected = toy.weights(whole, toy.run(tmp_path / "whole", whole))
+    kept: list[tuple[Path, int]] = []
+    folder, stopped = tmp_path / "cut", Still(poison=frozenset(range(40, 96)))
+    with pytest.raises(UserError, match=r"put a train stage of another name .* from: and a lower lr") as error:
+        toy.run(folder, stopped, max_bad_steps=3, keep=lambda *what: kept.append(what))
+    assert str(folder / "checkpoint") in str(error.value)
+    assert kept == [(folder / "checkpoint", 40)]
+    saved = state.load(folder / "state")
+    assert saved is not None
+    assert saved.counters["images"] == 40  # 24 is the last round number
+    rest = Still()
+    same(toy.weights(rest, toy.run(folder, rest)), expected)
+    assert [r["images"] for r in lines(folder)] == [r["images"] for r in lines(tmp_path / "whole")]
+
+
+def test_bad_steps_from_the_start_keep_nothing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nothing was learnt before: delete .*cut and begin again") as error:
+        toy.run(tmp_path / "cut", Still(poison=frozenset(range(96))), max_bad_steps=3, keep=pytest.fail)
+    assert "\n" not in str(error.value)
+    assert state.load(tmp_path / "cut" / "state") is None
+
+
+def test_bad_data_leave_a_state_and_a_result_behind(tmp_path: Path) -> None:
+    whole, kept = toy.Toy(), {}
+    expected = toy.weights(whole, toy.run(tmp_path / "whole", whole))
+
+    def broken(start: int) -> Iterator[object]:
+        for batch in toy.stream(8)(start):
+            if int(batch.index[0]) == 56:
+                raise UserError("too many files are bad")
+            yield batch
+
+    def keep(where: Path, images: int) -> None:
+        kept[images] = {n: t.clone() for n, t in cut.modules["net"].state_dict().items()}
+
+    cut = toy.Toy()
+    with pytest.raises(UserError, match="too many files are bad"):
+        toy.run(tmp_path / "cut", cut, batches=broken, keep=keep)
+    saved = state.load(tmp_path / "cut" / "state")
+    assert saved is not None
+    assert torch.equal(kept[56]["0.weight"], saved.tensors["ema/0.05/net/0.weight"])
+    rest = toy.Toy()
+    same(toy.weights(rest, toy.run(tmp_path / "cut", rest)), expected)
+
+
+def test_a_full_disk_leaves_the_state_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = os.fsync, 0
+
+    def full(fd: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 8:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(fd)
+
+    whole = toy.Toy()
+    expected = toy.weights(whole, toy.run(tmp_path / "whole", whole))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match="No space left on device; what was saved before is kept") as error:
+            toy.run(tmp_path / "full", snapshot_every=0)
+    assert "\n" not in str(error.value)
+    saved = state.load(tmp_path / "full" / "state")
+    assert saved is not None
+    assert 0 < saved.counters["images"] < 96
+    assert not list((tmp_path / "full" / "state").glob(".*"))
+    later = toy.Toy()
+    same(toy.weights(later, toy.run(tmp_path / "full", later, snapshot_every=0)), expected)
+
+
+def test_another_network_is_refused(tmp_path: Path) -> None:
+    toy.run(tmp_path)
+    other = toy.Toy()
+    other.modules["net"].add_module("5", torch.nn.Conv2d(3, 3, 1))
+    with pytest.raises(UserError, match="is of another network"):
+        toy.run(tmp_path, other)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_and_saves(tmp_path: Path, signum: int) -> None:
+    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+
+    def shout(now: int) -> dict[str, float]:
+        if now == 32:
+            os.kill(os.getpid(), signum)
+        return {}
+
+    whole = toy.Toy()
+    expected = toy.weights(whole, toy.run(tmp_path / "whole", whole))
+    with pytest.raises(Interrupted, match="same command again") as stopped:
+        toy.run(tmp_path / "cut", hooks=(Hook("shout", 8, shout),))
+    assert stopped.value.status == 128 + signum
+    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
+    saved = state.load(tmp_path / "cut" / "state")
+    assert saved is not None
+    assert saved.counters["images"] == 40
+    rest = toy.Toy()
+    same(toy.weights(rest, toy.run(tmp_path / "cut", rest)), expected)
+
+
+def test_stopping_amid_bad_steps_tells_what_is_saved(tmp_path: Path) -> None:
+    def shout(now: int) -> dict[str, float]:
+        if now == 56:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {}
+
+    with pytest.raises(Interrupted, match="saved at 48 images"):
+        toy.run(tmp_path, toy.Toy(poison=frozenset(range(48, 96))), hooks=(Hook("shout", 8, shout),))
+
+
+def test_two_networks_in_turn(tmp_path: Path) -> None:
+    """As an adversarial objective has: each part descends its own loss, and no gradient leaks into the other's step."""
+
+    class Pair(toy.Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.modules |= {"second": torch.nn.Conv2d(3, 3, 1)}
+            self.rates |= {"second": 0.5}
+
+        def loss(self, batch, part: str) -> Terms:
+            first = self.modules["net"](batch.image)
+            second = self.modules["second"](first if part == "net" else first.detach())
+            loss = (second - batch.image).square().mean()
+            assert all(p.grad is None for m in self.modules.values() for p in m.parameters())
+            return Terms(loss if part == "net" else -loss.neg())
+
+    pair = Pair()
+    result = toy.run(tmp_path, pair)
+    assert set(result.averages) == {"net", "second"}
+    assert {"net/loss", "second/loss", "second/grad_norm"} <= lines(tmp_path)[-2].keys()
+    again = Pair()
+    toy.run(tmp_path, again)
+    for part in pair.modules:
+        same(pair.modules[part].state_dict(), again.modules[part].state_dict())
+
+
+def test_killed_at_random_moments_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    command = [sys.executable, str(TOY), str(tmp_path), "800", "6"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    assert int(done.stdout) >= 2
+    a, b = ((tmp_path / f / "model.safetensors").read_bytes() for f in ("whole", "cut"))
+    assert a == b
+    seen = [r["images"] for r in lines(tmp_path / "cut") if "loss" in r]
+    assert seen == list(range(8, 801, 8))
+
+
+def test_half_precision_and_compiling_are_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[tuple[torch.nn.Module, bool]] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, dynamic: compiled.append((module, dynamic)))
+    half, full = toy.Toy(), toy.Toy()
+    a = toy.weights(half, toy.run(tmp_path / "a", half, precision="bf16", compile=True))
+    b = toy.weights(full, toy.run(tmp_path / "b", full))
+    assert compiled == [(half.modules["net"], False)]
+    assert all(t.dtype == b[n].dtype for n, t in a.items())
+    assert not torch.equal(a["0.weight"], b["0.weight"])
+    torch.testing.assert_close(a["0.weight"], b["0.weight"], atol=0.02, rtol=0)
