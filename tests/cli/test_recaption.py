@@ -15,8 +15,8 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_sources import captioned, picture, write_metadata, write_tar
 
+from data.test_sources import captioned, picture, write_metadata, write_tar
 from pixelgrow import rng
 from pixelgrow.cli.recaption import Recaption, recaption
 from pixelgrow.data import heldout_split, open_source
@@ -133,7 +133,7 @@ def test_a_pair_remembers_the_caption_that_it_was_made_with(tmp_path: Path) -> N
     assert stream.texts() == said and len({text.split()[0] for text in said}) >= 2
     u = rng.uniform(rng.seed_of(0, "stage", "pairs"), "guidance", range(16))
     both = torch.cat([u[:8], u[:8], u[8:], u[8:]])  # a shard's pictures, then their mirror images
-    by_kind = [guidance_weights(both, law).float() for law in ("captions", "recaptions")]
+    by_kind = [guidance_weights(both, distribution).float() for distribution in ("captions", "recaptions")]
     assert torch.equal(pairs.guidance, torch.where(pairs.origins[:, 3] == 0, *by_kind))  # type: ignore[arg-type]
     with contextlib.closing(stream.batches()) as batches:
         some = next(batches)

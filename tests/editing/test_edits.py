@@ -19,7 +19,7 @@ import pixelgrow
 from pixelgrow import checkpoint
 from pixelgrow.checkpoint import CheckpointConfig
 from pixelgrow.diffusion.denoiser import Denoiser
-from pixelgrow.diffusion.generator import Generator, told_guidance
+from pixelgrow.diffusion.generator import Generator, with_guidance
 from pixelgrow.diffusion.sampling import initial_noise
 from pixelgrow.editing import edits as editing
 from pixelgrow.editing.edits import _averaging_to, _inverted
@@ -454,7 +454,7 @@ def test_a_teachers_latents_of_gaussian_pictures_are_white() -> None:
 
 def test_a_generator_that_is_told_its_guidance_is_told_it_in_edits() -> None:
     plain = one_step()
-    net = told_guidance(plain.generator.net, 0)
+    net = with_guidance(plain.generator.net, 0)
     torch.nn.init.normal_(net.guidance.out.weight, std=0.5)
     config = plain.config.model_copy(update={"network": net.config})
     model = OneStepModel(Generator(net, plain.generator.config).eval(), config)

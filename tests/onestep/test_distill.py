@@ -470,7 +470,7 @@ def test_a_generator_grows_with_what_a_model_grown_from_its_teacher_draws(made: 
     quiet = {"validate_every": 0, "sample_every": 0, "snapshot_every": 0, "batch": 8}
     stages = [
         {"grow": {"name": "wide", "from": "core", "to": 32, "images": 8} | quiet},
-        {"pairs": {"name": "drawn", "from": "wide", "n": 8, "batch": 8, "shard": 8, "steps": 2, "direction": "draw"}},
+        {"pairs": {"name": "drawn", "from": "wide", "n": 8, "batch": 8, "shard": 8, "steps": 2, "direction": "sample"}},
         {"grow": {"name": "g", "from": "onestep", "pairs": "drawn", "to": 32, "images": 8} | quiet},
     ]
     smoke = load_recipe("smoke-onestep").model_dump(mode="json", by_alias=True, exclude_unset=True)
@@ -527,7 +527,7 @@ def test_generators_and_denoisers_are_not_taken_for_each_other(stage: dict[str, 
     ],
 )
 def test_pairs_of_another_teacher_are_refused_when_a_recipe_is_read(stage: dict[str, Any], words: str) -> None:
-    drawn = {"name": "drawn", "from": "core", "n": 8, "direction": "draw", "guidance": "captions"}
+    drawn = {"name": "drawn", "from": "core", "n": 8, "direction": "sample", "guidance": "captions"}
     others = {"name": "others", "from": "more", "n": 8}
     more = {"train": {"name": "more", "from": "core", "images": 16}}
     mistake([more, {"pairs": drawn}, {"pairs": others}, {"distill": DISTILL}, stage], words)
@@ -602,7 +602,7 @@ def test_pairs_of_an_ancestor_of_the_teacher_are_refused_and_a_folder_of_the_oth
     ],
 )
 def test_what_a_generator_does_not_take_is_refused_when_a_recipe_is_read(stage: dict[str, Any], words: str) -> None:
-    drawn = {"pairs": {"name": "drawn", "n": 8, "direction": "draw"}}
+    drawn = {"pairs": {"name": "drawn", "n": 8, "direction": "sample"}}
     weighed = {"pairs": {"name": "weighed", "n": 8, "guidance": "captions"}}
     told = {"name": "told", "pairs": "weighed", "losses": {"adversarial": False}}
     before = [drawn, weighed, {"distill": DISTILL | told}, {"distill": DISTILL}]

@@ -1,4 +1,4 @@
-"""Judges from outside: vision models, LPIPS and CLIP, as distances, as what a discriminator looks at, in a recipe."""
+"""Feature networks from outside: vision models, LPIPS and CLIP, as distances and under a discriminator, in a recipe."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import pytest
 import torch
 import transformers
 from PIL import Image
-from test_onestep import Conditions, batch, generator
 from torch import Tensor
 
+from onestep.test_distill import Conditions, batch, generator
 from pixelgrow import checkpoint
 from pixelgrow.diffusion.generator import Generator
 from pixelgrow.errors import UserError
@@ -23,8 +23,8 @@ from pixelgrow.external import vision
 from pixelgrow.external.vision import describe, load_clip, load_vision
 from pixelgrow.onestep.distill import DISCRIMINATOR, GENERATOR, DistillObjective
 from pixelgrow.onestep.features import FeatureDistance, TeacherFeatures, VisionFeatures, cropped
-from pixelgrow.onestep.judges import ClipSimilarity, judges_used, load_judges
 from pixelgrow.onestep.losses import feature_distance, similarity_loss
+from pixelgrow.onestep.networks import ClipSimilarity, load_networks, networks_used
 from pixelgrow.onestep.settings import LossSettings, SimilaritySettings
 from pixelgrow.recipe.read import load_recipe, read_recipe
 from pixelgrow.run import run
@@ -126,9 +126,13 @@ def test_a_generator_learns_by_a_vision_model_whose_layers_differ_in_width(tmp_p
     save_vision(tmp_path, "ConvNext", PROCESSOR | {"size": 16})
     made, teacher = generator(), TeacherFeatures(shallow())
     losses = LossSettings(distance=str(tmp_path), discriminator=str(tmp_path), pixels=0.0)
-    judges = load_judges(losses, teacher)
-    assert isinstance(judges.distance, FeatureDistance) and judges.distance.features is judges.features  # loaded once
-    objective = DistillObjective(made, judges.features, Conditions(), losses, 0, judges.distance, judges.similarity)
+    networks = load_networks(losses, teacher)
+    assert (
+        isinstance(networks.distance, FeatureDistance) and networks.distance.features is networks.features
+    )  # loaded once
+    objective = DistillObjective(
+        made, networks.features, Conditions(), losses, 0, networks.distance, networks.similarity
+    )
     assert [head.down.in_features for head in objective.discriminator.heads] == [8, 24, 32]
     some = batch(4, 16)
     optimizers = {part: torch.optim.Adam(m.parameters(), 1e-3) for part, m in objective.modules.items()}
@@ -147,9 +151,9 @@ def test_a_generator_learns_by_a_vision_model_whose_layers_differ_in_width(tmp_p
 
 def test_the_teacher_judges_by_default() -> None:
     teacher = TeacherFeatures(shallow())
-    judges = load_judges(LossSettings(), teacher)
-    assert judges.features is teacher and judges.similarity is None and judges_used(LossSettings()) == {}
-    assert isinstance(judges.distance, FeatureDistance) and judges.distance.features is teacher
+    networks = load_networks(LossSettings(), teacher)
+    assert networks.features is teacher and networks.similarity is None and networks_used(LossSettings()) == {}
+    assert isinstance(networks.distance, FeatureDistance) and networks.distance.features is teacher
 
 
 # --- LPIPS ------------------------------------------------------------------------------------------------------------
@@ -157,11 +161,11 @@ def test_the_teacher_judges_by_default() -> None:
 
 def test_without_the_extra_lpips_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lpips", None)
-    for use in (judges_used, lambda losses: load_judges(losses, TeacherFeatures(shallow()))):
+    for use in (networks_used, lambda losses: load_networks(losses, TeacherFeatures(shallow()))):
         with pytest.raises(UserError, match=r"install pixelgrow\[lpips\], or write distance: teacher") as error:
             use(LossSettings(distance="lpips"))
         assert "\n" not in str(error.value)
-    assert judges_used(LossSettings(distance="lpips", features=0)) == {}
+    assert networks_used(LossSettings(distance="lpips", features=0)) == {}
 
 
 class FakeLpips(torch.nn.Module):
@@ -181,16 +185,16 @@ def test_lpips_is_a_distance_of_the_images_alone(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "lpips", SimpleNamespace(LPIPS=FakeLpips))
     monkeypatch.setattr(vision, "version", lambda name: "0.1.4")
     losses = LossSettings(distance="lpips", adversarial=False, features=2.0, pixels=0.0)
-    assert judges_used(losses) == {"distance": "lpips 0.1.4"}
-    judges = load_judges(losses, TeacherFeatures(shallow()))
+    assert networks_used(losses) == {"distance": "lpips 0.1.4"}
+    networks = load_networks(losses, TeacherFeatures(shallow()))
     a = torch.tensor([0.5, -0.25])[:, None, None, None].expand(2, 3, 16, 16).clone().requires_grad_()
-    got = judges.distance(a, torch.zeros(2, 3, 16, 16), cond(2), torch.zeros(2, 2))
+    got = networks.distance(a, torch.zeros(2, 3, 16, 16), cond(2), torch.zeros(2, 2))
     torch.testing.assert_close(got, torch.tensor([0.25, 0.0625]))
     got.sum().backward()
     assert a.grad is not None
     torch.testing.assert_close(a.grad.sum((1, 2, 3)), torch.tensor([1.0, -0.5]))
     made, some = generator(), batch(2, 16)
-    objective = DistillObjective(made, judges.features, Conditions(), losses, 0, judges.distance)
+    objective = DistillObjective(made, networks.features, Conditions(), losses, 0, networks.distance)
     drawn = made(some.latent, cond(2))
     want = 2 * (drawn.mean((1, 2, 3)) - some.target.mean((1, 2, 3))).square().mean()
     torch.testing.assert_close(objective.loss(some, GENERATOR).loss, want)
@@ -236,9 +240,9 @@ def test_similarity_pulls_prior_samples_to_their_captions(tmp_path: Path, advers
         losses = LossSettings(
             adversarial=adversarial, balance="fixed", similarity=SimilaritySettings(model=folder, weight=weight)
         )
-        assert list(judges_used(losses)) == (["similarity"] if weight else [])
-        judges, made = load_judges(losses, teacher), generator()
-        objective = DistillObjective(made, judges.features, Few(), losses, 0, judges.distance, judges.similarity)
+        assert list(networks_used(losses)) == (["similarity"] if weight else [])
+        networks, made = load_networks(losses, teacher), generator()
+        objective = DistillObjective(made, networks.features, Few(), losses, 0, networks.distance, networks.similarity)
         terms = objective.loss(some, GENERATOR)
         terms.loss.backward()
         found[weight] = (terms, made.last_layer.grad, objective)
@@ -310,12 +314,12 @@ def test_mistakes_in_a_recipe_are_one_line(losses: dict[str, Any], text: dict[st
 def test_a_run_records_who_judged_and_refuses_another(tmp_path: Path) -> None:
     save_vision(tmp_path / "dino", "Dinov2")
     save_both(tmp_path / "clip")
-    judges = {
+    networks = {
         "distance": str(tmp_path / "dino"),
         "discriminator": str(tmp_path / "clip"),
         "similarity": {"model": str(tmp_path / "clip")},
     }
-    whole = load_recipe("smoke-onestep", [f"stages.onestep.losses={json.dumps(judges)}", "stages.core.images=16"])
+    whole = load_recipe("smoke-onestep", [f"stages.onestep.losses={json.dumps(networks)}", "stages.core.images=16"])
     recipe = whole.model_copy(update={"stages": whole.stages[:3]})
     with pytest.MonkeyPatch.context() as patch:
         for module in (train, distill):
@@ -326,7 +330,7 @@ def test_a_run_records_who_judged_and_refuses_another(tmp_path: Path) -> None:
     model, config = checkpoint.load_generator(made / "checkpoint")
     assert isinstance(model, Generator)
     prints = {name: describe(str(tmp_path / name)).fingerprint for name in ("dino", "clip")}
-    assert config.lineage[-1]["judges"] == {
+    assert config.lineage[-1]["networks"] == {
         "distance": f"{tmp_path / 'dino'} {prints['dino']}",
         "discriminator": f"{tmp_path / 'clip'} {prints['clip']}",
         "similarity": f"{tmp_path / 'clip'} {prints['clip']}",
@@ -334,5 +338,5 @@ def test_a_run_records_who_judged_and_refuses_another(tmp_path: Path) -> None:
     log = (made / "log.jsonl").read_text()
     assert '"generator/similarity"' in log and '"generator/adv"' in log
     save_vision(tmp_path / "dino", "ViT")
-    with pytest.raises(UserError, match="judges"):
+    with pytest.raises(UserError, match="networks"):
         run(recipe, tmp_path)

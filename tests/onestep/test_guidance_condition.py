@@ -1,4 +1,4 @@
-"""The guidance weight as a condition: weights by row, pairs of a law, the estimator, guided generators, a whole run."""
+"""The guidance weight as a condition: weights by row, pairs with weights, the estimator, guided generators, a run."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from scipy import stats
-from test_guidance import GaussianPair, labels
 from torch import Tensor
 
+from diffusion.test_guidance import GaussianPair, labels
 from pixelgrow import checkpoint, rng
-from pixelgrow.diffusion.generator import Generator, told_guidance
+from pixelgrow.diffusion.generator import Generator, with_guidance
 from pixelgrow.diffusion.guidance import Guided
 from pixelgrow.diffusion.sampling import generate
 from pixelgrow.errors import UserError
@@ -61,14 +61,14 @@ def test_a_weight_for_each_row_is_each_row_alone(interval: tuple[float, float] |
 
 
 @pytest.mark.parametrize(
-    ("law", "expected"),
+    ("distribution", "expected"),
     [("captions", stats.uniform(2, 8)), ("recaptions", stats.truncnorm((1 - 2) / 3, (10 - 2) / 3, loc=2, scale=3))],
 )
-def test_the_spread_of_a_law(law: Any, expected: Any) -> None:
-    spread = spread_of(law)
+def test_the_spread_of_a_law(distribution: Any, expected: Any) -> None:
+    spread = spread_of(distribution)
     assert (spread.mean, spread.std) == pytest.approx((expected.mean(), expected.std()), rel=1e-5)
     assert (spread.low, spread.high) == pytest.approx(expected.support())
-    mixed, other = spread_of("mixed"), spread_of("recaptions" if law == "captions" else "captions")
+    mixed, other = spread_of("mixed"), spread_of("recaptions" if distribution == "captions" else "captions")
     assert (mixed.low, mixed.high) == pytest.approx((1, 10)) and mixed.mean == pytest.approx(
         (spread.mean + other.mean) / 2
     )
@@ -78,7 +78,7 @@ def test_the_spread_of_a_law(law: Any, expected: Any) -> None:
 
 
 def guided() -> Generator:
-    return Generator(told_guidance(shallow().net, seed=0))
+    return Generator(with_guidance(shallow().net, seed=0))
 
 
 def test_a_generator_that_is_told_the_weight_starts_as_the_one_that_is_not() -> None:
@@ -145,7 +145,7 @@ def test_the_estimator_learns_what_pictures_were_drawn_with(tmp_path: Path) -> N
     assert torch.equal(Labels(loaded, features)(images[128:], cond(160)[128:]), says)
     with pytest.raises(UserError, match="of the teacher teacher, the pairs are of other"):
         load_estimator(tmp_path, "other", "captions", cpu)
-    with pytest.raises(UserError, match="knows guidance: captions, the pairs have recaptions"):
+    with pytest.raises(UserError, match="was trained with guidance: captions, the pairs have recaptions"):
         load_estimator(tmp_path, "teacher", "recaptions", cpu)
     with pytest.raises(UserError, match="holds no finished estimator"):
         load_estimator(tmp_path / "nowhere", "teacher", "captions", cpu)
@@ -191,7 +191,7 @@ def objective(adversarial: bool = True) -> DistillObjective:
     losses, features = LossSettings(adversarial=adversarial), TeacherFeatures(shallow())
     width = described(features, torch.zeros(1, 3, 16, 16), cond(1)).shape[1]
     says = Labels(Estimator(width, "captions"), features) if adversarial else None
-    return DistillObjective(guided(), features, Conditions(), losses, 7, law="captions", labels=says)
+    return DistillObjective(guided(), features, Conditions(), losses, 7, distribution="captions", labels=says)
 
 
 def test_pairs_are_drawn_with_their_own_weights_and_prior_samples_with_the_laws() -> None:
@@ -213,11 +213,11 @@ def test_pairs_are_drawn_with_their_own_weights_and_prior_samples_with_the_laws(
 
 def test_prior_samples_of_mixed_captions_have_the_law_of_theirs() -> None:
     some = dataclasses.replace(batch(4), caption=torch.tensor([0, 1, 0, 2]))
-    made = DistillObjective(guided(), TeacherFeatures(shallow()), Conditions(), LossSettings(), 7, law="mixed")
+    made = DistillObjective(guided(), TeacherFeatures(shallow()), Conditions(), LossSettings(), 7, distribution="mixed")
     heard = Heard(made.discriminator)
     made.loss(some, GENERATOR)
     u = rng.uniform(7, "guidance generator", some.index)
-    came, anew = (guidance_weights(u, law).float() for law in ("captions", "recaptions"))
+    came, anew = (guidance_weights(u, distribution).float() for distribution in ("captions", "recaptions"))
     assert torch.equal(heard.weights[0], torch.stack([came[0], anew[1], came[2], anew[3]]))
 
 
@@ -257,7 +257,7 @@ def smoke(root: Path) -> None:
 def test_every_pair_has_a_weight_of_its_own_by_its_number(made: Path) -> None:
     seed = rng.seed_of(0, "stage", "pairs")
     pairs = Pairs(made / "pairs")
-    assert pairs.law == "captions" and pairs.facts["solver"]["guidance"] == "captions"
+    assert pairs.distribution == "captions" and pairs.facts["solver"]["guidance"] == "captions"
     want = guidance_weights(rng.uniform(seed, "guidance", range(16)), "captions").float()
     assert torch.equal(pairs.guidance, want)  # type: ignore[arg-type]
     assert not torch.equal(Pairs(made / "drawn").guidance[:16], want)  # type: ignore[index]
@@ -341,7 +341,7 @@ def test_a_run_that_was_stopped_in_each_stage_ends_with_the_same_bytes(made: Pat
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 LAW = {"pairs": {"name": "pairs", "n": 8, "guidance": "captions"}}
-DRAWN = {"pairs": {"name": "drawn", "n": 8, "guidance": "captions", "direction": "draw"}}
+DRAWN = {"pairs": {"name": "drawn", "n": 8, "guidance": "captions", "direction": "sample"}}
 OMEGA = {"estimate": {"name": "omega", "pairs": "drawn", "images": 8}}
 ONESTEP = {"name": "onestep", "pairs": "pairs", "images": 8}
 
@@ -356,9 +356,9 @@ def recipe(*stages: dict[str, Any]) -> Any:
     [
         ([{"pairs": {"name": "pairs", "n": 8, "guidance": "caption"}}], "got 'caption', expected a weight >= 0 (1: "),
         ([{"pairs": {"name": "pairs", "n": 8, "guidance": -1}}], "got -1, expected a weight >= 0"),
-        ([LAW, {"estimate": {"name": "omega", "pairs": "pairs", "images": 8}}], "expected pictures drawn with weights"),
+        ([LAW, {"estimate": {"name": "omega", "pairs": "pairs", "images": 8}}], "expected images sampled with weights"),
         ([DRAWN, {"estimate": {"name": "o", "pairs": "drawn", "images": 8, "flip": True}}], "flip: an estimator"),
-        ([LAW, {"distill": ONESTEP}], "pairs: pairs has guidance: captions, so the discriminator asks for a weight"),
+        ([LAW, {"distill": ONESTEP}], "pairs: pairs has guidance: captions, so the discriminator needs a weight"),
         ([LAW, DRAWN, OMEGA, {"distill": ONESTEP | {"estimator": "omgea"}}], "unknown estimate stage 'omgea'"),
         (
             [LAW, DRAWN, OMEGA, {"distill": ONESTEP | {"estimator": "omega", "losses": {"adversarial": False}}}],
@@ -366,7 +366,7 @@ def recipe(*stages: dict[str, Any]) -> Any:
         ),
         (
             [{"pairs": {"name": "pairs", "n": 8}}, DRAWN, OMEGA, {"distill": ONESTEP | {"estimator": "omega"}}],
-            "but the pairs have guidance: 1.0, no law; drop it",
+            "but the pairs have guidance: 1.0, no distribution; drop it",
         ),
         ([LAW, DRAWN, OMEGA, {"evaluate": {"name": "e", "from": "omega"}}], "unknown stage 'omega'"),
         ([{"grow": {"name": "g", "to": 32, "images": 8, "estimator": "omega"}}], "estimator is for the growth of a"),
@@ -380,7 +380,9 @@ def test_mistakes_in_a_recipe_are_one_line(stages: list[dict[str, Any]], words: 
 
 def test_mixed_captions_need_samples_of_several_before_anything_trains(tmp_path: Path) -> None:
     several = load_recipe("smoke-guided", ["stages.pairs.guidance=mixed", "stages.drawn.guidance=mixed"])
-    with pytest.raises(UserError, match="stage 'pairs': guidance: mixed has a law for captions and one for recaptions"):
+    with pytest.raises(
+        UserError, match="stage 'pairs': guidance: mixed has a distribution for captions and one for recaptions"
+    ):
         run(several, tmp_path)
     assert not (tmp_path / "smoke-guided" / "core").exists()
 

@@ -195,15 +195,17 @@ def test_diff_augment_is_differentiable_to_the_image() -> None:
 
 
 @pytest.mark.parametrize(
-    ("law", "expected"),
+    ("distribution", "expected"),
     [("captions", stats.uniform(2, 8)), ("recaptions", stats.truncnorm((1 - 2) / 3, (10 - 2) / 3, loc=2, scale=3))],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_guidance_weights_are_the_papers_laws(law: Any, expected: Any, dtype: torch.dtype) -> None:
+def test_guidance_weights_are_the_papers_laws(distribution: Any, expected: Any, dtype: torch.dtype) -> None:
     u = torch.linspace(0, 1, 1001, dtype=dtype)
-    got = guidance_weights(u, law)
+    got = guidance_weights(u, distribution)
     assert got.dtype == dtype
     np.testing.assert_allclose(got, expected.ppf(u.double()), rtol=1e-6 if dtype == torch.float32 else 1e-9)
-    assert stats.kstest(guidance_weights(torch.rand(2000, dtype=dtype), law).double(), expected.cdf).pvalue > 1e-3
-    mixed = guidance_weights(u, "mixed", torch.full((1001,), int(law == "recaptions")))
+    assert (
+        stats.kstest(guidance_weights(torch.rand(2000, dtype=dtype), distribution).double(), expected.cdf).pvalue > 1e-3
+    )
+    mixed = guidance_weights(u, "mixed", torch.full((1001,), int(distribution == "recaptions")))
     assert torch.equal(mixed, got)

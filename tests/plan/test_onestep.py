@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from pixelgrow import checkpoint
-from pixelgrow.diffusion.generator import Generator, told_guidance
+from pixelgrow.diffusion.generator import Generator, with_guidance
 from pixelgrow.diffusion.guidance import Guided
 from pixelgrow.growth import freeze, grow_network, grown_config, last_blocks
 from pixelgrow.model import WEIGHTS
@@ -48,7 +48,7 @@ def numbers(*modules: torch.nn.Module) -> int:
 CASES: dict[str, dict[str, Any]] = {
     "distilled": {},
     "plain": {"losses": {"adversarial": False}},
-    "guided": {"law": "mixed", "losses": {"balance": "fixed", "augment": ["colour", "translation", "cutout"]}},
+    "guided": {"distribution": "mixed", "losses": {"balance": "fixed", "augment": ["colour", "translation", "cutout"]}},
     "grown": {"init": "preserve", "settings": {"optimizer": "muon"}},
     "blocks": {"init": "random", "free": 1, "settings": {"activation_checkpointing": True}, "bf16": True},
 }
@@ -56,32 +56,39 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_a_planned_update_equals_a_real_one(case: dict[str, Any]) -> None:
-    given: dict[str, Any] = {"law": None, "init": None, "free": 0, "losses": {}, "settings": {}, "bf16": False} | case
-    losses, law = LossSettings(**given["losses"]), given["law"]
+    given: dict[str, Any] = {
+        "distribution": None,
+        "init": None,
+        "free": 0,
+        "losses": {},
+        "settings": {},
+        "bf16": False,
+    } | case
+    losses, distribution = LossSettings(**given["losses"]), given["distribution"]
     settings = TrainSettings(images=8, batch=N, ema=(0.05, 0.1, 0.15), **given["settings"])
     teacher, below = shallow(), None
-    net = told_guidance(shallow().net, 0) if law else shallow().net
+    net = with_guidance(shallow().net, 0) if distribution else shallow().net
     if given["init"]:
         below = net.config
         net, report = grow_network(net, grown_config(below, 32, given["init"], generator=True), given["init"])
         trains = last_blocks(below, given["free"])
         freeze(net, [n for n in report.loaded if not n.startswith(trains)])
     features, labels = TeacherFeatures(teacher), None
-    if law:
+    if distribution:
         width = described(features, torch.zeros(1, 3, 16, 16), cond(1)).shape[1]
-        labels = Labels(Estimator(width, law), features)
+        labels = Labels(Estimator(width, distribution), features)
     generator = Generator(net)
-    real = DistillObjective(generator, features, Conditions(), losses, 0, law=law, labels=labels)
+    real = DistillObjective(generator, features, Conditions(), losses, 0, distribution=distribution, labels=labels)
     if settings.activation_checkpointing:
         recompute_blocks(net)
     side = generator.resolution
-    weights, texts = torch.full((N,), 3.0) if law else None, ("a", "b", "c")
+    weights, texts = torch.full((N,), 3.0) if distribution else None, ("a", "b", "c")
     images, latents = torch.rand(2, N, 3, side, side), torch.randn(N, 3, 16, 16)
     batch = DistillBatch(images[0], texts, torch.arange(N), latents, images[1], texts, weights, torch.arange(N))
 
     planned = distill_cost(
         net.config, teacher.net.config, settings, losses,
-        law=law, frozen=below, free=given["free"], tokens=TOKENS, bf16=given["bf16"],
+        distribution=distribution, frozen=below, free=given["free"], tokens=TOKENS, bf16=given["bf16"],
     )  # fmt: skip
     memory, runs, states = planned.memory, {}, 0
     assert planned.work.keys() == real.modules.keys()
@@ -130,9 +137,9 @@ def test_gradients_of_several_micro_batches_wait_for_the_last() -> None:
     ("given", "evaluations"),
     [
         ({"sampler": "heun", "steps": 7}, 12),  # from noise level 0 on nothing is asked
-        ({"sampler": "heun", "steps": 7, "direction": "draw", "guidance": 3}, 26),
-        ({"sampler": "dpm++2m", "steps": 5, "direction": "draw", "guidance": "captions"}, 10),
-        ({"sampler": "ddim", "steps": 2, "direction": "draw"}, 2),
+        ({"sampler": "heun", "steps": 7, "direction": "sample", "guidance": 3}, 26),
+        ({"sampler": "dpm++2m", "steps": 5, "direction": "sample", "guidance": "captions"}, 10),
+        ({"sampler": "ddim", "steps": 2, "direction": "sample"}, 2),
         ({"sampler": "dpm++2m", "steps": 5, "flip": True}, 8),
     ],
 )
@@ -140,10 +147,10 @@ def test_planned_pairs_equal_real_ones(given: dict[str, Any], evaluations: int) 
     stage = PairsStage(name="pairs", n=8, batch=N, shard=N, **given)
     teacher, x, c = shallow(), torch.randn(N, 3, 16, 16), cond(N)
     ode = Ode(stage.sampler, stage.steps, teacher.sigma_min, teacher.sigma_max)
-    guidance = torch.full((N,), 3.0) if stage.law else float(stage.guidance)
+    guidance = torch.full((N,), 3.0) if stage.distribution else float(stage.guidance)
 
     def real() -> torch.Tensor:
-        join = ode.to_image if stage.direction == "draw" else ode.to_latent
+        join = ode.to_image if stage.direction == "sample" else ode.to_latent
         return join(Guided(teacher, c, guidance=guidance), x)
 
     planned = pairs_cost(stage, teacher.net.config, tokens=TOKENS)
@@ -189,7 +196,7 @@ def test_the_demo_is_planned_whole() -> None:
     plans = plan_recipe(load_recipe("demo"), gpu=False)
     rows = [(p.name, p.what, p.resolution, p.images, p.batch) for p in plans[2:]]
     assert rows == [
-        ("drawn", "draw pairs", 32, 768, 64),
+        ("drawn", "sample pairs", 32, 768, 64),
         ("onestep", "distil core", 32, 3200, 16),
         ("inverted", "invert pairs", 32, 384, 64),
         ("onestep64", "grow preserve, frozen", 64, 1600, 8),

@@ -211,11 +211,11 @@ def test_zeros_and_rubbish_at_the_ends_are_dropped(tmp_path: Path, model: str) -
 def test_sigkill(tmp_path: Path, model: str, filled: TextCache) -> None:
     code = (
         "import os, signal, sys\n"
-        "from pixelgrow import text, text_cache\n"
-        "text_cache._SLAB, text_cache._FLUSH, text._CPU_TOKENS = 24, 3, 48\n"
+        "from pixelgrow.text import cache, encoders\n"
+        "cache._SLAB, cache._FLUSH, encoders._CPU_TOKENS = 24, 3, 48\n"
         "def stop(done, total):\n"
         "    if done > 30: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "text_cache.TextCache(sys.argv[1], sys.argv[2], 16).ensure(sys.argv[3:], stop)\n"
+        "cache.TextCache(sys.argv[1], sys.argv[2], 16).ensure(sys.argv[3:], stop)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "cut"), model, *MANY], check=False)
     assert done.returncode == -signal.SIGKILL

@@ -13,7 +13,7 @@ from pixelgrow.data.sources.opening import open_source
 from pixelgrow.errors import UserError
 from pixelgrow.growth import Init, grow, grown_config
 from pixelgrow.model import Model, find
-from pixelgrow.stages.grow import REPORT, describe, draw_both
+from pixelgrow.stages.grow import REPORT, describe, sample_both
 from pixelgrow.stages.record import write_json
 from pixelgrow.writing import writing
 
@@ -52,7 +52,7 @@ def grow_checkpoint(name: str, to: int, out: Path, *, source: str, init: str, se
     config = model.config.model_copy(update={"lineage": [*model.config.lineage, entry]})
     beside = out.with_name(f"{out.name}-growth")
     with writing(out):
-        draw_both(beside, model.denoiser, child, cond, seed, pictures=model.pictures)
+        sample_both(beside, model.denoiser, child, cond, seed, pictures=model.pictures)
         write_json(beside / REPORT, report.to_dict())
         checkpoint.save(out, child, config)
     return describe(report.to_dict()) + f"\nwritten to {out}; the report and pictures of both to {beside}"

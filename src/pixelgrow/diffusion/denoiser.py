@@ -66,7 +66,7 @@ def coefficients(prediction: Prediction, sigma: Tensor, std: float) -> tuple[Ten
 
 
 @dataclass(frozen=True)
-class Drawn:
+class RungOutput:
     """What a rung made: `image` (B, 3, H, W) and the `features` (B, C, h, w) that it was drawn from, at its resolution;
     `ctx`: what every rung of the evaluation sees."""
 
@@ -131,12 +131,12 @@ class Denoiser(nn.Module):
             image = next(steps).image
         return up_nearest(image, x.shape[-1] // image.shape[-1])
 
-    def rungs(self, x: Tensor, sigma: Tensor, cond: Cond, guidance: Tensor | None = None) -> Iterator[Drawn]:
+    def rungs(self, x: Tensor, sigma: Tensor, cond: Cond, guidance: Tensor | None = None) -> Iterator[RungOutput]:
         """What each rung makes of the noisy image, innermost first; the last image is the denoiser's."""
         self.net.config.check_size((x.shape[-2], x.shape[-1]), self.resolution)
         # Noise level as the core knows it; the same number for every rung. c_noise: arXiv 2206.00364, Table 1.
         ctx = self.net.embed(torch.log(sigma.float() / self.noise_scale) / 4, cond, guidance)
-        drawn: Drawn | None = None
+        drawn: RungOutput | None = None
         for rung in self.net.config.rungs:
             if rung.decodes:
                 break
@@ -145,12 +145,12 @@ class Denoiser(nn.Module):
             drawn = self._refine(rung, x_k, sigma / k, drawn) if drawn else self._first(rung, x_k, sigma / k, ctx)
             yield drawn
 
-    def _first(self, rung: RungConfig, x: Tensor, sigma: Tensor, ctx: Context) -> Drawn:
+    def _first(self, rung: RungConfig, x: Tensor, sigma: Tensor, ctx: Context) -> RungOutput:
         c_skip, c_out, c_in = map(column, coefficients(self.config.prediction, sigma, self.config.sigma_data))
         out = self.net.rung(rung, c_in * x, ctx)
-        return Drawn(c_skip * x + c_out * out.image, out.features, ctx)
+        return RungOutput(c_skip * x + c_out * out.image, out.features, ctx)
 
-    def _refine(self, rung: RungConfig, x: Tensor, sigma: Tensor, below: Drawn) -> Drawn:
+    def _refine(self, rung: RungConfig, x: Tensor, sigma: Tensor, below: RungOutput) -> RungOutput:
         low, ctx = below.image, below.ctx
         _, _, c_in = map(column, coefficients("edm", sigma, self.config.sigma_data))
         c_skip, c_out, _ = map(column, coefficients("edm", sigma, rung.detail_std))
@@ -160,7 +160,7 @@ class Denoiser(nn.Module):
         # Two views of the input, each of about unit variance: the noisy image, and the image from below.
         out = self.net.rung(rung, torch.cat([c_in * x, image / self.config.sigma_data], 1), ctx, below.features)
         assert out.gain is not None
-        return Drawn(image + (out.gain * c_skip) * detail + c_out * out.image, out.features, ctx)
+        return RungOutput(image + (out.gain * c_skip) * detail + c_out * out.image, out.features, ctx)
 
 
 class NoiseConfig(Frozen):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pixelgrow import rng
-from pixelgrow.diffusion.denoiser import Denoiser, DiffusionConfig, Drawn
+from pixelgrow.diffusion.denoiser import Denoiser, DiffusionConfig, RungOutput
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.config import Space
 from pixelgrow.models.layers import up_nearest
@@ -77,7 +77,7 @@ class Generator(nn.Module):
         *_, last = self.rungs(z, cond, guidance)
         return last.image
 
-    def rungs(self, z: Tensor, cond: Cond, guidance: Tensor | None = None) -> Iterator[Drawn]:
+    def rungs(self, z: Tensor, cond: Cond, guidance: Tensor | None = None) -> Iterator[RungOutput]:
         """What each rung draws at its own resolution, innermost first; the last is the generator's."""
         sigma = z.new_full((len(z),), self.denoiser.sigma_max)
         for below in self.denoiser.rungs(z * self.denoiser.sigma_max, sigma, cond, guidance):
@@ -91,11 +91,11 @@ class Generator(nn.Module):
                 image = up_nearest(below.image, rung.resolution // low) + rung.detail_std * out.image
             else:
                 image = self.config.sigma_data * out.image.to(z.dtype)
-            below, low = Drawn(image, out.features, below.ctx), rung.resolution
+            below, low = RungOutput(image, out.features, below.ctx), rung.resolution
             yield below
 
 
-def told_guidance(net: UViT, seed: int) -> UViT:
+def with_guidance(net: UViT, seed: int) -> UViT:
     """`net` as a network that is told the guidance weight too (PaGoDA). Its embedding ends in zeros, so that nothing
     changes at the start; what is new is a function of `seed`."""
     with torch.random.fork_rng(devices=[]):

@@ -18,7 +18,7 @@ from pixelgrow.onestep.estimator import Labels
 from pixelgrow.onestep.features import Distance, FeatureDistance, Features, Seen
 from pixelgrow.onestep.losses import (
     DRAWS,
-    Law,
+    GuidanceDistribution,
     at_output,
     balanced,
     diff_augment,
@@ -38,7 +38,7 @@ class DistillBatch:
     """`image` (B, 3, H, W) real pictures of `text`; `latent` (B, 3, h, w) and the picture `target` (B, 3, H, W) of
     `target_text` that a pair joins it to; `index` (B,) int64, the positions in the training stream. `guidance` (B,):
     the weights that the pairs were made with, where each has its own. `caption` (B,): which of its picture's captions
-    each `text` is, for the law "mixed"."""
+    each `text` is, for the distribution "mixed"."""
 
     image: Tensor
     text: tuple[str, ...]
@@ -72,9 +72,9 @@ class DistillObjective:
 
     The discriminator looks at frozen `features` of real and drawn pictures under their captions, the teacher's or
     others; real ones under another's caption it is to refuse too (`losses.mismatched`, ours). `distance` to the
-    pictures of pairs: by the same features if None; `similarity`: none if None. A guided generator is told the weight
-    of each pair, and for prior samples one of `law`; the discriminator is told it too, and of real pictures what
-    `labels` say.
+    pictures of pairs: by the same features if None; `similarity`: none if None. A guided generator is conditioned on
+    the weight of each pair, and for prior samples on one of `distribution`; so is the discriminator, for real images on
+    what `labels` estimate.
     """
 
     def __init__(
@@ -86,12 +86,12 @@ class DistillObjective:
         seed: int,
         distance: Distance | None = None,
         similarity: Similarity | None = None,
-        law: Law | None = None,
+        distribution: GuidanceDistribution | None = None,
         labels: Labels | None = None,
     ) -> None:
-        assert generator.guided == (law is not None)
+        assert generator.guided == (distribution is not None)
         self.distance, self.similarity = distance or FeatureDistance(features), similarity
-        self.law, self.labels = law, labels
+        self.distribution, self.labels = distribution, labels
         self.generator, self.features, self.text, self.losses, self.seed = generator, features, text, losses, seed
         self.device = next(generator.parameters()).device
         self.modules: dict[str, nn.Module] = {GENERATOR: generator}
@@ -189,10 +189,10 @@ class DistillObjective:
 
     def _weights(self, batch: DistillBatch, whose: str) -> Tensor | None:
         """Guidance weights (B,) of prior samples under a batch's captions."""
-        if self.law is None:
+        if self.distribution is None:
             return None
         u = rng.uniform(self.seed, f"guidance {whose}", batch.index)
-        return guidance_weights(u, self.law, batch.caption).float().to(self.device)
+        return guidance_weights(u, self.distribution, batch.caption).float().to(self.device)
 
     def _prior(self, index: Tensor, whose: str) -> Tensor:
         side = self.generator.latent_resolution

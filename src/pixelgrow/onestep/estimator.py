@@ -23,7 +23,7 @@ from pixelgrow.errors import UserError
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.layers import box_down, zero_
 from pixelgrow.onestep.features import TeacherFeatures
-from pixelgrow.onestep.losses import LAWS, Law, spread_of
+from pixelgrow.onestep.losses import GUIDANCE_DISTRIBUTIONS, GuidanceDistribution, spread_of
 from pixelgrow.onestep.pairs import read_shard, write_shard
 from pixelgrow.training.objective import Terms
 
@@ -32,17 +32,17 @@ FACTS, WEIGHTS = "estimator.json", "estimator.safetensors"
 
 
 class Estimator(nn.Module):
-    """Descriptions (B, width) of pictures -> guidance weights (B,), in evaluation within the limits of `law`.
+    """Descriptions (B, width) of pictures -> guidance weights (B,), in evaluation within the limits of `distribution`.
 
-    Works in units of the law's deviation about its mean, and says the mean before it has learnt anything.
+    Works in units of the distribution's deviation about its mean, and says the mean before it has learnt anything.
     """
 
     mean: Tensor  # (width,), of the descriptions that it learns from, and
     std: Tensor  # (width,)
 
-    def __init__(self, width: int, law: Law, hidden: int = 128) -> None:
+    def __init__(self, width: int, distribution: GuidanceDistribution, hidden: int = 128) -> None:
         super().__init__()
-        self.law, self.spread = law, spread_of(law)
+        self.distribution, self.spread = distribution, spread_of(distribution)
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("std", torch.ones(width))
         self.up, self.mix, self.out = nn.Linear(width, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, 1)
@@ -102,7 +102,7 @@ def batches_of(description: Tensor, guidance: Tensor, batch: int, seed: int, sta
 
 
 class EstimateObjective:
-    """Squared error of the guidance weight, in units of the law's variance: a constant guess has 1."""
+    """Squared error of the guidance weight, in units of the distribution's variance: a constant guess has 1."""
 
     def __init__(self, estimator: Estimator) -> None:
         self.estimator = estimator.train()
@@ -125,21 +125,21 @@ def save_estimator(folder: Path, estimator: Estimator, teacher: str, rmse: float
     write_shard(folder / WEIGHTS, {n: t.detach().cpu().contiguous() for n, t in estimator.state_dict().items()})
     return {
         "teacher": teacher,
-        "law": estimator.law,
+        "distribution": estimator.distribution,
         "heldout_rmse": rmse,
         "law_deviation": estimator.spread.std,
         "sha256": file_hash(folder / WEIGHTS),
     }
 
 
-def load_estimator(folder: Path, teacher: str, law: Law, device: torch.device) -> Estimator:
-    """The estimator in a stage's folder. Raises UserError if it is damaged, or another teacher's or law's."""
+def load_estimator(folder: Path, teacher: str, distribution: GuidanceDistribution, device: torch.device) -> Estimator:
+    """The estimator in a stage's folder. Raises UserError if it is damaged, or another teacher's or distribution's."""
     path = folder / FACTS
     try:
         facts = json.loads(path.read_text())
-        theirs, whose, digest = facts["law"], str(facts["teacher"]), facts["sha256"]
+        theirs, whose, digest = facts["distribution"], str(facts["teacher"]), facts["sha256"]
         tensors = read_shard(folder / WEIGHTS)
-        if tensors is None or theirs not in LAWS or file_hash(folder / WEIGHTS) != digest:
+        if tensors is None or theirs not in GUIDANCE_DISTRIBUTIONS or file_hash(folder / WEIGHTS) != digest:
             raise ValueError
         estimator = Estimator(len(tensors["mean"]), theirs)
         estimator.load_state_dict(tensors, strict=True)
@@ -152,8 +152,9 @@ def load_estimator(folder: Path, teacher: str, law: Law, device: torch.device) -
             f"the estimator in {folder} knows pictures of the teacher {whose[:12]}, the pairs are of {teacher[:12]}: "
             "train one on pairs of the same teacher"
         )
-    if theirs != law:
+    if theirs != distribution:
         raise UserError(
-            f"the estimator in {folder} knows guidance: {theirs}, the pairs have {law}: train one on pairs of that law"
+            f"the estimator in {folder} was trained with guidance: {theirs}, the pairs have {distribution}: "
+            "train one on pairs of that distribution"
         )
     return estimator.to(device)

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Norms = Literal["squared", "plain"]
-Law = Literal["captions", "recaptions", "mixed"]
-LAWS: tuple[Law, ...] = get_args(Law)
+GuidanceDistribution = Literal["captions", "recaptions", "mixed"]
+GUIDANCE_DISTRIBUTIONS: tuple[GuidanceDistribution, ...] = get_args(GuidanceDistribution)
 Augmentation = Literal["colour", "translation", "cutout"]
 
 DRAWS = 7  # uniform numbers an image that `diff_augment` takes
@@ -185,18 +185,18 @@ def _positions(x: Tensor, dim: int) -> Tensor:
 # --- guidance as a condition ------------------------------------------------------------------------------------------
 
 
-def guidance_weights(u: Tensor, law: Law, caption: Tensor | None = None) -> Tensor:
-    """Guidance weights omega in the shape of u, uniform in [0, 1), by the inverse of a law's distribution function.
+def guidance_weights(u: Tensor, distribution: GuidanceDistribution, caption: Tensor | None = None) -> Tensor:
+    """Guidance weights omega in the shape of u, uniform in [0, 1), by the distribution's inverse CDF.
 
     "captions": U[2, 10]. "recaptions": a Gaussian of centre 2 and deviation 3, cut to [1, 10]. Both arXiv 2405.14822,
     which mixes both kinds of captions: "mixed" goes by `caption`, in the shape of u, which of its sample's captions
     each is: 0 is the one it came with, the others are recaptions.
     """
-    if law == "mixed":
+    if distribution == "mixed":
         assert caption is not None
         came = caption.to(u.device) == 0
         return torch.where(came, guidance_weights(u, "captions"), guidance_weights(u, "recaptions"))
-    if law == "captions":
+    if distribution == "captions":
         return 2 + 8 * u
     whole = NormalDist(2, 3)
     low, high = whole.cdf(1), whole.cdf(10)
@@ -206,7 +206,7 @@ def guidance_weights(u: Tensor, law: Law, caption: Tensor | None = None) -> Tens
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean, deviation and limits of a law of guidance weights; of "mixed", with as many captions of either kind."""
+    """Mean, deviation and limits of a distribution of guidance weights; "mixed" has as many captions of either kind."""
 
     mean: float
     std: float
@@ -214,11 +214,11 @@ class Spread:
     high: float
 
 
-def spread_of(law: Law) -> Spread:
+def spread_of(distribution: GuidanceDistribution) -> Spread:
     """See `Spread`; mean and deviation from a million evenly spaced quantiles."""
     n = 2**20
     u = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     ends, kinds = torch.tensor([0.0, 1.0, 0.0, 1.0], dtype=torch.float64), torch.tensor([0, 0, 1, 1])
-    weights = guidance_weights(torch.cat([u, u]), law, torch.arange(2 * n) // n)
-    limits = guidance_weights(ends, law, kinds)
+    weights = guidance_weights(torch.cat([u, u]), distribution, torch.arange(2 * n) // n)
+    limits = guidance_weights(ends, distribution, kinds)
     return Spread(float(weights.mean()), float(weights.std(correction=0)), float(limits.min()), float(limits.max()))

@@ -24,13 +24,13 @@ from torch import Tensor
 from pixelgrow.diffusion.sampling import Denoise, invert, karras_grid, solve
 from pixelgrow.errors import UserError
 from pixelgrow.models.layers import box_down, up_nearest
-from pixelgrow.onestep.losses import Law
+from pixelgrow.onestep.losses import GuidanceDistribution
 from pixelgrow.training.state import flush
 from pixelgrow.writing import writing
 
 FORMAT = 1
 INDEX = "pairs.json"
-Direction = Literal["invert", "draw"]
+Direction = Literal["invert", "sample"]
 
 
 @dataclass(frozen=True)
@@ -142,8 +142,9 @@ def _checksum(tensors: dict[str, Tensor]) -> int:
 class Pairs:
     """A finished folder of pairs, to train on.
 
-    `facts`: what `pairs.json` says; `law`: of the pairs' guidance weights, None where all have the same. `fraction`: of
-    the pairs, the first are read (1% does not hurt, PaGoDA). Raises UserError where something is missing or damaged.
+    `facts`: what `pairs.json` says; `distribution`: of the pairs' guidance weights, None where all have the same.
+    `fraction` of the pairs, the first ones, are read (1% does not hurt, PaGoDA). Raises UserError where something is
+    missing or damaged.
     """
 
     def __init__(self, folder: Path, fraction: float = 1.0) -> None:
@@ -154,7 +155,7 @@ class Pairs:
                 raise UserError(f"{path}: got format {self.facts['format']}, expected {FORMAT}; make the pairs again")
             self.direction: Direction = self.facts["direction"]
             shards = int(self.facts["shards"])
-            guidance: Law | float = self.facts["solver"]["guidance"]
+            guidance: GuidanceDistribution | float = self.facts["solver"]["guidance"]
         except FileNotFoundError:
             raise UserError(f"{folder} holds no finished pairs: it has no {INDEX}; run the pairs stage first") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -179,9 +180,9 @@ class Pairs:
 
         self.latents = joined("latent")  # (N, 3, h, w) float16
         self.origins = joined("origin")  # (N, 3 or 4) int64
-        self.images = joined("image") if self.direction == "draw" else None
-        self.law: Law | None = guidance if isinstance(guidance, str) else None
-        self.guidance = joined("guidance") if self.law else None  # (N,) float32
+        self.images = joined("image") if self.direction == "sample" else None
+        self.distribution: GuidanceDistribution | None = guidance if isinstance(guidance, str) else None
+        self.guidance = joined("guidance") if self.distribution else None  # (N,) float32
 
     def __len__(self) -> int:
         return len(self.latents)

@@ -69,18 +69,18 @@ class LossSettings(BaseModel):
 
 Preset = Literal["paper", "released-code"]
 _BOTH = {"optimizer": "radam", "lr": 8e-6}  # what is known of the training is the same in both
-_JUDGED = {"discriminator_rate": 250.0, "mismatched": False}  # 2e-3 over the generator's rate; no trick of ours
+_PAPERS_LOSSES = {"discriminator_rate": 250.0, "mismatched": False}  # 2e-3 over the generator's rate; no trick of ours
 # What is known of the two, and no more. The paper weighs by squared norms and, where it grows, trains the base's last
 # blocks too (how many of ours that are is our choice); the released code weighs by plain ones, and what it freezes is
 # not known. LPIPS and projected features, their distances, are networks from outside: named in a recipe, not here.
 PRESETS: dict[Preset, dict[Literal["distill", "grow"], dict[str, Any]]] = {
     "paper": {
-        "distill": _BOTH | {"losses": _JUDGED | {"norms": "squared", "scale": 0.2}},
-        "grow": _BOTH | {"base_blocks": 1, "losses": _JUDGED | {"balance": "fixed", "scale": 1.0}},
+        "distill": _BOTH | {"losses": _PAPERS_LOSSES | {"norms": "squared", "scale": 0.2}},
+        "grow": _BOTH | {"base_blocks": 1, "losses": _PAPERS_LOSSES | {"balance": "fixed", "scale": 1.0}},
     },
     "released-code": {
-        "distill": _BOTH | {"losses": _JUDGED | {"norms": "plain", "scale": 0.2}},
-        "grow": _BOTH | {"losses": _JUDGED | {"balance": "fixed", "scale": 1.0}},
+        "distill": _BOTH | {"losses": _PAPERS_LOSSES | {"norms": "plain", "scale": 0.2}},
+        "grow": _BOTH | {"losses": _PAPERS_LOSSES | {"balance": "fixed", "scale": 1.0}},
     },
 }
 GROWN: dict[str, Any] = {"features": 0.2, "pixels": 4.0, "scale": 0.2}  # without a preset; see `LossSettings`

@@ -24,8 +24,8 @@ from pixelgrow.models.uvit import UViT
 from pixelgrow.onestep.distill import GENERATOR, DistillBatch, DistillObjective
 from pixelgrow.onestep.estimator import Labels, described
 from pixelgrow.onestep.features import FeatureDistance, Seen, TeacherFeatures
-from pixelgrow.onestep.judges import judges_named
-from pixelgrow.onestep.losses import Law
+from pixelgrow.onestep.losses import GuidanceDistribution
+from pixelgrow.onestep.networks import networks_named
 from pixelgrow.onestep.settings import LossSettings
 from pixelgrow.plan.network import Cost, Measured, Memory, blank_cond, bytes_of, measured, memory_of, spent
 from pixelgrow.recipe.stages import PairsStage
@@ -43,7 +43,7 @@ def pairs_cost(stage: PairsStage, teacher: NetConfig, *, tokens: int = 32) -> Co
 
     The solver runs a few steps, and all of them without a network, to count its evaluations. Workers share a device.
     """
-    guidance = 2.0 if isinstance(stage.guidance, str) else stage.guidance  # of a law: any that guides
+    guidance = 2.0 if isinstance(stage.guidance, str) else stage.guidance  # of a distribution: any that guides
     with FakeTensorMode(), torch.no_grad():
         denoiser = Denoiser(UViT(teacher))
         cond = blank_cond(teacher.core, stage.batch, tokens)
@@ -77,7 +77,7 @@ def distill_cost(
     settings: TrainSettings,
     losses: LossSettings,
     *,
-    law: Law | None = None,
+    distribution: GuidanceDistribution | None = None,
     frozen: NetConfig | None = None,
     free: int = 0,
     tokens: int = 32,
@@ -85,8 +85,9 @@ def distill_cost(
 ) -> Cost:
     """The cost of training a generator of `config` with the pairs and the features of `teacher`.
 
-    Parameters are the generator's. law: of the pairs' guidance weights. frozen: what it grew out of, whose tensors do
-    not train, but those of its last `free` residual blocks. Judges from outside are not loaded, and cost nothing here.
+    Parameters are the generator's. distribution: of the pairs' guidance weights. frozen: what it grew out of, whose
+    tensors do not train, except its last `free` residual blocks. Feature networks from outside are not loaded, and
+    cost nothing here.
     """
     n = settings.micro_batch
     with FakeTensorMode():
@@ -94,10 +95,12 @@ def distill_cost(
         if frozen is not None:
             trains = last_blocks(frozen, free)
             freeze(net, [name for name in inherited(net.state_dict(), config, frozen) if not name.startswith(trains)])
-        objective = _objective(Generator(net), TeacherFeatures(judge), losses, law, _Captions(config.core, tokens))
+        objective = _objective(
+            Generator(net), TeacherFeatures(judge), losses, distribution, _Captions(config.core, tokens)
+        )
         if settings.activation_checkpointing:
             recompute_blocks(net)
-        batch = _batch(config, n, law)
+        batch = _batch(config, n, distribution)
         parts = {part: _update(objective, part, batch, settings, bf16) for part in objective.modules}
     return Cost(
         parameters=parts[GENERATOR].parameters(bytes_of(net.core) // 4),
@@ -116,10 +119,14 @@ def _update(
 
 
 def _objective(
-    generator: Generator, teacher: TeacherFeatures, losses: LossSettings, law: Law | None, text: _Captions
+    generator: Generator,
+    teacher: TeacherFeatures,
+    losses: LossSettings,
+    distribution: GuidanceDistribution | None,
+    text: _Captions,
 ) -> DistillObjective:
-    """The objective, with stand-ins for judges from outside."""
-    outside, elsewhere = judges_named(losses), _Elsewhere(teacher)
+    """The objective, with stand-ins for networks from outside."""
+    outside, elsewhere = networks_named(losses), _Elsewhere(teacher)
     return DistillObjective(
         generator,
         elsewhere if "discriminator" in outside else teacher,
@@ -128,18 +135,18 @@ def _objective(
         seed=0,
         distance=FeatureDistance(elsewhere if "distance" in outside else teacher),
         similarity=(lambda images, texts: images.mean()) if "similarity" in outside else None,
-        law=law,
-        labels=_Labels(teacher) if law else None,
+        distribution=distribution,
+        labels=_Labels(teacher) if distribution else None,
     )
 
 
-def _batch(config: NetConfig, n: int, law: Law | None) -> DistillBatch:
+def _batch(config: NetConfig, n: int, distribution: GuidanceDistribution | None) -> DistillBatch:
     image, latent = (
         torch.zeros(n, config.space.channels, side, side) for side in (config.resolution, config.latent_resolution)
     )
     texts = tuple(map(str, range(n)))  # all different, as the captions of a batch nearly are
     index: Any = range(n)  # the numbers in a fake tensor cannot be read
-    told, captions = (torch.ones(n), torch.zeros(n, dtype=torch.int64)) if law else (None, None)
+    told, captions = (torch.ones(n), torch.zeros(n, dtype=torch.int64)) if distribution else (None, None)
     return DistillBatch(image, texts, index, latent, image, texts, told, captions)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from pixelgrow.models.config import NetConfig
 from pixelgrow.models.uvit import UViT
-from pixelgrow.onestep.judges import judges_named
+from pixelgrow.onestep.networks import networks_named
 from pixelgrow.onestep.settings import LossSettings
 from pixelgrow.plan.network import Cost, network_cost
 from pixelgrow.plan.onestep import distill_cost, pairs_cost
@@ -76,10 +76,18 @@ def _phases(stage: Stage, recipe: Recipe, nets: dict[str, NetConfig], gpu: bool)
             pairs = recipe.stage(str(stage.pairs))
             assert isinstance(pairs, PairsStage)
             losses, teacher = stage.losses or LossSettings(), parent_network(str(pairs.parent), nets)
-            what += "".join(f", without {name}" for name in dict.fromkeys(judges_named(losses).values()))
+            what += "".join(f", without {name}" for name in dict.fromkeys(networks_named(losses).values()))
             free = stage.base_blocks if isinstance(stage, GrowStage) else 0
             cost = distill_cost(
-                config, teacher, settings, losses, law=pairs.law, frozen=frozen, free=free, tokens=tokens, bf16=bf16
+                config,
+                teacher,
+                settings,
+                losses,
+                distribution=pairs.distribution,
+                frozen=frozen,
+                free=free,
+                tokens=tokens,
+                bf16=bf16,
             )
         else:
             cost = network_cost(config, settings, frozen=frozen, tokens=tokens, bf16=bf16)

@@ -61,25 +61,25 @@ def network(stage: ModelStage, nets: dict[str, NetConfig], recipe: Recipe, space
         )
     config = parent_network(str(stage.parent), nets)
     if isinstance(stage, DistillStage):
-        return config.model_copy(update={"guided": _follows_law(stage.pairs, recipe)})
+        return config.model_copy(update={"guided": _guidance_varies(stage.pairs, recipe)})
     if isinstance(stage, GrowStage):
         one_step = stage.pairs is not None
         last_blocks(config, stage.base_blocks)  # raises where there are fewer
-        if stage.pairs is not None and config.guided != _follows_law(stage.pairs, recipe):
+        if stage.pairs is not None and config.guided != _guidance_varies(stage.pairs, recipe):
             is_told, have = ("is told", "none") if config.guided else ("is not told", "one")
             raise UserError(
                 f"stage {stage.name!r}: {stage.parent} {is_told} the guidance weight and the guidance of the pairs "
-                f"{stage.pairs} follows {have} of its laws: name pairs like those that it was distilled on"
+                f"{stage.pairs} follows {have} of its distributions: name pairs like those that it was distilled on"
             )
         for to in stage.to:
             config = grown_config(config, to, stage.init, patch=stage.patch, blocks=stage.blocks, generator=one_step)
     return config
 
 
-def _follows_law(pairs: str, recipe: Recipe) -> bool:
+def _guidance_varies(pairs: str, recipe: Recipe) -> bool:
     """Whether each pair of a stage has a guidance weight of its own."""
     made = recipe.stage(pairs)
-    return isinstance(made, PairsStage) and made.law is not None
+    return isinstance(made, PairsStage) and made.distribution is not None
 
 
 def parent_network(parent: str, nets: dict[str, NetConfig]) -> NetConfig:

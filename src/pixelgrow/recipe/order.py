@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from pixelgrow.diffusion.sampling_spec import check_one_step
 from pixelgrow.errors import UserError
-from pixelgrow.onestep.losses import LAWS
+from pixelgrow.onestep.losses import GUIDANCE_DISTRIBUTIONS
 from pixelgrow.recipe.data import TextSpec
 from pixelgrow.recipe.stages import (
     DistillStage,
@@ -78,7 +78,7 @@ def _check_kind(earlier: Sequence[Stage], stage: Stage, parent: str | None, wher
     if wrong := wrong_kind(stage, made.name, makes_generator(made)):
         raise UserError(f"{where}: {wrong}")
     if isinstance(stage, EvaluateStage) and isinstance(made, DistillStage | GrowStage) and makes_generator(made):
-        pairs = {s.name: s.law for s in earlier if isinstance(s, PairsStage)}
+        pairs = {s.name: s.distribution for s in earlier if isinstance(s, PairsStage)}
         try:
             check_one_step(stage.given, guided=pairs[str(made.pairs)] is not None)
         except UserError as error:
@@ -140,25 +140,30 @@ def check_losses(stage: Stage, text: TextSpec, where: str) -> None:
 def _check_guidance(
     earlier: Sequence[Stage], stage: GrowStage | DistillStage | EstimateStage, pairs: PairsStage, where: str
 ) -> None:
-    """Weights are estimated from pictures drawn with those of a law; of pairs of a law an estimator is needed where
-    there is a discriminator, and nowhere else."""
+    """An estimator learns from images sampled with weights of a distribution; pairs with such weights need an estimator
+    where there is a discriminator, and nowhere else."""
     if isinstance(stage, EstimateStage):
-        if pairs.law is None or pairs.direction != "draw":
+        if pairs.distribution is None or pairs.direction != "sample":
+            names = ", ".join(GUIDANCE_DISTRIBUTIONS)
             raise UserError(
                 f"{where}: pairs: {pairs.name} has direction: {pairs.direction} and guidance: {pairs.guidance}, "
-                f"expected pictures drawn with weights of a law: direction: draw and guidance: {', '.join(LAWS)}"
+                f"expected images sampled with weights of a distribution: direction: sample and guidance: {names}"
             )
         return
     made = [s.name for s in earlier if isinstance(s, EstimateStage)]
     adversarial = stage.losses is None or stage.losses.adversarial
-    if pairs.law is not None and adversarial and stage.estimator is None:
+    if pairs.distribution is not None and adversarial and stage.estimator is None:
         raise UserError(
-            f"{where}: pairs: {pairs.name} has guidance: {pairs.law}, so the discriminator asks for a weight of real "
-            "pictures too: write estimator: and the name of an estimate stage"
+            f"{where}: pairs: {pairs.name} has guidance: {pairs.distribution}, so the discriminator needs a weight of "
+            "real images too: write estimator: and the name of an estimate stage"
         )
     if stage.estimator is not None:
-        if pairs.law is None or not adversarial:
-            why = f"the pairs have guidance: {pairs.guidance}, no law" if adversarial else "there is no discriminator"
+        if pairs.distribution is None or not adversarial:
+            why = (
+                f"the pairs have guidance: {pairs.guidance}, no distribution"
+                if adversarial
+                else "there is no discriminator"
+            )
             raise UserError(f"{where}: estimator: got {stage.estimator!r}, but {why}; drop it")
         if stage.estimator not in made:
             raise UserError(f"{where}: estimator: {unknown(stage.estimator, made, 'estimate stage')}")

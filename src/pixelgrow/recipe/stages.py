@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from pixelgrow.diffusion.denoiser import DiffusionConfig
 from pixelgrow.diffusion.sampling_spec import SamplingSpec, Spec
 from pixelgrow.models.sizes import SIZES
-from pixelgrow.onestep.losses import LAWS, Law
+from pixelgrow.onestep.losses import GUIDANCE_DISTRIBUTIONS, GuidanceDistribution
 from pixelgrow.onestep.settings import LossSettings, Preset, with_preset
 from pixelgrow.recipe.data import HeldoutSpec, LatentSpec, Mixture, TextSpec
 from pixelgrow.training.settings import TrainSettings
@@ -150,9 +150,9 @@ def _no_denoiser(stage: ModelStage) -> None:
 class DistillStage(ModelStage):
     """Distil a teacher, that of the pairs, to a one-step generator (PaGoDA, arXiv 2405.14822) on the stage `pairs`.
 
-    Where the pairs' guidance follows a law, generator and discriminator take the weight as a condition, and `estimator`
-    names the stage whose estimates stand for the weights of real pictures. Learning rate, betas and decay are ours;
-    `preset: paper` or `released-code` fills in what is known of theirs.
+    Where the pairs' guidance follows a distribution, generator and discriminator are conditioned on the weight, and
+    `estimator` names the stage whose estimates stand for the weights of real images. Learning rate, betas and decay are
+    ours; `preset: paper` or `released-code` fills in what is known of theirs.
     """
 
     pairs: str
@@ -177,52 +177,60 @@ class DistillStage(ModelStage):
 class PairsStage(Spec):
     """Join a teacher's data with latents by its ODE, for distilling it (PaGoDA, arXiv 2405.14822).
 
-    `n` images are inverted, and their mirror images too with `flip`; with `direction: draw` the teacher draws an image
-    from each of `n` latents instead (the distillation baseline). `guidance` 1 is none, as in the paper's inversion; the
-    name of a law gives each image a weight of its own, and a generator that is distilled from such pairs takes the
-    weight as a condition: `captions`, `recaptions`, or, where samples have several, `mixed`: the first law for the
-    caption that came first, the second for the others, as in the paper.
+    `n` images are inverted, and their mirror images too with `flip`; with `direction: sample` the teacher makes an
+    image from each of `n` latents instead (the distillation baseline). `guidance` 1 is none, as in the paper's
+    inversion; the name of a distribution gives each image a weight of its own, and a generator that is distilled from
+    such pairs is conditioned on it: `captions`, `recaptions`, or, where samples have several captions, `mixed`: the
+    first distribution for the caption that came first, the second for the others, as in the paper.
     """
 
     name: str = Field(pattern=NAME)
     parent: str | None = Field(None, alias="from")
     data: Mixture | None = None
     n: int = Field(ge=1)
-    direction: Literal["invert", "draw"] = "invert"
+    direction: Literal["invert", "sample"] = "invert"
     sampler: Literal["heun", "ddim", "dpm++2m"] = "heun"
     steps: int = Field(40, ge=2, description="levels of the grid; heun evaluates 2 * steps - 1 times")
-    guidance: float | Law = 1.0
+    guidance: float | GuidanceDistribution = 1.0
     flip: bool = False
     batch: int = Field(64, ge=1)
     shard: int = Field(1024, ge=1, description="images in a file; a multiple of batch")
     workers: int | None = Field(None, ge=1, description="shards made side by side; if left out, one on each GPU")
     bad_limit: float = Field(0.01, ge=0, le=1)
 
+    @field_validator("direction", mode="before")
+    @classmethod
+    def _renamed(cls, direction: Any) -> Any:
+        if direction == "draw":
+            raise ValueError("direction: draw is now called direction: sample; write that")
+        return direction
+
     @field_validator("guidance", mode="before")
     @classmethod
     def _guidance(cls, guidance: Any) -> Any:
         number = isinstance(guidance, int | float) and not isinstance(guidance, bool) and 0 <= guidance < math.inf
-        if not number and guidance not in LAWS:
-            raise ValueError(f"got {guidance!r}, expected a weight >= 0 (1: none) or a law: {', '.join(LAWS)}")
+        if not number and guidance not in GUIDANCE_DISTRIBUTIONS:
+            names = ", ".join(GUIDANCE_DISTRIBUTIONS)
+            raise ValueError(f"got {guidance!r}, expected a weight >= 0 (1: none) or a distribution: {names}")
         return guidance
 
     @property
-    def law(self) -> Law | None:
-        """The law of the pairs' guidance weights; None where all have the same."""
+    def distribution(self) -> GuidanceDistribution | None:
+        """The distribution of the pairs' guidance weights; None where all have the same."""
         return self.guidance if isinstance(self.guidance, str) else None
 
     @model_validator(mode="after")
     def _shards(self) -> PairsStage:
         if self.shard % self.batch:
             raise ValueError(f"shard: got {self.shard}, expected a multiple of batch ({self.batch})")
-        if self.flip and self.direction == "draw":
-            raise ValueError("flip mirrors images that are inverted; drop it, or direction: draw")
+        if self.flip and self.direction == "sample":
+            raise ValueError("flip mirrors images that are inverted; drop it, or direction: sample")
         return self
 
 
 class EstimateStage(TrainedStage):
-    """Learn what guidance weight a picture was drawn with, from `pairs` that were drawn with weights of a law (PaGoDA,
-    arXiv 2405.14822); network and settings are ours. A tenth of the pairs is held out."""
+    """Learn what guidance weight an image was sampled with, from `pairs` with weights of a distribution (PaGoDA, arXiv
+    2405.14822); network and settings are ours. A tenth of the pairs is held out."""
 
     pairs: str
     snapshot_every: int | None = Field(0, ge=0)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pixelgrow import checkpoint, rng
-from pixelgrow.diffusion.generator import Generator, told_guidance
+from pixelgrow.diffusion.generator import Generator, with_guidance
 from pixelgrow.diffusion.guidance import Guided
 from pixelgrow.diffusion.sampling import initial_noise, sample
 from pixelgrow.errors import UserError
@@ -20,8 +20,8 @@ from pixelgrow.models.layers import box_down
 from pixelgrow.onestep.distill import GENERATOR, DistillObjective
 from pixelgrow.onestep.estimator import Labels, load_estimator
 from pixelgrow.onestep.features import TeacherFeatures
-from pixelgrow.onestep.judges import judges_used, load_judges
 from pixelgrow.onestep.losses import spread_of
+from pixelgrow.onestep.networks import load_networks, networks_used
 from pixelgrow.onestep.pairs import Ode, Pairs, reduced
 from pixelgrow.onestep.settings import LossSettings
 from pixelgrow.onestep.stream import PairStream
@@ -43,19 +43,19 @@ logger = logging.getLogger(__name__)
 def distill_stage(stage: DistillStage, parent: Parent, folder: Path, materials: Materials) -> dict[str, Any]:
     """Run a `distill` stage; returns the numbers of its run."""
     teacher, config = checkpoint.load(parent.folder)
-    law = materials.pairs_of(stage).stage.law
+    distribution = materials.pairs_of(stage).stage.distribution
     seed = rng.seed_of(materials.recipe.seed, "weights", stage.name)
-    generator = Generator(told_guidance(teacher.net, seed) if law else teacher.net, teacher.config)
+    generator = Generator(with_guidance(teacher.net, seed) if distribution else teacher.net, teacher.config)
     entry = {"stage": stage.name, "verb": "distill", "recipe": materials.recipe.name, "images": stage.images}
-    entry |= judged_by(stage.losses) | ({"guidance": law} if law else {})
+    entry |= measured_by(stage.losses) | ({"guidance": distribution} if distribution else {})
     lineage = [*config.lineage, entry | {"parent": config.sha256}]
     return _fit(generator, stage, stage.losses, folder, materials, lineage)
 
 
-def judged_by(losses: LossSettings) -> dict[str, Any]:
+def measured_by(losses: LossSettings) -> dict[str, Any]:
     """What the lineage says of models from outside that a generator was judged by, where there are any."""
-    used = judges_used(losses)
-    return {"judges": used} if used else {}
+    used = networks_used(losses)
+    return {"networks": used} if used else {}
 
 
 def grow_generator_stage(stage: GrowStage, parent: Parent, folder: Path, materials: Materials) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def grow_generator_stage(stage: GrowStage, parent: Parent, folder: Path, materia
     generator, _ = checkpoint.load_generator(folder / START)
     freeze(generator.net, growth["frozen"])
     losses = stage.losses or LossSettings()
-    entry = lineage_entry(stage, parent, growth, materials) | judged_by(losses)
+    entry = lineage_entry(stage, parent, growth, materials) | measured_by(losses)
     return _fit(generator, stage, losses, folder, materials, [*parent.config.lineage, entry])
 
 
@@ -114,21 +114,21 @@ def _fit(
     materials.encode(chain(loader.texts(), stream.texts(), held.captions))
     cond = materials.cond(held.captions)
     features = TeacherFeatures(teacher)
-    judges = load_judges(losses, features, materials.device)
-    law, labels = pairs.law, None
-    if law is not None and stage.estimator is not None:
+    networks = load_networks(losses, features, materials.device)
+    distribution, labels = pairs.distribution, None
+    if distribution is not None and stage.estimator is not None:
         folder_of = materials.folder / stage.estimator
-        estimator = load_estimator(folder_of, pairs.facts["teacher"], law, materials.device)
+        estimator = load_estimator(folder_of, pairs.facts["teacher"], distribution, materials.device)
         labels = Labels(estimator, features)
     objective = DistillObjective(
         generator,
-        judges.features,
+        networks.features,
         materials.text,
         losses,
         seed,
-        distance=judges.distance,
-        similarity=judges.similarity,
-        law=law,
+        distance=networks.distance,
+        similarity=networks.similarity,
+        distribution=distribution,
         labels=labels,
     )
     if settings.activation_checkpointing:
@@ -147,9 +147,11 @@ def _fit(
         small = box_down(images, generator.resolution // teacher.resolution)
         rows = [slice(start, start + settings.micro_batch) for start in range(0, len(small), settings.micro_batch)]
         told: float | None = None
-        if law is not None:  # the teacher's own weight, as far as the law goes, is what the checkpoint is drawn with
+        if (
+            distribution is not None
+        ):  # the teacher's own weight, as far as the distribution goes, is what the checkpoint is drawn with
             usual = float(teacher_config.sampling.get("guidance", GRID_GUIDANCE))
-            told = min(max(usual, spread_of(law).low), spread_of(law).high)
+            told = min(max(usual, spread_of(distribution).low), spread_of(distribution).high)
         weight = float(solver["guidance"]) if told is None else told
         latents = torch.cat([ode.to_latent(Guided(teacher, cond[r], guidance=weight), small[r]) for r in rows])
         solved = sample(

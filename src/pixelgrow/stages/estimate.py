@@ -40,7 +40,9 @@ def estimate_stage(stage: EstimateStage, parent: Parent, folder: Path, materials
     made, settings = materials.pairs_of(stage), stage.training()
     pairs, mixture = Pairs(made.folder), materials.mixture(made.stage)
     pairs.check([parent.config.sha256], mixture.describe())
-    assert pairs.law is not None and pairs.images is not None and pairs.guidance is not None  # seen to by the recipe
+    assert (
+        pairs.distribution is not None and pairs.images is not None and pairs.guidance is not None
+    )  # seen to by the recipe
     if len(pairs) < 2:
         raise UserError(f"stage {stage.name!r}: {stage.pairs} has {len(pairs)} pair, expected 2 or more; raise its n:")
     texts = [caption(mixture.sources, origin) for origin in pairs.origins]
@@ -61,7 +63,7 @@ def estimate_stage(stage: EstimateStage, parent: Parent, folder: Path, materials
     known, held = pairs.guidance[:kept], pairs.guidance[kept:]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.seed_of(seed, "weights"))
-        estimator = Estimator(descriptions.shape[1], pairs.law)
+        estimator = Estimator(descriptions.shape[1], pairs.distribution)
     estimator.standardise(descriptions[:kept])
     estimator = estimator.to(materials.device)
 

@@ -88,14 +88,14 @@ def make_start(stage: GrowStage, parent: Parent, folder: Path, materials: Materi
         batch=stage.micro_batch,
     )
     frozen = [] if stage.trains_core else report.loaded
-    draw_both(folder, before, model, cond, materials.recipe.seed, guided_batch(stage), materials.pictures)
+    sample_both(folder, before, model, cond, materials.recipe.seed, guided_batch(stage), materials.pictures)
     save(folder / START, model, materials, parent.config.lineage)
     summary = report.to_dict() | {"frozen": frozen}
     write_json(folder / REPORT, summary)
     logger.info("%s", describe(summary))
 
 
-def draw_both(
+def sample_both(
     folder: Path,
     before: Denoiser,
     after: Denoiser,
@@ -139,4 +139,4 @@ def describe(growth: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-__all__ = ["REPORT", "describe", "draw_both", "grow_stage", "lineage_entry", "make_start"]
+__all__ = ["REPORT", "describe", "grow_stage", "lineage_entry", "make_start", "sample_both"]

@@ -28,7 +28,7 @@ from pixelgrow.external.autoencoder import Autoencoder
 from pixelgrow.model import find
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.config import PIXELS, Space
-from pixelgrow.onestep.judges import judges_used
+from pixelgrow.onestep.networks import networks_used
 from pixelgrow.recipe.data import DataSpec
 from pixelgrow.recipe.stages import (
     DistillStage,
@@ -266,7 +266,7 @@ class Materials:
         size = (self.factor * side, self.factor * side)
         if isinstance(stage, ModelStage | PairsStage):
             losses = stage.losses if isinstance(stage, DistillStage | GrowStage) else None
-            if losses and self.autoencoder and judges_used(losses):
+            if losses and self.autoencoder and networks_used(losses):
                 raise UserError(
                     f"stage {stage.name!r}: losses: models from outside see pictures, not latents: leave distance and "
                     "discriminator to the teacher, and similarity out"
@@ -278,11 +278,11 @@ class Materials:
                 )
             sources = self.mixture(stage).sources
             mirrored(sources, stage.flip)
-            if isinstance(stage, PairsStage) and stage.law == "mixed" and not has_several(sources):
+            if isinstance(stage, PairsStage) and stage.distribution == "mixed" and not has_several(sources):
                 raise UserError(
-                    f"stage {stage.name!r}: guidance: mixed has a law for captions and one for recaptions, and each "
-                    "sample has one caption: write guidance: captions, or caption the pictures anew (pixelgrow data "
-                    "recaption)"
+                    f"stage {stage.name!r}: guidance: mixed has a distribution for captions and one for recaptions, "
+                    "and each sample has one caption: write guidance: captions, or caption the images anew "
+                    "(pixelgrow data recaption)"
                 )
             self._check_apart(sources)
             for source in sources:
@@ -363,8 +363,8 @@ class Materials:
         settings["heldout"] = [{"source": s.name, "fingerprint": s.fingerprint} for s in self.heldout_sources]
         if isinstance(stage, ModelStage | PairsStage):
             settings["data"] = self.mixture(stage).describe()
-        if isinstance(stage, DistillStage | GrowStage) and stage.losses and (judges := judges_used(stage.losses)):
-            settings["judges"] = judges
+        if isinstance(stage, DistillStage | GrowStage) and stage.losses and (networks := networks_used(stage.losses)):
+            settings["networks"] = networks
         return settings
 
 

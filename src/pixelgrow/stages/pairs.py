@@ -70,11 +70,11 @@ class Work:
         return denoised
 
     def weights(self, numbers: range, origin: Tensor) -> Tensor | None:
-        """The guidance weight (B,) of each number of the stream, of such an `origin`, where they follow a law."""
-        if self.stage.law is None:
+        """The guidance weight (B,) of each number of the stream, with such an `origin`; None without a distribution."""
+        if self.stage.distribution is None:
             return None
         caption = origin[:, 3] if self.loader.several else None
-        return guidance_weights(rng.uniform(self.seed, "guidance", numbers), self.stage.law, caption).float()
+        return guidance_weights(rng.uniform(self.seed, "guidance", numbers), self.stage.distribution, caption).float()
 
     def batches(self, start: int, stop: int) -> Iterator[tuple[Tensor, tuple[str, ...], Tensor, range]]:
         """Images (B, 3, h, w), captions, origins (B, 3 or 4) and numbers of the stream from image `start` to `stop`."""
@@ -105,7 +105,7 @@ class Work:
             weights = self.weights(numbers, origin)
             denoise = self.denoise(cond, weights)
             given = {} if weights is None else {"guidance": weights}
-            if self.stage.direction == "draw":
+            if self.stage.direction == "sample":
                 z = initial_noise((images.shape[-2], images.shape[-1]), self.seed, numbers, images.shape[1])
                 drawn = self.denoiser.space.bound(self.ode.to_image(denoise, z.to(device)))
                 keep(latent=z.half(), image=drawn.half(), origin=origin, **given)

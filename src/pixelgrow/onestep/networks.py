@@ -18,7 +18,7 @@ from pixelgrow.onestep.settings import LossSettings
 
 
 @dataclass(frozen=True)
-class Judges:
+class FeatureNetworks:
     """`features`: what the discriminator looks at."""
 
     features: Features
@@ -26,7 +26,7 @@ class Judges:
     similarity: Similarity | None
 
 
-def judges_named(losses: LossSettings) -> dict[str, str]:
+def networks_named(losses: LossSettings) -> dict[str, str]:
     """Names of the models from outside that losses use, by their part."""
     named: dict[str, str] = {}
     if losses.features and losses.distance != "teacher":
@@ -38,8 +38,8 @@ def judges_named(losses: LossSettings) -> dict[str, str]:
     return named
 
 
-def judges_used(losses: LossSettings) -> dict[str, str]:
-    """`judges_named` with their fingerprints, for records. No weight is loaded.
+def networks_used(losses: LossSettings) -> dict[str, str]:
+    """`networks_named` with their fingerprints, for records. No weight is loaded.
 
     Raises UserError if one of them cannot be had.
     """
@@ -49,10 +49,10 @@ def judges_used(losses: LossSettings) -> dict[str, str]:
             return describe_lpips()
         return f"{name} {(describe_clip if part == 'similarity' else describe)(name).fingerprint}"
 
-    return {part: used(part, name) for part, name in judges_named(losses).items()}
+    return {part: used(part, name) for part, name in networks_named(losses).items()}
 
 
-def load_judges(losses: LossSettings, teacher: Features, device: torch.device | str = "cpu") -> Judges:
+def load_networks(losses: LossSettings, teacher: Features, device: torch.device | str = "cpu") -> FeatureNetworks:
     """Load what losses use, a model that is used twice once. Raises UserError."""
 
     @cache
@@ -67,7 +67,7 @@ def load_judges(losses: LossSettings, teacher: Features, device: torch.device | 
         distance = FeatureDistance(seen(losses.distance if losses.features else "teacher"))
     wanted = losses.similarity
     similarity = ClipSimilarity(load_clip(wanted.model, device)) if wanted and wanted.weight else None
-    return Judges(features, distance, similarity)
+    return FeatureNetworks(features, distance, similarity)
 
 
 class LpipsDistance:
