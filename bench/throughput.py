@@ -166,7 +166,7 @@ def sampling(denoiser: Denoiser, under: Conditions) -> Callable[[], object]:
 def forward_backward(denoiser: Denoiser, x0: Tensor, cond: Cond, under: Conditions) -> Callable[[], object]:
     """The loss of a batch x0 (B, 3, H, W) whose noise is drawn already, and its gradients."""
     eps, sigma = torch.randn_like(x0), torch.rand(len(x0), device=x0.device) + 0.1
-    weights = diffusion.weight("edm", sigma, denoiser.config.sigma_data, denoiser.noise_scale)
+    weights = diffusion.weight("edm", sigma, denoiser.config.sigma_data, denoiser.first_scale)
 
     def step() -> None:
         with torch.autocast(x0.device.type, dtype=torch.bfloat16, enabled=under.dtype == "bf16"):

@@ -20,6 +20,7 @@ from pixelgrow.diffusion.denoiser import (
     loss,
     weight,
 )
+from pixelgrow.growth import Init, grown_config
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.config import CoreConfig
 from pixelgrow.models.sizes import shallow_uvit
@@ -84,6 +85,31 @@ def test_weights_are_the_losses_they_are_named_after() -> None:
     torch.testing.assert_close(weight("sigmoid", sigma, 0.5).double(), want, rtol=1e-4, atol=1e-6)
 
 
+def seen_by_first_rung(d: Denoiser, sigma: torch.Tensor) -> torch.Tensor:
+    """The sigma that the preconditioning of a denoiser's first rung takes, read off its input: c_in = F's input over
+    the noisy image, which is 1 everywhere."""
+    taken = []
+    hook = d.net.entry[str(d.net.config.rungs[0].resolution)].register_forward_pre_hook(
+        lambda _, args: taken.append(args[0][:, 0, 0, 0])
+    )
+    d(torch.ones(len(sigma), 3, d.resolution, d.resolution), sigma, cond(len(sigma)))
+    hook.remove()
+    return (taken[0] ** -2 - d.config.sigma_data**2).sqrt()
+
+
+@pytest.mark.parametrize("init", [None, "random", "scratch", "preserve"])
+def test_weights_see_the_sigma_of_the_first_preconditioning(init: Init | None) -> None:
+    """For `edm`: w c_out^2 = 1 at every sigma, 0.4 among them, in a grown network too (k = 4)."""
+    d = denoiser()
+    if init:
+        d = Denoiser(UViT(grown_config(d.net.config, 64, init)))
+    sigma = torch.tensor([0.1, 0.4, 1.0, 30.0])
+    _, c_out, _ = coefficients("edm", seen_by_first_rung(d, sigma), 0.5)
+    w = weight("edm", sigma, 0.5, d.first_scale)
+    torch.testing.assert_close(w * c_out**2, torch.ones(4), rtol=1e-3, atol=0)
+    assert d.first_scale == (4 if init == "preserve" else 1)  # preserve: as before the growth, at sigma / 4
+
+
 @pytest.mark.parametrize("prediction", get_args(Prediction))
 @pytest.mark.parametrize("kind", get_args(Weighting))
 def test_loss_and_gradient_are_finite_at_both_ends(prediction: Prediction, kind: Weighting) -> None:
@@ -133,8 +159,6 @@ def test_cosine_schedules(kind: str) -> None:
 
 
 def test_a_grown_model_is_trained_at_k_times_the_noise() -> None:
-    from pixelgrow.growth import grown_config
-
     d = denoiser()
     high = Denoiser(UViT(grown_config(d.net.config, 64, "preserve")))
     u = torch.linspace(0.1, 0.9, 5, dtype=torch.float64)

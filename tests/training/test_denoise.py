@@ -11,10 +11,11 @@ import torch
 
 from pixelgrow import rng
 from pixelgrow.data.loader import Batch
-from pixelgrow.diffusion.denoiser import Denoiser
-from pixelgrow.growth import freeze, grow
+from pixelgrow.diffusion.denoiser import Denoiser, coefficients
+from pixelgrow.growth import Init, freeze, grow, grown_config
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.config import CoreConfig
+from pixelgrow.models.layers import box_down, up_nearest
 from pixelgrow.models.sizes import shallow_uvit
 from pixelgrow.models.uvit import UViT
 from pixelgrow.training import monitor
@@ -172,6 +173,30 @@ def test_the_loss_of_a_sample_depends_on_its_index_alone() -> None:
         for rows in (slice(4, 8), slice(0, 4))
     ]
     assert torch.allclose(whole, sum(halves) / 2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("init", [None, "random", "preserve"])
+def test_the_edm_loss_is_the_error_of_the_network_itself(init: Init | None) -> None:
+    """|F - target|^2, unweighted, of the first rung; F is 0 before the first step, and so is what `preserve` adds."""
+    denoiser = core()
+    low = 8
+    if init:
+        denoiser = Denoiser(UViT(grown_config(denoiser.net.config, 16, init)))
+        low = 8 if init == "preserve" else 16
+    batch = next(stream(16 if init else 8, 8)(0))
+    terms = DenoiseObjective(denoiser, Labels(), TrainSettings(images=8, batch=8), seed=0).loss(batch)
+    assert terms.sigma is not None and terms.losses is not None
+    k = denoiser.resolution // low
+    eps = rng.normal(batch.image.shape[1:], 0, "noise", batch.index)
+    x0, x = (box_down(v, k) for v in (batch.image, batch.image + terms.sigma[:, None, None, None] * eps))
+    c_skip, c_out, _ = coefficients("edm", terms.sigma / k, 0.5)
+    target = (x0 - c_skip[:, None, None, None] * x) / c_out[:, None, None, None]
+    want = target.square().mean(dim=(1, 2, 3))
+    if init == "preserve":  # the error of the image from below; what is left is that of the details
+        c_out_k = c_out[:, None, None, None]
+        detail = (batch.image - up_nearest(x0, k)) / c_out_k
+        want = want + detail.square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(terms.losses, want, rtol=1e-4, atol=1e-6)
 
 
 def test_dropping_and_noise_have_their_own_streams() -> None:

@@ -107,6 +107,12 @@ class Denoiser(nn.Module):
         return self.resolution / self.net.config.core_resolution
 
     @property
+    def first_scale(self) -> float:
+        """sigma at this resolution over sigma at the first rung: 1 for a network grown with `random`, the growth so far
+        for one grown with `preserve`."""
+        return self.resolution / self.net.config.rungs[0].resolution
+
+    @property
     def sigma_min(self) -> float:
         return self.config.sigma_min * self.noise_scale
 
@@ -210,8 +216,14 @@ def weight(kind: Weighting, sigma: Tensor, sigma_data: float, scale: float = 1.0
     """Weight of the squared error of x0, (B,) float32; bounded by MAX_WEIGHT towards sigma = 0.
 
     `edm`: (sigma^2 + sigma_data^2) / (sigma sigma_data)^2. `v`: 1 + 1/sigma^2. `eps`: 1/sigma^2. `sigmoid`:
-    sigmoid(bias - logSNR)/sigma^2 (SiD2, arXiv 2410.19324). All see sigma / scale, the noise level as the core knows
-    it, so that a grown model weighs its noise levels as the core did.
+    sigmoid(bias - logSNR)/sigma^2 (SiD2, arXiv 2410.19324).
+
+    All take sigma / scale, where `scale` is `Denoiser.first_scale`: the sigma that the first rung's preconditioning
+    takes, so `edm` is 1/c_out^2 of the first rung in every network. A `random`-grown network is one rung, at the
+    resolution of the image. In a `preserve`-grown one the first rung is the lowest, and the weight stays what it was
+    before the growth: the image from below has D_low's error at sigma/k, and goes on with D_low's objective when it is
+    trained too. The new rung's own w c_out^2 is then not constant: it falls from k^2 at low noise to
+    (detail_std / sigma_data)^2 at high noise, where details cannot be told from the noise.
     """
     s2 = (sigma.float() / scale) ** 2
     match kind:
