@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from pixelgrow.training.optim import optimizers, rate, set_rate
+from pixelgrow.training.optim import optimizers, rate, restore, set_rate
 from pixelgrow.training.settings import TrainSettings
 
 
@@ -107,3 +107,43 @@ def test_fused_adamw_is_adamw() -> None:
         w = w * (1 - 0.1 * 0.5) - 0.1 * (m / (1 - 0.8**t)) / ((v / (1 - 0.9**t)).sqrt() + 1e-8)
     torch.testing.assert_close(module.weight.detach().double(), w, rtol=1e-5, atol=1e-6)
     assert math.isfinite(float(w.sum()))
+
+
+@pytest.mark.parametrize("name", ["radam", "adamw", "muon"])
+def test_restored_state_is_where_the_optimizer_creates_it(name: str) -> None:
+    """`meta` stands in for a GPU: a state of a CPU's run is restored beside parameters of another device."""
+    settings = TrainSettings(images=1, optimizer=name)
+    here = nn.Sequential(nn.Linear(3, 4), nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last))
+    away = nn.Sequential(nn.Linear(3, 4), nn.Conv2d(3, 4, 3)).to("meta")
+    away[1].to(memory_format=torch.channels_last)
+    for p in [*here.parameters(), *away.parameters()]:
+        p.grad = torch.ones_like(p)
+    for ours, theirs in zip(optimizers(here, settings), optimizers(away, settings), strict=True):
+        fused = bool(theirs.defaults.get("fused"))
+        ours.step()
+        ours.step()
+        theirs.step()  # creates each slot
+        created = {p: dict(slots) for p, slots in theirs.state.items()}
+        pairs = [(p, q) for g, h in zip(theirs.param_groups, ours.param_groups, strict=True)
+                 for p, q in zip(g["params"], h["params"], strict=True)]  # fmt: skip
+        restore(theirs, {p: {slot: t.contiguous() for slot, t in ours.state[q].items()} for p, q in pairs})
+        for p, q in pairs:
+            assert theirs.state[p].keys() == created[p].keys() == ours.state[q].keys()
+            for slot, t in theirs.state[p].items():
+                want = created[p][slot]
+                assert (t.device, t.dtype, t.shape, t.stride()) == (want.device, want.dtype, want.shape, want.stride())
+                assert t.device.type == ("cpu" if slot == "step" and not fused else "meta")
+            if not fused and "step" in theirs.state[p]:
+                assert float(theirs.state[p]["step"]) == 2
+
+
+def test_restored_state_has_memory_of_its_own() -> None:
+    module = nn.Linear(3, 4)
+    (adamw,) = optimizers(module, TrainSettings(images=1))
+    kept = {p: {"step": torch.tensor(1.0), "exp_avg": torch.ones_like(p), "exp_avg_sq": torch.ones_like(p)}
+            for group in adamw.param_groups for p in group["params"]}  # fmt: skip
+    restore(adamw, kept)
+    for p in kept:
+        p.grad = torch.ones_like(p)
+    adamw.step()
+    assert all(float(slots["step"]) == 1 and bool((slots["exp_avg"] == 1).all()) for slots in kept.values())

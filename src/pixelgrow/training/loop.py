@@ -172,18 +172,12 @@ class Training:
         self.counters = Counters(**found.counters)
         self.saved = self.counters.images
         stored = dict(found.tensors)
-        owners = {
-            id(p): opt
-            for opts in self.optimizers.values()
-            for opt in opts
-            for g in opt.param_groups
-            for p in g["params"]
-        }
+        slots: dict[nn.Parameter, dict[str, Tensor]] = {}
         for key in [k for k in stored if k.startswith("optimizer/")]:
             _, slot, part, name = key.split("/", 3)
             p = self.parameters.get(part, {}).get(name)
             if p is not None:
-                owners[id(p)].state[p][slot] = _like(p, stored.pop(key))
+                slots.setdefault(p, {})[slot] = stored.pop(key)
         live = {n: t for n, t in self.tensors().items() if not n.startswith("optimizer/")}
         if live.keys() != stored.keys() or any(live[n].shape != stored[n].shape for n in live):
             odd = sorted(live.keys() ^ stored.keys()) or [n for n in live if live[n].shape != stored[n].shape]
@@ -193,6 +187,9 @@ class Training:
             )
         for n, t in live.items():
             t.copy_(stored[n])
+        for opts in self.optimizers.values():
+            for opt in opts:
+                optim.restore(opt, slots)
 
     # --- one step --------------------------------------------------------------------------------------------------
 
@@ -381,13 +378,6 @@ class Training:
 
 def _crossed(every: int | None, before: int, now: int) -> bool:
     return bool(every) and now // every > before // every  # type: ignore[operator]
-
-
-def _like(p: nn.Parameter, stored: Tensor) -> Tensor:
-    """An optimizer's tensor with memory of its own, laid out as the parameter it belongs to."""
-    if stored.shape != p.shape:
-        return stored.to(p.device, copy=True)
-    return torch.empty_like(p, dtype=stored.dtype, memory_format=torch.preserve_format).copy_(stored)
 
 
 def _next(stream: Iterator[Any], images: int) -> Any:

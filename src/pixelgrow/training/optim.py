@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pixelgrow.training.settings import TrainSettings
 
@@ -69,3 +70,24 @@ def set_rate(opts: list[torch.optim.Optimizer], lr: float) -> None:
     for opt in opts:
         for group in opt.param_groups:
             group["lr"] = lr
+
+
+def restore(opt: torch.optim.Optimizer, stored: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
+    """Give `opt` the state that it had when it was saved: tensors by slot (`exp_avg`, `step`, ...) of each parameter.
+
+    `load_state_dict` puts each slot where the optimizer creates it: most beside their parameter, but `step` on the CPU
+    unless the update is fused. RAdam reads `step` once per parameter and update, which on a GPU waits for the device.
+    """
+    parameters = [p for group in opt.param_groups for p in group["params"]]
+    states = {i: {slot: _like(p, t) for slot, t in stored.get(p, {}).items()} for i, p in enumerate(parameters)}
+    opt.load_state_dict(
+        {"state": {i: s for i, s in states.items() if s}, "param_groups": opt.state_dict()["param_groups"]}
+    )
+
+
+def _like(p: nn.Parameter, stored: Tensor) -> Tensor:
+    """A copy on the CPU in the parameter's memory layout; safetensors stores all tensors contiguously."""
+    if stored.shape != p.shape:
+        return stored.clone()
+    layout = torch.empty_like(p, dtype=stored.dtype, device="cpu", memory_format=torch.preserve_format)
+    return layout.copy_(stored)
