@@ -241,8 +241,14 @@ def test_info(model: Path, run_cli: RunCli) -> None:
 
 
 def test_grow_writes_a_checkpoint(model: Path, run_cli: RunCli, tmp_path: Path) -> None:
-    result = run_cli("grow", model, "--to", "32", "-o", tmp_path / "big", "--data", class_folder(tmp_path))
+    denoiser, config = checkpoint.load(model)
+    sampling = {"guidance": 3.0, "interval": [0.5, 4.0]}
+    checkpoint.save(tmp_path / "small", denoiser, config.model_copy(update={"sampling": sampling}))
+    words = ["grow", tmp_path / "small", "--to", "32", "-o", tmp_path / "big", "--data", class_folder(tmp_path)]
+    result = run_cli(*words)
     assert result.code == 0, result.err
+    # An interval is in sigma of the image, which the growth multiplies.
+    assert checkpoint.read_config(tmp_path / "big").sampling == {"guidance": 3.0, "interval": [1.0, 8.0]}
     words = ["--guide", "base", "--interval", "0.1", "5", "--steps", "2", "-o", tmp_path / "guided.png"]
     guided = run_cli("sample", tmp_path / "big", "0", *words)
     assert guided.code == 0, guided.err

@@ -328,7 +328,7 @@ def test_a_one_step_model_draws_and_takes_no_setting(made: Path) -> None:
     first = model.sample(["a red circle", "a blue star"], seed=3)
     assert [p.size for p in first] == [(32, 32)] * 2
     assert model.sample("a blue star", seed=3, index=[1])[0].tobytes() == first[1].tobytes()
-    with pytest.raises(UserError, match="steps: a one-step generator draws in one network evaluation"):
+    with pytest.raises(UserError, match="steps: a one-step generator samples in one network evaluation"):
         model.sample("a blue star", steps=4)
 
 
@@ -595,7 +595,7 @@ def test_pairs_of_an_ancestor_of_the_teacher_are_refused_and_a_folder_of_the_oth
             {"grow": GROW | {"from": "onestep", "pairs": "drawn"}},
             "drawn is of core at 16 px, and the stage draws at 32",
         ),
-        ({"evaluate": {"name": "e", "steps": 4}}, "stage 'e': steps: a one-step generator draws in one network"),
+        ({"evaluate": {"name": "e", "steps": 4}}, "stage 'e': steps: a one-step generator samples in one network"),
         ({"evaluate": {"name": "e", "from": "onestep", "guidance": 2}}, "guidance: a one-step generator draws"),
         ({"evaluate": {"name": "e", "from": "told", "guidance": 0}}, "guidance=0: expected a weight above 0"),
         ({"evaluate": {"name": "e", "from": "told", "guidance": 2, "sampler": "heun"}}, "stage 'e': sampler: a one"),

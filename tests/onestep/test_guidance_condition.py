@@ -295,7 +295,7 @@ def test_a_guided_checkpoint_is_drawn_with_its_own_weight_or_another(made: Path)
     assert own == same != other
     with pytest.raises(UserError, match="guidance=0: expected a weight above 0"):
         model.sample("a red circle", guidance=0)
-    with pytest.raises(UserError, match="steps: a one-step generator draws in one network evaluation"):
+    with pytest.raises(UserError, match="steps: a one-step generator samples in one network evaluation"):
         model.sample("a red circle", steps=4, guidance=2)
     metrics = json.loads((made / "eval" / "metrics.json").read_text())
     assert metrics["sampling"] == {"guidance": 4.0} and metrics["nfe"] == 1

@@ -10,6 +10,7 @@ from pixelgrow import checkpoint
 from pixelgrow.data.loader import take
 from pixelgrow.data.sources.latents import Latents
 from pixelgrow.data.sources.opening import open_source
+from pixelgrow.diffusion.sampling_spec import SamplingSpec
 from pixelgrow.errors import UserError
 from pixelgrow.growth import Init, grow, grown_config
 from pixelgrow.model import Model, find
@@ -49,7 +50,8 @@ def grow_checkpoint(name: str, to: int, out: Path, *, source: str, init: str, se
     counts = {k: len(getattr(report, k)) for k in ("loaded", "new", "dropped")}
     entry = {"verb": "grow", "init": init, "from": model.resolution, "to": to, "tensors": counts}
     entry |= {"parent": model.config.sha256, "of": str(find(name))}
-    config = model.config.model_copy(update={"lineage": [*model.config.lineage, entry]})
+    sampling = SamplingSpec.model_validate(model.config.sampling).grown(to / model.resolution).given
+    config = model.config.model_copy(update={"lineage": [*model.config.lineage, entry], "sampling": sampling})
     beside = out.with_name(f"{out.name}-growth")
     with writing(out):
         sample_both(beside, model.denoiser, child, cond, seed, pictures=model.pictures)

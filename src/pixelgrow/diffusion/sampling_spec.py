@@ -1,4 +1,4 @@
-"""How pictures are drawn where nobody says otherwise: what recipes and checkpoints say of it, validated alike."""
+"""The default sampling settings of a checkpoint, as recipes and `config.json` hold them: one model validates both."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class Spec(BaseModel):
 
 
 class SamplingSpec(Spec):
-    """How a checkpoint is sampled where nobody says otherwise; what is left out is the library's default."""
+    """Default sampling settings of a checkpoint; the library's own where one is left out."""
 
     steps: int | None = Field(None, ge=1, le=MAX_STEPS)
     guidance: float | None = Field(None, ge=0)
     sampler: str | None = None
     threshold: float | None = Field(None, gt=0, le=1)
     grid: Literal["karras", "native"] | None = None
-    interval: tuple[float, float] | None = Field(None, description="guide from lo to hi alone, in sigma of the picture")
+    interval: tuple[float, float] | None = Field(None, description="guide from lo to hi only, in sigma of the image")
 
     @field_validator("sampler")
     @classmethod
@@ -38,21 +38,27 @@ class SamplingSpec(Spec):
     @field_validator("interval")
     @classmethod
     def _interval(cls, interval: tuple[float, float] | None) -> tuple[float, float] | None:
-        if interval is not None and not 0 <= interval[0] < interval[1]:
-            raise ValueError(f"got {list(interval)}, expected [lo, hi] with 0 <= lo < hi")
+        if interval is not None and not 0 <= interval[0] < interval[1] < math.inf:
+            raise ValueError(f"got {list(interval)}, expected [lo, hi] with 0 <= lo < hi, both finite")
         return interval
 
     @property
     def given(self) -> dict[str, Any]:
-        """What is not left out."""
+        """The settings that are not left out."""
         return {k: v for k in SamplingSpec.model_fields if (v := getattr(self, k)) is not None}
+
+    def grown(self, k: float) -> SamplingSpec:
+        """The same settings for a model of k times the resolution: sigma of the image is k times as large there."""
+        if self.interval is None:
+            return self
+        return self.model_copy(update={"interval": (k * self.interval[0], k * self.interval[1])})
 
 
 def check_one_step(given: Mapping[str, Any], guided: bool) -> None:
-    """Raise UserError for a setting that a one-step generator, `guided` or not, does not take."""
+    """Raise UserError for settings that a one-step generator does not take; a `guided` one takes `guidance`."""
     if named := [k for k in given if not (guided and k == "guidance")]:
         raise UserError(
-            f"{', '.join(named)}: a one-step generator draws in one network evaluation and takes no such setting; "
+            f"{', '.join(named)}: a one-step generator samples in one network evaluation and takes no such setting; "
             "drop it, or name a multi-step checkpoint"
         )
     weight = given.get("guidance", 1.0)
