@@ -1,4 +1,4 @@
-"""One file to one picture: modes, orientation, geometry, and what is refused."""
+"""Decoding one image file: modes, orientation, geometry, and what is refused."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
 from pixelgrow.data import images
-from pixelgrow.data.images import BadImage, fit, read_image, read_size
+from pixelgrow.data.images import BadImage, fit, read_header, read_image
 
 CORNERS = {"red": (220, 20, 20), "green": (20, 180, 20), "blue": (20, 20, 220), "yellow": (230, 220, 20)}
 
@@ -72,7 +72,7 @@ def test_orientation_is_applied(kind: str, orientation: int) -> None:
     undo = {5: 5, 6: 8, 7: 7, 8: 6}.get(orientation, orientation)  # what a camera held so would have stored
     stored = upright.transpose(images._TRANSPOSE[undo]) if orientation > 1 else upright
     file = encoded(stored, kind, exif=exif.tobytes())
-    assert read_size(file) == (32, 48)
+    assert read_header(file).size == (32, 48)
     assert corner_colours(read_image(file, (32, 48))) == list(CORNERS)
 
 
@@ -87,7 +87,7 @@ def test_orientation_from_xmp() -> None:
 )
 def test_damaged_exif_counts_as_upright(junk: bytes) -> None:
     file = encoded(corners(), "JPEG", exif=junk)
-    assert read_size(file) == (32, 48)
+    assert read_header(file).size == (32, 48)
     assert corner_colours(read_image(file, (32, 48))) == list(CORNERS)
 
 
@@ -95,7 +95,7 @@ def test_damaged_exif_counts_as_upright(junk: bytes) -> None:
 def test_an_orientation_out_of_range_counts_as_upright(value: int) -> None:
     exif = Image.Exif()
     exif[images.ORIENTATION] = value
-    assert read_size(encoded(corners(), "JPEG", exif=exif.tobytes())) == (32, 48)
+    assert read_header(encoded(corners(), "JPEG", exif=exif.tobytes())).size == (32, 48)
 
 
 def test_grey_and_bilevel() -> None:
@@ -212,10 +212,37 @@ def test_a_reduced_jpeg_is_nearly_the_full_one() -> None:
     assert np.abs(read_image(file, (64, 64)) - full).mean() < 1.0
 
 
-def test_other_formats_are_refused() -> None:
-    for kind in ("GIF", "BMP", "TIFF", "PPM", "ICO"):
-        with pytest.raises(BadImage, match="not a JPEG, PNG or WebP"):
-            read_size(encoded(corners(), kind))
+def test_other_formats_are_refused_by_their_names() -> None:
+    for kind in ("GIF", "BMP", "TIFF"):
+        with pytest.raises(BadImage, match=f"^a {kind} file, not a JPEG, PNG or WebP image$"):
+            read_header(encoded(corners(), kind))
+    for kind in ("PPM", "ICO"):
+        with pytest.raises(BadImage, match=r"^not a JPEG, PNG or WebP image, or its header is damaged$"):
+            read_header(encoded(corners(), kind))
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer, .*: run git lfs pull"),
+        (b"<!DOCTYPE html><html>404</html>", "a HTML file, not"),
+        (b"\0\0\0\x1cftypavif" + bytes(40), "a AVIF file, not"),
+        (b"\xff\xd8\xff\xe0", "not a JPEG, PNG or WebP image, or its header is damaged"),
+    ],
+)
+def test_what_is_no_image_is_named(data: bytes, reason: str) -> None:
+    with pytest.raises(BadImage, match=reason):
+        read_header(io.BytesIO(data))
+
+
+def test_a_transparent_image_is_known_by_its_header() -> None:
+    grey = Image.new("L", (8, 8))
+    clear = [encoded(Image.new(mode, (8, 8))) for mode in ("RGBA", "LA")]
+    clear += [encoded(grey, transparency=7), encoded(corners().quantize(4), transparency=1)]
+    clear += [encoded(Image.new("RGBA", (8, 8)), "WEBP")]
+    opaque = [encoded(grey), encoded(corners()), encoded(corners(), "JPEG"), encoded(corners(), "WEBP")]
+    assert [read_header(file).transparent for file in clear + opaque] == [True] * len(clear) + [False] * len(opaque)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
@@ -249,20 +276,42 @@ def header_only(w: int, h: int) -> io.BytesIO:
 
 @pytest.mark.parametrize("side", [9460, 14000, 65000, 2**31 - 1])
 def test_bombs_are_bad_whatever_pillow_was_told(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(BadImage, match="limit"):
-        read_size(header_only(side, side))
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    with pytest.raises(BadImage, match=r"more than the limit of 89478485"):
-        read_size(header_only(side, side))
+    for limit in (Image.MAX_IMAGE_PIXELS, None):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with pytest.raises(BadImage, match=r"^more than the limit of 89478485 pixels$"):
+            read_header(header_only(side, side))
     assert images.MAX_PIXELS == 89_478_485
 
 
-def test_a_text_bomb_in_a_png_is_bad() -> None:
-    data = b"zTXt" + b"Comment\0\0" + zlib.compress(b"x" * 5_000_000)
-    chunk = struct.pack(">I", len(data) - 4) + data + struct.pack(">I", zlib.crc32(data))
-    whole = encoded(corners()).getvalue()
+def with_chunk(png: bytes, name: bytes, data: bytes, at: int) -> io.BytesIO:
+    chunk = struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    return io.BytesIO(png[:at] + chunk + png[at:])
+
+
+@pytest.mark.parametrize("where", ["before", "behind"])
+@pytest.mark.parametrize(
+    ("name", "head"), [(b"zTXt", b"Comment\0\0"), (b"iTXt", b"Comment\0\1\0\0\0"), (b"iCCP", b"profile\0\0")]
+)
+def test_a_png_with_much_metadata_is_decoded_without_it(name: bytes, head: bytes, where: str) -> None:
+    exif = Image.Exif()
+    exif[images.ORIENTATION] = 6
+    stored = encoded(corners().transpose(Image.Transpose.ROTATE_90), exif=exif.tobytes()).getvalue()
+    file = with_chunk(
+        stored, name, head + zlib.compress(b"x" * 5_000_000), 33 if where == "before" else len(stored) - 12
+    )
+    assert read_header(file).size == (32, 48)
+    file.seek(0)
+    assert corner_colours(read_image(file, (32, 48))) == list(CORNERS)
+
+
+def test_metadata_does_not_hide_damage() -> None:
+    stored = encoded(corners()).getvalue()
+    bomb = zlib.compress(b"x" * 5_000_000)
+    file = with_chunk(stored[:-30], b"zTXt", b"a\0\0" + bomb, 33)
     with pytest.raises(BadImage):
-        read_image(io.BytesIO(whole[:33] + chunk + whole[33:]), (8, 8))
+        read_image(file, (8, 8))
+    with pytest.raises(BadImage, match=r"more than the limit of 89478485 pixels"):
+        read_image(with_chunk(header_only(60_000, 60_000).getvalue(), b"zTXt", b"a\0\0" + bomb, 33), (8, 8))
 
 
 def test_out_of_memory_is_not_the_files_fault(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,4 +327,4 @@ def test_no_warning_escapes() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         read_image(encoded(corners().quantize(4), transparency=b"\0\xff\xff\xff"), (8, 8))
-        read_size(encoded(corners(), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff"))
+        read_header(encoded(corners(), "JPEG", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff"))

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from pixelgrow.data import heldout_split, open_mixture, open_source, take
+from pixelgrow.data.images import Header
 from pixelgrow.data.inspect import inspect_source
 from pixelgrow.data.sources import folders
 from pixelgrow.data.sources.base import Subset, bad_of, files_of, large_enough, sizes_of
@@ -450,7 +451,7 @@ def test_a_million_samples_index_in_200_megabytes(tmp_path: Path, monkeypatch: p
         return open(tmp_path / "metadata.jsonl", "rb") if path.endswith(b".jpg") else open(path, "rb")
 
     monkeypatch.setattr(folders, "open_regular", lambda path: no_file(os.fsencode(path)))
-    monkeypatch.setattr("pixelgrow.data.sources.index.read_size", lambda file: (640, 480))
+    monkeypatch.setattr("pixelgrow.data.sources.index.read_header", lambda file: Header((640, 480), False))
     MetadataFolder(str(tmp_path))  # whatever is imported or cached on first use
     tracemalloc.start()
     try:

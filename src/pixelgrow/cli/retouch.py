@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from pixelgrow.cli.sample import check_writable, save_png, show_progress
-from pixelgrow.data.images import BadImage, fit, read_image, read_size
+from pixelgrow.data.images import BadImage, fit, read_header, read_image
 from pixelgrow.editing import edits as editing
 from pixelgrow.errors import UserError
 from pixelgrow.model import Model, find
@@ -105,7 +105,7 @@ def _read(path: Path) -> np.ndarray:
     """A picture's file, uint8 (h, w, 3), at its own size."""
     try:
         with reading(path), path.open("rb") as file:
-            size = read_size(file)
+            size = read_header(file).size
             file.seek(0)
             return read_image(file, size)
     except BadImage as error:

@@ -1,22 +1,26 @@
-"""One untrusted image file -> one uint8 RGB picture of the size that was asked for.
+"""Decode one untrusted image file to a uint8 RGB array of a given size.
 
-Only JPEG, PNG and WebP are decoded, Pillow's own bomb limit holds, a truncated file is an error. Choices:
+The bytes of a file say what it is, not its name. JPEG, PNG and WebP are decoded. An image of more than `MAX_PIXELS` and
+a truncated file are errors. Choices:
 - EXIF orientation is applied; an unreadable EXIF block counts as "upright".
 - Transparency is composited on white.
 - 16-bit grey is scaled by 255/65535; 16-bit colour keeps its high bytes (Pillow's decoder).
 - CMYK is converted without its colour profile, as every profile is ignored.
-- Of an animation the first frame is taken.
+- The first frame of an animation is taken.
+- Text and profiles in a PNG that Pillow refuses to unpack are skipped; the pixels are decoded without them.
 - JPEGs are decoded at the smallest DCT scale that is still at least twice the target, then filtered (Lanczos).
 """
 
 import errno
+import io
 import re
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import BinaryIO
+from dataclasses import dataclass
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError, WebPImagePlugin
@@ -40,6 +44,10 @@ _TRANSPOSE = {
     8: Image.Transpose.ROTATE_90,
 }
 OUR_FAULT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR}  # the machine's state, not the file's
+HEAD = 32  # bytes that `format_of` needs
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PIXEL_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND"}  # all that the pixels of a PNG depend on
+T = TypeVar("T")
 
 
 class BadImage(Exception):
@@ -50,22 +58,74 @@ class BadImage(Exception):
         self.reason = reason
 
 
-def read_size(file: BinaryIO) -> tuple[int, int]:
-    """Size (h, w) in pixels after EXIF orientation, from the header alone. Raises `BadImage`."""
-    with _as_bad_image():
-        image = _open(file)
+@dataclass(frozen=True)
+class Header:
+    """What an image's header says.
+
+    `size` (h, w) in pixels after EXIF orientation; `transparent`: it has an alpha channel or a transparent colour.
+    """
+
+    size: tuple[int, int]
+    transparent: bool
+
+
+def format_of(head: bytes) -> str:
+    """The kind of file that starts with `head` (its first `HEAD` bytes or more), "" if unknown."""
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WebP"
+    if head[4:8] == b"ftyp":
+        return "AVIF" if head[8:12] in (b"avif", b"avis") else "HEIC or MP4"
+    return next((name for magic, name in _MAGIC if head.startswith(magic)), "")
+
+
+_MAGIC = (
+    (b"\xff\xd8\xff", "JPEG"),
+    (PNG_SIGNATURE, "PNG"),
+    (b"GIF8", "GIF"),
+    (b"BM", "BMP"),
+    (b"II*\0", "TIFF"),
+    (b"MM\0*", "TIFF"),
+    (b"\xff\x0a", "JPEG XL"),
+    (b"\0\0\0\x0cJXL ", "JPEG XL"),
+    (b"\0\0\0\x0cjP  ", "JPEG 2000"),
+    (b"8BPS", "Photoshop"),
+    (b"<svg", "SVG"),
+    (b"<?xml", "XML or SVG"),
+    (b"<!DOCTYPE", "HTML"),
+    (b"<html", "HTML"),
+    (b"%PDF", "PDF"),
+    (b"version https://git-lfs", "Git LFS pointer"),
+    (b"PK\x03\x04", "zip"),
+    (b"\x1f\x8b", "gzip"),
+    (b"BZh", "bzip2"),
+    (b"\xfd7zXZ\0", "xz"),
+    (b"\x28\xb5\x2f\xfd", "zstd"),
+    (b"7z\xbc\xaf\x27\x1c", "7z"),
+    (b"Rar!", "rar"),
+)
+DECODED = ("JPEG", "PNG", "WebP")
+ARCHIVES = ("zip", "gzip", "bzip2", "xz", "zstd", "7z", "rar")
+
+
+def read_header(file: BinaryIO) -> Header:
+    """The header of an image, without its pixels. Raises `BadImage`."""
+
+    def header(image: ImageFile.ImageFile) -> Header:
         w, h = image.size
-        return (w, h) if _orientation(image) >= 5 else (h, w)
+        size = (w, h) if _orientation(image) >= 5 else (h, w)
+        return Header(size, image.has_transparency_data)
+
+    return _opened(file, header)
 
 
 def read_image(file: BinaryIO, size: tuple[int, int], crop: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
     """Decode a file to uint8 (h, w, 3) of the given `size` (h, w).
 
-    The picture is scaled until it just covers `size`; `crop` (y, x), each in [0, 1], says where along the slack of the
+    The image is scaled until it just covers `size`; `crop` (y, x), each in [0, 1], says where along the slack of the
     longer side the window lies (0.5: centre). Raises `BadImage`.
     """
-    with _as_bad_image():
-        image = _open(file)
+
+    def pixels(image: ImageFile.ImageFile) -> np.ndarray:
         turn = _orientation(image)
         h, w = size if turn < 5 else size[::-1]
         scale = min(image.height / h, image.width / w)
@@ -75,9 +135,11 @@ def read_image(file: BinaryIO, size: tuple[int, int], crop: tuple[float, float] 
             rgb = rgb.transpose(_TRANSPOSE[turn])
         return fit(rgb, size, crop)
 
+    return _opened(file, pixels)
+
 
 def upright(image: Image.Image) -> Image.Image:
-    """A picture turned as its EXIF orientation says."""
+    """An image turned as its EXIF orientation says."""
     turn = _orientation(image)
     return image.transpose(_TRANSPOSE[turn]) if turn in _TRANSPOSE else image
 
@@ -108,11 +170,41 @@ def fit(image: Image.Image, size: tuple[int, int], crop: tuple[float, float] = (
     return np.array(image.resize((w, h), Image.Resampling.LANCZOS, box=box, reducing_gap=REDUCING_GAP))
 
 
+def _opened(file: BinaryIO, use: Callable[[ImageFile.ImageFile], T]) -> T:
+    """`use(image)` of the open image. Raises `BadImage`."""
+    start = file.tell()
+    head = file.read(HEAD)
+    file.seek(start)
+    with _as_bad_image(head):
+        try:
+            return use(_open(file))
+        except ValueError:
+            if format_of(head) != "PNG":
+                raise
+            file.seek(start)
+            return use(_open(pixel_chunks(file)))
+
+
 def _open(file: BinaryIO) -> ImageFile.ImageFile:
     image = Image.open(file, formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
-        raise BadImage(f"{image.width}x{image.height} pixels, more than the limit of {MAX_PIXELS}")
+        raise Image.DecompressionBombError
     return image
+
+
+def pixel_chunks(file: BinaryIO) -> BinaryIO:
+    """A PNG without the chunks that its pixels do not depend on: text, colour profiles, animation.
+
+    Pillow refuses a PNG with more than 1 MiB in one of them, against decompression bombs.
+    """
+    kept = [file.read(len(PNG_SIGNATURE))]
+    while len(head := file.read(8)) == 8:
+        length = int.from_bytes(head[:4])
+        if head[4:] in _PIXEL_CHUNKS:
+            kept += [head, file.read(length + 4)]  # with its checksum
+        else:
+            file.seek(length + 4, io.SEEK_CUR)
+    return io.BytesIO(b"".join(kept))
 
 
 def _orientation(image: Image.Image) -> int:
@@ -128,8 +220,9 @@ def _orientation(image: Image.Image) -> int:
 
 
 @contextmanager
-def _as_bad_image() -> Iterator[None]:
-    """What a decoder says of a file becomes `BadImage`; what the machine says (no memory, no file handles) stays."""
+def _as_bad_image(head: bytes) -> Iterator[None]:
+    """Turn a decoder's error into `BadImage`; an error of the machine (no memory, no file handles) stays. `head`: the
+    file's first bytes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about damaged EXIF and the like: either usable or an error below
         try:
@@ -137,15 +230,29 @@ def _as_bad_image() -> Iterator[None]:
         except (BadImage, MemoryError):
             raise
         except UnidentifiedImageError:
-            raise BadImage("not a JPEG, PNG or WebP image, or its header is damaged") from None
+            raise BadImage(_unknown(head)) from None
+        except Image.DecompressionBombError:
+            raise BadImage(f"more than the limit of {MAX_PIXELS} pixels") from None
         except OSError as error:
             if error.errno in OUR_FAULT:
                 raise
             raise BadImage(_one_line(error)) from error
         except (ValueError, TypeError, KeyError, IndexError, SyntaxError, AttributeError) as error:
             raise BadImage(_one_line(error)) from error
-        except (EOFError, struct.error, zlib.error, OverflowError, RuntimeError, Image.DecompressionBombError) as error:
+        except (EOFError, struct.error, zlib.error, OverflowError, RuntimeError) as error:
             raise BadImage(_one_line(error)) from error
+
+
+def _unknown(head: bytes) -> str:
+    """Why a file that no decoder knows is none of ours."""
+    if not head:
+        return "empty file"
+    kind = format_of(head)
+    if kind == "Git LFS pointer":
+        return "a Git LFS pointer, not the file itself: run git lfs pull"
+    if kind and kind not in DECODED:
+        return f"a {kind} file, not a JPEG, PNG or WebP image"
+    return "not a JPEG, PNG or WebP image, or its header is damaged"
 
 
 def _one_line(error: BaseException) -> str:

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from pixelgrow.data.images import BadImage, read_image, read_size
+from pixelgrow.data.images import BadImage, read_header, read_image
 from pixelgrow.data.sources.base import BadFile, Wording
 from pixelgrow.errors import UserError
 
@@ -93,7 +93,7 @@ class FileSource(ABC):
 
         `about`: what identifies the sample (key, caption, time stamp), for the fingerprint.
         """
-        h, w = read_size(file)
+        h, w = read_header(file).size
         self._sizes.extend((h, w))
         self._digest.update(b"\0".join((*about, b"\n")))
         if len(self._sizes) % 400_000 == 0:
