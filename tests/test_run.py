@@ -314,8 +314,15 @@ def test_a_stage_that_bad_steps_stopped_can_be_gone_on_from(tmp_path: Path, monk
     with monkeypatch.context() as patch:
         patch.setattr(DenoiseObjective, "loss", loss)
         with pytest.raises(UserError, match="put a train stage of another name in this one's place") as error:
-            run(class_recipe(tmp_path, {"classes": 2}, images=32, max_bad_steps=2, sample_every=0), tmp_path)
+            run(class_recipe(tmp_path, {"classes": 2}, images=32, max_bad_steps=2, sample_every=0, **LONG), tmp_path)
     checkpoint = tmp_path / "c" / "core" / "checkpoint"
+    kept, saved = (
+        load_file(checkpoint / "model.safetensors"),
+        pixelgrow.training.state.load(checkpoint.parent / "state"),
+    )
+    assert saved is not None
+    for name in moved(saved.tensors):
+        assert kept[name].equal(saved.tensors[f"ema/0.25/denoiser/net.{name}"])
     assert str(checkpoint) in str(error.value)
     assert pixelgrow.load(checkpoint).config.lineage[-1]["stopped_after"] == 16
     stage = {"name": "core2", "from": str(checkpoint), "images": 8, "batch": 8, "lr": 1e-4, "sample_every": 0}
@@ -324,6 +331,31 @@ def test_a_stage_that_bad_steps_stopped_can_be_gone_on_from(tmp_path: Path, monk
     run(read_recipe(again, "test"), tmp_path)
     lineage = pixelgrow.load(tmp_path / "c" / "core2").config.lineage
     assert [entry["stage"] for entry in lineage] == ["core", "core2"]
+
+
+LONG: dict[str, Any] = {"ema": [0.25], "lr": 1e-2, "warmup": 0}  # an average that is far from the last weights
+
+
+def moved(state: dict[str, Tensor]) -> list[str]:
+    """Names of the weights in a denoiser's state that differ from their average; most do."""
+    whole = {n: t for n, t in state.items() if n.startswith("weights/denoiser/")}
+    found = [n for n, t in whole.items() if not t.equal(state[n.replace("weights", "ema/0.25", 1)])]
+    assert 2 * len(found) > len(whole) > 0
+    return [n.removeprefix("weights/denoiser/net.") for n in found]
+
+
+def test_the_result_of_a_stage_is_the_average_of_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, states = pixelgrow.training.state.save, []
+
+    def save(folder: Path, images: int, tensors: dict[str, Tensor], counters: dict[str, Any]) -> None:
+        states.append({n: t.clone() for n, t in tensors.items()})
+        real(folder, images, tensors, counters)
+
+    monkeypatch.setattr(pixelgrow.training.state, "save", save)
+    run(class_recipe(tmp_path, {"classes": 2}, images=24, sample_every=0, validate_every=0, **LONG), tmp_path)
+    result = load_file(tmp_path / "c" / "core" / WEIGHTS)
+    for name in moved(states[-1]):
+        assert result[name].equal(states[-1][f"ema/0.25/denoiser/net.{name}"])
 
 
 # --- the regimes of growth, on class folders --------------------------------------------------------------------------

@@ -17,10 +17,12 @@ from torch import Tensor
 
 from onestep.test_distill import Conditions, batch, generator
 from pixelgrow import checkpoint
+from pixelgrow.diffusion.denoiser import Denoiser
 from pixelgrow.diffusion.generator import Generator
 from pixelgrow.errors import UserError
 from pixelgrow.external import vision
 from pixelgrow.external.vision import describe, load_clip, load_vision
+from pixelgrow.growth import grow_network, grown_config
 from pixelgrow.onestep.distill import DISCRIMINATOR, GENERATOR, DistillObjective
 from pixelgrow.onestep.features import FeatureDistance, TeacherFeatures, VisionFeatures, cropped
 from pixelgrow.onestep.losses import feature_distance, similarity_loss
@@ -107,6 +109,24 @@ def test_pictures_are_resized_as_pillow_does_and_normalised(tmp_path: Path, side
         small = np.asarray(plane.resize((8, 8), Image.Resampling.BICUBIC))
         want = (torch.from_numpy(small.copy()) - MEAN[channel]) / STD[channel]
         torch.testing.assert_close(got[channel], want, rtol=0, atol=2e-5)
+
+
+def test_a_teachers_features_are_its_cores_tokens_while_it_denoises() -> None:
+    """At the noise level 0.3 of the core, which is 0.3 k in images that the teacher's levels pool k times."""
+    low = shallow()
+    net, _ = grow_network(low.net, grown_config(low.net.config, 32, "random"), "random")
+    teacher = Denoiser(net, low.config).eval()
+    images, c, tokens = pictures(2, 32), cond(2), []
+    hooks = [block.register_forward_hook(lambda *found: tokens.append(found[2])) for block in net.core.blocks]
+    with torch.no_grad():
+        teacher(images, torch.full((2,), 0.3 * 2), c)
+    for hook in hooks:
+        hook.remove()
+    features = TeacherFeatures(teacher)
+    seen = features(images, c, torch.zeros(2, 2))
+    assert len(seen.tokens) == len(features.layers)
+    for got, number in zip(seen.tokens, features.layers, strict=True):
+        torch.testing.assert_close(got, tokens[number - 1])
 
 
 def test_large_pictures_are_seen_twice_and_the_teacher_embeds_the_condition(tmp_path: Path) -> None:

@@ -203,3 +203,25 @@ def test_dropping_and_noise_have_their_own_streams() -> None:
     index = torch.arange(1000)
     a, b = (rng.uniform(0, stream, index) for stream in ("sigma", "dropout"))
     assert abs(float(torch.corrcoef(torch.stack([a, b]))[0, 1])) < 0.1
+
+
+@pytest.mark.parametrize(("side", "scales"), [(16, 1), (32, 1), (64, 2), (128, 3)])
+def test_the_multiscale_loss_goes_down_to_32_px(side: int, scales: int) -> None:
+    """simple diffusion, arXiv 2301.11093, section 3.4. A checkerboard of single pixels is no error at the scales below
+    its own, each as heavy as the first; an even error is one at all of them."""
+
+    class Black(Denoiser):
+        def forward(self, x: torch.Tensor, sigma: torch.Tensor, cond: Cond) -> torch.Tensor:
+            return 0 * x
+
+    black = Black(UViT(shallow_uvit("tiny", side, core=CoreConfig(width=32, depth=1, heads=1, classes=4))))
+    checker = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(side // 2, side // 2).expand(2, 3, -1, -1)
+    batch = Batch(checker, ("0", "1"), torch.arange(2))
+    found = []
+    for multiscale in (False, True):
+        settings = TrainSettings(images=8, batch=8, multiscale=multiscale)
+        objective = DenoiseObjective(black, Labels(), settings, seed=0)
+        found.append([objective.loss(Batch(x, batch.text, batch.index)).loss.item() for x in (checker, checker.abs())])
+    (plain, even), (multi, multi_even) = found
+    assert multi == pytest.approx(plain / scales)
+    assert multi_even == pytest.approx(even)

@@ -334,3 +334,20 @@ def test_half_precision_and_compiling_are_options(tmp_path: Path, monkeypatch: p
     assert all(t.dtype == b[n].dtype for n, t in a.items())
     assert not torch.equal(a["0.weight"], b["0.weight"])
     torch.testing.assert_close(a["0.weight"], b["0.weight"], atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_hooks_compute_in_the_precision_that_trains(tmp_path: Path, precision: str) -> None:
+    half, seen = toy.Toy(), []
+    look = Hook("look", 96, lambda _: seen.append(half.modules["net"][0](torch.rand(1, 3, 8, 8)).dtype) or {})
+    toy.run(tmp_path, half, hooks=(look,), precision=precision)
+    assert seen == [torch.bfloat16 if precision == "bf16" else torch.float32]
+
+
+@pytest.mark.parametrize("batch", [8, 32])
+def test_a_linear_warmup_has_the_same_mean_rate_in_steps_of_any_size(tmp_path: Path, batch: int) -> None:
+    """A step has the rate of its middle, so that their sum is the integral: half the rate times the images."""
+    toy.run(tmp_path, batch=batch, log_every=batch, warmup=96, decay="constant", lr=1e-3)
+    rates = [r["lr"] for r in lines(tmp_path) if "lr" in r]
+    assert len(rates) == 96 // batch
+    assert sum(rates) / len(rates) == pytest.approx(1e-3 / 2)
