@@ -6,7 +6,9 @@
 Each seed trains one core; each regime grows it on a budget of FLOPs of its own, the same for all; `scratch`, which has
 the shape of `random` and loads nothing, gets the core's budget on top. FLOPs are those of matrix products, convolutions
 and attention as training does them: what is frozen is evaluated and, where the gradient must pass through it
-(`random`), differentiated by its input, never by its weights. `unfreeze` frees the core at half of its budget.
+(`random`), differentiated by its input, never by its weights. `unfreeze` frees the core at half of its budget: one run
+with one learning-rate schedule, as the paper's (arXiv 2405.16759). The paper does not say how the core starts to train;
+ours: with an empty optimizer state and no warm-up of its own.
 
 "Held-out error" is the mean over the noise levels of `pixelgrow.diffusion.heldout.SIGMAS` of the squared error of the
 denoised image, on images whose captions are held out, with the averaged weights; measured along the way. At the end

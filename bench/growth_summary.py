@@ -39,14 +39,16 @@ def read_curve(folder: Path, phases: Sequence[Phase], start: float) -> Curve:
     """The validation records of a stage's folder; of two phases, the first lies in a folder of its own."""
     flops: list[float] = []
     errors: dict[str, list[float]] = {level: [] for level in LEVELS}
+    before = 0  # images of the phases before: logs count those of the whole run
     for number, phase in enumerate(phases, 1):
         log = (folder if number == len(phases) else folder / FROZEN) / "log.jsonl"
         for record in map(json.loads, log.read_text().splitlines()):
             if "validation/mean" in record:
-                flops.append(start + record["images"] * phase.flops)
+                flops.append(start + (record["images"] - before) * phase.flops)
                 for level in LEVELS:
                     errors[level].append(record[f"validation/{level}"])
         start += phase.cost
+        before += phase.images
     return Curve(flops, errors)
 
 

@@ -36,6 +36,7 @@ from pixelgrow.stages import grow, train
 from pixelgrow.stages.materials import Materials
 from pixelgrow.training.denoise import DenoiseObjective
 from pixelgrow.training.objective import Terms
+from pixelgrow.training.optim import rate
 
 WEIGHTS = "checkpoint/model.safetensors"
 
@@ -101,6 +102,42 @@ def test_a_frozen_phase_keeps_the_core_to_the_bit(smoke: Path) -> None:
     final = load_file(smoke / "grown" / WEIGHTS)
     assert all(warm[name].equal(core[name]) for name in core)
     assert not all(final[name].equal(core[name]) for name in core)
+
+
+def test_one_schedule_goes_through_the_unfreezing(smoke: Path) -> None:
+    stage = load_recipe("smoke").stage("grown")
+    settings = stage.training()  # type: ignore[union-attr]
+    logs = [smoke / "grown" / f / "log.jsonl" for f in ("frozen", ".")]
+    records = [json.loads(line) for log in logs for line in log.read_text().splitlines() if '"lr"' in line]
+    assert [(r["images"], r["lr"]) for r in records] == [
+        (images, pytest.approx(settings.lr * rate(images - settings.batch / 2, settings), rel=1e-5))
+        for images in (8, 16, 24, 32)
+    ]
+    assert record(smoke / "grown")["result"]["images"] == 32
+    assert not (smoke / "grown" / "frozen" / "state").exists()
+
+
+def test_a_growth_that_unfreezes_goes_on_to_the_same_bytes(
+    smoke: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the frozen phase, at its end before its checkpoint is written, and after it."""
+    real = pixelgrow.training.state.save
+    shutil.copytree(smoke, tmp_path / "smoke")
+    shutil.rmtree(tmp_path / "smoke" / "grown")
+    for at in (8, 16, 24):
+
+        def save(folder: Path, images: int, *rest: Any, at: int = at) -> None:
+            real(folder, images, *rest)
+            if images == at:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr("pixelgrow.training.state.save", save)
+            with pytest.raises(KeyboardInterrupt):
+                run(load_recipe("smoke"), tmp_path)
+    run(load_recipe("smoke"), tmp_path)
+    for part in ("grown", "grown/frozen"):
+        assert (tmp_path / "smoke" / part / WEIGHTS).read_bytes() == (smoke / part / WEIGHTS).read_bytes()
 
 
 class Page(HTMLParser):

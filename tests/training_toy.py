@@ -72,7 +72,14 @@ def settings(**changes) -> TrainSettings:
 
 
 def run(
-    folder: Path, toy: Toy | None = None, hooks: tuple[Hook, ...] = (), keep=None, batches=None, **changes
+    folder: Path,
+    toy: Toy | None = None,
+    hooks: tuple[Hook, ...] = (),
+    keep=None,
+    batches=None,
+    until: int | None = None,
+    after: Path | None = None,
+    **changes,
 ) -> TrainResult:
     s, toy = settings(**changes), toy or Toy()
 
@@ -83,7 +90,7 @@ def run(
 
     hook = Hook("validation", s.validate_every or 0, validate, at_start=True)
     batches = batches or stream(s.micro_batch)
-    return train(toy, batches, s, folder, seed=3, hooks=(hook, *hooks), flops=1e6, keep=keep)
+    return train(toy, batches, s, folder, seed=3, hooks=(hook, *hooks), flops=1e6, keep=keep, until=until, after=after)
 
 
 def weights(toy: Toy, result: TrainResult) -> dict[str, Tensor]:

@@ -125,7 +125,7 @@ def test_overrides(tmp_path: Path) -> None:
         ("text.encoder=labels:ten", "recipe.yaml: text.encoder: got 'labels:ten', expected labels:N"),
         ("stages.core.resolution=30", "recipe.yaml: stages[0].train: resolution 30 is not a multiple of the stride 4"),
         ("stages.core.from=grown", "recipe.yaml: stages[0].train: resolution comes from the checkpoint"),
-        ("stages.grown.unfreeze_after=5000", "recipe.yaml: stages[1].grow: unfreeze_after (5000) is not below images"),
+        ("stages.grown.unfreeze_after=5000", "recipe.yaml: stages[1].grow: unfreeze_after: got 5000, which leaves no"),
         ("stages.grown.core=melted", "recipe.yaml: stages[1].grow.core: got 'melted', expected to be 'frozen' or"),
         ("name=../up", "recipe.yaml: name: got '../up', expected letters, digits"),
         ("seed", "--set 'seed': expected a.b=value"),
@@ -198,9 +198,10 @@ def test_a_name_that_is_nowhere() -> None:
         load_recipe("dmo")
 
 
-def test_a_phase_fills_in_its_own_lengths() -> None:
+def test_training_settings_of_a_stage_are_its_own() -> None:
     stage = TrainStage(name="a", size="tiny", resolution=32, images=10_000, save_every=64)
-    assert (stage.warmup, stage.training(1000).warmup, stage.training(1000).save_every) == (500, 50, 64)
+    settings = stage.training()
+    assert (settings.images, settings.warmup, settings.save_every) == (10_000, stage.warmup, 64) == (10_000, 500, 64)
 
 
 def test_the_stages_of_train_your_own_go_into_its_recipe() -> None:

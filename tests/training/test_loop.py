@@ -149,6 +149,33 @@ def test_frozen_tensors_stay_and_have_no_state(tmp_path: Path) -> None:
         toy.run(tmp_path / "x", frozen)
 
 
+class Joining(toy.Toy):
+    """One run that the first layer joins after 48 images."""
+
+    def loss(self, batch, part: str) -> Terms:
+        self.modules[part][0].requires_grad_(int(batch.index[0]) >= 48)
+        return super().loss(batch, part)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "radam"])
+def test_two_phases_are_one_run_that_more_tensors_join(tmp_path: Path, optimizer: str) -> None:
+    whole, last = Joining(), toy.Toy()
+    expected = toy.weights(whole, toy.run(tmp_path / "whole", whole, optimizer=optimizer))
+    first, second = tmp_path / "first", tmp_path / "second"
+    for at in (16, 40):
+        with pytest.raises(Stop):
+            toy.run(first, toy.Toy(frozen=True), hooks=(stop_at(at),), until=42, optimizer=optimizer)
+    assert toy.run(first, toy.Toy(frozen=True), until=42, optimizer=optimizer).images == 48
+    for at in (56, 80):
+        with pytest.raises(Stop):
+            toy.run(second, toy.Toy(), hooks=(stop_at(at),), after=first, optimizer=optimizer)
+    result = toy.run(second, last, after=first, optimizer=optimizer)
+    assert (result.images, result.steps) == (96, 12)
+    same(toy.weights(last, result), expected)
+    rates = [[(r["images"], r["lr"]) for r in lines(tmp_path / f) if "lr" in r] for f in ("whole", "first", "second")]
+    assert rates[0] == rates[1] + rates[2]
+
+
 def test_a_bad_step_is_skipped_and_counted(tmp_path: Path) -> None:
     bad = toy.Toy(poison=frozenset([17, 50]))
     result = toy.run(tmp_path, bad)

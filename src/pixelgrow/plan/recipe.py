@@ -69,7 +69,7 @@ def _phases(stage: Stage, recipe: Recipe, nets: dict[str, NetConfig], gpu: bool)
         return
     config = nets[stage.name]
     for what, images, frozen in _regimes(stage, nets):
-        settings = stage.training(images)
+        settings = stage.training()
         bf16 = settings.precision == "bf16" or (settings.precision == "auto" and gpu)
         if makes_generator(stage):
             assert isinstance(stage, DistillStage | GrowStage)

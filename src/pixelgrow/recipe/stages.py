@@ -27,12 +27,9 @@ class TrainedStage(TrainSettings):
     name: str = Field(pattern=NAME)
     parent: str | None = Field(None, alias="from")
 
-    def training(self, images: int | None = None) -> TrainSettings:
-        """The training settings alone; for a phase of `images`, with every length that was left out filled in anew."""
-        mine = type(self).model_fields
-        own = {k for k, f in TrainSettings.model_fields.items() if mine[k].default != f.default} | self.model_fields_set
-        given = {k: getattr(self, k) for k in own if k in TrainSettings.model_fields}
-        return TrainSettings(**given | ({} if images is None else {"images": images}))
+    def training(self) -> TrainSettings:
+        """The training settings alone."""
+        return TrainSettings(**{name: getattr(self, name) for name in TrainSettings.model_fields})
 
 
 class ModelStage(TrainedStage):
@@ -79,7 +76,8 @@ class GrowStage(ModelStage):
     """Grow a checkpoint to a higher resolution, then train.
 
     `init`: new levels at random around the core (`random`), or so that the function is kept (`preserve`); `scratch`
-    takes the shape of `random` and loads nothing. `core`: `frozen`, `finetune`, or `{unfreeze_after: N}` images.
+    takes the shape of `random` and loads nothing. `core`: `frozen`, `finetune`, or `{unfreeze_after: N}`, which freezes
+    it for the first N images of the run. Schedules count all `images`, and go on through the unfreezing.
     `to`: one resolution, or several in ascending order to grow in steps before training.
     """
 
@@ -114,8 +112,11 @@ class GrowStage(ModelStage):
         if self.unfreeze_after is not None:
             if self.core != "frozen":
                 raise ValueError(f"unfreeze_after goes with core: frozen, not with core: {self.core}")
-            if self.unfreeze_after >= self.images:
-                raise ValueError(f"unfreeze_after ({self.unfreeze_after}) is not below images ({self.images})")
+            if -(-self.unfreeze_after // self.batch) * self.batch >= self.images:
+                raise ValueError(
+                    f"unfreeze_after: got {self.unfreeze_after}, which leaves no step of {self.batch} images before "
+                    f"images ({self.images}); lower it"
+                )
         if self.pairs is None:
             odd = {"fraction", "estimator", "losses", "preset", "base_blocks"} & self.model_fields_set
             if odd:

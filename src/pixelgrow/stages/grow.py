@@ -20,7 +20,6 @@ from pixelgrow.stages.materials import Materials
 from pixelgrow.stages.record import write_json
 from pixelgrow.stages.train import GRID, GRID_GUIDANCE, GRID_STEPS, WATCHED, Parent, fit, guided_batch, save
 from pixelgrow.training import state
-from pixelgrow.training.loop import CHECKPOINT
 from pixelgrow.training.monitor import save_grid
 
 START, REPORT, FROZEN, RESULT = "start", "growth.json", "frozen", "result.json"
@@ -28,7 +27,12 @@ logger = logging.getLogger(__name__)
 
 
 def grow_stage(stage: GrowStage, parent: Parent, folder: Path, materials: Materials) -> dict[str, Any]:
-    """Run a `grow` stage; returns the numbers of its run. What is there already is not done again."""
+    """Run a `grow` stage; returns the numbers of its run. What is there already is not done again.
+
+    With `unfreeze_after`, as in the paper (arXiv 2405.16759), one run goes through the unfreezing: one learning-rate
+    schedule over `images`, one stream of data; weights, averages and optimizer state are carried on. The paper does not
+    say how the core starts to train; ours: with an empty optimizer state, at the rate of the schedule.
+    """
     if not (folder / REPORT).exists():
         make_start(stage, parent, folder, materials)
     growth = json.loads((folder / REPORT).read_text())
@@ -39,19 +43,20 @@ def grow_stage(stage: GrowStage, parent: Parent, folder: Path, materials: Materi
     if stage.unfreeze_after is None:
         freeze(denoiser.net, loaded)
         return fit(denoiser, stage, stage.training(), folder, materials, lineage)
-    # Two phases, each a fresh model built from a checkpoint: nothing that a frozen phase set up outlives it.
-    warm = folder / FROZEN
-    if not (warm / RESULT).exists():
+    # Each phase is a fresh model with the state of the one before: nothing that a frozen phase set up outlives it.
+    warm, frees = folder / FROZEN, stage.unfreeze_after
+    frozen_done = (warm / RESULT).exists() and state.newest(warm / "state") >= frees
+    if not (state.newest(folder / "state") or frozen_done):
         freeze(denoiser.net, loaded)
-        result = fit(denoiser, stage, stage.training(stage.unfreeze_after), warm, materials, lineage, FROZEN)
+        alone = [*parent.config.lineage, entry | {"images": frees}]
+        result = fit(denoiser, stage, stage.training(), warm, materials, alone, until=frees)
         write_json(warm / RESULT, result)
-        state.clear(warm / "state")
+        denoiser, _ = checkpoint.load(folder / START)
     first = json.loads((warm / RESULT).read_text())
-    denoiser, _ = checkpoint.load(warm / CHECKPOINT)
-    lineage = [*parent.config.lineage, entry | {"unfrozen_after": stage.unfreeze_after}]
-    second = fit(denoiser, stage, stage.training(stage.images - stage.unfreeze_after), folder, materials, lineage)
-    both = {k: first[k] + second[k] for k in ("images", "seconds", "skipped_steps")}
-    return second | both | {"phases": [first, second]}
+    lineage = [*parent.config.lineage, entry | {"unfrozen_after": frees}]
+    second = fit(denoiser, stage, stage.training(), folder, materials, lineage, after=warm)
+    state.clear(warm / "state")
+    return second | {"phases": [first, second]}
 
 
 def lineage_entry(stage: GrowStage, parent: Parent, growth: dict[str, Any], materials: Materials) -> dict[str, Any]:

@@ -105,21 +105,23 @@ def fit(
     folder: Path,
     materials: Materials,
     lineage: list[dict[str, Any]],
-    phase: str = "",
     *,
     fresh: bool = False,
+    until: int | None = None,
+    after: Path | None = None,
 ) -> dict[str, Any]:
     """Train what requires gradients, going on where it was cut off; write `folder/checkpoint`, of the first average.
 
-    `fresh`: the network is new, and learns from the captions how its text tokens are spread.
+    `fresh`: the network is new, and learns from the captions how its text tokens are spread. `until`, `after`: of a
+    stage in phases, see `loop.train`.
     """
     recipe = materials.recipe
     denoiser = denoiser.to(materials.device)
     side = denoiser.resolution
-    # A stream of each stage's and phase's own, so that a grown model does not meet the core's images and noise again.
-    seed = rng.seed_of(recipe.seed, "stage", stage.name, phase)
+    # Each stage has a stream of its own: a grown model does not meet the core's images and noise again.
+    seed = rng.seed_of(recipe.seed, "stage", stage.name, "")
     mixture = materials.mixture(stage)
-    bad_path = (folder.parent if phase else folder) / BAD_FILES  # one account for the phases of a stage
+    bad_path = materials.folder / stage.name / BAD_FILES  # one account for the phases of a stage
     loader = materials.loader(mixture, side, settings, seed, bad_path)
     held = materials.heldout(WATCHED, (side, side))
     materials.account(held, mixture, loader.bad)
@@ -162,8 +164,10 @@ def fit(
         folder,
         seed=seed,
         hooks=hooks,
-        name=f"{recipe.name}/{stage.name}" + (f" ({phase})" if phase else ""),
+        name=f"{recipe.name}/{folder.relative_to(materials.folder)}",
         keep=keep,
+        until=until,
+        after=after,
     )
     return finish(
         result, "denoiser", denoiser, folder / CHECKPOINT, materials, lineage, loader, sampling, settings.noise

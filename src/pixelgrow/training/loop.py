@@ -74,17 +74,26 @@ def train(
     flops: float | None = None,
     console: Console | None = None,
     keep: Keep | None = None,
+    until: int | None = None,
+    after: Path | None = None,
 ) -> TrainResult:
     """Train until `settings.images` have been seen, going on from `folder/state` if there is one.
+
+    A run in phases, each with other frozen tensors, is several calls with the same settings, so that one schedule runs
+    through them: the first ends at `until` images, the second goes on `after` the first's folder.
 
     batches: the stream of micro-batches (`settings.micro_batch` images each) from a stream position on.
     folder: gets `state/`, `log.jsonl`, `tensorboard/`, `snapshots/`. The modules hold the last weights at the end.
     flops: per image, forward and backward; counted on the first batch if None.
     keep: called as keep(folder / "checkpoint", images seen) if bad data or steps that are not finite stop the run after
     it has learnt something: writes the modules, which then hold the first averages, as a result to use.
+    until: images of the whole run after which this phase ends; `settings.images` if None.
+    after: folder of the phase before, used while `folder` has no state. Its counters, weights, averages and optimizer
+    state are carried on. Tensors that were frozen in it start from the module's weights, with averages equal to them
+    and an empty optimizer state.
     Raises UserError (damaged state, full disk, bad data, too many steps that are not finite) and Interrupted.
     """
-    run = Training(objective, settings, Path(folder), seed, keep)
+    run = Training(objective, settings, Path(folder), seed, keep, until, after)
     return run.run(batches, hooks, name, flops, console)
 
 
@@ -98,8 +107,11 @@ class Training:
         folder: Path,
         seed: int,
         keep: Keep | None = None,
+        until: int | None = None,
+        after: Path | None = None,
     ) -> None:
         self.objective, self.settings, self.folder, self.seed, self.keep = objective, settings, folder, seed, keep
+        self.until = settings.images if until is None else until
         self.device = next(p for m in objective.modules.values() for p in m.parameters()).device
         if self.device.type == "cpu":
             cpu.prepare()
@@ -114,7 +126,7 @@ class Training:
         self.means = Averages()
         self.bad = 0  # steps in a row that were not finite; never saved, as what is saved is before them
         self.saved = -1
-        self.resume()
+        self.resume(after)
         self.good = self._now(self.counters.lines)
 
     # --- state -----------------------------------------------------------------------------------------------------
@@ -163,13 +175,19 @@ class Training:
             logger.warning("%s", error)
 
     @torch.no_grad()
-    def resume(self) -> None:
-        """Take up the newest state, if there is one."""
-        found = state.load(self.folder / "state")
+    def resume(self, after: Path | None = None) -> None:
+        """Load the newest state, if there is one; else the last one of the phase before, whose folder is `after`."""
+        folder = self.folder
+        found = state.load(folder / "state")
+        if found is None and after is not None:
+            folder = after
+            found = state.load(folder / "state")
         if found is None:
             return
         self.means = Averages(found.counters.pop("means"))
         self.counters = Counters(**found.counters)
+        if folder == after:
+            self.counters.lines = 0  # this phase has a log of its own
         self.saved = self.counters.images
         stored = dict(found.tensors)
         slots: dict[nn.Parameter, dict[str, Tensor]] = {}
@@ -179,10 +197,12 @@ class Training:
             if p is not None:
                 slots.setdefault(p, {})[slot] = stored.pop(key)
         live = {n: t for n, t in self.tensors().items() if not n.startswith("optimizer/")}
+        if folder == after:  # what was frozen there has no state
+            live = {n: t for n, t in live.items() if n in stored}
         if live.keys() != stored.keys() or any(live[n].shape != stored[n].shape for n in live):
             odd = sorted(live.keys() ^ stored.keys()) or [n for n in live if live[n].shape != stored[n].shape]
             raise UserError(
-                f"{self.folder / 'state'} is of another network: {len(odd)} tensors differ, {odd[0]} the first; "
+                f"{folder / 'state'} is of another network: {len(odd)} tensors differ, {odd[0]} the first; "
                 "delete that folder to start this stage again"
             )
         for n, t in live.items():
@@ -276,9 +296,9 @@ class Training:
         stream: Iterator[Any] | None = None
         fresh = True
         try:
-            with asked_to_stop() as stop, Display(name, s.images, c.images, console) as display:
+            with asked_to_stop() as stop, Display(name, self.until, c.images, console) as display:
                 while True:
-                    done = c.images >= s.images
+                    done = c.images >= self.until
                     if not self.bad:
                         self.good = self._now(log.lines)
                     if stop or done or (c.images and _crossed(s.save_every, before, c.images)):
@@ -308,7 +328,7 @@ class Training:
                         raise
                     meter.add(s.batch, worked, waited)
                     c.seconds += worked + waited
-                    if _crossed(s.log_every, before, c.images) or c.images >= s.images:
+                    if _crossed(s.log_every, before, c.images) or c.images >= self.until:
                         self._report(log, meter)
                     display.update(c.images, meter.note)
         finally:
@@ -343,12 +363,12 @@ class Training:
     def _look(self, hooks: Sequence[Hook], before: int, log: Log) -> None:
         """Call the hooks that are due and keep a snapshot of the averages if one is."""
         c, s = self.counters, self.settings
-        if s.snapshot_every and c.images and (_crossed(s.snapshot_every, before, c.images) or c.images >= s.images):
+        if s.snapshot_every and c.images and (_crossed(s.snapshot_every, before, c.images) or c.images >= self.until):
             for part, emas in self.averages.items():
                 kept = {f"{e.length}/{n}": t.half() for e in emas for n, t in e.tensors.items()}
                 state.write_tensors(self.folder / "snapshots" / part / f"{c.images:012d}.safetensors", kept)
         for hook in hooks:
-            if hook.due(before, c.images, s.images):
+            if hook.due(before, c.images, self.until):
                 with self.averaged():
                     values = hook.run(c.images)
                 if values:

@@ -132,6 +132,12 @@ def load(folder: Path) -> State | None:
         raise UserError(f"{newest / TENSORS} cannot be read ({error}); {remedy}") from error
 
 
+def newest(folder: Path) -> int:
+    """Images at the newest state in `folder`; 0 if there is none. Nothing is checked."""
+    saved = _saved(folder) if folder.is_dir() else []
+    return int(saved[-1].name) if saved else 0
+
+
 def clear(folder: Path) -> None:
     """Delete the states of a finished stage."""
     shutil.rmtree(folder, ignore_errors=True)
