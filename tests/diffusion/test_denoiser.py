@@ -69,9 +69,9 @@ def test_v_prediction_is_the_v_of_the_vp_process() -> None:
 
 @pytest.mark.parametrize("kind", get_args(Weighting))
 def test_weights_are_finite_positive_and_bounded(kind: Weighting) -> None:
-    w = weight(kind, SIGMA, 0.5)
+    w = weight(kind, SIGMA, 0.5, density=torch.tensor(0.1))
     assert w.isfinite().all() and (w > 0).all() and (w <= MAX_WEIGHT).all()
-    torch.testing.assert_close(weight(kind, 4 * SIGMA, 0.5, scale=4.0), w)
+    torch.testing.assert_close(weight(kind, 4 * SIGMA, 0.5, scale=4.0, density=torch.tensor(0.1)), w)
 
 
 def test_weights_are_the_losses_they_are_named_after() -> None:
@@ -80,9 +80,6 @@ def test_weights_are_the_losses_they_are_named_after() -> None:
         _, c_out, _ = coefficients(prediction, sigma, 0.5)
         torch.testing.assert_close(weight(prediction, sigma, 0.5).double(), 1 / c_out**2, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(weight("eps", sigma, 0.5).double(), 1 / sigma**2, rtol=1e-5, atol=1e-5)
-    log_snr = -2 * sigma.log()
-    want = torch.sigmoid(-3 - log_snr) / sigma**2
-    torch.testing.assert_close(weight("sigmoid", sigma, 0.5).double(), want, rtol=1e-4, atol=1e-6)
 
 
 def seen_by_first_rung(d: Denoiser, sigma: torch.Tensor) -> torch.Tensor:
@@ -116,7 +113,9 @@ def test_loss_and_gradient_are_finite_at_both_ends(prediction: Prediction, kind:
     d = denoiser(prediction)
     sigma = torch.tensor([1e-8, 0.002, 80.0, 1e6])
     x0 = torch.rand(4, 3, 16, 16) * 2 - 1
-    losses = loss(d, x0, sigma, torch.randn_like(x0), cond(4), weight(kind, sigma, 0.5), multiscale=1)
+    losses = loss(
+        d, x0, sigma, torch.randn_like(x0), cond(4), weight(kind, sigma, 0.5, density=torch.tensor(0.1)), multiscale=1
+    )
     assert losses.shape == (4,) and losses.isfinite().all()
     losses.sum().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in d.parameters())
@@ -156,6 +155,51 @@ def test_cosine_schedules(kind: str) -> None:
     shift = 0.0 if kind == "cosine" else 2 * math.log(2)
     torch.testing.assert_close(log_snr, want + shift * (1 - u))
     assert (schedule.sigma(u).diff() > 0).all()
+
+
+SCHEDULES = [
+    NoiseConfig(mean=-0.5, std=1.7),
+    NoiseConfig(kind="cosine"),
+    NoiseConfig(kind="interpolated", finest=2.0),
+]
+
+
+@pytest.mark.parametrize("init", [None, "preserve"])
+@pytest.mark.parametrize("noise", SCHEDULES, ids=lambda noise: noise.kind)
+def test_density_of_log_snr(noise: NoiseConfig, init: Init | None) -> None:
+    """Against a histogram of many quantiles, within the limits; infinite where sigma is clamped to one."""
+    d = denoiser()
+    if init:
+        d = Denoiser(UViT(grown_config(d.net.config, 64, init)))
+    schedule = NoiseSchedule(noise, d)
+    u = (torch.arange(2_000_000, dtype=torch.float64) + 0.5) / 2_000_000
+    sigma, density = schedule.sigma(u), schedule.density(u)
+    clamped = (sigma == d.sigma_min) | (sigma == d.sigma_max)
+    assert clamped.any() and torch.equal(density.isinf(), clamped)
+    log_snr = -2 * sigma.log()
+    counts, edges = torch.histogram(log_snr[~clamped], bins=200)
+    middle = (edges[1:] + edges[:-1]) / 2
+    at = schedule.density(u[torch.searchsorted(-log_snr, -middle)])
+    often = (counts > 2000) & at.isfinite()
+    assert often.sum() > 60
+    torch.testing.assert_close(at[often], (counts / len(u) / edges.diff())[often], rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("bias", [-3.0, 1.0])
+@pytest.mark.parametrize("noise", [NoiseConfig(std=2.5), *SCHEDULES[1:]], ids=lambda noise: noise.kind)
+def test_sigmoid_weighs_every_log_snr_as_if_it_were_as_frequent(noise: NoiseConfig, bias: float) -> None:
+    """Kingma & Gao: the mean of w |x0 - x0_hat|^2 is the integral of sigmoid(bias - lambda) |eps - eps_hat|^2 over
+    lambda = log-SNR, whatever the distribution; here |eps - eps_hat| is 1, and the integral a difference of softplus.
+    """
+    d = denoiser()
+    schedule = NoiseSchedule(noise, d)
+    u = (torch.arange(1_000_000, dtype=torch.float64) + 0.5) / 1_000_000
+    sigma = schedule.sigma(u)
+    w = weight("sigmoid", sigma, 0.5, bias=bias, density=schedule.density(u))
+    found = (w.double() * sigma**2).mean()
+    high, low = (bias + 2 * math.log(s) for s in (d.sigma_max, d.sigma_min))  # bias - lambda
+    want = math.log1p(math.exp(high)) - math.log1p(math.exp(low))
+    assert found.item() == pytest.approx(want, rel=2e-3)
 
 
 def test_a_grown_model_is_trained_at_k_times_the_noise() -> None:

@@ -121,6 +121,10 @@ def test_overrides(tmp_path: Path) -> None:
         ("stages.eval.grid=linear", "recipe.yaml: stages[2].evaluate.grid: got 'linear', expected to be 'karras' or"),
         ("stages.eval.interval=[0.3, 5]", None),
         ("stages.eval.grid=native", None),
+        (
+            "stages.core.weighting_bias=-2",
+            "recipe.yaml: stages[0].train: weighting_bias: got -2 with weighting: edm, but it belongs to",
+        ),
         ("text={classes: 0}", "recipe.yaml: text.encoder: got 'labels:0', expected labels:N"),
         ("text.encoder=labels:ten", "recipe.yaml: text.encoder: got 'labels:ten', expected labels:N"),
         ("stages.core.resolution=30", "recipe.yaml: stages[0].train: resolution 30 is not a multiple of the stride 4"),

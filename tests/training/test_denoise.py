@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -197,6 +198,22 @@ def test_the_edm_loss_is_the_error_of_the_network_itself(init: Init | None) -> N
         detail = (batch.image - up_nearest(x0, k)) / c_out_k
         want = want + detail.square().mean(dim=(1, 2, 3))
     torch.testing.assert_close(terms.losses, want, rtol=1e-4, atol=1e-6)
+
+
+def test_sigmoid_divides_by_the_density_of_the_training_noise() -> None:
+    denoiser, batch, losses = awake(), next(stream(8, 8)(0)), {}
+    noise = {"kind": "cosine"}
+    for name, more in (("eps", {}), ("sigmoid", {}), ("biased", {"weighting_bias": 1.0})):
+        weighting = "sigmoid" if name == "biased" else name
+        settings = TrainSettings(images=8, batch=8, noise=noise, weighting=weighting, **more)
+        terms = DenoiseObjective(denoiser, Labels(), settings, seed=0).loss(batch)
+        assert terms.sigma is not None and terms.losses is not None
+        losses[name] = terms.losses
+    log_snr = -2 * terms.sigma.log()
+    density = 1 / (2 * math.pi * torch.cosh(log_snr / 2))  # of log-SNR = -2 log tan(pi t / 2), t uniform
+    for name, bias in (("sigmoid", -3.0), ("biased", 1.0)):
+        want = losses["eps"] * torch.sigmoid(bias - log_snr) / density
+        torch.testing.assert_close(losses[name], want, rtol=1e-4, atol=1e-6)
 
 
 def test_dropping_and_noise_have_their_own_streams() -> None:

@@ -25,6 +25,7 @@ from pixelgrow.models.uvit import UViT
 
 Prediction = Literal["edm", "v", "x"]
 Weighting = Literal["edm", "v", "eps", "sigmoid"]
+SIGMOID_BIAS = -3.0  # ours
 MAX_WEIGHT = 1e4  # ours: bounds the loss weight towards clean inputs, where 1/sigma^2 would grow without end
 
 
@@ -180,7 +181,7 @@ class NoiseConfig(Frozen):
     kind: Literal["lognormal", "cosine", "interpolated"] = "lognormal"
     mean: float = -1.2
     std: float = Field(1.2, gt=0)
-    finest: float = 1.0
+    finest: float = Field(1.0, ge=0)
 
     @model_validator(mode="after")
     def _of_its_kind(self) -> NoiseConfig:
@@ -201,7 +202,26 @@ class NoiseSchedule:
 
     def sigma(self, u: Tensor) -> Tensor:
         """u (B,) float64 -> sigma (B,) float64, rising with u, within [sigma_min, sigma_max]."""
-        u = u.double().clamp(1e-9, 1 - 1e-9)
+        return self._unclamped(u).clamp(self.low, self.high)
+
+    def density(self, u: Tensor) -> Tensor:
+        """u (B,) float64 -> probability density (B,) float64 of log-SNR = -2 ln sigma at sigma(u): |du / d log-SNR|.
+
+        It is infinite where sigma is clamped to a limit: a whole interval of u has the same log-SNR.
+        """
+        inner, config = _inner(u), self.config
+        if config.kind == "lognormal":
+            slope = config.std * math.sqrt(2 * math.pi) * torch.exp(torch.special.ndtri(inner) ** 2 / 2)
+        else:
+            slope = math.pi / torch.sin(math.pi * inner)
+            if config.kind == "interpolated":
+                slope = slope + config.finest * math.log(2)
+        sigma = self._unclamped(u)
+        inside = (self.low < sigma) & (sigma < self.high)
+        return torch.where(inside, 1 / (2 * slope), math.inf)  # slope: d ln sigma / du
+
+    def _unclamped(self, u: Tensor) -> Tensor:
+        u = _inner(u)
         if self.config.kind == "lognormal":
             sigma = torch.exp(self.config.mean + self.config.std * torch.special.ndtri(u))
         else:
@@ -209,14 +229,36 @@ class NoiseSchedule:
             if self.config.kind == "interpolated":
                 log_sigma = log_sigma - (1 - u) * self.config.finest * math.log(2)
             sigma = torch.exp(log_sigma)
-        return (sigma * self.scale).clamp(self.low, self.high)
+        return sigma * self.scale
 
 
-def weight(kind: Weighting, sigma: Tensor, sigma_data: float, scale: float = 1.0, bias: float = -3.0) -> Tensor:
+def _inner(u: Tensor) -> Tensor:
+    """Quantiles in float64, away from 0 and 1, where sigma would be 0 or infinite."""
+    return u.double().clamp(1e-9, 1 - 1e-9)
+
+
+def weight(
+    kind: Weighting,
+    sigma: Tensor,
+    sigma_data: float,
+    scale: float = 1.0,
+    *,
+    bias: float = SIGMOID_BIAS,
+    density: Tensor | None = None,
+) -> Tensor:
     """Weight of the squared error of x0, (B,) float32; bounded by MAX_WEIGHT towards sigma = 0.
 
-    `edm`: (sigma^2 + sigma_data^2) / (sigma sigma_data)^2. `v`: 1 + 1/sigma^2. `eps`: 1/sigma^2. `sigmoid`:
-    sigmoid(bias - logSNR)/sigma^2 (SiD2, arXiv 2410.19324).
+    `edm`: (sigma^2 + sigma_data^2) / (sigma sigma_data)^2. `v`: 1 + 1/sigma^2. `eps`: 1/sigma^2.
+    `sigmoid`: sigmoid(bias - log-SNR) / density / sigma^2, where log-SNR = -2 ln sigma.
+
+    The first three give the loss that they are named after, averaged over the training distribution of sigma.
+    `sigmoid` (Kingma & Gao, arXiv 2303.00848; used by SiD2, arXiv 2410.19324) defines the loss as an integral,
+
+        integral of sigmoid(bias - lambda) |eps - eps_hat|^2 d lambda        with lambda = log-SNR,
+
+    whatever the training distribution of sigma: a sample counts 1 / `density` (B,), `NoiseSchedule.density`, as in
+    importance sampling. |eps - eps_hat|^2 is |x0 - x0_hat|^2 / sigma^2. A sample whose sigma is clamped to a limit has
+    infinite density and weighs nothing: the integral ends there.
 
     All take sigma / scale, where `scale` is `Denoiser.first_scale`: the sigma that the first rung's preconditioning
     takes, so `edm` is 1/c_out^2 of the first rung in every network. A `random`-grown network is one rung, at the
@@ -234,7 +276,8 @@ def weight(kind: Weighting, sigma: Tensor, sigma_data: float, scale: float = 1.0
         case "eps":
             w = 1 / s2
         case "sigmoid":
-            w = torch.sigmoid(bias + torch.log(s2)) / s2
+            assert density is not None
+            w = torch.sigmoid(bias + torch.log(s2)) / (s2 * density.to(s2))
     return w.clamp(max=MAX_WEIGHT)
 
 

@@ -141,7 +141,7 @@ class GrowStage(ModelStage):
 
 def _no_denoiser(stage: ModelStage) -> None:
     """ValueError if the training of a one-step generator is told what is a denoiser's alone."""
-    odd = {"noise", "weighting", "multiscale", "cond_dropout", "sampling"} & stage.model_fields_set
+    odd = {"noise", "weighting", "weighting_bias", "multiscale", "cond_dropout", "sampling"} & stage.model_fields_set
     if odd:
         raise ValueError(f"{min(odd)} is for the training of a denoiser, a one-step generator has none; drop it")
     if stage.data is not None:
@@ -238,7 +238,17 @@ class EstimateStage(TrainedStage):
 
     @model_validator(mode="after")
     def _of_descriptions(self) -> EstimateStage:
-        images = {"noise", "weighting", "multiscale", "cond_dropout", "flip", "workers", "bad_limit", "sample_every"}
+        images = {
+            "noise",
+            "weighting",
+            "weighting_bias",
+            "multiscale",
+            "cond_dropout",
+            "flip",
+            "workers",
+            "bad_limit",
+            "sample_every",
+        }
         odd = (images | {"activation_checkpointing"}) & self.model_fields_set
         if odd:
             raise ValueError(f"{min(odd)}: an estimator trains on what its teacher sees in pictures; drop it")

@@ -61,7 +61,14 @@ class DenoiseObjective:
         eps = rng.normal(x0.shape[1:], seed, "noise", batch.index, device)
         cond = self.text.cond(batch.text).to(device)
         cond = cond.dropped(rng.uniform(seed, "dropout", batch.index) < s.cond_dropout)
-        weights = diffusion.weight(s.weighting, sigma, self.denoiser.config.sigma_data, self.denoiser.first_scale)
+        weights = diffusion.weight(
+            s.weighting,
+            sigma,
+            self.denoiser.config.sigma_data,
+            self.denoiser.first_scale,
+            bias=diffusion.SIGMOID_BIAS if s.weighting_bias is None else s.weighting_bias,
+            density=self.schedule.density(u).to(device) if s.weighting == "sigmoid" else None,
+        )
         losses = diffusion.loss(self.denoiser, x0, sigma, eps, cond, weights, self.halvings)  # (B,)
         logs: dict[str, Tensor | float] = {}
         for i, name in enumerate(("loss_low", "loss_middle", "loss_high")):

@@ -37,6 +37,7 @@ class TrainSettings(BaseModel):
     cond_dropout: float = Field(0.1, ge=0, le=1)
     noise: NoiseConfig = NoiseConfig()
     weighting: Weighting = "edm"
+    weighting_bias: float | None = Field(None, description="b of weighting: sigmoid; -3 if left out")
     multiscale: bool = False
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = False
@@ -71,6 +72,15 @@ class TrainSettings(BaseModel):
         if len(set(ema)) != len(ema) or not all(0 < s < MAX_EMA_LENGTH for s in ema):
             raise ValueError(f"ema: got {list(ema)}, expected distinct lengths between 0 and {MAX_EMA_LENGTH:.3f}")
         return ema
+
+    @model_validator(mode="after")
+    def _of_sigmoid(self) -> Self:
+        if self.weighting_bias is not None and self.weighting != "sigmoid":
+            raise ValueError(
+                f"weighting_bias: got {self.weighting_bias:g} with weighting: {self.weighting}, but it belongs to "
+                "weighting: sigmoid; drop it"
+            )
+        return self
 
     @model_validator(mode="after")
     def _complete(self) -> Self:
