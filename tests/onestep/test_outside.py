@@ -271,6 +271,15 @@ def test_a_teacher_from_outside_is_inverted_and_distilled(tmp_path: Path, kind: 
         made.latent_size((7, 8))
 
 
+def test_the_output_layer_of_a_generator_from_outside_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = OutsideGenerator(OutsideDenoiser(unet(), scheduler()))
+    compiled: list[nn.Module] = []
+    monkeypatch.setattr(nn.Module, "compile", lambda module, **_: compiled.append(module))
+    made.compile(dynamic=False)
+    inside = {p for module in compiled for p in module.parameters()}
+    assert made.last_layer not in inside and len(compiled) == 5 and len(inside) > 50  # two blocks down, two up
+
+
 def test_features_of_a_teacher_from_outside_are_its_maps_on_the_way_down() -> None:
     teacher = OutsideDenoiser(unet(num_class_embeds=4), scheduler())
     features = OutsideFeatures(teacher)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +66,18 @@ class Generator(nn.Module):
         weight = self.net.get_parameter(f"exit.{self.resolution}.conv.weight")
         assert isinstance(weight, nn.Parameter)
         return weight
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile all modules but the output layer.
+
+        Autograd sees a compiled module as one node, so a gradient in one of its weights costs its whole backward pass.
+        The balance of the two losses takes two gradients in the output layer (`onestep.losses.balanced`).
+        """
+        net = self.net
+        last = net.exit[str(self.resolution)]
+        for module in (net.core, *net.entry.values(), *net.encoder.values(), *net.decoder.values(), *net.exit.values()):
+            if module is not last:
+                module.compile(*args, **kwargs)
 
     def latent_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Size (h, w) of the latents for pictures of `size`. Raises UserError if it does not fit the grid."""

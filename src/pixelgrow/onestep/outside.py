@@ -169,6 +169,12 @@ class OutsideGenerator(nn.Module):
         assert isinstance(weight, nn.Parameter)
         return weight
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the blocks alone, so that the output layer stays outside; see `Generator.compile`."""
+        unet = self.denoiser.unet
+        for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
+            block.compile(*args, **kwargs)
+
     def latent_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """Size (h, w) of the latents for pictures of `size`: the same. Raises UserError if the network halves no such
         picture."""
