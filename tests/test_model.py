@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ from pixelgrow.checkpoint import CheckpointConfig
 from pixelgrow.data.scenes.checker import score
 from pixelgrow.data.scenes.source import Scenes
 from pixelgrow.diffusion.denoiser import Denoiser, NoiseConfig, NoiseSchedule
-from pixelgrow.diffusion.sampling import Samples
+from pixelgrow.diffusion.sampling import Samples, sample
 from pixelgrow.errors import UserError
 from pixelgrow.model import Model, builtin, find
+from pixelgrow.models.cond import Cond
 from pixelgrow.models.sizes import core_config, shallow_uvit
 from pixelgrow.models.uvit import UViT
+from pixelgrow.pictures import to_uint8
 from pixelgrow.text.encoders import load_encoder
 
 SHIPPED_BYTES = 16 * 2**20
@@ -76,6 +79,29 @@ def test_a_picture_does_not_depend_on_its_company(tiny: Model) -> None:
     assert difference.max() <= 1
     assert both[0].size == (64, 64)
     assert np.any(np.asarray(both[0]) != np.asarray(tiny.sample(prompts[0], seed=4, steps=3)[0]))
+
+
+def test_many_images_are_streamed_batch_by_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each batch's images are gone before the next are made; what comes is what one call of the sampler gives."""
+    live: list[weakref.ref[torch.Tensor]] = []
+    sizes, steps, model, prompts = [], [], untrained(), ["0", "1", "2", "1", "0"]
+    whole = sample(model.denoiser, model.conditions(prompts), size=(16, 16), seed=2, steps=2, guidance=2.0)
+
+    def watched(denoiser: Denoiser, cond: Cond, **settings: Any) -> Samples:
+        assert not [t for t in live if t() is not None]
+        made = sample(denoiser, cond, **settings)
+        live.append(weakref.ref(made.images))
+        sizes.append(len(cond))
+        return made
+
+    monkeypatch.setattr("pixelgrow.model.sample", watched)
+    stream = model.stream(prompts, seed=2, steps=2, batch=2, progress=lambda *p: steps.append(p))
+    assert sizes == []
+    pixels = np.stack([np.asarray(image) for image in stream])
+    assert np.abs(pixels.astype(int) - to_uint8(whole.images)).max() <= 1
+    assert sizes == [2, 2, 1] and steps == [(i, 6) for i in range(1, 7)]
+    with pytest.raises(UserError, match="class '7' is unknown"):  # before anything is sampled
+        model.stream(["0", "7"], batch=1)
 
 
 def test_settings_come_from_the_call_then_the_checkpoint_then_the_library() -> None:

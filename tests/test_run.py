@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -29,6 +30,7 @@ import pixelgrow.training.state
 from pixelgrow.data.badfiles import BadFiles
 from pixelgrow.data.loader import Batch
 from pixelgrow.diffusion.denoiser import Denoiser
+from pixelgrow.diffusion.sampling import Samples, sample
 from pixelgrow.errors import UserError
 from pixelgrow.recipe.read import Recipe, load_recipe, read_recipe
 from pixelgrow.run import locked, run
@@ -478,6 +480,36 @@ stages:
     monkeypatch.setattr(Denoiser, "forward", forward)
     run(load_recipe(tmp_path / "recipe.yaml"), tmp_path)
     assert max(rows) == 2
+
+
+def test_evaluation_holds_one_batch_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The images of a batch are gone before the next are made; the metrics are those of one batch of all of them."""
+    live: list[weakref.ref[Tensor]] = []
+
+    def watched(*args: Any, **settings: Any) -> Samples:
+        assert not [t for t in live if t() is not None]
+        made = sample(*args, **settings)
+        live.append(weakref.ref(made.images))
+        return made
+
+    monkeypatch.setattr("pixelgrow.stages.evaluate.sample", watched)
+    small = "images: 8, batch: 8, validate_every: 0, sample_every: 0, snapshot_every: 0"
+    (tmp_path / "recipe.yaml").write_text(f"""
+name: c
+data: {{source: scenes, n: 40, captions: 8}}
+stages:
+  - train: {{name: core, size: tiny, resolution: 32, {small}}}
+  - evaluate: {{name: whole, prompts: 5, steps: 1, batch: 5}}
+  - evaluate: {{name: parts, prompts: 5, steps: 1, batch: 2}}
+""")
+    run(load_recipe(tmp_path / "recipe.yaml"), tmp_path)
+    assert len(live) == 1 + 3
+    whole, parts = (json.loads((tmp_path / "c" / name / "metrics.json").read_text()) for name in ("whole", "parts"))
+    for key in ("error", "seams", "accuracy"):
+        assert parts[key] == pytest.approx(whole[key], rel=1e-4)
+    assert (parts["prompts"], parts["nfe"]) == (5, 2)
+    grids = [np.asarray(Image.open(tmp_path / "c" / name / "samples" / "grid.png"), int) for name in ("whole", "parts")]
+    assert np.abs(grids[0] - grids[1]).max() <= 1
 
 
 def test_evaluation_without_a_checker(regimes: Path) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -15,7 +16,7 @@ from pixelgrow.checkpoint import CheckpointConfig
 from pixelgrow.diffusion.denoiser import Denoiser, NoiseSchedule
 from pixelgrow.diffusion.generator import Generator
 from pixelgrow.diffusion.guidance import Network
-from pixelgrow.diffusion.sampling import Schedule, generate, sample
+from pixelgrow.diffusion.sampling import Samples, Schedule, generate, sample, slices
 from pixelgrow.diffusion.sampling_spec import check_one_step
 from pixelgrow.errors import UserError
 from pixelgrow.external import hub
@@ -87,6 +88,11 @@ class Model:
         return self.denoiser.resolution
 
     @property
+    def side(self) -> int:
+        """Image side in pixels."""
+        return self.resolution * (1 if self.autoencoder is None else self.autoencoder.factor)
+
+    @property
     def autoencoder(self) -> Autoencoder | None:
         """What decodes the latents that the model draws; None if it draws pixels.
 
@@ -140,7 +146,11 @@ class Model:
             )
         return encoder
 
-    def sample(
+    def sample(self, prompts: Sequence[str] | str, **settings: Any) -> list[Image.Image]:
+        """An image for each prompt, all at once; `settings` and errors as in `stream`."""
+        return list(self.stream(prompts, **settings))
+
+    def stream(
         self,
         prompts: Sequence[str] | str,
         *,
@@ -156,13 +166,14 @@ class Model:
         guide: Network | Model | None = None,
         batch: int = 64,
         progress: Callable[[int, int], None] | None = None,
-    ) -> list[Image.Image]:
-        """A picture for each prompt; see `sampling.sample` for the settings. Left out, they are the checkpoint's own.
+    ) -> Iterator[Image.Image]:
+        """An image for each prompt, one after the other; see `sampling.sample` for the settings. Left out, they are the
+        checkpoint's own. The model's device holds one batch of images at a time.
 
         `size` is (h, w) in pixels; `grid` "karras" or "native" (to the training's noise, see `noise_grid`); `guide`
         another model or `model.denoiser.base`, the model before its last `preserve` growth; `interval` in sigma at the
-        model's resolution. The same (seed, index, prompt, settings) give the same picture at any batch size.
-        A prompt for a model of classes is the name of a class, or its number.
+        model's resolution. The same (seed, index, prompt, settings) give the same image at any batch size.
+        A prompt for a model of classes is the name of a class, or its number. Raises UserError.
         """
         prompts = _listed(prompts)
         settings = self.settings(
@@ -186,24 +197,50 @@ class Model:
                 raise UserError("the guide draws in another space (latent): name a model of the same autoencoder")
             guide = guide.denoiser
         size = self._size(size)
-        samples = sample(
-            self.denoiser,
-            self.conditions(prompts),
-            size=size,
-            seed=seed,
-            index=index,
-            guide=guide,
-            batch=batch,
-            progress=progress,
-            **settings,
-        )
-        return [Image.fromarray(p) for p in to_uint8(self.pictures(samples.images))]
+
+        def one_batch(cond: Cond, numbers: Sequence[int], progress: Callable[[int, int], None] | None) -> Samples:
+            return sample(
+                self.denoiser, cond, size=size, seed=seed, index=numbers, guide=guide, batch=batch, progress=progress,
+                **settings,
+            )  # fmt: skip
+
+        return self._images(one_batch, prompts, index, batch, progress)
+
+    def _images(
+        self,
+        one_batch: Callable[[Cond, Sequence[int], Callable[[int, int], None] | None], Samples],
+        prompts: Sequence[str],
+        index: Sequence[int] | None,
+        batch: int,
+        progress: Callable[[int, int], None] | None,
+    ) -> Iterator[Image.Image]:
+        """Images of prompts, encoded and sampled a batch at a time."""
+        words, numbers = self._words(prompts), range(len(prompts)) if index is None else list(index)
+        if len(numbers) != len(prompts):
+            raise UserError(f"{len(prompts)} prompts and {len(numbers)} indices: expected an index for each prompt")
+        parts = slices(len(words), batch)
+
+        def pixels(rows: slice, note: Callable[[int, int], None] | None) -> np.ndarray:
+            samples = one_batch(self.encode(words[rows]), numbers[rows], note)
+            return to_uint8(self.pictures(samples.images))
+
+        def made() -> Iterator[Image.Image]:
+            for part, rows in enumerate(parts):
+                note = None if progress is None else _later(progress, part, len(parts))
+                yield from map(Image.fromarray, pixels(rows, note))
+
+        return made()
 
     def conditions(self, prompts: Sequence[str]) -> Cond:
         """Prompts as conditions on the model's device; of a model of classes, their names or numbers."""
+        return self.encode(self._words(prompts))
+
+    def _words(self, prompts: Sequence[str]) -> list[str]:
+        """Prompts as the text encoder takes them: captions as they are, classes as numbers. Raises UserError."""
         head, _, count = str(self.config.text.get("encoder")).partition(":")
-        labels = head == "labels"
-        return self.encode(as_labels(prompts, self.config.text.get("classes", []), int(count)) if labels else prompts)
+        if head != "labels":
+            return list(prompts)
+        return as_labels(prompts, self.config.text.get("classes", []), int(count))
 
     def settings(self, **given: Any) -> dict[str, Any]:
         """Sampling settings: what is given, else the checkpoint's, else the library's."""
@@ -236,6 +273,11 @@ def _listed(prompts: Sequence[str] | str) -> list[str]:
     return listed
 
 
+def _later(progress: Callable[[int, int], None], part: int, parts: int) -> Callable[[int, int], None]:
+    """The progress of one part of several, as that of the whole."""
+    return lambda done, total: progress(part * total + done, parts * total)
+
+
 def _text(config: CheckpointConfig) -> str:
     """A text encoder in a few words."""
     text = config.text
@@ -258,7 +300,7 @@ class OneStepModel(Model):
     def resolution(self) -> int:
         return self.generator.resolution
 
-    def sample(
+    def stream(
         self,
         prompts: Sequence[str] | str,
         *,
@@ -268,15 +310,20 @@ class OneStepModel(Model):
         batch: int = 64,
         progress: Callable[[int, int], None] | None = None,
         **settings: Any,
-    ) -> list[Image.Image]:
-        """A picture for each prompt. A guided generator takes `guidance`, the checkpoint's own where it is left out;
+    ) -> Iterator[Image.Image]:
+        """An image for each prompt, one after the other. A guided generator takes `guidance`, else has the checkpoint's;
         UserError for settings of multi-step sampling."""
         prompts = _listed(prompts)
-        told = self.settings(**settings)
+        own = self.settings(**settings)
         size = self._size(size)
-        cond = self.conditions(prompts)
-        drawn = generate(self.generator, cond, size=size, seed=seed, index=index, batch=batch, **told)
-        return [Image.fromarray(p) for p in to_uint8(self.pictures(drawn.images))]
+
+        def one_batch(cond: Cond, numbers: Sequence[int], progress: Callable[[int, int], None] | None) -> Samples:
+            samples = generate(self.generator, cond, size=size, seed=seed, index=numbers, batch=batch, **own)
+            if progress is not None:
+                progress(1, 1)
+            return samples
+
+        return self._images(one_batch, prompts, index, batch, progress)
 
     def settings(self, **given: Any) -> dict[str, Any]:
         """Of a guided generator its `guidance`, else none: what else is given is refused."""

@@ -96,13 +96,17 @@ def brute_seams(images: np.ndarray, patch: int) -> float:
 
 def test_seam_ratio_by_brute_force_and_by_sight() -> None:
     noise = torch.randn(3, 3, 24, 16)
-    assert monitor.seam_ratio(noise, 8) == pytest.approx(brute_seams(noise.double().numpy(), 8))
-    assert monitor.seam_ratio(torch.randn(8, 3, 64, 64), 8) == pytest.approx(1, abs=0.05)
+    assert monitor.seams(noise, [8])["seams_8"] == pytest.approx(brute_seams(noise.double().numpy(), 8))
+    assert monitor.seams(torch.randn(8, 3, 64, 64), [8])["seams_8"] == pytest.approx(1, abs=0.05)
     tiles = torch.randn(4, 3, 8, 8).repeat_interleave(8, 2).repeat_interleave(8, 3)
-    assert monitor.seam_ratio(tiles + 0.01 * torch.randn_like(tiles), 8) > 100
-    assert monitor.seam_ratio(tiles, 8) > 1e6  # nothing at all inside the patches is the worst seam, not none
-    assert monitor.seam_ratio(torch.zeros(1, 3, 8, 8), 4) == 1
-    assert monitor.seam_ratio(noise, 64) == 1
+    assert monitor.seams(tiles + 0.01 * torch.randn_like(tiles), [8])["seams_8"] > 100
+    assert monitor.seams(tiles, [8])["seams_8"] > 1e6  # nothing at all inside the patches is the worst seam, not none
+    assert monitor.seams(torch.zeros(1, 3, 8, 8), [4]) == {"seams_4": 1}
+    assert monitor.seams(noise, [64]) == {"seams_64": 1}
+    batches = monitor.Seams([4, 8])
+    for some in noise.split(1):
+        batches.add(some)
+    assert batches.ratios() == pytest.approx(monitor.seams(noise, [4, 8]))
 
 
 def test_a_grid_is_written_and_its_seams_logged(tmp_path: Path) -> None:

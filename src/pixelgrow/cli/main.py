@@ -99,7 +99,7 @@ def sample(
     batch: Annotated[int, typer.Option("--batch", min=1)] = 64,
 ) -> None:
     """Draw pictures of prompts; the settings are in the PNGs' metadata."""
-    from pixelgrow.cli.sample import Request, draw
+    from pixelgrow.cli.sample import Request, sample_images
 
     request = Request(
         checkpoint=checkpoint, prompts=list(prompts or []), file=file, out=out, n=n, seed=seed, size=size, grid=grid,
@@ -109,7 +109,7 @@ def sample(
             "grid": schedule,
         },
     )  # fmt: skip
-    for path in draw(request):
+    for path in sample_images(request):
         typer.echo(path)
 
 

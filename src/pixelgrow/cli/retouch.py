@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pixelgrow.cli.sample import check_writable, save_png, show_progress
+from pixelgrow.cli.sample import check_grid, check_writable, save_png, show_progress
 from pixelgrow.data.images import BadImage, fit, read_header, read_image
 from pixelgrow.editing import edits as editing
 from pixelgrow.errors import UserError
 from pixelgrow.model import Model, find
-from pixelgrow.pictures import grid
+from pixelgrow.pictures import columns_of, grid
 from pixelgrow.writing import reading, writing
 
 PAUSE = 120  # milliseconds of a GIF's frame
+STRIP = 8  # frames of one row; more make a grid
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,9 @@ def retouch(request: Request) -> Path:
         side = (model.resolution, model.resolution)
         read = [fit(Image.fromarray(picture), side) for picture in read]
         masks = [_fit_mask(mask, model.resolution) for mask in masks]
+    if strip and out.suffix.lower() == ".png":
+        frames = request.arguments["frames"]
+        check_grid(out, read[0].shape[:2] if read else (model.side, model.side), _columns(frames), frames)
     keywords: dict[str, Any] = {k: v for k, v in request.arguments.items() if v is not None} | request.settings
     if teacher is not None:
         keywords["teacher"] = teacher
@@ -88,10 +92,15 @@ def retouch(request: Request) -> Path:
     return out
 
 
+def _columns(frames: int) -> int:
+    """Columns of an interpolation's PNG."""
+    return frames if frames <= STRIP else columns_of(1, frames)
+
+
 def _save(pictures: list[Image.Image], out: Path, facts: dict[str, Any]) -> None:
     """One picture, a strip or, by its name, a GIF whose comment has the settings."""
     if out.suffix.lower() == ".png":
-        save_png(grid([np.asarray(p) for p in pictures], len(pictures)), out, facts)
+        save_png(grid(map(np.asarray, pictures), _columns(len(pictures)), len(pictures)), out, facts)
         return
     part = out.with_name(f".{out.name}.part")
     pictures[0].save(

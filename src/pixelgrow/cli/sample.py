@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import math
 import re
 import sys
 import tempfile
@@ -20,16 +18,17 @@ from pixelgrow.checkpoint import check_objective
 from pixelgrow.diffusion.guidance import Network
 from pixelgrow.errors import UserError
 from pixelgrow.model import Model, find
-from pixelgrow.pictures import grid
+from pixelgrow.pictures import columns_of, grid, grid_size
 from pixelgrow.writing import writing
 
-MAX_PICTURES = 100_000  # of a call
-logger = logging.getLogger(__name__)
+MAX_IMAGES = 100_000  # of a call
+MAX_GRID = 150_000_000  # pixels; image libraries refuse to open much larger files
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to draw and where to. `settings`: None where the checkpoint's own hold; `grid` None: as `out` suggests."""
+    """What to sample and where to. `settings`: None for the checkpoint's own. `grid`: one file or many; None: a grid if
+    `out` is the name of a PNG."""
 
     checkpoint: str
     prompts: list[str]
@@ -44,12 +43,13 @@ class Request:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def draw(request: Request) -> list[Path]:
-    """Draw a request's pictures; returns the files written. Raises UserError."""
+def sample_images(request: Request) -> list[Path]:
+    """Sample a request's images and write them, single files as they are made; returns the files. Raises UserError."""
     prompts = request.prompts + _read(request.file)
-    if len(prompts) * request.n > MAX_PICTURES:
+    count = len(prompts) * request.n
+    if count > MAX_IMAGES:
         raise UserError(
-            f"{len(prompts)} prompts with -n {request.n}: expected {MAX_PICTURES} pictures at most; draw them in "
+            f"{len(prompts)} prompts with -n {request.n}: expected {MAX_IMAGES} images at most; sample them in "
             "several calls, each with another --seed"
         )
     if not prompts:
@@ -57,39 +57,55 @@ def draw(request: Request) -> list[Path]:
     size = None if request.size is None else parse_size(request.size)
     png = request.out.suffix.lower() == ".png"
     if not png and request.out.suffix.lower() in Image.registered_extensions():
-        raise UserError(f"--out {request.out}: pictures are PNGs; expected a name that ends in .png, or a folder's")
+        raise UserError(
+            f"--out {request.out}: images are written as PNG; expected a name that ends in .png, or a folder's"
+        )
     single = request.grid is False or (request.grid is None and not png)
     if not single and not png:
         raise UserError(f"--out {request.out}: a grid is one PNG; expected a name that ends in .png, or --single")
     folder = request.out.parent if png else request.out
     model = Model.from_pretrained(request.checkpoint)
     guide: Model | Network | None = None if request.guide is None else _guide(request.guide, model)
-    check_writable(request.out, folder, single)  # now, not when the pictures are drawn
+    size = size or (model.side, model.side)
+    columns = columns_of(len(prompts), request.n)
+    if not single:
+        check_grid(request.out, size, columns, count)
+    check_writable(request.out, folder, single)  # now, not when images have been made
     each = [p for p in prompts for _ in range(request.n)]
-    pictures = model.sample(
+    images = model.stream(
         each, seed=request.seed, size=size, guide=guide, batch=request.batch, progress=show_progress, **request.settings
     )
     facts = {
         "checkpoint": str(find(request.checkpoint)),
         "sha256": model.config.sha256,
         "seed": request.seed,
-        "size": list(reversed(pictures[0].size)),
+        "size": list(size),
         **({"guide": request.guide} if request.guide else {}),
         **model.settings(**request.settings),
     }
-    with writing(request.out):
-        if not single:
-            columns = request.n if request.n > 1 else math.ceil(math.sqrt(len(pictures)))
-            sheet = grid([np.asarray(p) for p in pictures], columns)
+    if not single:
+        sheet = grid(map(np.asarray, images), columns, count)
+        with writing(request.out):
             save_png(sheet, request.out, facts | {"prompts": each})
-            return [request.out]
-        stem = request.out.stem + "-" if png else ""
-        paths = []
-        for i, (picture, prompt) in enumerate(zip(pictures, each, strict=True)):
-            path = folder / f"{stem}{i:04d}-{_slug(prompt)}.png"
-            save_png(picture, path, facts | {"prompt": prompt, "index": i})
-            paths.append(path)
-        return paths
+        return [request.out]
+    stem = request.out.stem + "-" if png else ""
+    paths = []
+    for i, (image, prompt) in enumerate(zip(images, each, strict=True)):
+        path = folder / f"{stem}{i:04d}-{_slug(prompt)}.png"
+        with writing(path):
+            save_png(image, path, facts | {"prompt": prompt, "index": i})
+        paths.append(path)
+    return paths
+
+
+def check_grid(out: Path, size: tuple[int, int], columns: int, count: int) -> None:
+    """UserError if a grid of `count` images of `size` (h, w) has more than MAX_GRID pixels."""
+    h, w = grid_size(size, columns, count)
+    if h * w > MAX_GRID:
+        raise UserError(
+            f"--out {out}: {count} images of {size[0]}x{size[1]} pixels make a grid of {h}x{w}, expected at most "
+            f"{MAX_GRID // 10**6} million pixels: name a folder, for single files, or ask for fewer images"
+        )
 
 
 def check_writable(out: Path, folder: Path, single: bool = False) -> None:
@@ -120,13 +136,13 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def save_png(picture: Image.Image, path: Path, facts: dict[str, Any]) -> None:
+def save_png(image: Image.Image, path: Path, facts: dict[str, Any]) -> None:
     """Write a PNG whole or not at all, its settings as JSON in the text chunk `pixelgrow`."""
     info = PngImagePlugin.PngInfo()
     info.add_text("Software", f"pixelgrow {__version__}")
     info.add_text("pixelgrow", json.dumps(facts))
     part = path.with_name(f".{path.name}.part")
-    picture.save(part, format="PNG", pnginfo=info)
+    image.save(part, format="PNG", pnginfo=info)
     part.replace(path)
 
 
@@ -146,7 +162,7 @@ def _read(file: Path | None) -> list[str]:
 
 
 def _slug(prompt: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "picture"
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "image"
 
 
 def show_progress(done: int, total: int) -> None:

@@ -24,19 +24,21 @@ def denoising_error(
     seed: int = 0,
     sigmas: Sequence[float] = SIGMAS,
     batch: int = 64,
+    index: Sequence[int] | None = None,
 ) -> dict[float, float]:
     """Mean squared error of the denoised image, by noise level: {sigma at the core: error}.
 
     images (N, 3, H, W) in [-1, 1]; `scale` is sigma at the images' resolution over sigma at the core. The noise is a
-    function of (seed, image's number, noise level), the same for every model that is asked.
+    function of (seed, image's number, noise level), the same for every model; `index`: the N numbers, 0 .. N-1 if None.
     """
+    numbers = range(len(images)) if index is None else index
     errors = {}
     for sigma in sigmas:
         total = 0.0
         for start in range(0, len(images), batch):
             rows = slice(start, min(start + batch, len(images)))
             x0 = images[rows]
-            eps = rng.normal(x0.shape[1:], seed, f"heldout {sigma}", range(rows.start, rows.stop)).to(x0)
+            eps = rng.normal(x0.shape[1:], seed, f"heldout {sigma}", numbers[rows]).to(x0)
             level = torch.full((len(x0),), sigma * scale, device=x0.device)
             error = denoise(x0 + level[:, None, None, None] * eps, level, cond[rows]) - x0
             total += error.double().square().mean(dim=(1, 2, 3)).sum().item()

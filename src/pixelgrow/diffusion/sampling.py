@@ -223,6 +223,16 @@ def initial_noise(size: tuple[int, int], seed: int, index: Sequence[int], channe
     return normal((channels, *size), seed, "sample", index)
 
 
+def slices(count: int, batch: int) -> list[slice]:
+    """0 .. count-1 in slices of at most `batch`, for a caller that samples many images and holds one batch of them.
+
+    Each slice is a call of `sample` or `generate` with that slice's conditions and sample numbers.
+    """
+    if batch < 1:
+        raise UserError(f"batch={batch}: expected 1 or more images at a time")
+    return [slice(start, min(start + batch, count)) for start in range(0, count, batch)]
+
+
 @torch.no_grad()
 def sample(
     denoiser: DenoiserLike,
@@ -257,7 +267,8 @@ def sample(
     device    where the denoiser is; that of `cond` if None
     progress  called with (steps done, steps in all) after each step of each batch
 
-    Returns images on `device`. Raises UserError for settings that mean nothing, and for a denoiser that is not finite.
+    Returns all images at once, on `device`: for more than a few batches, call it for each of `slices`. Raises UserError
+    for settings that mean nothing, and for a denoiser that is not finite.
     """
     n = len(cond)
     numbers = _numbers(n, index, size, batch)

@@ -255,13 +255,14 @@ def interpolate(
     cond = model.conditions(ends)
     x = pixels_of(model, given) if given else None
     size = (model.resolution, model.resolution) if x is None else size_of(x)
-    t = torch.linspace(0, 1, frames, device=model.device)
-    first = torch.zeros(frames, dtype=torch.int64, device=model.device)
-    between = mixed(cond[first], cond[first + 1], t, model.denoiser.net.config.core.classes)
+    parts = torch.linspace(0, 1, frames, device=model.device).split(BATCH)
 
-    slices = [slice(start, min(start + BATCH, frames)) for start in range(0, frames, BATCH)]
+    def between(t: Tensor) -> Cond:
+        first = torch.zeros_like(t, dtype=torch.int64)
+        return mixed(cond[first], cond[first + 1], t, model.denoiser.net.config.core.classes)
 
-    def arc(z: Tensor) -> Tensor:
+    def arc(z: Tensor, t: Tensor) -> Tensor:
+        first = torch.zeros_like(t, dtype=torch.int64)
         return slerp(z[first], z[first + 1], t)
 
     def prior(size: tuple[int, int]) -> Tensor:
@@ -273,19 +274,17 @@ def interpolate(
             z = prior(model.generator.latent_size(size))
         else:
             z = _latent_of(model, x, cond, ends, teacher, settings, ends_of[0], progress)
-        path_z = arc(z)
-        return [p for s in slices for p in pictures_of(_drawing(model, between[s], settings)(path_z[s]))]
+        return [p for t in parts for p in pictures_of(_drawing(model, between(t), settings)(arc(z, t)))]
     _no_teacher(teacher)
     if x is None:
-        path = EditPath(model, settings, progress, passes=len(slices))
+        path = EditPath(model, settings, progress, passes=len(parts))
         z = path.sigmas[0].item() * prior(size)
     else:
-        path = EditPath(model, {"guidance": 1.0} | given_of(settings), progress, passes=1 + len(slices))
+        path = EditPath(model, {"guidance": 1.0} | given_of(settings), progress, passes=1 + len(parts))
         z = path.invert(path.denoise(cond), x)[0]
-    path_z, made = arc(z), []
-    for s in slices:
-        some = path_z[s]
-        made += pictures_of(path.solve(path.denoise(between[s]), some, index=[0] * len(some)))
+    made = []
+    for t in parts:
+        made += pictures_of(path.solve(path.denoise(between(t)), arc(z, t), index=[0] * len(t)))
     return made
 
 

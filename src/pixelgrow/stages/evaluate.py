@@ -1,28 +1,38 @@
-"""The `evaluate` stage: held-out prompts drawn, scenes looked at by the checker, held-out error by noise level."""
+"""The `evaluate` stage: samples of held-out prompts, scored by the checker where these are scenes, and held-out error.
+
+Images are made, measured and dropped batch by batch, so the device's memory does not grow with their number.
+"""
 
 from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from pixelgrow import checkpoint
-from pixelgrow.data.scenes.checker import score
+from pixelgrow.data.scenes.checker import accuracy
+from pixelgrow.data.scenes.seeing import View, look
 from pixelgrow.data.scenes.source import Scenes
 from pixelgrow.diffusion.denoiser import Denoiser
 from pixelgrow.diffusion.generator import Generator
 from pixelgrow.diffusion.heldout import denoising_error
-from pixelgrow.diffusion.sampling import generate, sample
+from pixelgrow.diffusion.sampling import Samples, generate, sample, slices
 from pixelgrow.model import DEFAULTS, noise_grid, one_step_settings
 from pixelgrow.pictures import to_uint8
 from pixelgrow.recipe.stages import EvaluateStage
 from pixelgrow.stages.materials import HeldOut, Materials
 from pixelgrow.stages.record import write_json
 from pixelgrow.stages.train import Parent, write_prompts
-from pixelgrow.training.monitor import peak_memory, save_grid, seams
+from pixelgrow.training.log import Display
+from pixelgrow.training.monitor import Seams, peak_memory, save_grid
 
-SHOWN = 64  # pictures of the grid
+SHOWN = 64  # images of the grid
 logger = logging.getLogger(__name__)
 
 
@@ -35,47 +45,52 @@ def evaluate_stage(stage: EvaluateStage, parent: Parent, folder: Path, materials
     held = materials.heldout(stage.prompts, (side, side))
     if len(held.captions) < stage.prompts:
         logger.warning("%s: %d held-out prompts, of %d asked for", stage.name, len(held.captions), stage.prompts)
-    cond = materials.cond(held.captions)
-    began = time.perf_counter()
-    settings: dict[str, Any] = {}
+    materials.encode(held.captions)
+    seed = materials.recipe.seed
+    keywords: dict[str, Any] = {"size": (side, side), "seed": seed, "batch": stage.batch}
     if isinstance(model, Generator):
         settings = one_step_settings(parent.config, stage.given)
-        drawn = generate(model, cond, size=(side, side), seed=materials.recipe.seed, batch=stage.batch, **settings)
+        samples_of: Callable[..., Samples] = partial(generate, model, **keywords, **settings)
     else:
         settings = DEFAULTS | parent.config.sampling | stage.given
-        drawn = sample(
-            model,
-            cond,
-            size=(side, side),
-            seed=materials.recipe.seed,
-            batch=stage.batch,
-            progress=_note,
-            **(settings | {"grid": noise_grid(settings.get("grid", "karras"), model, parent.config)}),
-        )
-    images = materials.pictures(drawn.images).cpu()
+        levels = noise_grid(settings.get("grid", "karras"), model, parent.config)
+        samples_of = partial(sample, model, **keywords, **(settings | {"grid": levels}))
+    seams, views, shown = Seams(materials.patches(model)), list[View](), list[Tensor]()
+    errors: dict[float, float] = {}
+    questions, seconds, nfe, n = _questions(held), 0.0, 0, len(held)
+    with Display(f"{materials.recipe.name}/{stage.name}", n, 0) as display:
+        for rows in slices(n, stage.batch):
+            numbers, cond = range(rows.start, rows.stop), materials.cond(held.captions[rows])
+            began = time.perf_counter()
+            samples = samples_of(cond, index=numbers)
+            images = materials.pictures(samples.images)
+            pixels = to_uint8(images)
+            seconds, nfe = seconds + time.perf_counter() - began, samples.nfe
+            seams.add(images)
+            if rows.start < SHOWN:
+                shown.append(images[: SHOWN - rows.start].to("cpu", copy=True))
+            views += map(look, pixels if questions else ())
+            if isinstance(model, Denoiser):
+                held_images = held.batch(rows).to(materials.device)
+                found = denoising_error(model, held_images, cond, scale=model.noise_scale, seed=seed, index=numbers)
+                errors = {level: errors.get(level, 0.0) + e * len(numbers) / n for level, e in found.items()}
+            del samples, images  # before the next ones are made
+            display.update(rows.stop)
     metrics: dict[str, Any] = {
-        "prompts": len(held.captions),
+        "prompts": n,
         "bad_files": [f"{source.name}: {file.key}: {file.reason}" for source, file in held.bad],
         "sampling": settings,
-        "nfe": drawn.nfe,
-        "seconds_per_image": round((time.perf_counter() - began) / len(images), 5),
-        "seams": seams(images, materials.patches(model)),
+        "nfe": nfe,
+        "seconds_per_image": round(seconds / n, 5),
+        "seams": seams.ratios(),
         "peak_memory": peak_memory(materials.device),
     }
-    if isinstance(model, Denoiser):
-        errors = denoising_error(
-            model,
-            held.images.to(materials.device),
-            cond,
-            scale=model.noise_scale,
-            seed=materials.recipe.seed,
-            batch=stage.batch,
-        )
+    if errors:
         metrics["error"] = {f"{sigma:g}": error for sigma, error in errors.items()}
-    if questions := _questions(held):
-        metrics["accuracy"] = score(list(to_uint8(images)), questions)
+    if questions:
+        metrics["accuracy"] = accuracy(views, questions)
         logger.info("checker: %s", ", ".join(f"{k} {100 * v:.1f}%" for k, v in metrics["accuracy"].items()))
-    save_grid(images[:SHOWN], folder / "samples" / "grid.png")
+    save_grid(torch.cat(shown), folder / "samples" / "grid.png")
     write_prompts(folder, held.captions[:SHOWN])
     write_json(folder / "metrics.json", metrics)
     return metrics
@@ -85,8 +100,3 @@ def _questions(held: HeldOut) -> list[Any]:
     """The checker's questions for each prompt; none unless all of them are scenes."""
     found = [source.scene(i).questions for source, i in held.origins if isinstance(source, Scenes)]
     return found if len(found) == len(held.captions) else []
-
-
-def _note(done: int, total: int) -> None:
-    if done == total or done % max(1, total // 4) == 0:
-        logger.info("drawing: %d of %d steps", done, total)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
@@ -67,13 +67,26 @@ class Mixture:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A batch kept from training: images (N, 3, h, w) in [-1, 1], or latents, captions, origins; `bad`: files passed
-    over."""
+    """A part kept from training: pixels uint8 (H, W, 3) of each image, captions, origins; `bad`: files passed over.
+    `encode`: from images (B, 3, H, W) in [-1, 1] to what the stages work on."""
 
-    images: Tensor
+    pixels: list[np.ndarray]
     captions: list[str]
     origins: list[tuple[Source, int]]
     bad: list[tuple[Source, BadFile]]
+    encode: Callable[[Tensor], Tensor]
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def batch(self, rows: slice) -> Tensor:
+        """Images (B, 3, h, w) in [-1, 1], or latents, of some rows."""
+        return self.encode(to_tensor(np.stack(self.pixels[rows])))
+
+    @property
+    def images(self) -> Tensor:
+        """All of them, for the few that a training watches."""
+        return self.batch(slice(None))
 
 
 @dataclass(frozen=True)
@@ -253,8 +266,7 @@ class Materials:
             origins.append((source, i))
         if not images:
             raise self._none_held_out(size)
-        batch = to_tensor(np.stack(images))
-        return HeldOut(self.autoencoder.encode(batch) if self.autoencoder else batch, captions, origins, unreadable)
+        return HeldOut(images, captions, origins, unreadable, self.autoencoder.encode if self.autoencoder else _same)
 
     def _none_held_out(self, size: tuple[int, int]) -> UserError:
         names = ", ".join(s.name for s in self.heldout_sources)
@@ -366,6 +378,10 @@ class Materials:
         if isinstance(stage, DistillStage | GrowStage) and stage.losses and (networks := networks_used(stage.losses)):
             settings["networks"] = networks
         return settings
+
+
+def _same(images: Tensor) -> Tensor:
+    return images
 
 
 def _each(source: Source, numbers: np.ndarray) -> Iterator[tuple[Source, int]]:

@@ -81,31 +81,51 @@ def save_grid(images: Tensor, path: Path, columns: int = 8) -> None:
     part = path.with_name(f".{path.name}.part")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        grid(to_uint8(images), columns).save(part, format="PNG")
+        grid(to_uint8(images), columns, len(images)).save(part, format="PNG")
         part.replace(path)
 
 
-def seams(images: Tensor, patches: Sequence[int]) -> dict[str, float]:
-    """`seam_ratio` of images (B, C, H, W) at each of several patch sides: {"seams_8": ratio}."""
-    return {f"seams_{side}": seam_ratio(images, side) for side in patches}
+class Seams:
+    """Energy of the differences across patch boundaries over that inside patches, of images that come in batches.
 
-
-def seam_ratio(images: Tensor, patch: int) -> float:
-    """Energy of the differences across patch boundaries over that inside patches; 1 where no seam shows.
-
-    images: (B, C, H, W) in [-1, 1]. Means of squared differences of neighbouring pixels, along both axes together.
-    Differences far below an 8-bit step count as none, so that patches of one tone each give a large number.
+    patches: sides of patches in pixels. The energy is the mean squared difference of neighbouring pixels, along both
+    axes together.
     """
-    across = inside = 0.0
-    n_across = n_inside = 0
-    for axis in (2, 3):
-        energy = images.double().diff(dim=axis).square().mean(dim=[a for a in range(4) if a != axis])
-        seam = (torch.arange(len(energy)) + 1) % patch == 0
-        across, n_across = across + float(energy[seam].sum()), n_across + int(seam.sum())
-        inside, n_inside = inside + float(energy[~seam].sum()), n_inside + int((~seam).sum())
-    if not n_across or not n_inside:
-        return 1.0
-    return (across / n_across + UNSEEN) / (inside / n_inside + UNSEEN)
+
+    def __init__(self, patches: Sequence[int]) -> None:
+        self.across = {side: [0.0, 0.0] for side in patches}  # sum and number of squared differences
+        self.inside = {side: [0.0, 0.0] for side in patches}
+
+    def add(self, images: Tensor) -> None:
+        """Images (B, C, H, W) in [-1, 1]."""
+        for axis in (2, 3):
+            others = [a for a in range(4) if a != axis]
+            energy = images.double().diff(dim=axis).square().sum(dim=others).cpu()  # (H - 1,) or (W - 1,)
+            size = images.numel() // images.shape[axis]
+            for side in self.across:
+                seam = (torch.arange(len(energy)) + 1) % side == 0
+                for sums, where in ((self.across[side], seam), (self.inside[side], ~seam)):
+                    sums[0] += float(energy[where].sum())
+                    sums[1] += int(where.sum()) * size
+
+    def ratios(self) -> dict[str, float]:
+        """{"seams_8": ratio} for each patch side; 1 where no seam shows.
+
+        Differences far below an 8-bit step count as none, so that patches of one tone each give a large number.
+        """
+        found = {}
+        for side, (across, n_across) in self.across.items():
+            inside, n_inside = self.inside[side]
+            both = n_across and n_inside
+            found[f"seams_{side}"] = (across / n_across + UNSEEN) / (inside / n_inside + UNSEEN) if both else 1.0
+        return found
+
+
+def seams(images: Tensor, patches: Sequence[int]) -> dict[str, float]:
+    """`Seams.ratios` of one batch of images (B, C, H, W) in [-1, 1]."""
+    found = Seams(patches)
+    found.add(images)
+    return found.ratios()
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
