@@ -311,7 +311,7 @@ class OneStepModel(Model):
         progress: Callable[[int, int], None] | None = None,
         **settings: Any,
     ) -> Iterator[Image.Image]:
-        """An image for each prompt, one after the other. A guided generator takes `guidance`, else has the checkpoint's;
+        """An image for each prompt, one after the other. A guided generator takes `guidance`, or has the checkpoint's;
         UserError for settings of multi-step sampling."""
         prompts = _listed(prompts)
         own = self.settings(**settings)

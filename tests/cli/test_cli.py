@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ from PIL import Image
 from pixelgrow import checkpoint
 from pixelgrow.checkpoint import CheckpointConfig
 from pixelgrow.cli.main import share_cores
+from pixelgrow.cli.sample import save_png
 from pixelgrow.diffusion.denoiser import Denoiser
 from pixelgrow.models.sizes import core_config, shallow_uvit
 from pixelgrow.models.uvit import UViT
@@ -107,7 +109,7 @@ def test_help_is_quick_and_leaves_torch_alone() -> None:
         (["sample", "MODEL", "1", "--size", "16x15"], "size 16x15 does not fit"),
         (["sample", "MODEL", "1", "--sampler", "euler"], "sampler 'euler' does not exist"),
         (["sample", "MODEL", "1", "-o", "folder", "--grid"], "a grid is one PNG"),
-        (["sample", "MODEL", "1", "-o", "picture.jpg"], "expected a name that ends in .png, or a folder's"),
+        (["sample", "MODEL", "1", "-o", "picture.jpg"], "expected a name that ends in .png, or a folder"),
         (["sample", "MODEL", "1", "--guide", "base"], "has no base path"),
         (["sample", "MODEL", "1", "--schedule", "native"], "does not say what noise"),
         (["sample", "MODEL", "1", "--interval", "3", "1"], "expected (lo, hi) with 0 <= lo < hi"),
@@ -116,7 +118,11 @@ def test_help_is_quick_and_leaves_torch_alone() -> None:
         (["sample", "MODEL", "1", "--schedule", "foo"], "(--schedule) 'foo' does not exist; expected 'karras' or"),
         (["sample", "MODEL", "1", "--steps", "1000000000000"], "steps=1000000000000: expected 1 to 10000"),
         (["sample", "MODEL", "1", "--size", "1000000x1000000"], "each from 1 to 8192 pixels"),
-        (["sample", "MODEL", "1", "-n", "1000000000000"], "expected 100000 pictures at most"),
+        (["sample", "MODEL", "1", "-n", "1000000000000"], "expected 100000 images at most"),
+        (
+            ["sample", "MODEL", "1", "-n", "90000", "--size", "512x512"],
+            "make a grid of 154198x154198, expected at most",
+        ),
         (["data", "images/0/a.png"], "images/0/a.png: a single image is no source"),
         (["grow", "MODEL", "--to", "24", "-o", "out"], "cannot grow from 16 to 24 px"),
         (["grow", "MODEL", "--to", "0", "-o", "out"], "cannot grow from 16 to 0 px"),
@@ -221,6 +227,29 @@ def test_sample_writes_single_files_that_the_grid_holds(model: Path, run_cli: Ru
         assert (grid[:, 26 * i : 26 * i + 24] == single).all()
 
 
+def test_single_files_are_written_as_they_are_made(
+    model: Path, run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(image: Image.Image, path: Path, facts: object) -> None:
+        if "0003" in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_png(image, path, facts)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("pixelgrow.cli.sample.save_png", full)
+    words = ["sample", model, "0", "-n", "5", "--steps", "1", "--batch", "2", "-o", "many"]
+    result = run_cli(*words, cwd=tmp_path)
+    assert (result.code, "cannot write many/0003-0.png: No space left" in result.err) == (2, True)
+    assert sorted(p.name for p in (tmp_path / "many").iterdir()) == ["0000-0.png", "0001-0.png", "0002-0.png"]
+
+
+def test_many_images_of_one_prompt_are_nearly_square(model: Path, run_cli: RunCli, tmp_path: Path) -> None:
+    assert run_cli("sample", model, "0", "-n", "9", "--steps", "1", cwd=tmp_path).code == 0
+    assert np.asarray(Image.open(tmp_path / "samples.png")).shape == (3 * 16 + 4, 3 * 16 + 4, 3)
+    ends = ["--seed", "0", "--seed", "1", "--frames", "12", "-o", "arc.png"]
+    assert run_cli("edit", "interpolate", model, "--prompt", "0", *ends, "--steps", "1", cwd=tmp_path).code == 0
+    assert np.asarray(Image.open(tmp_path / "arc.png")).shape == (3 * 16 + 4, 4 * 16 + 6, 3)
+
+
 @pytest.mark.parametrize("out", ["FILE/grid.png", "FILE", "folder.png"])
 def test_where_pictures_go_is_tested_before_they_are_drawn(
     model: Path, run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str
@@ -228,7 +257,7 @@ def test_where_pictures_go_is_tested_before_they_are_drawn(
     (tmp_path / "FILE").write_text("")
     (tmp_path / "folder.png").mkdir()
     drawn: list[object] = []
-    monkeypatch.setattr("pixelgrow.model.Model.sample", lambda *_, **__: drawn.append(1))
+    monkeypatch.setattr("pixelgrow.model.Model.stream", lambda *_, **__: drawn.append(1))
     result = run_cli("sample", model, "0", "-o", out, cwd=tmp_path)
     assert (result.code, drawn, len(result.err.splitlines())) == (2, [], 1)
     assert out in result.err

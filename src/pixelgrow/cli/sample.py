@@ -58,7 +58,7 @@ def sample_images(request: Request) -> list[Path]:
     png = request.out.suffix.lower() == ".png"
     if not png and request.out.suffix.lower() in Image.registered_extensions():
         raise UserError(
-            f"--out {request.out}: images are written as PNG; expected a name that ends in .png, or a folder's"
+            f"--out {request.out}: images are written as PNG; expected a name that ends in .png, or a folder"
         )
     single = request.grid is False or (request.grid is None and not png)
     if not single and not png:
@@ -101,7 +101,7 @@ def sample_images(request: Request) -> list[Path]:
 def check_grid(out: Path, size: tuple[int, int], columns: int, count: int) -> None:
     """UserError if a grid of `count` images of `size` (h, w) has more than MAX_GRID pixels."""
     h, w = grid_size(size, columns, count)
-    if h * w > MAX_GRID:
+    if count > 1 and h * w > MAX_GRID:
         raise UserError(
             f"--out {out}: {count} images of {size[0]}x{size[1]} pixels make a grid of {h}x{w}, expected at most "
             f"{MAX_GRID // 10**6} million pixels: name a folder, for single files, or ask for fewer images"
