@@ -310,7 +310,7 @@ def test_data_names_bad_files(run_cli: RunCli, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"LC_ALL": "C.UTF-8"})
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert [line[-2:] for line in lines if line and line[0] in ("not", "format")] == [
+    assert [line[-2:] for line in lines if line and line[0] in ("empty", "format")] == [
         ["2", "0/x.png"],
         ["1", "0/\\udce9.gif"],
     ]
