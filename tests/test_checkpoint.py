@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -200,11 +201,50 @@ def test_a_full_disk_leaves_the_previous_checkpoint(saved: Path, monkeypatch: py
 
 
 def test_what_a_killed_save_left_is_swept(saved: Path) -> None:
-    left = saved.parent / ".c.abcdefgh.part"
+    left = saved.parent / ".c.part"
     left.mkdir()
     (left / checkpoint.WEIGHTS).write_bytes(b"half")
+    (left / "other").write_bytes(b"half")
     d = model()
     checkpoint.save(saved, d, config_of(d))
+    assert [p.name for p in saved.parent.iterdir()] == ["c"]
+    assert sorted(p.name for p in saved.iterdir()) == [checkpoint.CARD, checkpoint.CONFIG, checkpoint.WEIGHTS]
+
+
+def test_a_save_leaves_those_of_others_alone(saved: Path) -> None:
+    """`c` next to an unfinished `c.15`, and `c` that another process writes already."""
+    d = model()
+    with checkpoint.replacing(saved.parent / "c.15") as other:
+        (other / checkpoint.WEIGHTS).write_bytes(b"half")
+        checkpoint.save(saved, d, config_of(d))
+        assert (other / checkpoint.WEIGHTS).read_bytes() == b"half"
+    assert (saved.parent / "c.15").is_dir()
+    with checkpoint.replacing(saved) as first:
+        (first / checkpoint.WEIGHTS).write_bytes(b"first")
+        with pytest.raises(UserError, match="c is being written by another process: wait, or"):
+            checkpoint.save(saved, d, config_of(d))
+        assert (first / checkpoint.WEIGHTS).read_bytes() == b"first"
+    assert (saved / checkpoint.WEIGHTS).read_bytes() == b"first"
+
+
+def test_reading_waits_for_a_save_between_its_renames(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put back then, the previous folder would be in the way of the new one."""
+    real, readers = Path.rename, []
+
+    def rename(self: Path, target: Path) -> Path:
+        if self.name == ".c.part":
+            readers.append(threading.Thread(target=checkpoint.read_config, args=(saved,)))
+            readers[0].start()
+            readers[0].join(0.2)
+        return real(self, target)
+
+    other = model(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename)
+        checkpoint.save(saved, other, config_of(other))
+    readers[0].join(10)
+    assert not readers[0].is_alive()
+    assert torch.equal(weights(saved)["core.null_token"], other.net.core.null_token)
     assert [p.name for p in saved.parent.iterdir()] == ["c"]
 
 

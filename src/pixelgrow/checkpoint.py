@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,18 +86,54 @@ def check_target(folder: Path) -> None:
 
 
 @contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its place when the block ends well, and vanishes when it does not.
+def _temporary(folder: Path, wait: bool = False) -> Iterator[Path]:
+    """An empty folder `.NAME.part` beside a checkpoint's, locked by this process; removed at the end if still there.
 
-    A kill or a full disk at any moment leaves the previous folder usable. Raises UserError if that is no checkpoint's.
+    The lock is the folder's own, so it ends with the process: what an unlocked one holds was left by a killed save.
+    Raises UserError if another process holds it, unless it is to `wait`.
+    """
+    part = folder.with_name(f".{folder.name}.part")
+    while True:
+        part.mkdir(exist_ok=True)
+        try:
+            held = os.open(part, os.O_RDONLY)
+        except FileNotFoundError:  # another process has just renamed it
+            continue
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            os.close(held)
+            raise UserError(f"{folder} is being written by another process: wait, or name another folder") from None
+        except OSError:  # a file system without locks
+            pass
+        if _is(held, part):
+            break
+        os.close(held)
+    try:
+        for left in part.iterdir():
+            left.unlink()
+        yield part
+    finally:
+        if _is(held, part):
+            shutil.rmtree(part, ignore_errors=True)
+        os.close(held)
+
+
+def _is(descriptor: int, path: Path) -> bool:
+    """Whether an open file is the one at a path."""
+    return path.exists() and os.path.samestat(os.fstat(descriptor), path.stat())
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its place when the block ends well, and is removed when it fails.
+
+    A kill or a full disk at any moment leaves the previous folder usable. Raises UserError if that is no checkpoint's,
+    or if another process is writing it.
     """
     check_target(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.glob(f".{folder.name}.*.part"):  # by a save that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
-    try:
-        temporary.chmod(0o755)
+    with _temporary(folder) as temporary:
         yield temporary
         for file in temporary.iterdir():
             with file.open("rb") as f:
@@ -110,15 +146,15 @@ def replacing(folder: Path) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def recover(folder: Path) -> None:
     """Put the previous folder back if a kill fell between the two renames of `replacing`."""
     old = folder.with_name(f".{folder.name}.old")
     if old.exists() and not folder.exists():
-        old.rename(folder)
+        with writing(folder), _temporary(folder, wait=True):  # a save that goes on renames its own now
+            if old.exists() and not folder.exists():
+                old.rename(folder)
 
 
 def file_hash(path: Path) -> str:
