@@ -36,7 +36,8 @@ def steps(seconds: float, batch: int = 16) -> float:
     from pixelgrow.models.sizes import shallow_uvit
     from pixelgrow.training import cpu
 
-    cpu.prepare()
+    cpu.tune_allocator()
+    cpu.flush_denormals()
     model = denoiser(shallow_uvit("tiny", 32))
     cond = conditions(model.net.config.core, batch, torch.device("cpu"), TOKENS)
     x, sigma = torch.randn(batch, 3, 32, 32), torch.ones(batch)

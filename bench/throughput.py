@@ -186,11 +186,12 @@ def whole_step(denoiser: Denoiser, x0: Tensor, under: Conditions, folder: Path) 
     return lambda: training.step([batch])
 
 
+@cpu.denormals_flushed()
 def measure(case: Case, under: Conditions) -> dict[str, Any]:
     """The numbers of a case, measured in this process."""
     device = torch.device(under.device)
     if device.type == "cpu":
-        cpu.prepare()
+        cpu.tune_allocator()
     products = Products(under)
     before = monitor.peak_memory(device)
     denoiser = build(case, device)

@@ -46,13 +46,6 @@ def _seeds() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def _denormals() -> Iterator[None]:
-    """Training has small numbers flushed to zero for the rest of its process; hypothesis wants them back."""
-    yield
-    torch.set_flush_denormal(False)
-
-
 def _is_local(family: int, address: Any) -> bool:
     if family not in (socket.AF_INET, socket.AF_INET6):
         return True

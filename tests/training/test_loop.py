@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
 import json
 import os
 import signal
@@ -11,31 +10,18 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
+import training_toy as toy
 from pixelgrow.errors import UserError
 from pixelgrow.training import monitor, state
 from pixelgrow.training.loop import Interrupted
 from pixelgrow.training.monitor import Hook
 from pixelgrow.training.objective import Terms
 
-TOY = Path(__file__).parents[1] / "training_toy.py"
-
-
-def _load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("training_toy", TOY)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["training_toy"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-toy = _load()
+TOY = Path(toy.__file__)
 
 
 @pytest.fixture(autouse=True)

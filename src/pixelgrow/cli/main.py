@@ -67,7 +67,9 @@ def _run(recipe: str, settings: list[str] | None, runs: Path) -> None:
 
     read = load_recipe(recipe, settings or [])
     from pixelgrow.run import run as run_recipe
+    from pixelgrow.training.cpu import tune_allocator
 
+    tune_allocator()
     report = run_recipe(read, runs)
     typer.echo(f"report: {report}")
 

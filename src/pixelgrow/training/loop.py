@@ -21,7 +21,7 @@ from torch.nn.utils import get_total_norm
 
 from pixelgrow.errors import UserError
 from pixelgrow.rng import seed_of
-from pixelgrow.training import cpu, monitor, optim, state
+from pixelgrow.training import monitor, optim, process, state
 from pixelgrow.training.ema import Ema
 from pixelgrow.training.log import Averages, Display, Log
 from pixelgrow.training.monitor import Hook
@@ -113,8 +113,6 @@ class Training:
         self.objective, self.settings, self.folder, self.seed, self.keep = objective, settings, folder, seed, keep
         self.until = settings.images if until is None else until
         self.device = next(p for m in objective.modules.values() for p in m.parameters()).device
-        if self.device.type == "cpu":
-            cpu.prepare()
         self.bf16 = settings.precision == "bf16" or (settings.precision == "auto" and self.device.type == "cuda")
         self.parameters = {part: optim.trainable(m) for part, m in objective.modules.items()}
         for part, parameters in self.parameters.items():
@@ -296,7 +294,11 @@ class Training:
         stream: Iterator[Any] | None = None
         fresh = True
         try:
-            with asked_to_stop() as stop, Display(name, self.until, c.images, console) as display:
+            with (
+                process.settings(self.device, s.compile),
+                asked_to_stop() as stop,
+                Display(name, self.until, c.images, console) as display,
+            ):
                 while True:
                     done = c.images >= self.until
                     if not self.bad:
@@ -348,9 +350,6 @@ class Training:
 
     def _compile(self) -> None:
         if self.settings.compile:
-            import torch._dynamo.config as dynamo
-
-            dynamo.recompile_limit = max(dynamo.recompile_limit, 64)  # of captions' lengths, in training and drawing
             for module in self.objective.modules.values():
                 module.compile(dynamic=False)  # few shapes; the dynamic ones fail on a CPU (torch 2.13)
 
