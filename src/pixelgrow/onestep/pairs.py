@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import json
 import zlib
+from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -122,7 +124,7 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def read_shard(path: Path) -> dict[str, Tensor] | None:
-    """The tensors of a shard; None where it is missing, cut off or damaged."""
+    """The tensors of a shard, memory-mapped; None where it is missing, cut off or damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -135,8 +137,26 @@ def read_shard(path: Path) -> dict[str, Tensor] | None:
 def _checksum(tensors: dict[str, Tensor]) -> int:
     crc = 0
     for name in sorted(tensors):
-        crc = zlib.crc32(tensors[name].contiguous().numpy().tobytes(), crc)
+        crc = zlib.crc32(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().data, crc)  # no copy is made
     return crc
+
+
+class Rows:
+    """The first `count` rows of tensors (n, ...) that lie one after the other, as one tensor (N, ...) that is not in
+    memory: `rows[numbers]` copies those rows alone out of the memory-mapped parts."""
+
+    def __init__(self, parts: Sequence[Tensor], count: int) -> None:
+        self.parts = parts
+        self._starts = list(accumulate((len(part) for part in parts), initial=0))
+        self.shape = torch.Size([min(count, self._starts[-1]), *parts[0].shape[1:]])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, numbers: Sequence[int] | range) -> Tensor:
+        """The rows (B, ...) of some numbers in [0, N)."""
+        at = [bisect(self._starts, number) - 1 for number in numbers]
+        return torch.stack([self.parts[i][n - self._starts[i]] for i, n in zip(at, numbers, strict=True)])
 
 
 class Pairs:
@@ -150,18 +170,22 @@ class Pairs:
     def __init__(self, folder: Path, fraction: float = 1.0) -> None:
         path = folder / INDEX
         try:
-            self.facts: dict[str, Any] = json.loads(path.read_text())
-            if self.facts["format"] != FORMAT:
-                raise UserError(f"{path}: got format {self.facts['format']}, expected {FORMAT}; make the pairs again")
-            self.direction: Direction = self.facts["direction"]
-            shards = int(self.facts["shards"])
-            guidance: GuidanceDistribution | float = self.facts["solver"]["guidance"]
+            facts = json.loads(path.read_text(encoding="utf-8"))
+            form, direction, shards = facts["format"], facts["direction"], int(facts["shards"])
+            guidance: GuidanceDistribution | float = facts["solver"]["guidance"]
         except FileNotFoundError:
             raise UserError(f"{folder} holds no finished pairs: it has no {INDEX}; run the pairs stage first") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path} is damaged ({type(error).__name__}); delete {folder} to make the pairs again"
             ) from None
+        if form != FORMAT:
+            raise UserError(f"{path}: got format {form}, expected {FORMAT}; make the pairs again")
+        if direction not in get_args(Direction):
+            known = " or ".join(get_args(Direction))
+            raise UserError(f"{path}: got direction {direction!r}, expected {known}; make the pairs again")
+        self.facts: dict[str, Any] = facts
+        self.direction: Direction = direction
         first = max(1, round(fraction * int(self.facts["pairs"])))
         parts: list[dict[str, Tensor]] = []
         for number in range(shards):
@@ -175,14 +199,11 @@ class Pairs:
                 )
             parts.append(shard)
 
-        def joined(name: str) -> Tensor:
-            return torch.cat([p[name] for p in parts])[:first]
-
-        self.latents = joined("latent")  # (N, 3, h, w) float16
-        self.origins = joined("origin")  # (N, 3 or 4) int64
-        self.images = joined("image") if self.direction == "sample" else None
+        self.latents = Rows([p["latent"] for p in parts], first)  # (N, 3, h, w) float16
+        self.images = Rows([p["image"] for p in parts], first) if self.direction == "sample" else None
+        self.origins = torch.cat([p["origin"] for p in parts])[:first]  # (N, 3 or 4) int64
         self.distribution: GuidanceDistribution | None = guidance if isinstance(guidance, str) else None
-        self.guidance = joined("guidance") if self.distribution else None  # (N,) float32
+        self.guidance = torch.cat([p["guidance"] for p in parts])[:first] if self.distribution else None  # (N,) float32
 
     def __len__(self) -> int:
         return len(self.latents)

@@ -70,7 +70,7 @@ class PairStream:
     def target(self, numbers: Sequence[int]) -> Tensor:
         """The pictures (B, 3, H, W) of some pairs."""
         if self.pairs.images is not None:
-            return self.pairs.images[list(numbers)].float()
+            return self.pairs.images[numbers].float()
         return to_tensor(np.stack([self._picture(n) for n in numbers]))
 
     def _picture(self, number: int) -> np.ndarray:

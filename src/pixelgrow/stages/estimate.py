@@ -53,10 +53,11 @@ def estimate_stage(stage: EstimateStage, parent: Parent, folder: Path, materials
         [
             described(
                 features,
-                pairs.images[start : start + settings.micro_batch].float().to(materials.device),
-                materials.text.cond(texts[start : start + settings.micro_batch]).to(materials.device),
+                pairs.images[rows].float().to(materials.device),
+                materials.text.cond([texts[n] for n in rows]).to(materials.device),
             ).cpu()
             for start in range(0, len(pairs), settings.micro_batch)
+            for rows in [range(start, min(start + settings.micro_batch, len(pairs)))]
         ]
     )
     seed, kept = rng.seed_of(materials.recipe.seed, "stage", stage.name), len(pairs) - max(1, len(pairs) // HELD)
