@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import pixelgrow
-import pixelgrow.stages.materials
+import pixelgrow.stages.data
 import pixelgrow.training.state
 from pixelgrow.data.badfiles import BadFiles
 from pixelgrow.data.loader import Batch
@@ -185,7 +185,7 @@ def test_a_changed_stage_is_refused(smoke: Path) -> None:
     for override, words in (
         ("stages.core.images=80", r"stage 'core': images changed since it was begun \(was 64, now 80\)"),
         ("stages.eval.prompts=7", r"stage 'eval': prompts changed"),
-        ("data.captions=25", r"stage 'core': data\[0\].fingerprint changed"),
+        ("data.captions=25", r"stage 'core': the data \(scenes: .*\) changed since"),
         ("seed=1", r"stage 'core': seed changed"),
     ):
         with pytest.raises(UserError, match=words):
@@ -566,8 +566,8 @@ def materials_of(folder: Path) -> Materials:
 
 def test_data_are_indexed_once_for_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[Any] = []
-    real = pixelgrow.stages.materials.open_mixture
-    monkeypatch.setattr("pixelgrow.stages.materials.open_mixture", lambda specs: opened.append(specs) or real(specs))
+    real = pixelgrow.stages.data.open_mixture
+    monkeypatch.setattr("pixelgrow.stages.data.open_mixture", lambda specs: opened.append(specs) or real(specs))
     recipe = class_recipe(tmp_path, {"classes": 2}, data={"source": str(tmp_path / "images")})
     materials = Materials(recipe, tmp_path)
     for _ in range(3):
@@ -577,9 +577,9 @@ def test_data_are_indexed_once_for_a_run(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_what_is_held_out_is_not_trained_on(tmp_path: Path) -> None:
     materials = materials_of(class_images(tmp_path))
-    mixture = materials.mixture(materials.recipe.stages[0])  # type: ignore[arg-type]
+    mixture = materials.data.mixture(materials.recipe.stages[0])  # type: ignore[arg-type]
     assert mixture.weights == [3, 1]
-    train, held = mixture.sources[0], materials.heldout_sources[0]
+    train, held = mixture.sources[0], materials.data.heldout_sources[0]
     keys = [{s.key(i) for i in range(len(s))} for s in (train, held)]
     assert len(keys[0]) + len(keys[1]) == 24
     assert not keys[0] & keys[1]
@@ -588,11 +588,11 @@ def test_what_is_held_out_is_not_trained_on(tmp_path: Path) -> None:
 
 def test_a_bad_held_out_file_is_accounted_for(tmp_path: Path) -> None:
     folder = class_images(tmp_path)
-    name = materials_of(folder).heldout_sources[0].key(0)
+    name = materials_of(folder).data.heldout_sources[0].key(0)
     path = next(p for p in folder.rglob("*.png") if str(p).endswith(name))
     path.write_bytes(path.read_bytes()[:2000])
     materials = materials_of(folder)
-    mixture = materials.mixture(materials.recipe.stages[0])  # type: ignore[arg-type]
+    mixture = materials.data.mixture(materials.recipe.stages[0])  # type: ignore[arg-type]
     bad = BadFiles(mixture.sources, 0.5, tmp_path / "bad_files.jsonl")
     materials.account(materials.heldout(100, (16, 16)), mixture, bad)
     assert [file.key for file in bad.files()] == [name]

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def run(recipe: Recipe, root: Path = Path("runs")) -> Path:
         materials = Materials(recipe, folder)
         records = {stage.name: Record(folder / stage.name) for stage in recipe.stages}
         for stage in recipe.stages:  # before any work: a change in the last stage is no surprise after the first
-            records[stage.name].check(materials.describe(stage))
+            records[stage.name].check(materials.describe(stage), explain=partial(materials.data.explain, folder, stage))
         _warn_of_gone(recipe, records)
         nets = networks(recipe)
         for stage in recipe.stages:
@@ -73,11 +74,12 @@ def run(recipe: Recipe, root: Path = Path("runs")) -> Path:
                 parents[stage.pairs] = checkpoint.file_hash(folder / stage.pairs / INDEX)
             if isinstance(stage, DistillStage | GrowStage) and stage.estimator is not None:
                 parents[stage.estimator] = checkpoint.file_hash(folder / stage.estimator / FACTS)
-            record.check(settings, parents)
+            record.check(settings, parents, partial(materials.data.explain, folder, stage))
             if record.done:
                 logger.info("%s: done before", where)
                 continue
             logger.info("%s: %s", where, "going on" if record.values else "starting")
+            materials.data.list_samples(folder, stage)
             record.begin(settings, parents)
             reset_peak(materials.device)
             began = time.monotonic()

@@ -640,8 +640,8 @@ def test_a_generator_trains_on_the_data_of_its_pairs(tmp_path: Path) -> None:
     )
     materials = Materials(recipe, tmp_path)
     core, _, pairs, distilled, grow = recipe.stages
-    seen = [materials.mixture(s).describe() for s in (pairs, distilled, grow)]  # type: ignore[arg-type]
-    assert seen[0] == seen[1] == seen[2] != materials.mixture(core).describe()  # type: ignore[arg-type]
+    seen = [materials.data.mixture(s).describe() for s in (pairs, distilled, grow)]  # type: ignore[arg-type]
+    assert seen[0] == seen[1] == seen[2] != materials.data.mixture(core).describe()  # type: ignore[arg-type]
 
 
 def read(stages: list[dict[str, Any]]) -> Recipe:

@@ -47,7 +47,7 @@ def count(
     sizes = {"stages": _sizes(recipe)} if recipe is not None else {}
     found = inspect_source(opened, decode=decode or None, sheet=sheet, **sizes)
     if bad is not None:
-        write_list(bad, found.name, found.fingerprint, found.bad)
+        write_list(bad, opened, found.bad)
     show(inspection_tables(found))
 
 

@@ -1,5 +1,6 @@
 """The account of bad files: each listed once, with its reason, and a limit on their share."""
 
+import hashlib
 import json
 import logging
 import os
@@ -19,8 +20,9 @@ class BadFiles:
     """Counts bad files by source and lists them in a JSONL file, one `{source, file, reason, fingerprint}` a line.
 
     `limit`: the share of a source's distinct files that may be bad; one file more raises `UserError`.
-    `path`: the list; None lists nothing. A run that resumes goes on counting where the list ends, unless the source
-    has changed since (another fingerprint): what was listed of it is then forgotten.
+    `path`: the list; None lists nothing. A run that resumes goes on counting where the list ends, unless the source's
+    samples or the bad files of its index are others since (another fingerprint in the list): what was listed of it is
+    then forgotten, so that a file that was repaired or removed counts no longer.
     """
 
     def __init__(
@@ -31,12 +33,14 @@ class BadFiles:
         self.limit = limit
         self.path = Path(path) if path is not None else None
         self._sources = list(sources)
+        self._states = [state_of(source) for source in self._sources]
         self._found: list[dict[str, str]] = [{} for _ in self._sources]
-        self._listed: set[tuple[str, str]] = set()  # (source, file) of the list's first `_read` bytes
+        self._listed: set[tuple[str, str]] = set()  # (fingerprint, file) of the list's first `_read` bytes
         self._read = self._warned = 0
         self._forget_what_changed()
         for number, source in enumerate(self._sources):
-            listed = [BadFile(row["file"], row["reason"]) for row in self._rows() if row["source"] == source.name]
+            rows = (row for row in self._rows() if row["fingerprint"] == self._states[number])
+            listed = [BadFile(row["file"], row["reason"]) for row in rows]
             self.add(number, [*bad_of(source), *listed])
 
     def add(self, source: int, found: Iterable[BadFile]) -> None:
@@ -44,7 +48,7 @@ class BadFiles:
         new = {bad.key: bad.reason for bad in found if bad.key not in self._found[source]}
         if new:
             self._found[source] |= new
-            self._list(self._sources[source], new)
+            self._list(source, new)
             check_share(self._sources[source], self._found[source], self.limit, self.path)
 
     def __len__(self) -> int:
@@ -93,18 +97,18 @@ class BadFiles:
     def _forget_what_changed(self) -> None:
         if self.path is None or not self.path.exists():
             return
-        now = {source.name: source.fingerprint for source in self._sources}
-        kept = [row for row in self._rows() if now.get(row["source"], row["fingerprint"]) == row["fingerprint"]]
+        kept = [row for row in self._rows() if row["fingerprint"] in self._states]
         fresh = self.path.with_name(f"{self.path.name}.tmp")
         with writing(self.path):
             fresh.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
             fresh.replace(self.path)
 
-    def _list(self, source: Source, new: dict[str, str]) -> None:
+    def _list(self, number: int, new: dict[str, str]) -> None:
+        source, state = self._sources[number], self._states[number]
         if self.path is not None:  # another loader (of held-out data, say) may have listed the same source since
-            self._listed |= {(row["source"], row["file"]) for row in self._rows(self._read)}
+            self._listed |= {(row["fingerprint"], row["file"]) for row in self._rows(self._read)}
             self._read = self.path.stat().st_size if self.path.exists() else 0
-        rows = {key: reason for key, reason in new.items() if (source.name, key) not in self._listed}
+        rows = {key: reason for key, reason in new.items() if (state, key) not in self._listed}
         if not rows:
             return
         self._warn(source, rows)
@@ -113,14 +117,23 @@ class BadFiles:
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.writelines(_lines(source.name, source.fingerprint, rows))
+            file.writelines(_lines(source.name, state, rows))
 
 
-def write_list(path: Path, name: str, fingerprint: str, files: Iterable[BadFile]) -> None:
+def state_of(source: Source) -> str:
+    """A source's fingerprint and a hash of the bad files of its index."""
+    text = "\n".join(f"{bad.key}\0{bad.reason}" for bad in bad_of(source))
+    if not text:
+        return source.fingerprint
+    return f"{source.fingerprint}-{hashlib.blake2b(text.encode(errors='surrogatepass'), digest_size=8).hexdigest()}"
+
+
+def write_list(path: Path, source: Source, files: Iterable[BadFile]) -> None:
     """Write the bad files of one source in a run's form, whole or not at all; `UserError` if it cannot be written."""
     part = path.with_name(f".{path.name}.part")
+    rows = {bad.key: bad.reason for bad in files}
     with writing(path):
-        part.write_text("".join(_lines(name, fingerprint, {bad.key: bad.reason for bad in files})), encoding="utf-8")
+        part.write_text("".join(_lines(source.name, state_of(source), rows)), encoding="utf-8")
         part.replace(path)
 
 

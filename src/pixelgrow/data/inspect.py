@@ -46,7 +46,6 @@ class Inspection:
 
     name: str
     kind: str  # how its captions come
-    fingerprint: str
     files: int  # distinct files, bad ones included
     samples: int  # usable (image, caption) pairs
     ignored: int  # files that claim to be neither image nor caption
@@ -96,7 +95,6 @@ def inspect_source(
     return Inspection(
         name=source.name,
         kind=getattr(source, "kind", type(source).__name__.lower()),
-        fingerprint=source.fingerprint,
         files=files_of(source),
         samples=len(source),
         ignored=getattr(source, "ignored", 0),

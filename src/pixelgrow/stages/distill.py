@@ -102,7 +102,7 @@ def _fit(
     recipe, settings = materials.recipe, stage.training()
     made = materials.pairs_of(stage)
     pairs, teacher_folder = Pairs(made.folder, stage.fraction), made.teacher
-    mixture = materials.mixture(stage)
+    mixture = materials.data.mixture(stage)
     pairs.check([str(e["parent"]) for e in lineage if e.get("verb") == "distill"], mixture.describe())
     teacher, teacher_config = checkpoint.load(teacher_folder, materials.device)
     generator = generator.to(materials.device)

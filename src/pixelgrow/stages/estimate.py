@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 def estimate_stage(stage: EstimateStage, parent: Parent, folder: Path, materials: Materials) -> dict[str, Any]:
     """Run an `estimate` stage; returns the numbers of its run."""
     made, settings = materials.pairs_of(stage), stage.training()
-    pairs, mixture = Pairs(made.folder), materials.mixture(made.stage)
+    pairs, mixture = Pairs(made.folder), materials.data.mixture(made.stage)
     pairs.check([parent.config.sha256], mixture.describe())
     assert (
         pairs.distribution is not None and pairs.images is not None and pairs.guidance is not None

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,8 @@ from torch import Tensor
 from pixelgrow.data.badfiles import BadFiles, check_share
 from pixelgrow.data.images import BadImage
 from pixelgrow.data.loader import Loader, has_several, mirrored, to_tensor, usable
-from pixelgrow.data.scenes.source import Scenes
-from pixelgrow.data.sources.base import BadFile, Source, Subset, bad_of, heldout_split, large_enough
+from pixelgrow.data.sources.base import BadFile, Source, Subset, bad_of
 from pixelgrow.data.sources.latents import Latents
-from pixelgrow.data.sources.opening import open_mixture, open_source
 from pixelgrow.diffusion.denoiser import Denoiser
 from pixelgrow.diffusion.generator import Generator
 from pixelgrow.errors import UserError
@@ -29,7 +26,6 @@ from pixelgrow.model import find
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.config import PIXELS, Space
 from pixelgrow.onestep.networks import networks_used
-from pixelgrow.recipe.data import DataSpec
 from pixelgrow.recipe.stages import (
     DistillStage,
     EstimateStage,
@@ -40,29 +36,13 @@ from pixelgrow.recipe.stages import (
     Stage,
     is_folder,
 )
-from pixelgrow.rng import seed_of
+from pixelgrow.stages.data import Mixture, StageData, whole
 from pixelgrow.text.cache import TextCache
 from pixelgrow.training.loop import CHECKPOINT
 from pixelgrow.training.settings import TrainSettings
 
 BAD_FILES = "bad_files.jsonl"  # in a stage's folder
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """Sources to train on; `weights` None: in proportion to their sizes."""
-
-    sources: list[Source]
-    weights: list[float] | None
-
-    def describe(self) -> list[dict[str, Any]]:
-        """Names, fingerprints and weights, for `stage.json`."""
-        weights: Sequence[float | None] = self.weights or [None] * len(self.sources)
-        return [
-            {"source": s.name, "fingerprint": s.fingerprint, "weight": w}
-            for s, w in zip(self.sources, weights, strict=True)
-        ]
 
 
 @dataclass(frozen=True)
@@ -105,8 +85,11 @@ class Materials:
     recipe: Recipe
     folder: Path
     device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    classes: tuple[str, ...] = field(default=(), init=False)  # of the class folders opened so far, in order of labels
-    _opened: dict[tuple[DataSpec, ...], tuple[Mixture, list[Source]]] = field(default_factory=dict, init=False)
+
+    @cached_property
+    def data(self) -> StageData:
+        """The sources of the stages."""
+        return StageData(self.recipe)
 
     @cached_property
     def text(self) -> TextCache:
@@ -163,12 +146,6 @@ class Materials:
         """The checkpoint folder that a `from` means: of a stage of this run, or of its own."""
         return find(parent) if is_folder(parent) else self.folder / parent / CHECKPOINT
 
-    def mixture(self, stage: ModelStage | PairsStage) -> Mixture:
-        """What a stage trains on: its pairs' data, if it has pairs, else its own, or the recipe's."""
-        if isinstance(stage, DistillStage | GrowStage) and stage.pairs is not None:
-            stage = self.pairs_of(stage).stage
-        return self._open(stage.data if stage.data is not None else self.recipe.data)[0]
-
     def loader(self, mixture: Mixture, side: int, settings: TrainSettings, seed: int, bad_path: Path) -> Loader:
         """The stream of training images of `side` pixels; `bad_path`: where bad files are listed."""
         return Loader(
@@ -183,65 +160,6 @@ class Materials:
             bad_path=bad_path,
         )
 
-    def _open(self, specs: tuple[DataSpec, ...]) -> tuple[Mixture, list[Source]]:
-        """The mixture without what is held out of it, and what is held out; indexed once for a run."""
-        if specs not in self._opened:
-            self._opened[specs] = self._index(specs)
-        return self._opened[specs]
-
-    def _index(self, specs: tuple[DataSpec, ...]) -> tuple[Mixture, list[Source]]:
-        sources, weights = open_mixture([spec.opening | _weight(spec) for spec in specs])
-        self._check_classes(sources)
-        held: list[Source] = []
-        for i, source in enumerate(sources):
-            if isinstance(source, Scenes):  # their held-out captions are a split of their own
-                held.append(Scenes(n=1024, captions=1024, seed=source.seed, split="heldout"))
-            elif not self.recipe.heldout.source:
-                sources[i], rest = heldout_split(source, self.recipe.heldout.fraction, self.recipe.seed)
-                held.append(rest)
-        return Mixture(sources, weights), held
-
-    @cached_property
-    def heldout_sources(self) -> list[Source]:
-        """The held-out part, the same for every stage of the run."""
-        spec = self.recipe.heldout
-        if not spec.source:
-            return self._open(self.recipe.data)[1]
-        sources = [open_source(spec.opening)]
-        self._check_classes(sources)
-        return sources
-
-    def _check_classes(self, sources: Sequence[Source]) -> None:
-        """UserError if class folders meet a text encoder, captions meet labels, or classes are more than the labels or
-        others than before."""
-        spec = self.recipe.text
-        for source in sources:
-            names: tuple[str, ...] = getattr(source, "classes", ())
-            if not names and spec.classes:
-                raise UserError(
-                    f"{source.name} has captions, not class folders, and the recipe says text: {{classes: "
-                    f"{spec.classes}}}: write text: {{encoder: minilm}}, or name a folder of class folders"
-                )
-            if not names:
-                continue
-            if not spec.classes:
-                raise UserError(
-                    f"{source.name} has class folders, not captions, and the text encoder {spec.encoder!r} reads "
-                    f"captions: write text: {{classes: {len(names)}}} into the recipe, or put a metadata.jsonl or a "
-                    ".txt beside each image"
-                )
-            if len(names) > spec.classes:
-                raise UserError(
-                    f"{source.name} has {len(names)} class folders, the recipe says text: {{classes: {spec.classes}}}: "
-                    f"write {{classes: {len(names)}}}"
-                )
-            if self.classes not in ((), names):
-                raise UserError(
-                    f"{source.name} has folders of other classes ({_some(names)}) than the data before it "
-                    f"({_some(self.classes)}), so a label would mean two things: give both the same folders"
-                )
-            self.classes = names
-
     def heldout(self, n: int, size: tuple[int, int]) -> HeldOut:
         """Up to `n` held-out images at a stage's `size` (h, w), centre crops; the same ones whenever they are asked
         for.
@@ -253,7 +171,7 @@ class Materials:
         origins: list[tuple[Source, int]] = []
         unreadable: list[tuple[Source, BadFile]] = []
         size = (self.factor * size[0], self.factor * size[1])
-        for source, i in self._order(size):
+        for source, i in self.data.heldout_order(size):
             if len(images) == n:
                 break
             try:
@@ -269,7 +187,7 @@ class Materials:
         return HeldOut(images, captions, origins, unreadable, self.autoencoder.encode if self.autoencoder else _same)
 
     def _none_held_out(self, size: tuple[int, int]) -> UserError:
-        names = ", ".join(s.name for s in self.heldout_sources)
+        names = ", ".join(s.name for s in self.data.heldout_sources)
         return UserError(f"held-out data ({names}) has no readable image of {size[0]}x{size[1]} or larger; add some")
 
     def check(self, stage: Stage, side: int) -> None:
@@ -288,7 +206,7 @@ class Materials:
                     f"stage {stage.name!r}: flip mirrors pictures, but latents are made once, of pictures as they are: "
                     "drop it"
                 )
-            sources = self.mixture(stage).sources
+            sources = self.data.mixture(stage).sources
             mirrored(sources, stage.flip)
             if isinstance(stage, PairsStage) and stage.distribution == "mixed" and not has_several(sources):
                 raise UserError(
@@ -296,47 +214,17 @@ class Materials:
                     "and each sample has one caption: write guidance: captions, or caption the images anew "
                     "(pixelgrow data recaption)"
                 )
-            self._check_apart(sources)
+            self.data.check_apart(sources)
             for source in sources:
                 usable(source, size)
                 check_share(source, {bad.key: bad.reason for bad in bad_of(source)}, stage.bad_limit)
-        if next(self._order(size), None) is None:
+        if next(self.data.heldout_order(size), None) is None:
             raise self._none_held_out(size)
-
-    def _check_apart(self, sources: Sequence[Source]) -> None:
-        """UserError if a source to train on is one that is held out, or scenes of the same split."""
-        for source, held in product(sources, self.heldout_sources):
-            if isinstance(source, Scenes) and isinstance(held, Scenes) and source.split == held.split:
-                raise UserError(
-                    f"scenes to train on and held-out scenes both have split: {held.split}, so nothing is held out: "
-                    "write split: train into data and split: heldout into heldout"
-                )
-            if source.fingerprint == held.fingerprint:
-                raise UserError(
-                    f"{source.name} is trained on and held out: name another source in heldout, or write heldout: "
-                    "{fraction: 0.02} to hold out a part of it"
-                )
-
-    def _order(self, size: tuple[int, int]) -> Iterator[tuple[Source, int]]:
-        """Held-out samples of `size` and above, one source after the other in turn."""
-        turns = []
-        for source in self.heldout_sources:
-            numbers = np.arange(len(source)) if isinstance(source, Scenes) else large_enough(source, size)
-            if not isinstance(source, Scenes):
-                numbers = np.random.default_rng(seed_of(self.recipe.seed, "held-out order")).permutation(numbers)
-            turns.append(_each(source, numbers))
-        while turns:
-            for turn in list(turns):
-                item = next(turn, None)
-                if item is None:
-                    turns.remove(turn)
-                else:
-                    yield item
 
     def account(self, held: HeldOut, mixture: Mixture, bad: BadFiles) -> None:
         """Add the held-out files that could not be read to the account of the source that they were held out of."""
         for source, file in held.bad:
-            of = [s.parent if isinstance(s, Subset) else s for s in mixture.sources]
+            of = [whole(s) for s in mixture.sources]
             if isinstance(source, Subset) and source.parent in of:
                 bad.add(of.index(source.parent), [file])
             else:
@@ -372,9 +260,7 @@ class Materials:
         }
         if self.autoencoder:
             settings["latent"] = self.latent
-        settings["heldout"] = [{"source": s.name, "fingerprint": s.fingerprint} for s in self.heldout_sources]
-        if isinstance(stage, ModelStage | PairsStage):
-            settings["data"] = self.mixture(stage).describe()
+        settings |= self.data.describe(stage)
         if isinstance(stage, DistillStage | GrowStage) and stage.losses and (networks := networks_used(stage.losses)):
             settings["networks"] = networks
         return settings
@@ -382,15 +268,3 @@ class Materials:
 
 def _same(images: Tensor) -> Tensor:
     return images
-
-
-def _each(source: Source, numbers: np.ndarray) -> Iterator[tuple[Source, int]]:
-    return ((source, int(i)) for i in numbers)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _weight(spec: DataSpec) -> dict[str, float]:
-    return {} if spec.weight is None else {"weight": spec.weight}

@@ -175,7 +175,7 @@ def pairs_stage(stage: PairsStage, parent: Parent, folder: Path, materials: Mate
     denoiser, _ = checkpoint.load(parent.folder, materials.device)
     seed = rng.seed_of(materials.recipe.seed, "stage", stage.name)
     side = denoiser.resolution
-    mixture = materials.mixture(stage)
+    mixture = materials.data.mixture(stage)
     loader = Loader(
         materials.seen(mixture.sources, side),
         mixture.weights,

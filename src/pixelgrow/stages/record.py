@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ from pixelgrow.recipe.stages import Recipe
 from pixelgrow.writing import writing
 
 FILE = "stage.json"
-# Settings that leave the result as it is: a run may go on with others.
-FREE = frozenset({"workers", "bad_limit", "max_bad_steps", "log_every", "save_every", "sample_every", "validate_every"})
+# Settings that leave the result as it is, a source's path among them: a run may go on with others.
+FREE = frozenset(
+    {"source", "workers", "bad_limit", "max_bad_steps", "log_every", "save_every", "sample_every", "validate_every"}
+)
 
 
 class Record:
@@ -34,10 +36,16 @@ class Record:
     def done(self) -> bool:
         return bool(self.values.get("done"))
 
-    def check(self, settings: Mapping[str, Any], parents: Mapping[str, str] | None = None) -> None:
+    def check(
+        self,
+        settings: Mapping[str, Any],
+        parents: Mapping[str, str] | None = None,
+        explain: Callable[[str, Any], str] = lambda key, was: "",
+    ) -> None:
         """Raise UserError, naming the first setting that changed, if the stage was begun otherwise.
 
-        `parents` None: they are not known yet, and not compared.
+        `parents` None: they are not known yet, and not compared. `explain(key, was)`: what changed, in words, where its
+        value says little; "" to show the values.
         """
         if not self.values:
             return
@@ -48,10 +56,11 @@ class Record:
             for key in [*new, *(k for k in was if k not in new)]:
                 if was.get(key) == new.get(key) or key.rpartition(".")[2] in FREE:
                     continue
+                words = "" if kind == "parents" else explain(key, was.get(key))
                 what = f"its parent {key}" if kind == "parents" else key
                 change = "" if kind == "parents" else f" (was {_short(was.get(key))}, now {_short(new.get(key))})"
                 raise UserError(
-                    f"stage {self.folder.name!r}: {what} changed since it was begun{change}: "
+                    f"stage {self.folder.name!r}: {words or f'{what} changed since it was begun{change}'}: "
                     f"set it back, give the recipe another name, or delete {self.folder} and the stages made from it"
                 )
 

@@ -60,10 +60,10 @@ def read_parent(folder: Path, materials: Materials) -> Parent:
             f"{folder} draws {_drawn(config.latent)}, the recipe says {_drawn(materials.latent)}: write the recipe's "
             "latent: as the checkpoint's"
         )
-    names = config.text.get("classes")
-    if names and materials.classes and names != list(materials.classes):
+    names, have = config.text.get("classes"), materials.data.classes
+    if names and have and names != list(have):
         raise UserError(
-            f"{folder} was trained on the classes {', '.join(names)}, the data have {', '.join(materials.classes)}: "
+            f"{folder} was trained on the classes {', '.join(names)}, the data have {', '.join(have)}: "
             "name the folders as they were"
         )
     return Parent(folder, config)
@@ -120,7 +120,7 @@ def fit(
     side = denoiser.resolution
     # Each stage has a stream of its own: a grown model does not meet the core's images and noise again.
     seed = rng.seed_of(recipe.seed, "stage", stage.name, "")
-    mixture = materials.mixture(stage)
+    mixture = materials.data.mixture(stage)
     bad_path = materials.folder / stage.name / BAD_FILES  # one account for the phases of a stage
     loader = materials.loader(mixture, side, settings, seed, bad_path)
     held = materials.heldout(WATCHED, (side, side))
@@ -231,7 +231,7 @@ def save(
         network=model.net.config,
         diffusion=model.config,
         text={"encoder": text.encoder, "max_tokens": text.max_tokens, "fingerprint": materials.text.fingerprint}
-        | ({"classes": list(materials.classes)} if materials.classes else {}),
+        | ({"classes": list(materials.data.classes)} if materials.data.classes else {}),
         latent=materials.latent,
         sampling=sampling or {},
         noise=noise,

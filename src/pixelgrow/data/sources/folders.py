@@ -19,14 +19,13 @@ from pixelgrow.data.sources.files import (
     suffix,
     walk,
 )
+from pixelgrow.data.sources.identity import hash_of
 from pixelgrow.data.sources.index import (
     MAX_CAPTION,
     FileSource,
     Strings,
     decode_caption,
     flat,
-    hash_of,
-    stamp,
     wordings_from,
     wordings_in,
 )
@@ -70,7 +69,7 @@ class MetadataFolder(FileSource):
                 rows.add(hash_of(name, *texts))
                 key = name
                 with open_regular(os.path.join(self._root, os.fsencode(key))) as file:
-                    self._admit(file, os.fsencode(key), *(t.encode() for t in texts), stamp(file))
+                    self._admit(file, os.fsencode(key), *(t.encode() for t in texts))
             except BadImage as error:
                 self._reject(key, error.reason)
                 continue
@@ -188,7 +187,7 @@ class PairedFolder(FileSource):
             raise BadImage("no caption")
         text = self._caption(key)
         with open_regular(os.path.join(self._root, key)) as file:
-            self._admit(file, key, text.encode(), stamp(file))
+            self._admit(file, key, text.encode())
         self._note(text)
         self._keys.append(key)
 
@@ -235,7 +234,7 @@ class ClassFolder(FileSource):
                             classes.append(self._class_name(top))
                             last = top
                         with open_regular(os.path.join(self._root, key)) as file:
-                            self._admit(file, key, stamp(file))
+                            self._admit(file, key, str(len(classes) - 1).encode())
                         self._keys.append(key)
                         self._labels.append(len(classes) - 1)
                     elif is_other_image(name):

@@ -1,10 +1,8 @@
 """What every source of files shares: a compact index filled by one scan of the headers."""
 
-import hashlib
 import io
 import logging
 import math
-import os
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Sequence
@@ -12,8 +10,9 @@ from typing import BinaryIO
 
 import numpy as np
 
-from pixelgrow.data.images import BadImage, read_header, read_image
+from pixelgrow.data.images import OUR_FAULT, BadImage, read_header, read_image
 from pixelgrow.data.sources.base import BadFile, Wording
+from pixelgrow.data.sources.identity import fingerprint_of, hash_of, print_of
 from pixelgrow.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -53,14 +52,14 @@ class FileSource(ABC):
         self.name = path
         self.fingerprint = ""
         self.sizes = np.zeros((0, 2), np.int32)  # (N, 2), (h, w)
+        self.prints = np.zeros(0, np.uint64)  # (N,), a hash of each sample (`identity`)
         self.bad: tuple[BadFile, ...] = ()
         self.files = 0
         self.ignored = 0  # files that claim to be neither image nor caption
         self.unnamed = 0  # images that stand in no line of the captions' file
-        self._sizes = array("i")
+        self._sizes, self._prints = array("i"), array("Q")
         self._noted = array("Q")
         self._bad: dict[str, str] = {}
-        self._digest = hashlib.blake2b(digest_size=16)
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -91,11 +90,17 @@ class FileSource(ABC):
     def _admit(self, file: BinaryIO, *about: bytes) -> None:
         """Read the header of a candidate and take its size into the index. Raises `BadImage`, then nothing is taken.
 
-        `about`: what identifies the sample (key, caption, time stamp), for the fingerprint.
+        `about`: what identifies the sample beside its image (key, captions), for the fingerprint.
         """
         h, w = read_header(file).size
+        try:
+            one = print_of(file, *about)
+        except OSError as error:
+            if error.errno in OUR_FAULT:
+                raise
+            raise BadImage((error.strerror or str(error)).lower()) from None
         self._sizes.extend((h, w))
-        self._digest.update(b"\0".join((*about, b"\n")))
+        self._prints.append(one)
         if len(self._sizes) % 400_000 == 0:
             log.info("%s: %d images so far", self.name, len(self._sizes) // 2)
 
@@ -127,10 +132,9 @@ class FileSource(ABC):
         self.sizes = np.frombuffer(self._sizes, dtype=np.int32).reshape(-1, 2) if self._sizes else self.sizes
         self.bad = tuple(BadFile(key, reason) for key, reason in self._bad.items())
         self.files = (len(self.sizes) if distinct is None else distinct) + len(self.bad)
-        for entry in self.bad:
-            self._digest.update(f"bad\0{entry.key}\0{entry.reason}\n".encode(errors="surrogatepass"))
-        self.fingerprint = self._digest.hexdigest()
-        del self._sizes, self._bad, self._digest
+        self.prints = np.frombuffer(self._prints, dtype=np.uint64) if self._prints else self.prints
+        self.fingerprint = fingerprint_of(self.prints)
+        del self._sizes, self._prints, self._bad
         if not len(self.sizes):
             raise UserError(self._nothing())
 
@@ -142,18 +146,6 @@ class FileSource(ABC):
             f"{self.name}: none of its {len(self.bad)} files is usable (first: {first.key}: {first.reason}); "
             "expected JPEG, PNG or WebP images with captions"
         )
-
-
-def hash_of(*parts: str) -> int:
-    """A 64-bit hash of strings in order."""
-    data = "\0".join(parts).encode(errors="surrogatepass")
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
-
-
-def stamp(file: BinaryIO) -> bytes:
-    """Size and time of change of an open file, for a fingerprint."""
-    status = os.fstat(file.fileno())
-    return f"{status.st_size} {status.st_mtime_ns}".encode()
 
 
 def caption_of(value: object) -> str:

@@ -17,7 +17,6 @@ from pixelgrow.data.sources.index import (
     Strings,
     decode_caption,
     flat,
-    stamp,
     wordings_from,
     wordings_in,
 )
@@ -64,6 +63,7 @@ class TarShards(FileSource):
     def __init__(self, path: str) -> None:
         super().__init__(path)
         self._shards = shard_paths(path)
+        self._one = not os.path.isdir(path)  # a source's own name is in no key: it may be renamed
         self._keys = Strings()
         self._shard, self._where, self._what = array("i"), array("q"), array("i")
         for number, shard in enumerate(self._shards):
@@ -79,7 +79,6 @@ class TarShards(FileSource):
             return
         with raw:
             size = os.fstat(raw.fileno()).st_size
-            self._digest.update(name.encode(errors="surrogatepass") + b"\0" + stamp(raw) + b"\n")
             if raw.read(6)[:2] == b"\x1f\x8b" or size == 0:
                 if size:
                     raise UserError(f"{shard}: a compressed shard; expected a plain .tar: decompress it first")
@@ -122,7 +121,7 @@ class TarShards(FileSource):
                     if member.isreg() and member.sparse is None and not base.startswith("."):
                         yield member
                     elif is_image(os.fsencode(base)) and not base.startswith("."):
-                        self._reject(f"{name}/{member.name}", "not a regular file")
+                        self._reject(self._key_of(name, member.name), "not a regular file")
                 raw.seek(tar.offset)
                 if raw.read(512).strip(b"\0"):
                     raise tarfile.ReadError(f"damaged from byte {tar.offset} on")
@@ -145,6 +144,7 @@ class TarShards(FileSource):
         if not group.images and not group.unsupported and not group.captions:
             return
         member = group.images[0][0] if group.images else group.unsupported or group.key
+        key = self._key_of(name, member)
         try:
             if len(group.images) > 1:
                 raise BadImage(f"{len(group.images)} images with one key")
@@ -157,16 +157,19 @@ class TarShards(FileSource):
             texts = self._caption(self._shards[number], suffix == "json", *caption)
             _, start, length = group.images[0]
             with open_regular(self._shards[number], start, length) as file:
-                self._admit(file, group.key.encode(errors="surrogateescape"), *(t.encode() for t in texts))
+                self._admit(file, key.encode(errors="surrogateescape"), *(t.encode() for t in texts))
         except BadImage as error:
-            self._reject(f"{name}/{member}", error.reason)
+            self._reject(key, error.reason)
             return
         self._note(*texts)
         self.several = self.several or len(texts) > 1
-        self._keys.append(f"{name}/{member}".encode(errors="surrogateescape"))
+        self._keys.append(key.encode(errors="surrogateescape"))
         self._shard.append(number)
         self._where.extend((start, length, caption[0]))
         self._what.extend((caption[1], suffix == "json"))
+
+    def _key_of(self, shard: str, member: str) -> str:
+        return member if self._one else f"{shard}/{member}"
 
     @staticmethod
     def _caption(shard: str, is_json: bool, start: int, length: int) -> tuple[str, ...]:

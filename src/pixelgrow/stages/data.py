@@ -1,0 +1,205 @@
+"""The data of a run's stages: sources opened once, what is held out of them, and whether they are what they were."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pixelgrow.data.scenes.source import Scenes
+from pixelgrow.data.sources.base import Source, Subset, heldout_split, large_enough
+from pixelgrow.data.sources.identity import FORM, differences, write_samples
+from pixelgrow.data.sources.index import FileSource
+from pixelgrow.data.sources.opening import open_mixture, open_source
+from pixelgrow.errors import UserError
+from pixelgrow.recipe.data import DataSpec
+from pixelgrow.recipe.stages import DistillStage, GrowStage, ModelStage, PairsStage, Recipe, Stage
+from pixelgrow.rng import seed_of
+
+SAMPLES = "data"  # in a run's folder: lists of samples, to name what differs in changed data
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Sources to train on; `weights` None: in proportion to their sizes."""
+
+    sources: list[Source]
+    weights: list[float] | None
+
+    def describe(self) -> list[dict[str, Any]]:
+        """Names, fingerprints and weights, for `stage.json`."""
+        weights: Sequence[float | None] = self.weights or [None] * len(self.sources)
+        return [
+            {"source": s.name, "fingerprint": s.fingerprint, "weight": w}
+            for s, w in zip(self.sources, weights, strict=True)
+        ]
+
+
+@dataclass
+class StageData:
+    """The sources of a recipe's stages, indexed once for a run, when they are first needed."""
+
+    recipe: Recipe
+    classes: tuple[str, ...] = field(default=(), init=False)  # of the class folders opened so far, in order of labels
+    _opened: dict[tuple[DataSpec, ...], tuple[Mixture, list[Source]]] = field(default_factory=dict, init=False)
+
+    def mixture(self, stage: ModelStage | PairsStage) -> Mixture:
+        """What a stage trains on: its pairs' data, if it has pairs, else its own, or the recipe's."""
+        if isinstance(stage, DistillStage | GrowStage) and stage.pairs is not None:
+            made = self.recipe.stage(stage.pairs)
+            assert isinstance(made, PairsStage)
+            stage = made
+        return self._open(stage.data if stage.data is not None else self.recipe.data)[0]
+
+    @cached_property
+    def heldout_sources(self) -> list[Source]:
+        """The held-out part, the same for every stage of the run."""
+        spec = self.recipe.heldout
+        if not spec.source:
+            return self._open(self.recipe.data)[1]
+        sources = [open_source(spec.opening)]
+        self._check_classes(sources)
+        return sources
+
+    def heldout_order(self, size: tuple[int, int]) -> Iterator[tuple[Source, int]]:
+        """Held-out samples of `size` (h, w) pixels and above, one of each source in turn."""
+        turns = []
+        for source in self.heldout_sources:
+            numbers = np.arange(len(source)) if isinstance(source, Scenes) else large_enough(source, size)
+            if not isinstance(source, Scenes):
+                numbers = np.random.default_rng(seed_of(self.recipe.seed, "held-out order")).permutation(numbers)
+            turns.append(_each(source, numbers))
+        while turns:
+            for turn in list(turns):
+                item = next(turn, None)
+                if item is None:
+                    turns.remove(turn)
+                else:
+                    yield item
+
+    def check_apart(self, sources: Sequence[Source]) -> None:
+        """UserError if a source to train on is one that is held out, or scenes of the same split."""
+        for source, held in product(sources, self.heldout_sources):
+            if isinstance(source, Scenes) and isinstance(held, Scenes) and source.split == held.split:
+                raise UserError(
+                    f"scenes to train on and held-out scenes both have split: {held.split}, so nothing is held out: "
+                    "write split: train into data and split: heldout into heldout"
+                )
+            if source.fingerprint == held.fingerprint:
+                raise UserError(
+                    f"{source.name} is trained on and held out: name another source in heldout, or write heldout: "
+                    "{fraction: 0.02} to hold out a part of it"
+                )
+
+    def describe(self, stage: Stage) -> dict[str, Any]:
+        """Names and fingerprints of a stage's sources, for `stage.json`."""
+        found: dict[str, Any] = {
+            "heldout": [{"source": s.name, "fingerprint": s.fingerprint} for s in self.heldout_sources]
+        }
+        if isinstance(stage, ModelStage | PairsStage):
+            found["data"] = self.mixture(stage).describe()
+        return found
+
+    def explain(self, folder: Path, stage: Stage, key: str, was: Any) -> str:
+        """How the source under a `key` of `describe(stage)` differs from what had the fingerprint `was`, in words; ""
+        for other keys. `folder`: of the run."""
+        found = re.fullmatch(r"(data|heldout)\[(\d+)\]\.fingerprint", key)
+        sources = self._used(stage)[found[1]] if found else []
+        number = int(found[2]) if found else 0
+        if not isinstance(was, str) or number >= len(sources):
+            return ""
+        source = whole(sources[number])
+        if not isinstance(source, FileSource):
+            return "the data (scenes: their n, captions, seed or split) changed since it was begun"
+        if not was.startswith(FORM):
+            return (
+                f"an earlier version began it and knew {source.name} by the times of its files, so this one cannot see "
+                "whether it is as it was"
+            )
+        if was.startswith(source.fingerprint):
+            return f"what is held out of {source.name} changed since it was begun (heldout or seed)"
+        what = differences(folder / SAMPLES, was[: len(source.fingerprint)], source)
+        return f"{source.name} changed since it was begun{what and ': '}{what}"
+
+    def list_samples(self, folder: Path, stage: Stage) -> None:
+        """Keep lists of what a stage's sources of files hold, in a run's `folder`, for `explain`."""
+        for source in map(whole, chain(*self._used(stage).values())):
+            if isinstance(source, FileSource):
+                write_samples(folder / SAMPLES, source)
+
+    def _used(self, stage: Stage) -> dict[str, list[Source]]:
+        """The sources of a stage under the keys of `describe`."""
+        data = self.mixture(stage).sources if isinstance(stage, ModelStage | PairsStage) else []
+        return {"data": data, "heldout": self.heldout_sources}
+
+    def _open(self, specs: tuple[DataSpec, ...]) -> tuple[Mixture, list[Source]]:
+        """The mixture without what is held out of it, and what is held out; indexed once for a run."""
+        if specs not in self._opened:
+            self._opened[specs] = self._index(specs)
+        return self._opened[specs]
+
+    def _index(self, specs: tuple[DataSpec, ...]) -> tuple[Mixture, list[Source]]:
+        sources, weights = open_mixture([spec.opening | _weight(spec) for spec in specs])
+        self._check_classes(sources)
+        held: list[Source] = []
+        for i, source in enumerate(sources):
+            if isinstance(source, Scenes):  # their held-out captions are a split of their own
+                held.append(Scenes(n=1024, captions=1024, seed=source.seed, split="heldout"))
+            elif not self.recipe.heldout.source:
+                sources[i], rest = heldout_split(source, self.recipe.heldout.fraction, self.recipe.seed)
+                held.append(rest)
+        return Mixture(sources, weights), held
+
+    def _check_classes(self, sources: Sequence[Source]) -> None:
+        """UserError if class folders meet a text encoder, captions meet labels, or classes are more than the labels or
+        others than before."""
+        spec = self.recipe.text
+        for source in sources:
+            names: tuple[str, ...] = getattr(source, "classes", ())
+            if not names and spec.classes:
+                raise UserError(
+                    f"{source.name} has captions, not class folders, and the recipe says text: {{classes: "
+                    f"{spec.classes}}}: write text: {{encoder: minilm}}, or name a folder of class folders"
+                )
+            if not names:
+                continue
+            if not spec.classes:
+                raise UserError(
+                    f"{source.name} has class folders, not captions, and the text encoder {spec.encoder!r} reads "
+                    f"captions: write text: {{classes: {len(names)}}} into the recipe, or put a metadata.jsonl or a "
+                    ".txt beside each image"
+                )
+            if len(names) > spec.classes:
+                raise UserError(
+                    f"{source.name} has {len(names)} class folders, the recipe says text: {{classes: {spec.classes}}}: "
+                    f"write {{classes: {len(names)}}}"
+                )
+            if self.classes not in ((), names):
+                raise UserError(
+                    f"{source.name} has folders of other classes ({_some(names)}) than the data before it "
+                    f"({_some(self.classes)}), so a label would mean two things: give both the same folders"
+                )
+            self.classes = names
+
+
+def whole(source: Source) -> Source:
+    """The source that a view is a part of."""
+    return source.parent if isinstance(source, Subset) else source
+
+
+def _each(source: Source, numbers: np.ndarray) -> Iterator[tuple[Source, int]]:
+    return ((source, int(i)) for i in numbers)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _weight(spec: DataSpec) -> dict[str, float]:
+    return {} if spec.weight is None else {"weight": spec.weight}

@@ -1,0 +1,88 @@
+"""The data of a run: whether they are what they were, and what each stage sees of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.test_identity import classes
+from pixelgrow.errors import UserError
+from pixelgrow.recipe.read import read_recipe
+from pixelgrow.recipe.stages import Recipe
+from pixelgrow.run import run
+
+CORE = {"name": "core", "size": "tiny", "resolution": 16, "images": 8, "batch": 8, "sample_every": 0,
+        "validate_every": 0, "snapshot_every": 0}  # fmt: skip
+
+
+def recipe(source: str | Path, *stages: dict[str, Any], **head: Any) -> Recipe:
+    raw = {"name": "r", "text": {"classes": 2}, "data": {"source": str(source)}} | head
+    return read_recipe(raw | {"stages": list(stages) or [{"train": CORE}]}, "test")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the class folders `set` and a finished run on them in `runs`."""
+    folder = tmp_path_factory.mktemp("finished")
+    run(recipe(classes(folder / "set", 48)), folder / "runs")
+    return folder
+
+
+@pytest.fixture
+def copied(finished: Path, tmp_path: Path) -> Path:
+    """All of `finished` elsewhere, with other times."""
+    folder = tmp_path / "copied"
+    shutil.copytree(finished, folder)
+    for path in folder.rglob("*"):
+        os.utime(path, (1e9, 1e9))
+    return folder
+
+
+def test_a_run_goes_on_with_the_same_data_wherever_they_are(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (copied / "link").symlink_to(copied / "set")
+    monkeypatch.chdir(copied)
+    for source in ("set", "set/", "link", str(copied / "set")):
+        run(recipe(source), copied / "runs")
+
+
+def forget_times(record: Path) -> None:
+    """A `stage.json` as it was when fingerprints held time stamps."""
+    record.write_text(record.read_text(encoding="utf-8").replace("content1-", ""), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda at: (at / "set/a/2.png").unlink(), r"set changed since it was begun: 1 file is gone \(a/2.png\): set"),
+        (
+            lambda at: (at / "set/b/3.png").rename(at / "set/b/99.png"),
+            r"gone \(b/3.png\), 1 file is new \(b/99.png\): ",
+        ),
+        (lambda at: forget_times(at / "runs/r/core/stage.json"), "an earlier version began it and knew .*/set by the"),
+    ],
+    ids=["gone", "renamed", "earlier version"],
+)
+def test_other_data_are_refused_with_a_word_on_what_differs(
+    copied: Path, change: Callable[[Path], object], words: str
+) -> None:
+    change(copied)
+    with pytest.raises(UserError, match=rf"^stage 'core': .*{words}") as error:
+        run(recipe(copied / "set"), copied / "runs")
+    assert "\n" not in str(error.value)
+
+
+def test_another_held_out_part_is_refused_as_such(copied: Path) -> None:
+    with pytest.raises(UserError, match=r"what is held out of .*/set changed since it was begun \(heldout or seed\)"):
+        run(recipe(copied / "set", heldout={"fraction": 0.4}), copied / "runs")
+
+
+def test_what_a_run_keeps_of_its_data(finished: Path) -> None:
+    (kept,) = (finished / "runs" / "r" / "data").iterdir()
+    data = json.loads((finished / "runs/r/core/stage.json").read_text(encoding="utf-8"))["settings"]["data"]
+    assert data[0]["fingerprint"].startswith(kept.name.removesuffix(".jsonl.gz"))
