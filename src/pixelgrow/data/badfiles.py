@@ -97,7 +97,8 @@ class BadFiles:
     def _forget_what_changed(self) -> None:
         if self.path is None or not self.path.exists():
             return
-        kept = [row for row in self._rows() if row["fingerprint"] in self._states]
+        names = {source.name for source in self._sources}  # a list may hold other sources' files too
+        kept = [row for row in self._rows() if row["fingerprint"] in self._states or row["source"] not in names]
         fresh = self.path.with_name(f"{self.path.name}.tmp")
         with writing(self.path):
             fresh.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
