@@ -40,7 +40,7 @@ from pixelgrow.rng import generator, seed_of
 
 MODES, WIDTH = 6, 0.3  # of the data, on a circle of radius 1
 SIGMA_MAX = 20.0
-GRID = karras_grid(40, 0.01, SIGMA_MAX)  # 79 evaluations, as in the paper
+GRID = karras_grid(40, 0.01, SIGMA_MAX)  # 40 levels, as in the paper: 78 evaluations to invert, 79 to sample
 METHODS = ("rec", "rec+adv", "dstl", "dstl+adv")
 BIASES = (0.0, 0.5, 1.0, 2.0)
 TARGET = 3.0

@@ -5,8 +5,8 @@
 A small `pairs` stage of the shipped `tiny` is run once undisturbed, and once in processes that are killed with SIGKILL
 at random moments until the last is left alone: shards and `pairs.json` must be the same bytes. A shard is cut off: it
 must be found, and made again, alone, to the same bytes. A teacher of other weights must be refused, both by the stage
-and by the distillation of it. Then the round trip, inversion and solution at 79 evaluations each (40 levels, Heun, no
-guidance), of held-out scenes: at least 30 dB for the shipped model.
+and by the distillation of it. Then the round trip of held-out scenes (40 levels, Heun, no
+guidance: 78 evaluations to invert, 79 back): at least 30 dB for the shipped model.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from pixelgrow.text.encoders import load_encoder
 
 TEACHER = "tiny"
 TARGET = 30.0  # dB
-LEVELS = 40  # of the grid: 79 evaluations of Heun's method
+LEVELS = 40  # of the grid: 78 evaluations of Heun's method to invert, 79 back
 PARTS = (0.25, 0.5, 0.75, 1.0)  # of the way along it
 IMAGES, SHARD = 192, 8  # of the stage: 24 shards
 NAME = "pairs"  # of the recipe and of its stage
@@ -187,8 +187,8 @@ def round_trip(denoiser: Denoiser, images: int, levels: int = LEVELS, batch: int
 def trips_table(found: dict[str, dict[str, float]], images: int) -> str:
     """The round trips as Markdown; noise levels are those of each model's resolution."""
     lines = [
-        f"PSNR in dB of {images} held-out scenes, inverted to a part of the grid and solved back, {2 * LEVELS - 1} "
-        "evaluations each way from the end (σ: the noise level there).",
+        f"PSNR in dB of {images} held-out scenes, inverted to a part of the grid and solved back, in all "
+        f"{2 * LEVELS - 2} evaluations there and {2 * LEVELS - 1} back (σ: the noise level there).",
         "",
         "| model | " + " | ".join(f"{part:.0%} of the grid" for part in PARTS) + " | through fp16 |",
         "|---|" + "---:|" * (len(PARTS) + 1),

@@ -206,7 +206,7 @@ def test_pairs_are_mended_and_another_teacher_is_refused(tmp_path: Path, monkeyp
     assert "the pairs are of the teacher" in said["distillation"]
 
 
-def test_the_shipped_core_inverts_to_30_db_at_79_evaluations() -> None:
+def test_the_shipped_core_inverts_to_30_db_on_40_levels() -> None:
     from bench import pairs
 
     found = pairs.round_trip(ungrown(checkpoint.load(find("tiny"))[0]), images=2)

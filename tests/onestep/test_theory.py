@@ -70,7 +70,7 @@ def test_the_round_trip_converges_faster_than_heun_itself(points: Tensor, method
     assert [math.log2(a / b) for a, b in pairwise(errors)] == pytest.approx([order, order], abs=0.1)
 
 
-def test_the_papers_79_evaluations_are_enough(points: Tensor) -> None:
+def test_the_papers_40_levels_are_enough(points: Tensor) -> None:
     grid = karras_grid(40, SIGMA_MIN, SIGMA_MAX)
     calls: list[float] = []
 
@@ -80,7 +80,7 @@ def test_the_papers_79_evaluations_are_enough(points: Tensor) -> None:
 
     latent = invert(counted, points, grid, "heun")
     back = solve(counted, latent, grid, "heun")
-    assert len(calls) == 78 + 79  # the step from sigma 0 costs nothing, the one to it one
+    assert len(calls) == 78 + 79  # the step from sigma 0 costs none, the step to it one
     assert 10 * math.log10(4 / float((back - points).square().mean())) > 60  # PSNR in dB of data in [-1, 1]
 
 

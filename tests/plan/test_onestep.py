@@ -136,7 +136,7 @@ def test_gradients_of_several_micro_batches_wait_for_the_last() -> None:
 @pytest.mark.parametrize(
     ("given", "evaluations"),
     [
-        ({"sampler": "heun", "steps": 7}, 12),  # from noise level 0 on nothing is asked
+        ({"sampler": "heun", "steps": 7}, 12),  # the step from noise level 0 costs none
         ({"sampler": "heun", "steps": 7, "direction": "sample", "guidance": 3}, 26),
         ({"sampler": "dpm++2m", "steps": 5, "direction": "sample", "guidance": "captions"}, 10),
         ({"sampler": "ddim", "steps": 2, "direction": "sample"}, 2),
@@ -162,6 +162,14 @@ def test_planned_pairs_equal_real_ones(given: dict[str, Any], evaluations: int) 
     assert planned.memory.weights == 4 * numbers(teacher)
     assert planned.memory.peak - planned.memory.weights == pytest.approx(run["peak"], rel=0.02)
     assert planned.parameters["core"] == numbers(teacher.net.core) and planned.parameters["training"] == 0
+
+
+@pytest.mark.parametrize(("direction", "evaluations"), [("invert", 78), ("sample", 79)])
+def test_pairs_on_the_papers_40_levels(direction: Any, evaluations: int) -> None:
+    teacher = shallow()
+    planned = pairs_cost(PairsStage(name="pairs", n=8, batch=N, shard=N, direction=direction), teacher.net.config)
+    once = pairs_cost(PairsStage(name="pairs", n=8, batch=N, shard=N, steps=2, sampler="ddim"), teacher.net.config)
+    assert planned.flops == pytest.approx(evaluations * once.flops, rel=1e-9)  # two levels of DDIM: one evaluation
 
 
 def test_judges_from_outside_are_not_counted() -> None:

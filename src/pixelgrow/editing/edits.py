@@ -54,7 +54,7 @@ STRENGTH = 0.7  # of `transfer`, where none is given
 REFINED = 0.4  # of the path: for a second pass
 SEEN = (0.5, 2.0)  # noise levels at which a picture's objects are seen, in units of the data's deviation
 APART = 0.3  # of the largest difference between two prompts' pictures: from there on they disagree
-TEACHER = ("heun", 20)  # the solver of a teacher's inversion: 39 evaluations
+TEACHER = ("heun", 20)  # the solver of a teacher's inversion: 38 evaluations
 CLOSER = 30  # steps of descent from the latent of a teacher, where no number is given; the paper's way takes none
 logger = logging.getLogger(__name__)
 

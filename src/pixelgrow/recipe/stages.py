@@ -191,7 +191,7 @@ class PairsStage(Spec):
     n: int = Field(ge=1)
     direction: Literal["invert", "sample"] = "invert"
     sampler: Literal["heun", "ddim", "dpm++2m"] = "heun"
-    steps: int = Field(40, ge=2, description="levels of the grid; heun evaluates 2 * steps - 1 times")
+    steps: int = Field(40, ge=2, description="levels of the grid; heun evaluates 2 * steps - 2 times to invert")
     guidance: float | GuidanceDistribution = 1.0
     flip: bool = False
     batch: int = Field(64, ge=1)
