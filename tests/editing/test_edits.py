@@ -154,12 +154,15 @@ def test_a_mixture_of_captions_has_them_at_its_ends_whatever_their_lengths() -> 
     def drawn(c: Cond) -> Tensor:
         return denoiser(x, sigma, c)
 
+    half = mixed(a, b, torch.full((3,), 0.5))
+    assert half.mask is not None and half.mask.dtype == torch.bool and half.mask.shape == (3, 10)
+    assert half.token_weights is not None and torch.equal(half[1:].token_weights, torch.full((2, 10), 0.5))
     torch.testing.assert_close(drawn(mixed(a, b, torch.zeros(3))), drawn(a), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(drawn(mixed(a, b, torch.ones(3))), drawn(b), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(drawn(mixed(b, b, torch.full((3,), 0.3))), drawn(b), rtol=1e-4, atol=1e-5)
     near = drawn(mixed(a, b, torch.full((3,), 1e-6)))
     torch.testing.assert_close(near, drawn(a), rtol=1e-2, atol=1e-3)
-    assert (drawn(mixed(a, b, torch.full((3,), 0.5))) - drawn(a)).abs().max() > 0.01
+    assert (drawn(half) - drawn(a)).abs().max() > 0.01
 
 
 def test_a_mixture_of_classes_is_one_of_their_embeddings() -> None:
@@ -513,7 +516,7 @@ def test_prompts_settings_and_models_that_do_not_fit_are_one_line() -> None:
     mistake("class '3' is unknown: expected a number from 0 to 2", e.inpaint, one, picture(), half(), "3")
     mistake("2 prompts for 1 pictures", e.inpaint, many, picture(), half(), ["1", "2"])
     mistake("iterations: a multi-step model edits along", e.inpaint, many, picture(), half(), "1", iterations=3)
-    mistake("steps: a one-step generator draws in one", e.inpaint, one, picture(), half(), "1", steps=3)
+    mistake("steps: a one-step generator samples in one", e.inpaint, one, picture(), half(), "1", steps=3)
     mistake("strength: a one-step generator", e.transfer, one, picture(), "1", "2", strength=0.5)
     mistake("strength=0: expected more than 0", e.transfer, many, picture(), "1", "2", strength=0)
     mistake("is a multi-step denoiser, expected a one-step", e.transfer, many, picture(), "1", "2", teacher=many)
@@ -609,7 +612,7 @@ def test_interpolations_are_strips_and_gifs(run_cli: RunCli, files: Path, tmp_pa
         ("inpaint many a.png --mask mask.png --prompt red", "class 'red' is unknown: expected a number from 0 to 2"),
         ("inpaint many wide.png --mask mask-wide.png --prompt 1", "such as 16x24; resize it, or have it cropped"),
         ("inpaint many a.png --mask mask.png --prompt 1 --iterations 9", "iterations: a multi-step model edits along"),
-        ("inpaint one a.png --mask mask.png --prompt 1 --guidance 2", "guidance: a one-step generator draws in one"),
+        ("inpaint one a.png --mask mask.png --prompt 1 --guidance 2", "guidance: a one-step generator samples in one"),
         ("inpaint nowhere a.png --mask mask.png --prompt 1", "nowhere is not a checkpoint"),
         ("inpaint many a.png --mask mask.png --prompt 1 -o x.jpg", "--out x.jpg: expected a name that ends in .png"),
         ("transfer many a.png --from 1 --to 9", "class '9' is unknown"),

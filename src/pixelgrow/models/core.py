@@ -29,11 +29,6 @@ class Context:
     bias: Tensor
 
 
-def _rows(table: nn.Embedding, labels: Tensor) -> Tensor:
-    """Rows of a table by number, labels (B,) int64 -> (B, dim), or their sums under weights, labels (B, rows) float."""
-    return labels.to(table.weight.dtype) @ table.weight if labels.is_floating_point() else table(labels)
-
-
 class Block(nn.Module):
     """Self-attention, cross-attention to the text, MLP; noise level and pooled text modulate the first and last.
 
@@ -110,28 +105,41 @@ class Core(nn.Module):
     def embed(self, c_noise: Tensor, cond: Cond, extra: Tensor | float = 0.0) -> Context:
         """Noise level c_noise (B,) and condition -> what the blocks and levels see. `extra` (B, width) joins them."""
         dtype = self.null_token.dtype
-        if self.config.classes:
-            if cond.labels is None:
-                raise ValueError("a class-conditional core got a text condition")
-            tokens, pooled = _rows(self.class_token, cond.labels)[:, None], _rows(self.class_pooled, cond.labels)
-            mask = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
-        else:
-            if cond.tokens is None or cond.mask is None or cond.pooled is None:
-                raise ValueError("a text-conditional core got class labels")
-            tokens, mask, pooled = cond.tokens.to(dtype), cond.mask, cond.pooled.to(dtype)
-            tokens = (tokens - self.text_mean) @ self.text_scale
+        tokens, weights, pooled = (self._classes if self.config.classes else self._text)(cond)
         null = cond.null
-        first = torch.arange(mask.shape[1], device=mask.device) == 0
+        first = torch.arange(weights.shape[1], device=weights.device) == 0
         tokens = torch.where(null[:, None, None], self.null_token, tokens)
-        mask = torch.where(null[:, None], first, mask)
+        weights = torch.where(null[:, None], first.to(dtype), weights)
         pooled = torch.where(null[:, None], self.null_pooled, pooled)
         vec = F.silu(self.noise(c_noise) + self.pooled(pooled) + extra)
         return Context(
             vec=vec,
             modulation=self.modulation(vec).unflatten(1, (6, -1)),
             text=tokens,
-            bias=mask.to(dtype).log()[:, None, None],  # a softmax times the mask, which may be weights
+            bias=weights.log()[:, None, None],  # added before the softmax: multiplies attention by the weights
         )
+
+    def _classes(self, cond: Cond) -> tuple[Tensor, Tensor, Tensor]:
+        """Classes -> one token (B, 1, text_dim), its weight (B, 1) and the pooled vector (B, pooled_dim)."""
+        tables = self.class_token, self.class_pooled
+        if cond.class_weights is not None:
+            token, pooled = (cond.class_weights.to(table.weight.dtype) @ table.weight for table in tables)
+        elif cond.labels is not None:
+            token, pooled = (table(cond.labels) for table in tables)
+        else:
+            raise ValueError("a class-conditional core got a text condition")
+        return token[:, None], token.new_ones(len(token), 1), pooled
+
+    def _text(self, cond: Cond) -> tuple[Tensor, Tensor, Tensor]:
+        """Text -> whitened tokens (B, L, text_dim), weights of the attention to them (B, L) and the pooled vector."""
+        if cond.tokens is None or cond.mask is None or cond.pooled is None:
+            raise ValueError("a text-conditional core got class labels")
+        dtype = self.null_token.dtype
+        tokens = (cond.tokens.to(dtype) - self.text_mean) @ self.text_scale
+        weights = cond.mask.to(dtype)
+        if cond.token_weights is not None:
+            weights = weights * cond.token_weights.to(dtype)
+        return tokens, weights, cond.pooled.to(dtype)
 
     def forward(self, x: Tensor, size: tuple[int, int], ctx: Context) -> Tensor:
         (last,) = deque(self.layers(x, size, ctx), maxlen=1)
