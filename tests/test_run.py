@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -33,9 +35,10 @@ from pixelgrow.diffusion.denoiser import Denoiser
 from pixelgrow.diffusion.sampling import Samples, sample
 from pixelgrow.errors import UserError
 from pixelgrow.recipe.read import Recipe, load_recipe, read_recipe
-from pixelgrow.run import locked, run
+from pixelgrow.run import _warn_of_micro_batches, less_memory, locked, run
 from pixelgrow.stages import grow, train
 from pixelgrow.stages.materials import Materials
+from pixelgrow.stages.record import Record
 from pixelgrow.training.denoise import DenoiseObjective
 from pixelgrow.training.objective import Terms
 from pixelgrow.training.optim import rate
@@ -119,24 +122,13 @@ def test_one_schedule_goes_through_the_unfreezing(smoke: Path) -> None:
     assert not (smoke / "grown" / "frozen" / "state").exists()
 
 
-def test_a_growth_that_unfreezes_goes_on_to_the_same_bytes(
-    smoke: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_growth_that_unfreezes_goes_on_to_the_same_bytes(smoke: Path, tmp_path: Path) -> None:
     """Stopped in the frozen phase, at its end before its checkpoint is written, and after it."""
-    real = pixelgrow.training.state.save
     shutil.copytree(smoke, tmp_path / "smoke")
     shutil.rmtree(tmp_path / "smoke" / "grown")
-    for at in (8, 16, 24):
-
-        def save(folder: Path, images: int, *rest: Any, at: int = at) -> None:
-            real(folder, images, *rest)
-            if images == at:
-                raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch:
-            patch.setattr("pixelgrow.training.state.save", save)
-            with pytest.raises(KeyboardInterrupt):
-                run(load_recipe("smoke"), tmp_path)
+    for images in (8, 16, 24):
+        with stopped_after(images):
+            run(load_recipe("smoke"), tmp_path)
     run(load_recipe("smoke"), tmp_path)
     for part in ("grown", "grown/frozen"):
         assert (tmp_path / "smoke" / part / WEIGHTS).read_bytes() == (smoke / part / WEIGHTS).read_bytes()
@@ -191,6 +183,81 @@ def test_a_changed_stage_is_refused(smoke: Path) -> None:
         with pytest.raises(UserError, match=words):
             run(load_recipe("smoke", [override]), smoke.parent)
     run(load_recipe("smoke", ["stages.core.workers=1", "stages.core.log_every=16"]), smoke.parent)
+
+
+class Stop(Exception):
+    pass
+
+
+@contextmanager
+def stopped_after(images: int) -> Iterator[None]:
+    """The run stops when it has saved its state at so many images."""
+    real = pixelgrow.training.state.save
+
+    def save(folder: Path, now: int, *rest: Any) -> None:
+        real(folder, now, *rest)
+        if now == images:
+            raise Stop
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        patch.setattr("pixelgrow.training.state.save", save)
+        yield
+
+
+def test_a_run_goes_on_with_what_changes_no_result(
+    smoke: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, saves = only_core(tmp_path), [16, 32, 48]
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, dynamic: None)
+    changes = [
+        [],
+        ["accumulate=4"],
+        ["accumulate=2", "activation_checkpointing=true"],
+        ["compile=true", "log_every=16"],
+    ]
+    every = [f"{name}_every={n}" for name, n in (("validate", 32), ("sample", 0), ("snapshot", 32))]
+    for images, some in zip([*saves, None], changes, strict=True):
+        changed = load_recipe(recipe, [f"stages.core.{s}" for s in (*some, *(every if some else []))])
+        with stopped_after(images) if images else nullcontext():
+            run(changed, tmp_path)
+    found, expected = (load_file(folder / "core" / WEIGHTS) for folder in (tmp_path / "smoke", smoke))
+    for name, tensor in expected.items():  # gradients are added up in another order
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5)
+
+
+def test_running_out_of_memory_names_what_to_write_and_it_can_be_written(
+    smoke: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, real = only_core(tmp_path), DenoiseObjective.loss
+
+    def loss(self: DenoiseObjective, batch: Batch, part: str) -> Terms:
+        if len(batch.image) > 8 and int(batch.index[0]) >= 32:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
+        return real(self, batch, part)
+
+    monkeypatch.setattr(DenoiseObjective, "loss", loss)
+    with pytest.raises(UserError, match=r"stage 1 of 1, core: out of memory \(CUDA .*allocate\): what was") as error:
+        run(load_recipe(recipe), tmp_path)
+    advice = re.findall(r"--set (\S+)", str(error.value))
+    assert advice == ["stages.core.accumulate=2", "stages.core.activation_checkpointing=true"]
+    run(load_recipe(recipe, advice[:1]), tmp_path)
+    assert record(tmp_path / "smoke" / "core")["done"]
+
+
+@pytest.mark.parametrize("name", ["smoke", "smoke-guided", "demo"])
+def test_what_needs_less_memory_is_a_recipe_and_may_be_changed(name: str) -> None:
+    for stage in load_recipe(name).stages:
+        advice = re.findall(r"--set (\S+)", less_memory(stage))
+        assert advice and all(set_.split(".")[2].split("=")[0] in stage.free for set_ in advice)
+        load_recipe(name, advice)
+
+
+def test_a_generator_is_told_that_micro_batches_matter(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stage = load_recipe("smoke-guided", ["stages.onestep.accumulate=2"]).stage("onestep")
+    begun = Record(tmp_path / "onestep")
+    begun.begin({"accumulate": 1}, {})
+    _warn_of_micro_batches(stage, begun)
+    assert "accumulate was 1, now 2" in caplog.text
 
 
 def only_core(folder: Path) -> Path:

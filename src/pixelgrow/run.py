@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pixelgrow import checkpoint
-from pixelgrow.errors import UserError
+from pixelgrow.errors import UserError, out_of_memory
 from pixelgrow.model import find
 from pixelgrow.onestep.estimator import FACTS
 from pixelgrow.onestep.pairs import INDEX
@@ -22,11 +22,14 @@ from pixelgrow.recipe.stages import (
     DistillStage,
     EstimateStage,
     GrowStage,
+    ModelStage,
     PairsStage,
     Recipe,
     Stage,
+    TrainedStage,
     TrainStage,
     is_folder,
+    makes_generator,
 )
 from pixelgrow.report.report import write_report
 from pixelgrow.stages.distill import distill_stage, grow_generator_stage
@@ -56,7 +59,8 @@ def run(recipe: Recipe, root: Path = Path("runs")) -> Path:
         materials = Materials(recipe, folder)
         records = {stage.name: Record(folder / stage.name) for stage in recipe.stages}
         for stage in recipe.stages:  # before any work: a change in the last stage is no surprise after the first
-            records[stage.name].check(materials.describe(stage), explain=partial(materials.data.explain, folder, stage))
+            explain = partial(materials.data.explain, folder, stage)
+            records[stage.name].check(materials.describe(stage), free=stage.free, explain=explain)
         _warn_of_gone(recipe, records)
         nets = networks(recipe)
         for stage in recipe.stages:
@@ -74,18 +78,24 @@ def run(recipe: Recipe, root: Path = Path("runs")) -> Path:
                 parents[stage.pairs] = checkpoint.file_hash(folder / stage.pairs / INDEX)
             if isinstance(stage, DistillStage | GrowStage) and stage.estimator is not None:
                 parents[stage.estimator] = checkpoint.file_hash(folder / stage.estimator / FACTS)
-            record.check(settings, parents, partial(materials.data.explain, folder, stage))
+            record.check(settings, parents, stage.free, partial(materials.data.explain, folder, stage))
             if record.done:
                 logger.info("%s: done before", where)
                 continue
             logger.info("%s: %s", where, "going on" if record.values else "starting")
             materials.data.list_samples(folder, stage)
+            _warn_of_micro_batches(stage, record)
             record.begin(settings, parents)
             reset_peak(materials.device)
             began = time.monotonic()
             before = float(record.values.get("wall_seconds", 0))
             try:
                 result = _execute(stage, parent, folder / stage.name, materials)
+            except Exception as error:
+                if out_of_memory(error):
+                    reason = str(error).partition("\n")[0][:120]
+                    raise UserError(f"{where}: out of memory ({reason}): {less_memory(stage)}") from error
+                raise
             finally:  # also of a start that is stopped
                 seconds = before + time.monotonic() - began
                 record.write({**record.values, "wall_seconds": round(seconds, 1)})
@@ -107,6 +117,38 @@ def _warn_of_gone(recipe: Recipe, records: Mapping[str, Record]) -> None:
                     "then; delete %s too to have it made anew",
                     stage.name, name, records[stage.name].folder,
                 )  # fmt: skip
+
+
+def _warn_of_micro_batches(stage: Stage, record: Record) -> None:
+    """A denoiser's gradient is a mean over images, however they are split; some terms of a generator's are not."""
+    if not (isinstance(stage, ModelStage) and makes_generator(stage)):
+        return
+    was = record.values.get("settings", {}).get("accumulate", stage.accumulate)
+    if was != stage.accumulate:
+        logger.warning(
+            "%s: accumulate was %s, now %s: each micro-batch has an adaptive weight, mismatched captions and a step of "
+            "spectral norm of its own, so the result differs a little from that of a run without the change",
+            stage.name, was, stage.accumulate,
+        )  # fmt: skip
+
+
+def less_memory(stage: Stage) -> str:
+    """What to add to the command so that a stage needs less memory and goes on from what it saved."""
+    at, options = f"--set stages.{stage.name}", []
+    if isinstance(stage, TrainedStage):
+        more = next((n for n in range(stage.accumulate + 1, stage.batch + 1) if stage.batch % n == 0), None)
+        if more:
+            options.append(f"{at}.accumulate={more} (micro-batches of {stage.batch // more} images)")
+        if not stage.activation_checkpointing and not isinstance(stage, EstimateStage):
+            options.append(f"{at}.activation_checkpointing=true (slower)")
+    else:
+        whole = stage.shard if isinstance(stage, PairsStage) else 0  # a shard is made of whole batches
+        less = next((n for n in range(stage.batch // 2, 0, -1) if whole % n == 0), None)
+        if less:
+            options.append(f"{at}.batch={less}")
+    if not options:
+        return "the stage computes one image at a time already: use a device with more memory"
+    return f"what was saved is kept: run the same command again with {', or '.join(options)}"
 
 
 def _execute(stage: Stage, parent: Parent | None, folder: Path, materials: Materials) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
@@ -23,6 +23,10 @@ class TrainedStage(TrainSettings):
     """What stages that train share: a name, a parent, and the training settings."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_by_name=True, validate_by_alias=True)
+    free: ClassVar[frozenset[str]] = frozenset(  # settings that may change while the stage is unfinished
+        {"accumulate", "activation_checkpointing", "compile", "workers", "bad_limit", "max_bad_steps"}
+        | {name for name in TrainSettings.model_fields if name.endswith("_every")}
+    )
 
     name: str = Field(pattern=NAME)
     parent: str | None = Field(None, alias="from")
@@ -185,6 +189,8 @@ class PairsStage(Spec):
     first distribution for the caption that came first, the second for the others, as in the paper.
     """
 
+    free: ClassVar[frozenset[str]] = frozenset({"batch", "workers", "bad_limit"})
+
     name: str = Field(pattern=NAME)
     parent: str | None = Field(None, alias="from")
     data: Mixture | None = None
@@ -260,6 +266,8 @@ class EvaluateStage(SamplingSpec):
 
     Sampling settings that are left out are the checkpoint's own.
     """
+
+    free: ClassVar[frozenset[str]] = frozenset({"batch"})
 
     name: str = Field(pattern=NAME)
     parent: str | None = Field(None, alias="from")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,6 @@ from pixelgrow.recipe.stages import Recipe
 from pixelgrow.writing import writing
 
 FILE = "stage.json"
-# Settings that leave the result as it is, a source's path among them: a run may go on with others.
-FREE = frozenset(
-    {"source", "workers", "bad_limit", "max_bad_steps", "log_every", "save_every", "sample_every", "validate_every"}
-)
 
 
 class Record:
@@ -40,12 +36,13 @@ class Record:
         self,
         settings: Mapping[str, Any],
         parents: Mapping[str, str] | None = None,
+        free: Set[str] = frozenset(),
         explain: Callable[[str, Any], str] = lambda key, was: "",
     ) -> None:
-        """Raise UserError, naming the first setting that changed, if the stage was begun otherwise.
+        """Raise UserError, naming the first setting that changed, if the stage was begun with others.
 
-        `parents` None: they are not known yet, and not compared. `explain(key, was)`: what changed, in words, where its
-        value says little; "" to show the values.
+        `parents` None: they are not known yet, and not compared. `free`: settings that may change; so may the paths of
+        sources. `explain(key, was)`: what changed, in words, where its value says little; "" to show the values.
         """
         if not self.values:
             return
@@ -54,7 +51,7 @@ class Record:
                 continue
             was, new = _flat(self.values.get(kind, {})), _flat(now)
             for key in [*new, *(k for k in was if k not in new)]:
-                if was.get(key) == new.get(key) or key.rpartition(".")[2] in FREE:
+                if was.get(key) == new.get(key) or (kind == "settings" and (key in free or key.endswith("].source"))):
                     continue
                 words = "" if kind == "parents" else explain(key, was.get(key))
                 what = f"its parent {key}" if kind == "parents" else key
@@ -85,7 +82,7 @@ def done_before(recipe: Recipe, folder: Path) -> list[str]:
     for stage in recipe.stages:
         was = records[stage.name].values.get("settings", {})
         now = stage.model_dump(mode="json", by_alias=True, exclude={"data"}) | {"seed": recipe.seed}
-        records[stage.name].check(was | now)
+        records[stage.name].check(was | now, free=stage.free)
     return [name for name, record in records.items() if record.done]
 
 
