@@ -70,3 +70,18 @@ def test_the_command_line_tunes_its_own_process(run_cli, tmp_path: Path, monkeyp
     monkeypatch.setattr("pixelgrow.run.run", lambda recipe, runs: done.append("run") or runs / "report.html")
     assert run_cli("run", "smoke", "--runs", tmp_path).code == 0
     assert done == ["tuned", "run"]
+
+
+def test_training_and_its_hooks_compute_in_tf32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    seen: list[str] = []
+
+    class Watching(toy.Toy):
+        def loss(self, batch, part):
+            seen.append(torch.get_float32_matmul_precision())
+            return super().loss(batch, part)
+
+    hook = monitor.Hook("look", 8, lambda _: {"x": seen.append(torch.get_float32_matmul_precision()) or 0.0})
+    toy.run(tmp_path, Watching(), hooks=(hook,))
+    assert set(seen) == {"high"}
+    assert torch.get_float32_matmul_precision() == "highest"

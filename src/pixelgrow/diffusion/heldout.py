@@ -9,12 +9,14 @@ from torch import Tensor
 
 from pixelgrow import rng
 from pixelgrow.models.cond import Cond
+from pixelgrow.precision import tf32
 
 # Noise levels as the core sees them; a model grown k times is asked at k times these.
 SIGMAS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 20.0)
 
 
 @torch.no_grad()
+@tf32()
 def denoising_error(
     denoise: Callable[[Tensor, Tensor, Cond], Tensor],
     images: Tensor,

@@ -21,6 +21,7 @@ from pixelgrow.diffusion.guidance import Guided, Network
 from pixelgrow.errors import UserError
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.config import PIXELS, Space
+from pixelgrow.precision import tf32
 from pixelgrow.rng import normal
 
 Denoise = Callable[[Tensor, float], Tensor]
@@ -234,6 +235,7 @@ def slices(count: int, batch: int) -> list[slice]:
 
 
 @torch.no_grad()
+@tf32()
 def sample(
     denoiser: DenoiserLike,
     cond: Cond,
@@ -306,6 +308,7 @@ def sample(
 
 
 @torch.no_grad()
+@tf32()
 def generate(
     generator: OneStep,
     cond: Cond,

@@ -47,6 +47,7 @@ from pixelgrow.models.cond import Cond, mixed, slerp
 from pixelgrow.models.layers import box_down, up_nearest
 from pixelgrow.onestep.latents import Draw, FitSettings, Misfit, fit, nearest
 from pixelgrow.onestep.pairs import Ode
+from pixelgrow.precision import tf32
 
 MAX_FRAMES = 1000
 BATCH = 64  # frames at a time
@@ -63,6 +64,7 @@ logger = logging.getLogger(__name__)
 
 
 @torch.no_grad()
+@tf32()
 def inpaint(
     model: Model,
     pictures: Picture | Sequence[Picture],
@@ -99,6 +101,7 @@ def inpaint(
 
 
 @torch.no_grad()
+@tf32()
 def upscale(
     model: Model,
     pictures: Picture | Sequence[Picture],
@@ -153,6 +156,7 @@ def _averaging_to(image: Tensor, y: Tensor, k: int) -> Tensor:
 
 
 @torch.no_grad()
+@tf32()
 def transfer(
     model: Model,
     pictures: Picture | Sequence[Picture],
@@ -215,6 +219,7 @@ def _differing(changes: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
+@tf32()
 def interpolate(
     model: Model,
     prompts: str | Sequence[str],

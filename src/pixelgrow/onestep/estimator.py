@@ -25,6 +25,7 @@ from pixelgrow.models.layers import box_down, zero_
 from pixelgrow.onestep.features import TeacherFeatures
 from pixelgrow.onestep.losses import GUIDANCE_DISTRIBUTIONS, GuidanceDistribution, spread_of
 from pixelgrow.onestep.pairs import read_shard, write_shard
+from pixelgrow.precision import tf32
 from pixelgrow.training.objective import Terms
 
 PART = "estimator"
@@ -61,6 +62,7 @@ class Estimator(nn.Module):
 
 
 @torch.no_grad()
+@tf32()
 def described(features: TeacherFeatures, images: Tensor, cond: Cond) -> Tensor:
     """What the estimator knows of pictures (B, 3, H, W) in [-1, 1]: mean and deviation of the teacher's tokens at the
     teacher's resolution, layer by layer, and the condition as the teacher embeds it; (B, width)."""

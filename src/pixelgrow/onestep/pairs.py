@@ -27,6 +27,7 @@ from pixelgrow.diffusion.sampling import Denoise, invert, karras_grid, solve
 from pixelgrow.errors import UserError
 from pixelgrow.models.layers import box_down, up_nearest
 from pixelgrow.onestep.losses import GuidanceDistribution
+from pixelgrow.precision import tf32
 from pixelgrow.training.state import flush
 from pixelgrow.writing import writing
 
@@ -54,15 +55,18 @@ class Ode:
         """The falling grid (steps + 1,), from sigma_max to 0."""
         return karras_grid(self.steps, self.sigma_min, self.sigma_max)
 
+    @tf32()
     def to_latent(self, denoise: Denoise, x: Tensor) -> Tensor:
         """Images (B, 3, h, w) -> latents of about unit variance."""
         return invert(denoise, x, self.sigmas, self.sampler) / self.sigma_max
 
+    @tf32()
     def to_image(self, denoise: Denoise, z: Tensor) -> Tensor:
         """Latents (B, 3, h, w) -> images."""
         return solve(denoise, self.sigma_max * z, self.sigmas, self.sampler)
 
     @torch.no_grad()
+    @tf32()
     def round_trip(
         self, denoise: Denoise, x: Tensor, parts: Sequence[float] = (0.25, 0.5, 0.75, 1.0)
     ) -> dict[str, float]:

@@ -15,6 +15,7 @@ from pixelgrow.onestep.settings import LossSettings
 from pixelgrow.plan.network import Cost, network_cost
 from pixelgrow.plan.onestep import distill_cost, pairs_cost
 from pixelgrow.plan.shapes import networks, parent_network
+from pixelgrow.precision import has_bf16
 from pixelgrow.recipe.read import Recipe, read_recipe
 from pixelgrow.recipe.stages import (
     DistillStage,
@@ -47,13 +48,13 @@ class StagePlan:
 
 
 def plan_recipe(recipe: Recipe, *, gpu: bool | None = None) -> list[StagePlan]:
-    """Every phase of training and every making of pairs in a recipe, in order. `gpu`: plan for one, by default where
-    there is one.
+    """Every phase of training and every making of pairs in a recipe, in order. `gpu`: plan for one that has bfloat16,
+    by default where there is one.
 
     Left out are pictures and measurements on the way, the sixteen images that a stage of pairs checks its solver by,
     and `estimate` stages, whose network is a few small layers on one look of the teacher at each pair.
     """
-    gpu = torch.cuda.is_available() if gpu is None else gpu
+    gpu = has_bf16() if gpu is None else gpu
     nets = networks(recipe)
     return [plan for stage in recipe.stages for plan in _phases(stage, recipe, nets, gpu)]
 
@@ -143,6 +144,5 @@ def measured_rate() -> float:
     """FLOP/s that training may achieve here: `SHARE` of the rate of matrix products, measured now."""
     from pixelgrow.training.monitor import matmul_rate
 
-    gpu = torch.cuda.is_available()
-    device = torch.device("cuda" if gpu else "cpu")
-    return SHARE * matmul_rate(device, torch.bfloat16 if gpu else torch.float32)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return SHARE * matmul_rate(device, torch.bfloat16 if has_bf16() else torch.float32)

@@ -114,7 +114,7 @@ def plan_tables(plans: Sequence[StagePlan], rate: float, how: str) -> Renderable
     sums = "forward + backward; of a one-step generator, its update + its discriminator's; of pairs, forward"
     note = f"FLOP/image: {sums}. Time at {count(rate)}FLOP/s, {how}; one device."
     if any(list(p.cost.work) == ["forward"] for p in plans):
-        note += " Pairs are made in fp32, which a GPU does slower than that."
+        note += " Pairs are made in float32 (TF32 on a GPU), which is slower than that."
     return Group(work, Text(), memory, Text(), Text(note, style="dim"))
 
 

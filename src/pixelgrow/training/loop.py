@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
+from pixelgrow import precision
 from pixelgrow.errors import UserError
 from pixelgrow.rng import seed_of
 from pixelgrow.training import monitor, optim, process, state
@@ -113,7 +114,7 @@ class Training:
         self.objective, self.settings, self.folder, self.seed, self.keep = objective, settings, folder, seed, keep
         self.until = settings.images if until is None else until
         self.device = next(p for m in objective.modules.values() for p in m.parameters()).device
-        self.bf16 = settings.precision == "bf16" or (settings.precision == "auto" and self.device.type == "cuda")
+        self.dtype = precision.training_dtype(settings.precision, self.device)
         self.parameters = {part: optim.trainable(m) for part, m in objective.modules.items()}
         for part, parameters in self.parameters.items():
             if not parameters:
@@ -249,7 +250,7 @@ class Training:
     def _gradients(self, micro: Sequence[Any], part: str) -> list[Terms]:
         terms = []
         for batch in micro:
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16):
+            with precision.autocast(self.device, self.dtype):
                 one = self.objective.loss(batch, part)
             (one.loss / len(micro)).backward()
             terms.append(one)
@@ -289,7 +290,7 @@ class Training:
         c, s = self.counters, self.settings
         log = Log(self.folder, keep=c.lines, images=c.images)
         before = c.images - s.batch if c.images else 0
-        rate = monitor.matmul_rate(self.device, torch.bfloat16 if self.bf16 else torch.float32)
+        rate = monitor.matmul_rate(self.device, self.dtype)
         meter = monitor.Meter(flops, rate)
         stream: Iterator[Any] | None = None
         fresh = True
@@ -385,8 +386,7 @@ class Training:
             for module in modules.values():
                 module.eval()
             devices = [self.device] if self.device.type == "cuda" else []
-            bf16 = torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.bf16)
-            with torch.random.fork_rng(devices), torch.no_grad(), bf16:
+            with torch.random.fork_rng(devices), torch.no_grad(), precision.autocast(self.device, self.dtype):
                 yield
         finally:
             for m in training:

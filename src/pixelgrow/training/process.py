@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
+from pixelgrow import precision
 from pixelgrow.training import cpu
 
 RECOMPILES = 64  # shapes of captions, in training and in sampling, that `compile` may meet
@@ -14,12 +15,14 @@ RECOMPILES = 64  # shapes of captions, in training and in sampling, that `compil
 
 @contextmanager
 def settings(device: torch.device, compiled: bool = False) -> Iterator[None]:
-    """Random numbers set aside; on a CPU, denormal numbers count as zero; `compiled`: room for recompilations.
+    """Random numbers set aside; on a GPU, TF32; on a CPU, denormal numbers count as zero; `compiled`: room for
+    recompilations.
 
     Afterwards the process is as it was: it may be the user's own, and go on with other work.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        stack.enter_context(precision.tf32())
         if device.type == "cpu":
             stack.enter_context(cpu.denormals_flushed())
         if compiled:

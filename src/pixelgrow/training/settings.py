@@ -7,6 +7,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from pixelgrow.diffusion.denoiser import NoiseConfig, Weighting
+from pixelgrow.precision import Precision
 
 MAX_EMA_LENGTH = 12**-0.5  # of a plain average over the whole run (gamma = 0; EDM2, arXiv 2312.02696, section 3.1)
 
@@ -39,7 +40,7 @@ class TrainSettings(BaseModel):
     weighting: Weighting = "edm"
     weighting_bias: float | None = Field(None, description="b of weighting: sigmoid; -3 if left out")
     multiscale: bool = False
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Precision = "auto"
     compile: bool = False
     activation_checkpointing: bool = False
     log_every: Images | None = Field(None, ge=1)
