@@ -71,6 +71,46 @@ def test_overrides(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "typed",
+    ["/x/photos #2", "a: b", "- a", "[2024] photos", "[2024]", "{x}", "{x", "yes", "null", "~", "true", "007", "1e6",
+     "2024", "1:30", "0x10", "2024-01-31", "@x", "%x", "`x`", "!!int 5", "!x", "&a", "*a", "|", "> a", "? a", "it's",
+     "\"", "'a", "\\d\\n", "a\tb", " a ", "", "Grüße", "a=b", "a, b", "#"],
+)  # fmt: skip
+def test_a_text_is_what_was_typed(tmp_path: Path, typed: str) -> None:
+    path = write(tmp_path, GOOD.replace("{source: scenes, n: 200_000, captions: 1e3}", "[{source: x}]"))
+    flow, none = typed[:1] in ("{", "["), typed in ("null", "~", "")
+    given = [f"data[0].source={typed}"]
+    given += [] if flow else [f"data[0]={typed}", f"data={typed}"]  # else a mapping, or a list of sources
+    given += [] if flow or none else [f"stages.core.data={typed}"]  # else no data of its own
+    for override in given:
+        recipe = load_recipe(path, [override])
+        stage = recipe.stages[0]
+        assert isinstance(stage, TrainStage)
+        assert (stage.data or recipe.data)[0].source == typed, override
+
+
+@pytest.mark.parametrize(
+    ("typed", "read"),
+    [("5", 5), ("1e3", 1000), ("010", 10), ("1_000", 1000), ("0x10", 16), (" 7 ", 7), ("+3", 3), ("'8'", 8)],
+)
+def test_numbers_are_numbers(tmp_path: Path, typed: str, read: int) -> None:
+    assert load_recipe(write(tmp_path), [f"seed={typed}"]).seed == read
+    assert load_recipe(write(tmp_path, GOOD.replace("name: mine", f"name: mine\nseed: {typed}"))).seed == read
+    stage = load_recipe(write(tmp_path), [f"stages.core.warmup={typed}"]).stages[0]
+    assert isinstance(stage, TrainStage) and stage.warmup == read
+
+
+def test_values_of_other_fields(tmp_path: Path) -> None:
+    given = ["name='007'", 'heldout.source="/x/photos #2"', "data.n=~"]
+    given += [f"stages.core.{one}" for one in ("compile=true", "warmup=null", "lr=.5", "ema=[]", "decay=constant")]
+    recipe = load_recipe(write(tmp_path), given)
+    core = recipe.stages[0]
+    assert isinstance(core, TrainStage)
+    assert (recipe.name, recipe.heldout.source, recipe.data[0].n) == ("007", "/x/photos #2", None)
+    assert (core.compile, core.lr, core.ema, core.decay) == (True, 0.5, (), "constant")
+
+
+@pytest.mark.parametrize(
     ("override", "expected"),
     [
         ("stages.core.imagess=3", "recipe.yaml: stages[0].train: unknown key 'imagess'; did you mean 'images'?"),
@@ -89,7 +129,10 @@ def test_overrides(tmp_path: Path) -> None:
         ("stages.nope.images=1", "--set 'stages.nope.images=1': got 'nope', expected one of core, grown, eval"),
         ("stages=[{trian: {}}]", "recipe.yaml: stages[0]: unknown stage 'trian'; did you mean 'train'?"),
         ("stages=[{grow: {name: a, to: 64, images: 1}}]", "recipe.yaml: stage 'a' has no model to start from"),
-        ("seed=!!int 2024-13-45", "--set 'seed=!!int 2024-13-45': the value is not readable as YAML"),
+        ("seed=!!int 2024-13-45", "recipe.yaml: seed: got '!!int 2024-13-45', expected to be a valid integer"),
+        ("seed=5 # five", "recipe.yaml: seed: got '5 # five', expected to be a valid integer"),
+        ("seed=1:30", "recipe.yaml: seed: got '1:30', expected to be a valid integer"),
+        ("data={source: /x/photos #2}", "--set 'data={source: /x/photos #2}': the value is not readable as YAML"),
         ("seed=" + "[" * 2000, "--set 'seed=[["),
         ("seed=" + "1" * 5000, "--set 'seed=11"),
         ("name=2024-13-45", None),
