@@ -57,7 +57,7 @@ def test_all_files_of_a_checkpoint_may_be_read_by_those_who_may_read_one(saved: 
 def damage_truncate(folder: Path) -> str:
     path = folder / checkpoint.WEIGHTS
     path.write_bytes(path.read_bytes()[:1000])
-    return "model.safetensors is damaged"
+    return "model.safetensors is cut off"
 
 
 def damage_flip(folder: Path) -> str:
@@ -65,7 +65,7 @@ def damage_flip(folder: Path) -> str:
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
     path.write_bytes(data)
-    return "model.safetensors is damaged"
+    return r"model.safetensors \(float32\) is damaged"
 
 
 def damage_missing(folder: Path) -> str:

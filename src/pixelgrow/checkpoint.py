@@ -23,9 +23,10 @@ from pixelgrow.diffusion.sampling_spec import SamplingSpec
 from pixelgrow.errors import UserError
 from pixelgrow.models.config import NetConfig
 from pixelgrow.models.uvit import UViT
-from pixelgrow.writing import writing
+from pixelgrow.writing import fault_of, writing
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+_UNCHECKED = '"sha256": ""'
 
 
 Objective = Literal["denoise", "generate"]
@@ -202,14 +203,18 @@ def read_config(folder: Path) -> CheckpointConfig:
 def read_tensors(folder: Path, digest: str = "") -> dict[str, torch.Tensor]:
     """The weights of a checkpoint folder, checked against `digest` if one is given."""
     path = folder / WEIGHTS
+    if fault := fault_of(path, "copy the checkpoint again"):
+        raise UserError(f"{path} {fault}")
     try:
         if digest and file_hash(path) != digest:
-            raise UserError(f"{path} is damaged: its bytes are not those that were saved; copy or train it again")
+            types = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in load_file(path).values()}))
+            raise UserError(
+                f"{path} ({types}) is damaged or was converted: its bytes are not those that were saved; copy the "
+                f"checkpoint again, or write {_UNCHECKED} into {CONFIG} to load a conversion"
+            )
         return load_file(path)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: the checkpoint is not whole; copy or train it again") from None
     except safetensors.SafetensorError as e:
-        raise UserError(f"{path} is damaged ({e}); copy or train it again") from None
+        raise UserError(f"{path} is damaged ({e}); copy the checkpoint again") from None
     except OSError as e:
         raise UserError(f"{path} cannot be read ({e.strerror}): expected a file you may read; correct it") from None
 

@@ -1,8 +1,10 @@
-"""Writing to a disk that is full, reading or writing where one may not: one line instead of a traceback."""
+"""Files that cannot be written or read: one line instead of a traceback, and what is wrong with a file of weights."""
 
 from __future__ import annotations
 
 import errno
+import json
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,3 +53,54 @@ def _cannot(what: Path, reason: str, number: int) -> str:
         f"cannot write {what}: {reason}; what was saved before is kept: {REMEDIES[number]}, "
         "then run the same command again to go on"
     )
+
+
+_POINTER = b"version https://git-lfs"
+_OTHERS = {  # how files of other kinds begin
+    b"PK\x03\x04": "is a pickle or an archive, not safetensors",
+    b"\x80": "is a pickle, not safetensors",
+    b"<": "is a web page, not the weights",
+}
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether a file is a Git LFS pointer in the place of the file that it stands for."""
+    with path.open("rb") as file:
+        return file.read(len(_POINTER)) == _POINTER
+
+
+def fault_of(path: Path, remedy: str = "copy it again") -> str:
+    """What is wrong with a safetensors file, and what to do: "is cut off (5 of 9 bytes): copy it again".
+
+    To be put after the file's name. Looks at the file's size and header alone; "" if they are sound.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(len(_POINTER))
+            length = struct.unpack("<Q", head[:8])[0] if size >= 8 else 0
+            file.seek(8)
+            header = file.read(length) if length < size else b""
+    except FileNotFoundError:
+        return f"is missing: {remedy}"
+    except OSError as error:
+        return f"cannot be read ({error.strerror}): allow reading it"
+    if head == _POINTER:
+        return "is a Git LFS pointer, not the weights: run git lfs pull"
+    if not size:
+        return f"is empty: {remedy}"
+    for start, what in _OTHERS.items():
+        if head.startswith(start) and head[8:9] != b"{":
+            return f"{what}: {remedy}"
+    if size >= 9 and head[8:9] != b"{":
+        return f"is no safetensors file: {remedy}"
+    if 8 + length > size:
+        return f"is cut off (its header alone is longer than its {size:,} bytes): {remedy}"
+    try:
+        tensors = [entry for name, entry in json.loads(header).items() if name != "__metadata__"]
+        whole = 8 + length + max((entry["data_offsets"][1] for entry in tensors), default=0)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+        return f"is damaged (its header cannot be read): {remedy}"
+    if size < whole:
+        return f"is cut off ({size:,} of {whole:,} bytes): {remedy}"
+    return f"is damaged ({size:,} bytes instead of {whole:,}): {remedy}" if size > whole else ""

@@ -288,7 +288,7 @@ def test_similarity_pulls_prior_samples_to_their_captions(tmp_path: Path, advers
         ({"preprocessor_config.json": json.dumps(PROCESSOR | {"size": "large"})}, "are no image processor's"),
         ({"config.json": "{"}, "config.json cannot be read"),
         ({"model.safetensors": None}, "no model.safetensors in"),
-        ({"model.safetensors": "cut"}, "cannot be loaded"),
+        ({"model.safetensors": "cut"}, "model.safetensors is cut off"),
     ],
 )
 def test_a_damaged_vision_model_is_one_line(tmp_path: Path, files: dict[str, str | None], words: str) -> None:

@@ -151,7 +151,7 @@ def test_the_estimator_learns_what_pictures_were_drawn_with(tmp_path: Path) -> N
         load_estimator(tmp_path / "nowhere", "teacher", "captions", cpu)
     whole = (tmp_path / "estimator.safetensors").read_bytes()
     (tmp_path / "estimator.safetensors").write_bytes(whole[:-9])
-    with pytest.raises(UserError, match=r"estimator\.json is damaged"):
+    with pytest.raises(UserError, match=r"estimator\.safetensors is cut off"):
         load_estimator(tmp_path, "teacher", "captions", cpu)
 
 

@@ -274,7 +274,7 @@ def _index(text: str) -> Callable[[Path], None]:
         (_other_type, "type 'gpt2'"),
         (_no_type, "config.json"),
         (_pickled, "pickled weights are not read"),
-        (_cut, "cannot be loaded"),
+        (_cut, "model.safetensors is cut off"),
         (_lacking, "lack 'encoder.block.0"),
         (_no_tokenizer, "no tokenizer"),
         (_other_tokenizer, "tokenizer .* knows"),

@@ -46,6 +46,8 @@ class Autoencoder:
             ) from error
         if kind != "AutoencoderKL":
             raise UserError(f"autoencoder {name}: got a {kind}, expected a diffusers AutoencoderKL; name another")
+        for file in self.folder.glob("*.safetensors"):
+            hub.check_weights(f"autoencoder {name}", file)
 
     @property
     def factor(self) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pixelgrow.errors import UserError
-from pixelgrow.writing import reading
+from pixelgrow.writing import fault_of, is_pointer, reading
 
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 _WHOLE = 256 << 20  # files up to this many bytes are hashed whole, larger ones in _BLOCKS samples of _BLOCK bytes
@@ -109,13 +109,22 @@ def weights(label: str, folder: Path) -> list[Path]:
 def fingerprint(label: str, folder: Path, files: Iterable[str], salt: str) -> str:
     """A hash of a model's weights, of what there is of some smaller `files`, and of `salt`; not of its path."""
     digest = hashlib.blake2b(salt.encode(), digest_size=16)
-    for file in (*(folder / small for small in files), *weights(label, folder)):
+    heavy = weights(label, folder)
+    for file in heavy:
+        check_weights(label, file)
+    for file in (*(folder / small for small in files), *heavy):
         if file.exists():
+            if is_pointer(file):
+                raise UserError(f"{label}: {file} is a Git LFS pointer, not the file itself: run git lfs pull")
             stat = file.stat()
             digest.update(f"\0{file.name}\0".encode() + _digest(file, stat.st_size, stat.st_mtime_ns))
-        elif file.suffix == ".safetensors":
-            raise UserError(f"{label}: {file} is named by the index and absent; fetch the folder again")
     return digest.hexdigest()
+
+
+def check_weights(label: str, file: Path) -> None:
+    """Raise UserError if a file of weights is missing, cut off, a Git LFS pointer or no safetensors."""
+    if fault := fault_of(file, "fetch it again"):
+        raise UserError(f"{label}: {file} {fault}")
 
 
 @lru_cache(maxsize=256)

@@ -24,7 +24,7 @@ from pixelgrow.models.cond import Cond
 from pixelgrow.models.layers import box_down, zero_
 from pixelgrow.onestep.features import TeacherFeatures
 from pixelgrow.onestep.losses import GUIDANCE_DISTRIBUTIONS, GuidanceDistribution, spread_of
-from pixelgrow.onestep.pairs import read_shard, write_shard
+from pixelgrow.onestep.pairs import read_shard, shard_fault, write_shard
 from pixelgrow.precision import tf32
 from pixelgrow.training.objective import Terms
 
@@ -138,17 +138,18 @@ def load_estimator(folder: Path, teacher: str, distribution: GuidanceDistributio
     """The estimator in a stage's folder. Raises UserError if it is damaged, or another teacher's or distribution's."""
     path = folder / FACTS
     try:
-        facts = json.loads(path.read_text())
+        facts = json.loads(path.read_text(encoding="utf-8"))
         theirs, whose, digest = facts["distribution"], str(facts["teacher"]), facts["sha256"]
-        tensors = read_shard(folder / WEIGHTS)
-        if tensors is None or theirs not in GUIDANCE_DISTRIBUTIONS or file_hash(folder / WEIGHTS) != digest:
+        if theirs not in GUIDANCE_DISTRIBUTIONS:
             raise ValueError
-        estimator = Estimator(len(tensors["mean"]), theirs)
-        estimator.load_state_dict(tensors, strict=True)
     except FileNotFoundError:
         raise UserError(f"{folder} holds no finished estimator: run the estimate stage first") from None
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}); delete {folder} to train it again") from None
+    weights = folder / WEIGHTS
+    tensors = read_shard(weights)
+    if tensors is None or file_hash(weights) != digest:
+        raise UserError(f"{weights} {shard_fault(weights, f'delete {folder} to train it again')}")
     if whose != teacher:
         raise UserError(
             f"the estimator in {folder} knows pictures of the teacher {whose[:12]}, the pairs are of {teacher[:12]}: "
@@ -159,4 +160,6 @@ def load_estimator(folder: Path, teacher: str, distribution: GuidanceDistributio
             f"the estimator in {folder} was trained with guidance: {theirs}, the pairs have {distribution}: "
             "train one on pairs of that distribution"
         )
+    estimator = Estimator(len(tensors["mean"]), theirs)
+    estimator.load_state_dict(tensors, strict=True)
     return estimator.to(device)

@@ -29,7 +29,7 @@ from pixelgrow.models.layers import box_down, up_nearest
 from pixelgrow.onestep.losses import GuidanceDistribution
 from pixelgrow.precision import tf32
 from pixelgrow.training.state import flush
-from pixelgrow.writing import writing
+from pixelgrow.writing import fault_of, writing
 
 FORMAT = 1
 INDEX = "pairs.json"
@@ -142,6 +142,11 @@ def read_shard(path: Path) -> dict[str, Tensor] | None:
     return tensors if crc == str(_checksum(tensors)) else None
 
 
+def shard_fault(path: Path, remedy: str) -> str:
+    """What is wrong with a shard that `read_shard` did not take, and what to do, to be put after its name."""
+    return fault_of(path, remedy) or f"is damaged (its checksum is wrong): {remedy}"
+
+
 def _checksum(tensors: dict[str, Tensor]) -> int:
     crc = 0
     for name in sorted(tensors):
@@ -201,10 +206,9 @@ class Pairs:
                 break
             shard = read_shard(shard_path(folder, number))
             if shard is None:
-                raise UserError(
-                    f"{shard_path(folder, number)} is damaged or missing; delete {folder / 'stage.json'} and run the "
-                    "recipe again: that shard alone is made anew"
-                )
+                file = shard_path(folder, number)
+                remedy = f"delete {folder / 'stage.json'} and run the recipe again: that shard alone is made anew"
+                raise UserError(f"{file} {shard_fault(file, remedy)}")
             parts.append(shard)
 
         self.latents = Rows([p["latent"] for p in parts], first)  # (N, 3, h, w) float16
