@@ -368,6 +368,8 @@ def test_heldout_split(tmp_path: Path) -> None:
     assert not np.array_equal(heldout_split(source, 0.25, seed=4)[1].indices, held.indices)
     assert len(heldout_split(source, 0.001)[1]) == 16
     assert 0 < len(heldout_split(source, 0.9)[1]) <= 60
+    assert len(heldout_split(source, 0.25, at_most=20)[1]) == 20
+    assert len(heldout_split(open_source({"source": "scenes", "n": 600_000}))[1]) == 10_000
     batch = take(held, 5, (16, 24))
     assert batch.image.shape == (5, 3, 16, 24)
     assert batch.text == tuple(held.text(i) for i in range(5))

@@ -16,6 +16,7 @@ from pixelgrow.errors import UserError
 from pixelgrow.recipe.read import read_recipe
 from pixelgrow.recipe.stages import Recipe
 from pixelgrow.run import run
+from pixelgrow.stages.data import StageData
 
 CORE = {"name": "core", "size": "tiny", "resolution": 16, "images": 8, "batch": 8, "sample_every": 0,
         "validate_every": 0, "snapshot_every": 0}  # fmt: skip
@@ -80,6 +81,14 @@ def test_other_data_are_refused_with_a_word_on_what_differs(
 def test_another_held_out_part_is_refused_as_such(copied: Path) -> None:
     with pytest.raises(UserError, match=r"what is held out of .*/set changed since it was begun \(heldout or seed\)"):
         run(recipe(copied / "set", heldout={"fraction": 0.4}), copied / "runs")
+
+
+def test_held_out_images_stand_in_one_order_at_every_size(tmp_path: Path) -> None:
+    data = StageData(recipe(classes(tmp_path / "set", 80), heldout={"fraction": 0.3}))  # 40 to 119 wide, 30 high
+    orders = {w: [s.key(i) for s, i in data.heldout_order((30, w))] for w in (1, 60, 90)}
+    for w, order in orders.items():
+        assert order == [key for key in orders[1] if 40 + int(key[2:-4]) >= w]
+    assert orders[1][:4] == ["b/5.png", "b/77.png", "a/70.png", "b/71.png"]  # pinned
 
 
 def test_what_a_run_keeps_of_its_data(finished: Path) -> None:

@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 
 from pixelgrow.errors import UserError
-from pixelgrow.rng import seed_of
+from pixelgrow.rng import Key, seed_of
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,14 @@ class Order:
         epoch, place = divmod(turn, self.counts[source])
         cached = self._shuffled.get(source)
         if cached is None or cached[0] != epoch:
-            # Raw bits and a stable sort: unlike numpy's `permutation`, the same in every version of numpy.
-            bits = np.random.PCG64(seed_of(self.seed, "order", source, epoch)).random_raw(self.counts[source])
-            cached = self._shuffled[source] = (epoch, np.argsort(bits, kind="stable"))
+            new = shuffled(self.counts[source], self.seed, "order", source, epoch)
+            cached = self._shuffled[source] = (epoch, new)
         return int(cached[1][place])
+
+
+def shuffled(count: int, *keys: Key) -> np.ndarray:
+    """The numbers 0 to count - 1, (count,) int64, in an order that is a function of `keys`.
+
+    Raw bits and a stable sort: unlike numpy's `permutation`, the same in every version of numpy.
+    """
+    return np.argsort(np.random.PCG64(seed_of(*keys)).random_raw(count), kind="stable")

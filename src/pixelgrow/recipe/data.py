@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from pixelgrow.data.scenes.source import MAX_SCENES
+from pixelgrow.data.sources.base import HELD_OUT_AT_MOST
 from pixelgrow.diffusion.sampling_spec import Spec
 
 SCENES = ("n", "captions", "seed", "split")  # what the built-in scenes are told
@@ -105,15 +106,19 @@ Mixture = Annotated[tuple[DataSpec, ...], BeforeValidator(_listed), Field(min_le
 
 
 class HeldoutSpec(DataSpec):
-    """What is kept from training: a source of its own, or a `fraction` of the data (at least 16 images)."""
+    """What is kept from training: a source of its own, or a `fraction` of each source of files.
+
+    The part is no fewer than 16 images, no more than `at_most`, and at most half.
+    """
 
     source: str = ""
     fraction: float = Field(0.02, gt=0, lt=1)
+    at_most: int = Field(HELD_OUT_AT_MOST, ge=1)
 
     @model_validator(mode="after")
     def _one_of_two(self) -> HeldoutSpec:
-        if self.source and "fraction" in self.model_fields_set:
-            raise ValueError("give a source or a fraction, not both")
+        if self.source and (part := {"fraction", "at_most"} & self.model_fields_set):
+            raise ValueError(f"give a source or a {max(part)}, not both")
         if self.weight is not None:
             raise ValueError(f"weight: got {self.weight:g}, but held-out data is no mixture; drop it")
         if self.kind != "auto" and not self.source:

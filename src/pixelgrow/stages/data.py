@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from pixelgrow.data.order import shuffled
 from pixelgrow.data.scenes.source import Scenes
 from pixelgrow.data.sources.base import Source, Subset, heldout_split, large_enough
 from pixelgrow.data.sources.identity import FORM, differences, write_samples
@@ -20,7 +21,6 @@ from pixelgrow.data.sources.opening import open_mixture, open_source
 from pixelgrow.errors import UserError
 from pixelgrow.recipe.data import DataSpec
 from pixelgrow.recipe.stages import DistillStage, GrowStage, ModelStage, PairsStage, Recipe, Stage
-from pixelgrow.rng import seed_of
 
 SAMPLES = "data"  # in a run's folder: lists of samples, to name what differs in changed data
 
@@ -68,12 +68,16 @@ class StageData:
         return sources
 
     def heldout_order(self, size: tuple[int, int]) -> Iterator[tuple[Source, int]]:
-        """Held-out samples of `size` (h, w) pixels and above, one of each source in turn."""
+        """Held-out samples of `size` (h, w) pixels and above, one of each source in turn.
+
+        Scenes stand in their own order, files in a shuffled one, the same at every size.
+        """
         turns = []
         for source in self.heldout_sources:
-            numbers = np.arange(len(source)) if isinstance(source, Scenes) else large_enough(source, size)
+            numbers = np.arange(len(source))
             if not isinstance(source, Scenes):
-                numbers = np.random.default_rng(seed_of(self.recipe.seed, "held-out order")).permutation(numbers)
+                numbers = shuffled(len(source), self.recipe.seed, "held-out order")
+                numbers = numbers[np.isin(numbers, large_enough(source, size))]
             turns.append(_each(source, numbers))
         while turns:
             for turn in list(turns):
@@ -152,7 +156,8 @@ class StageData:
             if isinstance(source, Scenes):  # their held-out captions are a split of their own
                 held.append(Scenes(n=1024, captions=1024, seed=source.seed, split="heldout"))
             elif not self.recipe.heldout.source:
-                sources[i], rest = heldout_split(source, self.recipe.heldout.fraction, self.recipe.seed)
+                spec = self.recipe.heldout
+                sources[i], rest = heldout_split(source, spec.fraction, self.recipe.seed, at_most=spec.at_most)
                 held.append(rest)
         return Mixture(sources, weights), held
 

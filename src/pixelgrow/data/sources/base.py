@@ -136,11 +136,17 @@ def large_enough(source: Source, size: tuple[int, int]) -> np.ndarray:
     return np.flatnonzero((sizes[:, 0] >= size[0]) & (sizes[:, 1] >= size[1]))
 
 
-def heldout_split(source: Source, fraction: float = 0.02, seed: int = 0, at_least: int = 16) -> tuple[Subset, Subset]:
+HELD_OUT_AT_MOST = 10_000  # images
+
+
+def heldout_split(
+    source: Source, fraction: float = 0.02, seed: int = 0, at_least: int = 16, at_most: int = HELD_OUT_AT_MOST
+) -> tuple[Subset, Subset]:
     """(train view, held-out view), disjoint, by a hash of each sample's key.
 
-    Holds out max(`at_least`, `fraction` * N) samples, at most half. Samples with one key (two captions of one
-    file) fall on the same side, and adding files moves few others. Raises `UserError` for fewer than two keys.
+    Holds out `fraction` * N samples, no fewer than `at_least`, no more than `at_most`, and at most half. Samples with
+    one key (two captions of one file) fall on the same side, and adding files moves few others. Raises `UserError` for
+    fewer than two keys.
     """
     if not 0 < fraction < 1:
         raise UserError(f"held-out fraction: got {fraction}, expected a number between 0 and 1; the default is 0.02")
@@ -148,7 +154,7 @@ def heldout_split(source: Source, fraction: float = 0.02, seed: int = 0, at_leas
     order = np.sort(hashes)
     if len(order) < 2 or order[0] == order[-1]:
         raise UserError(f"{source.name}: {len(order)} usable image(s), too few to hold some out; add images")
-    count = min(max(round(fraction * len(order)), at_least), len(order) // 2)
+    count = min(max(round(fraction * len(order)), at_least), at_most, len(order) // 2)
     held = hashes <= order[count - 1]
     if held.all():
         held = hashes < order[-1]
