@@ -16,7 +16,7 @@ from pixelgrow.data.scenes.questions import KINDS
 from pixelgrow.diffusion.heldout import SIGMAS
 from pixelgrow.errors import UserError
 from pixelgrow.stages.grow import FROZEN
-from pixelgrow.stages.record import write_json
+from pixelgrow.writing import write_json
 
 LEVELS = ("mean", *(f"{sigma:g}" for sigma in SIGMAS))
 OURS, PAPERS, SCRATCH = "frozen-preserve", "frozen-random", "scratch"

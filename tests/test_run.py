@@ -129,6 +129,8 @@ def test_a_growth_that_unfreezes_goes_on_to_the_same_bytes(smoke: Path, tmp_path
     for images in (8, 16, 24):
         with stopped_after(images):
             run(load_recipe("smoke"), tmp_path)
+    for name in ("growth.json", "frozen/result.json"):  # damaged, they are made again
+        (tmp_path / "smoke" / "grown" / name).write_text("{")
     run(load_recipe("smoke"), tmp_path)
     for part in ("grown", "grown/frozen"):
         assert (tmp_path / "smoke" / part / WEIGHTS).read_bytes() == (smoke / part / WEIGHTS).read_bytes()
@@ -208,6 +210,7 @@ def test_a_run_goes_on_with_what_changes_no_result(
     smoke: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, saves = only_core(tmp_path), [16, 32, 48]
+    began = tmp_path / "smoke" / "core" / "stage.json"
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, dynamic: None)
     changes = [
         [],
@@ -220,6 +223,12 @@ def test_a_run_goes_on_with_what_changes_no_result(
         changed = load_recipe(recipe, [f"stages.core.{s}" for s in (*some, *(every if some else []))])
         with stopped_after(images) if images else nullcontext():
             run(changed, tmp_path)
+        if images == 16:  # what is advised when record and copy are damaged
+            for path in (began, began.with_name(".stage.json.copy")):
+                path.write_text("{")
+            with pytest.raises(UserError, match=r"delete .*stage\.json alone, and the same command goes on"):
+                run(changed, tmp_path)
+            began.unlink()
     found, expected = (load_file(folder / "core" / WEIGHTS) for folder in (tmp_path / "smoke", smoke))
     for name, tensor in expected.items():  # gradients are added up in another order
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5)

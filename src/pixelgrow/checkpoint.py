@@ -23,7 +23,7 @@ from pixelgrow.diffusion.sampling_spec import SamplingSpec
 from pixelgrow.errors import UserError
 from pixelgrow.models.config import NetConfig
 from pixelgrow.models.uvit import UViT
-from pixelgrow.writing import fault_of, writing
+from pixelgrow.writing import fault_of, flush, writing
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 _UNCHECKED = '"sha256": ""'
@@ -136,17 +136,18 @@ def replacing(folder: Path) -> Iterator[Path]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _temporary(folder) as temporary:
         yield temporary
-        for file in temporary.iterdir():
-            with file.open("rb") as f:
-                os.fsync(f.fileno())
+        for file in (*temporary.iterdir(), temporary):
+            flush(file)
         if folder.exists():
             old = folder.with_name(f".{folder.name}.old")
             shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
             temporary.rename(folder)
+            flush(folder.parent)
             shutil.rmtree(old)
         else:
             temporary.rename(folder)
+            flush(folder.parent)
 
 
 def recover(folder: Path) -> None:

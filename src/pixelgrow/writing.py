@@ -1,18 +1,22 @@
-"""Files that cannot be written or read: one line instead of a traceback, and what is wrong with a file of weights."""
+"""Files that cannot be written or read, in one line; files written whole; what is wrong with a file of weights."""
 
 from __future__ import annotations
 
 import errno
 import json
+import logging
+import os
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
 from pixelgrow.errors import UserError
 
+logger = logging.getLogger(__name__)
 # What the user can mend, by the system's number of the error.
 _FORBIDDEN = (errno.EACCES, errno.EPERM)
 REMEDIES = (
@@ -46,6 +50,52 @@ def reading(what: str | Path) -> Iterator[None]:
     except OSError as error:
         advice = "allow reading it, or name another place" if error.errno in _FORBIDDEN else "check the path"
         raise UserError(f"cannot read {what}: {error.strerror or error}; {advice}") from error
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path`, to be written in the block, that then takes its place.
+
+    After a crash at any moment, of the machine too, `path` is either as it was or whole. Raises UserError if the disk
+    is full or the place cannot be written.
+    """
+    part = path.with_name(f".{path.name}.part")
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield part
+            flush(part)
+            part.replace(path)
+            flush(path.parent)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+
+
+def flush(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write JSON; see `atomic`."""
+    with atomic(path) as part:
+        part.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The mapping in a JSON file; None if there is no file, or if it is damaged, which a warning says."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        logger.warning("%s is damaged (%s)", path, type(error).__name__)
+        return None
 
 
 def _cannot(what: Path, reason: str, number: int) -> str:

@@ -40,7 +40,7 @@ from pixelgrow.plan.shapes import networks
 from pixelgrow.recipe.read import load_recipe, read_recipe
 from pixelgrow.run import run
 from pixelgrow.stages import distill, train
-from pixelgrow.stages.record import write_json
+from pixelgrow.writing import write_json
 from test_growth import cond, shallow
 
 # --- a weight for each row --------------------------------------------------------------------------------------------

@@ -15,8 +15,7 @@ from pixelgrow.errors import UserError
 from pixelgrow.growth import Init, grow, grown_config
 from pixelgrow.model import Model, find
 from pixelgrow.stages.grow import REPORT, describe, sample_both
-from pixelgrow.stages.record import write_json
-from pixelgrow.writing import writing
+from pixelgrow.writing import write_json, writing
 
 logger = logging.getLogger(__name__)
 WATCHED = 64  # images that both models are measured on

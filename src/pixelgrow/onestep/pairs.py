@@ -28,8 +28,7 @@ from pixelgrow.errors import UserError
 from pixelgrow.models.layers import box_down, up_nearest
 from pixelgrow.onestep.losses import GuidanceDistribution
 from pixelgrow.precision import tf32
-from pixelgrow.training.state import flush
-from pixelgrow.writing import fault_of, writing
+from pixelgrow.writing import atomic, fault_of
 
 FORMAT = 1
 INDEX = "pairs.json"
@@ -122,13 +121,8 @@ def shard_path(folder: Path, number: int) -> Path:
 
 def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a shard whole or not at all. Raises UserError if the disk is full."""
-    part = path.with_name(f".{path.name}.part")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path) as part:
         save_file(tensors, part, metadata={"crc32": str(_checksum(tensors))})
-        flush(part)
-        part.replace(path)
-        flush(path.parent)
 
 
 def read_shard(path: Path) -> dict[str, Tensor] | None:
@@ -190,7 +184,8 @@ class Pairs:
             raise UserError(f"{folder} holds no finished pairs: it has no {INDEX}; run the pairs stage first") from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"{path} is damaged ({type(error).__name__}); delete {folder} to make the pairs again"
+                f"{path} is damaged ({type(error).__name__}); delete {folder / 'stage.json'} and run the recipe again: "
+                "shards that are whole are kept"
             ) from None
         if form != FORMAT:
             raise UserError(f"{path}: got format {form}, expected {FORMAT}; make the pairs again")

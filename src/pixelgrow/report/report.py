@@ -30,7 +30,7 @@ from pixelgrow.report.svg import Curve, chart
 from pixelgrow.report.tables import count, size_of
 from pixelgrow.stages.record import Record
 from pixelgrow.training.log import duration
-from pixelgrow.writing import writing
+from pixelgrow.writing import read_json, writing
 
 FILE = "report.html"
 # Titles, and curves by the key of their records; what was not logged is not drawn.
@@ -225,10 +225,9 @@ def _pairs(result: dict[str, Any]) -> str:
 
 
 def _growth(folder: Path) -> str:
-    path = folder / "growth.json"
-    if not path.exists():
+    growth = read_json(folder / "growth.json")
+    if growth is None:
         return ""
-    growth = json.loads(path.read_text())
     low, high = growth["resolution"]
     tensors = [
         ["loaded", f"{len(growth['loaded'])}", f"{growth['parameters']['loaded']:,}"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from itertools import chain
 from pathlib import Path
@@ -29,12 +28,12 @@ from pixelgrow.onestep.watch import Watch, Watched
 from pixelgrow.recipe.stages import DistillStage, GrowStage
 from pixelgrow.stages.grow import REPORT, START, describe, lineage_entry
 from pixelgrow.stages.materials import BAD_FILES, Materials
-from pixelgrow.stages.record import write_json
 from pixelgrow.stages.train import GRID_GUIDANCE, GRID_STEPS, WATCHED, Parent, finish, write_prompts
 from pixelgrow.training import loop
 from pixelgrow.training.denoise import recompute_blocks
 from pixelgrow.training.loop import CHECKPOINT
 from pixelgrow.training.monitor import Hook, grid_hook
+from pixelgrow.writing import read_json, write_json
 
 COLUMNS = 8
 logger = logging.getLogger(__name__)
@@ -62,9 +61,7 @@ def grow_generator_stage(stage: GrowStage, parent: Parent, folder: Path, materia
     """Run a `grow` stage of a one-step generator: decoder halves on its features, the rest frozen."""
     if stage.pairs is None:
         raise UserError(f"stage {stage.name!r}: {stage.parent} is a one-step generator: write pairs: STAGE to grow it")
-    if not (folder / REPORT).exists():
-        _make_start(stage, parent, folder, materials)
-    growth = json.loads((folder / REPORT).read_text())
+    growth = read_json(folder / REPORT) or _make_start(stage, parent, folder, materials)
     generator, _ = checkpoint.load_generator(folder / START)
     freeze(generator.net, growth["frozen"])
     losses = stage.losses or LossSettings()
@@ -72,7 +69,7 @@ def grow_generator_stage(stage: GrowStage, parent: Parent, folder: Path, materia
     return _fit(generator, stage, losses, folder, materials, [*parent.config.lineage, entry])
 
 
-def _make_start(stage: GrowStage, parent: Parent, folder: Path, materials: Materials) -> None:
+def _make_start(stage: GrowStage, parent: Parent, folder: Path, materials: Materials) -> dict[str, Any]:
     """Write `start/`, the grown generator before its first step, and `growth.json`."""
     before, _ = checkpoint.load_generator(parent.folder)
     config = before.net.config
@@ -88,6 +85,7 @@ def _make_start(stage: GrowStage, parent: Parent, folder: Path, materials: Mater
     summary = report.to_dict() | {"frozen": frozen}
     write_json(folder / REPORT, summary)
     logger.info("%s", describe(summary))
+    return summary
 
 
 def _fit(

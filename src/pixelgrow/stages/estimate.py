@@ -26,10 +26,10 @@ from pixelgrow.onestep.pairs import Pairs
 from pixelgrow.onestep.stream import caption
 from pixelgrow.recipe.stages import EstimateStage
 from pixelgrow.stages.materials import Materials
-from pixelgrow.stages.record import write_json
 from pixelgrow.stages.train import Parent
 from pixelgrow.training import loop
 from pixelgrow.training.monitor import Hook
+from pixelgrow.writing import write_json
 
 HELD = 10  # one pair of so many is held out: the last ones, which no step has seen
 logger = logging.getLogger(__name__)

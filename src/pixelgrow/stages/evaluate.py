@@ -27,10 +27,10 @@ from pixelgrow.model import DEFAULTS, noise_grid, one_step_settings
 from pixelgrow.pictures import to_uint8
 from pixelgrow.recipe.stages import EvaluateStage
 from pixelgrow.stages.materials import HeldOut, Materials
-from pixelgrow.stages.record import write_json
 from pixelgrow.stages.train import Parent, write_prompts
 from pixelgrow.training.log import Display
 from pixelgrow.training.monitor import Seams, peak_memory, save_grid
+from pixelgrow.writing import write_json
 
 SHOWN = 64  # images of the grid
 logger = logging.getLogger(__name__)

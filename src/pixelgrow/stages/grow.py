@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +16,10 @@ from pixelgrow.growth import freeze, grow
 from pixelgrow.models.cond import Cond
 from pixelgrow.recipe.stages import GrowStage
 from pixelgrow.stages.materials import Materials
-from pixelgrow.stages.record import write_json
 from pixelgrow.stages.train import GRID, GRID_GUIDANCE, GRID_STEPS, WATCHED, Parent, fit, guided_batch, save
 from pixelgrow.training import state
 from pixelgrow.training.monitor import save_grid
+from pixelgrow.writing import read_json, write_json
 
 START, REPORT, FROZEN, RESULT = "start", "growth.json", "frozen", "result.json"
 logger = logging.getLogger(__name__)
@@ -33,9 +32,7 @@ def grow_stage(stage: GrowStage, parent: Parent, folder: Path, materials: Materi
     schedule over `images`, one stream of data; weights, averages and optimizer state are carried on. The paper does not
     say how the core starts to train; ours: with an empty optimizer state, at the rate of the schedule.
     """
-    if not (folder / REPORT).exists():
-        make_start(stage, parent, folder, materials)
-    growth = json.loads((folder / REPORT).read_text())
+    growth = read_json(folder / REPORT) or make_start(stage, parent, folder, materials)
     loaded = list(growth["frozen"])
     entry = lineage_entry(stage, parent, growth, materials)
     lineage = [*parent.config.lineage, entry]
@@ -45,14 +42,13 @@ def grow_stage(stage: GrowStage, parent: Parent, folder: Path, materials: Materi
         return fit(denoiser, stage, stage.training(), folder, materials, lineage)
     # Each phase is a fresh model with the state of the one before: nothing that a frozen phase set up outlives it.
     warm, frees = folder / FROZEN, stage.unfreeze_after
-    frozen_done = (warm / RESULT).exists() and state.newest(warm / "state") >= frees
-    if not (state.newest(folder / "state") or frozen_done):
+    first = read_json(warm / RESULT)
+    if first is None or not (state.newest(folder / "state") or state.newest(warm / "state") >= frees):
         freeze(denoiser.net, loaded)
         alone = [*parent.config.lineage, entry | {"images": frees}]
-        result = fit(denoiser, stage, stage.training(), warm, materials, alone, until=frees)
-        write_json(warm / RESULT, result)
+        first = fit(denoiser, stage, stage.training(), warm, materials, alone, until=frees)
+        write_json(warm / RESULT, first)
         denoiser, _ = checkpoint.load(folder / START)
-    first = json.loads((warm / RESULT).read_text())
     lineage = [*parent.config.lineage, entry | {"unfrozen_after": frees}]
     second = fit(denoiser, stage, stage.training(), folder, materials, lineage, after=warm)
     state.clear(warm / "state")
@@ -74,7 +70,7 @@ def lineage_entry(stage: GrowStage, parent: Parent, growth: dict[str, Any], mate
     }
 
 
-def make_start(stage: GrowStage, parent: Parent, folder: Path, materials: Materials) -> None:
+def make_start(stage: GrowStage, parent: Parent, folder: Path, materials: Materials) -> dict[str, Any]:
     """Write `start/`, the grown model before its first step, `growth.json`, and samples of both models."""
     before, _ = checkpoint.load(parent.folder, materials.device)
     side = stage.to[-1]
@@ -98,6 +94,7 @@ def make_start(stage: GrowStage, parent: Parent, folder: Path, materials: Materi
     summary = report.to_dict() | {"frozen": frozen}
     write_json(folder / REPORT, summary)
     logger.info("%s", describe(summary))
+    return summary
 
 
 def sample_both(

@@ -26,9 +26,9 @@ from pixelgrow.onestep.losses import guidance_weights
 from pixelgrow.onestep.pairs import FORMAT, INDEX, Ode, read_shard, shard_path, spread, write_shard
 from pixelgrow.recipe.stages import PairsStage
 from pixelgrow.stages.materials import BAD_FILES, Materials
-from pixelgrow.stages.record import write_json
 from pixelgrow.stages.train import Parent
 from pixelgrow.training.log import Display
+from pixelgrow.writing import write_json
 
 CHECKED = 16  # images that are inverted and solved back
 DESCRIBED = 16384  # pairs whose latents are described

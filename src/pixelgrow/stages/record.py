@@ -2,31 +2,47 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any
 
 from pixelgrow.errors import UserError
 from pixelgrow.recipe.stages import Recipe
-from pixelgrow.writing import writing
+from pixelgrow.training.loop import CHECKPOINT
+from pixelgrow.writing import read_json, write_json
 
 FILE = "stage.json"
 
 
 class Record:
-    """The `stage.json` of a stage's folder: `settings`, `parents` (hashes), `done`, and the numbers of its run."""
+    """The `stage.json` of a stage's folder: `settings`, `parents` (hashes), `done`, and the numbers of its run.
+
+    A hidden copy is written beside it, and read where it is damaged. Raises UserError if both are.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.path = folder, folder / FILE
+        self.copy = folder / f".{FILE}.copy"
         self.values: dict[str, Any] = {}
         if self.path.exists():
-            try:
-                self.values = dict(json.loads(self.path.read_text()))
-            except (ValueError, TypeError) as error:
-                raise UserError(
-                    f"{self.path} is damaged ({type(error).__name__}): delete the folder {folder} to do it again"
-                ) from error
+            found = read_json(self.path)
+            if found is None:
+                found = read_json(self.copy)
+            if found is None:
+                raise UserError(f"{self.path} is damaged, and so is its copy: {self._remedy()}")
+            self.values = found
+
+    def _remedy(self) -> str:
+        made = self.folder / CHECKPOINT
+        if made.exists():
+            return (
+                f"{made} can still be used: move it elsewhere and name it as the from: of another stage; then delete "
+                f"{self.folder} to make the stage again"
+            )
+        return (
+            f"if the recipe is as it was when the stage began, delete {self.path} alone, and the same command goes on "
+            f"from what is saved; else delete {self.folder}"
+        )
 
     @property
     def done(self) -> bool:
@@ -62,17 +78,18 @@ class Record:
                 )
 
     def begin(self, settings: Mapping[str, Any], parents: Mapping[str, str]) -> None:
-        """Note what the stage is told, before any of its work."""
+        """Write down what the stage is about to do, before any of its work."""
         self.write({**self.values, "settings": dict(settings), "parents": dict(parents), "done": False})
 
     def finish(self, **numbers: Any) -> None:
-        """Note that the stage is done, and the numbers of its run."""
+        """Write down that the stage is done, and the numbers of its run."""
         self.write({**self.values, **numbers, "done": True})
 
     def write(self, values: Mapping[str, Any]) -> None:
-        """Write the file whole or not at all."""
+        """Write the file and its copy, one after the other, so that one of them is always whole."""
         self.values = dict(values)
-        write_json(self.path, self.values)
+        for path in (self.path, self.copy):
+            write_json(path, self.values)
 
 
 def done_before(recipe: Recipe, folder: Path) -> list[str]:
@@ -84,15 +101,6 @@ def done_before(recipe: Recipe, folder: Path) -> list[str]:
         now = stage.model_dump(mode="json", by_alias=True, exclude={"data"}) | {"seed": recipe.seed}
         records[stage.name].check(was | now, free=stage.free)
     return [name for name, record in records.items() if record.done]
-
-
-def write_json(path: Path, values: Any) -> None:
-    """Write JSON whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(values, indent=2) + "\n")
-        part.replace(path)
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor
 
-from pixelgrow.training.state import flush
-from pixelgrow.writing import writing
+from pixelgrow.writing import flush, writing
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -7,7 +7,6 @@ under a temporary name, flushed to the disk, and renamed; the one before it is k
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import zlib
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pixelgrow.errors import UserError
-from pixelgrow.writing import writing
+from pixelgrow.writing import atomic, flush, writing
 
 FORMAT = 1
 KEPT = 2
@@ -35,32 +34,14 @@ class State:
     counters: dict[str, Any]
 
 
-def flush(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a safetensors file whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    with writing(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _store(part, tensors)
-            part.replace(path)
-            flush(path.parent)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
+    with atomic(path) as part:
+        _store(part, tensors)
 
 
 def _store(path: Path, tensors: Mapping[str, Tensor]) -> None:
     save_file({n: t.detach().contiguous() for n, t in tensors.items()}, path)
-    flush(path)
 
 
 def save(folder: Path, images: int, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
@@ -74,6 +55,7 @@ def save(folder: Path, images: int, tensors: Mapping[str, Tensor], counters: Map
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             _store(temporary / TENSORS, tensors)
+            flush(temporary / TENSORS)
             record = {
                 "format": FORMAT,
                 "images": images,
