@@ -1,0 +1,514 @@
+"""Mutation testing: change one detail of the code at a time and see whether a test of its room fails.
+
+    python -m bench.mutants                    200 mutants, seed 0; the same again goes on where it was cut off
+    python -m bench.mutants --list             the sample, without running anything
+    python -m bench.mutants --show KEY         one mutant as a diff
+
+The changes are mutmut's (its operators on libcst's syntax trees); only sampling and running are ours, as mutmut samples
+nothing, leaves out decorated functions and starts from a `mutants/` folder whose imports take seconds each. Here a
+private copy of the tree is made, everything but the package is imported once, and each mutant is a fork that runs the
+tests which execute the changed statement, fastest first, until one fails. A test may take 5 times its usual CPU time
+and 10 s more: an endless loop is a failure.
+
+Left out, as no test should notice them: docstrings, annotations, type aliases, log messages, texts of errors and
+assertions, descriptions of settings; and decorators, which run when a module is imported. Mutants that change no
+behaviour, each with its reason, are in docs/equivalent-mutants.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import hashlib
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import libcst as cst
+import libcst.matchers as m
+import pytest
+from libcst.metadata import MetadataWrapper, PositionProvider
+from mutmut.mutation.mutators import mutation_operators
+
+ROOT = Path(__file__).parents[1]
+EQUIVALENT = ROOT / "docs" / "equivalent-mutants.json"
+ROOMS = {  # what is mutated, and the tests of its room
+    "growth": (["growth.py"], ["tests/test_growth.py"]),
+    "diffusion": (["diffusion"], ["tests/diffusion"]),
+    "onestep": (["onestep"], ["tests/onestep"]),
+    "ema": (["training/ema.py"], ["tests/training"]),
+    "order": (["data/order.py"], ["tests/data"]),
+}
+LOG = Path("out/last.txt")  # what pytest said last, in the private copy
+TYPES = ("Callable", "Literal", "Mapping", "Sequence")  # a subscript of these is an alias of a type
+
+
+# --- mutants ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """`before` becomes `after` in a statement of `lines` (first, last); `where`: the function. `key` names it as long
+    as function, statement and change stay what they are, wherever they move in the file."""
+
+    key: str
+    room: str
+    file: str
+    where: str
+    lines: tuple[int, int]
+    operator: str
+    before: str
+    after: str
+
+
+class Finder(cst.CSTVisitor):
+    """Collects the mutations of a module: (original node, mutated node, operator, function, statement)."""
+
+    METADATA_DEPENDENCIES = (PositionProvider,)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[cst.CSTNode, cst.CSTNode, str, str, cst.CSTNode]] = []
+        self.names: list[str] = []
+        self.statements: list[cst.CSTNode] = []
+        self.left_out: set[int] = set()
+
+    def on_visit(self, node: cst.CSTNode) -> bool:
+        if id(node) in self.left_out or _left_out(node):
+            return False
+        if isinstance(node, cst.Assert) and node.msg is not None:
+            self.left_out.add(id(node.msg))
+        if isinstance(node, cst.FunctionDef):
+            self.left_out |= {id(p) for p in _errors_only(node)}
+        if isinstance(node, cst.FunctionDef | cst.ClassDef):
+            self.names.append(node.name.value)
+        if isinstance(node, cst.BaseStatement | cst.BaseSmallStatement | cst.MatchCase | cst.ExceptHandler):
+            self.statements.append(node)
+        for kind, operator in mutation_operators:
+            if isinstance(node, kind):
+                for mutated in operator(node):
+                    statement = self.statements[-1] if self.statements else node
+                    self.found.append((node, mutated, operator.__name__, ".".join(self.names), statement))
+        return True
+
+    def on_leave(self, original_node: cst.CSTNode) -> None:
+        if isinstance(original_node, cst.FunctionDef | cst.ClassDef) and not _left_out(original_node):
+            self.names.pop()
+        if self.statements and self.statements[-1] is original_node:
+            self.statements.pop()
+
+
+def _left_out(node: cst.CSTNode) -> bool:
+    """Whether nothing inside `node` is mutated."""
+    if isinstance(node, cst.Annotation | cst.Raise | cst.Decorator):
+        return True
+    if isinstance(node, cst.Param):  # a default runs when the module is imported; simple ones are safe to change
+        return not isinstance(node.default, cst.Name | cst.BaseNumber | cst.BaseString | None)
+    return m.matches(
+        node,
+        m.Expr(m.SimpleString() | m.ConcatenatedString())  # docstrings
+        | m.If(m.Name("TYPE_CHECKING"))
+        | m.Call(m.Name("len") | m.Name("isinstance"))  # mutmut's: fail at once
+        | m.Call(m.Attribute(m.Name("logger")))
+        | m.Call(m.Attribute(m.Name("logging")))
+        | m.Arg(keyword=m.Name("description"))
+        | m.Assign(value=m.Subscript(value=m.OneOf(*map(m.Name, TYPES))))
+        | m.AnnAssign(value=m.Call(m.Name("get_args"))),
+    )
+
+
+def _errors_only(function: cst.FunctionDef) -> Iterator[cst.CSTNode]:
+    """Assignments of names that are read in `raise` statements alone: parts of their texts."""
+    raised = Counter(n.value for r in m.findall(function, m.Raise()) for n in m.findall(r, m.Name()))
+    everywhere = Counter(n.value for n in m.findall(function, m.Name()))
+    for assign in m.findall(function, m.Assign(targets=[m.AssignTarget(m.Name())])):
+        name = assign.targets[0].target.value  # type: ignore[attr-defined]
+        if raised[name] and everywhere[name] == raised[name] + 1:
+            yield assign
+
+
+class Source:
+    """A file's syntax tree and its mutants."""
+
+    def __init__(self, room: str, path: Path) -> None:
+        self.path, self.text = path, path.read_text(encoding="utf-8")
+        wrapper = MetadataWrapper(cst.parse_module(self.text))
+        self.module, finder = wrapper.module, Finder()
+        wrapper.visit(finder)
+        positions = wrapper.resolve(PositionProvider)
+        self.nodes: dict[str, tuple[cst.CSTNode, cst.CSTNode]] = {}
+        self.mutants: list[Mutant] = []
+        seen: Counter[tuple[str, ...]] = Counter()
+        for node, mutated, operator, where, statement in finder.found:
+            before, after = (self.module.code_for_node(n) for n in (node, mutated))
+            head = _head(statement)
+            text = self.module.code_for_node(head or statement)
+            same = (str(path), where, text, operator, before, after)
+            seen[same] += 1
+            key = hashlib.sha256("\0".join((*same, str(seen[same]))).encode()).hexdigest()[:12]
+            first, last = positions[statement].start.line, positions[head or statement].end.line
+            self.nodes[key] = node, mutated
+            self.mutants.append(Mutant(key, room, str(path), where, (first, last), operator, before, after))
+
+    def mutated(self, key: str) -> str:
+        """The file's text with one mutant in it."""
+        text = self.module.deep_replace(*self.nodes[key]).code  # type: ignore[union-attr]
+        compile(text, str(self.path), "exec")
+        return text
+
+    def diff(self, key: str) -> list[str]:
+        """Changed lines, first those that go (`-`), then those that come (`+`)."""
+        lines = difflib.ndiff(self.text.splitlines(), self.mutated(key).splitlines())
+        return [line for line in lines if line[:2] in ("- ", "+ ")]
+
+
+def _head(statement: cst.CSTNode) -> cst.CSTNode | None:
+    """The part of a compound statement that is executed before its body."""
+    for part in ("test", "iter", "subject", "params", "pattern", "type"):
+        if hasattr(statement, "body") and (found := getattr(statement, part, None)) is not None:
+            return found
+    if isinstance(statement, cst.With):
+        return statement.items[-1]
+    return None
+
+
+def sources() -> dict[str, Source]:
+    """All that is mutated, by path."""
+    found = {}
+    for room, (places, _) in ROOMS.items():
+        for place in places:
+            path = Path("src/pixelgrow") / place
+            for file in sorted(path.glob("*.py")) if path.is_dir() else [path]:
+                found[str(file)] = Source(room, file)
+    return found
+
+
+def sample(all_mutants: list[Mutant], count: int, seed: int) -> list[Mutant]:
+    """`count` mutants at random. One that was chosen stays chosen when others are added or go."""
+    return sorted(all_mutants, key=lambda mutant: hashlib.sha256(f"{seed} {mutant.key}".encode()).digest())[:count]
+
+
+# --- tests ------------------------------------------------------------------------------------------------------------
+
+
+class Trace:
+    """A pytest plugin: which statements each test executes, fixtures of wider scope apart, and how long it takes."""
+
+    def __init__(self, coverage: Any) -> None:
+        self.coverage, self.context = coverage, ""
+        self.tests: dict[str, dict[str, Any]] = {}
+        self.fixtures: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def _in(self, context: str) -> Iterator[None]:
+        before, self.context = self.context, context
+        self.coverage.switch_context(context)
+        yield
+        self.context = before
+        self.coverage.switch_context(before)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: Any) -> Any:
+        definitions = [d[-1] for d in item._fixtureinfo.name2fixturedefs.values()]
+        wide = [f"{d.baseid}::{d.argname}" for d in definitions if d.scope != "function"]
+        self.tests[item.nodeid] = {"name": item.nodeid, "fixtures": wide, "seconds": 0.0, "passed": True}
+        with self._in(item.nodeid):
+            return (yield)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef: Any, request: Any) -> Any:
+        if fixturedef.scope == "function":
+            return (yield)
+        began = time.perf_counter()
+        name = f"{fixturedef.baseid}::{fixturedef.argname}"
+        with self._in(name):
+            result = yield
+        self.fixtures[name] = max(self.fixtures.get(name, 0.0), time.perf_counter() - began)
+        return result
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        test = self.tests[report.nodeid]
+        test["seconds"] += report.duration
+        test["passed"] &= not report.failed
+
+
+class Chosen:
+    """A pytest plugin: certain tests in a certain order, each within a limit of CPU time; notes what fails."""
+
+    def __init__(self, limits: dict[str, float]) -> None:
+        self.limits, self.killer = limits, ""
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        order = {name: i for i, name in enumerate(self.limits)}
+        items[:] = sorted((i for i in items if i.nodeid in order), key=lambda i: order[i.nodeid])
+
+    def pytest_runtest_setup(self, item: Any) -> None:
+        signal.setitimer(signal.ITIMER_PROF, self.limits[item.nodeid])
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed:
+            self.killer = self.killer or report.nodeid
+
+    def pytest_collectreport(self, report: Any) -> None:
+        if report.failed:
+            self.killer = self.killer or f"{report.nodeid} (import)"
+
+
+def forked(work: Callable[[], dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """`work() -> dict` in a child of at most so many seconds of CPU time until it sets another limit; {} if it died."""
+    out, into = os.pipe()
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            os.setsid()
+            os.close(out)
+            quiet = os.open(LOG, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+            for fd in (0, 1, 2):
+                os.dup2(quiet, fd)
+            signal.signal(signal.SIGPROF, signal.SIG_DFL)
+            signal.setitimer(signal.ITIMER_PROF, seconds)
+            os.write(into, json.dumps(work()).encode())
+            status = 0
+        except BaseException:  # noqa: BLE001 - the parent is told by silence
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    os.close(into)
+    with os.fdopen(out, "rb") as pipe:
+        told = pipe.read()
+    os.waitpid(child, 0)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)  # what it may have left
+    return json.loads(told) if told else {}
+
+
+PYTEST = ["-q", "--assert=plain", "-p", "no:cacheprovider", "-p", "no:xdist"]
+
+
+def baseline(room: str, store: Path) -> dict[str, Any]:
+    """Run the tests of a room as they are, each file of tests unless `store` has it:
+
+    {"tests": {name: {seconds, passed, fixtures, lines}}, "modules": what they import, "imported": lines so executed}
+    """
+    known = json.loads(store.read_text(encoding="utf-8")) if store.exists() else {}
+    whole: dict[str, Any] = {"tests": {}, "modules": {}, "imported": {}}
+    code = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(Path("src").rglob("*.py"))))
+    for file in [f for p in map(Path, ROOMS[room][1]) for f in (sorted(p.glob("test_*.py")) if p.is_dir() else [p])]:
+        version = code.copy()
+        version.update(file.read_bytes())
+        if known.get(str(file), {}).get("version") != version.hexdigest():
+            preload(whole["modules"])
+            found = forked(lambda file=file: traced(str(file)), 3600)
+            if not found:
+                sys.exit(f"{file}: its tests died")
+            known[str(file)] = found | {"version": version.hexdigest()}
+            store.write_text(json.dumps(known), encoding="utf-8")
+        whole["tests"] |= known[str(file)]["tests"]
+        whole["modules"] |= dict.fromkeys(known[str(file)]["modules"])
+        for path, lines in known[str(file)]["imported"].items():
+            whole["imported"][path] = sorted({*whole["imported"].get(path, []), *lines})
+    return whole
+
+
+def traced(tests: str) -> dict[str, Any]:
+    """See `baseline`: of one file of tests."""
+    import coverage
+
+    sys.dont_write_bytecode = False  # compiled once, here
+    os.environ.pop("PYTHONDONTWRITEBYTECODE")
+    measured = coverage.Coverage(
+        data_file=None, config_file=False, include=[str(Path("src/pixelgrow").resolve() / "*")]
+    )
+    trace = Trace(measured)
+    measured.start()
+    pytest.main([*PYTEST, tests], plugins=[trace])
+    measured.stop()
+    ran: dict[str, dict[str, list[int]]] = {}
+    for file in measured.get_data().measured_files():
+        for line, contexts in measured.get_data().contexts_by_lineno(file).items():
+            for context in contexts:
+                ran.setdefault(context, {}).setdefault(os.path.relpath(file), []).append(line)
+    for test in trace.tests.values():
+        lines: dict[str, set[int]] = {}
+        for context in (test["name"], *test["fixtures"]):
+            for file, some in ran.get(context, {}).items():
+                lines[file] = lines.get(file, set()) | set(some)
+        test["fixtures"] = {f: trace.fixtures.get(f, 0.0) for f in test["fixtures"]}
+        test["lines"] = {f: sorted(some) for f, some in lines.items() if sources_room(f)}
+    here = str(Path.cwd())
+    modules = [n for n, mod in sys.modules.items() if here not in str(getattr(mod, "__file__", None) or here)]
+    return {"tests": trace.tests, "modules": modules, "imported": ran.get("", {})}
+
+
+def sources_room(path: str) -> str:
+    """The room that a file belongs to, "" if it is in none of `ROOMS`."""
+    inside = Path(path).relative_to("src/pixelgrow")
+    return next((room for room, (places, _) in ROOMS.items() if any(inside.is_relative_to(p) for p in places)), "")
+
+
+def tests_for(mutant: Mutant, facts: dict[str, Any]) -> dict[str, float]:
+    """Tests that execute a mutant's statement, cheapest first, with their limits of CPU time in seconds."""
+    lines = set(range(mutant.lines[0], mutant.lines[1] + 1))
+    whole = bool(lines & set(facts["imported"].get(mutant.file, [])))  # of a statement that an import executes
+    chosen = {
+        name: test
+        for name, test in facts["tests"].items()
+        if test["passed"] and mutant.file in test["lines"] and (whole or lines & set(test["lines"][mutant.file]))
+    }
+
+    def cost(name: str) -> tuple[float, str, float]:
+        shared = sum(s for s in chosen[name]["fixtures"].values() if s > 0.3)
+        return shared, name.partition("::")[0] if shared else "", chosen[name]["seconds"]
+
+    return {name: 10 + 5 * chosen[name]["seconds"] for name in sorted(chosen, key=cost)}
+
+
+def run_one(source: Source, mutant: Mutant, facts: dict[str, Any]) -> dict[str, Any]:
+    """Run the tests on one mutant: {"status": killed | survived, "by": ..., "seconds": ...}."""
+    tests = tests_for(mutant, facts)
+    began = time.perf_counter()
+    if not tests:
+        return {"status": "survived", "by": "no test of the room runs it", "seconds": 0.0}
+
+    def work() -> dict[str, Any]:
+        chosen = Chosen(tests)
+        code = pytest.main([*PYTEST, "-x", *sorted({t.partition("::")[0] for t in tests})], plugins=[chosen])
+        return {"status": "killed" if code else "survived", "by": chosen.killer or f"pytest ended with {int(code)}"}
+
+    path = Path(mutant.file)
+    times = path.stat()
+    path.write_text(source.mutated(mutant.key), encoding="utf-8")
+    try:
+        found = forked(work, 120)
+    finally:
+        path.write_text(source.text, encoding="utf-8")
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # what was compiled of it is good again
+    if found.get("status") == "survived":
+        found["by"] = f"{len(tests)} tests"
+    found = found or {"status": "killed", "by": "time limit, or the process died"}
+    return found | {"seconds": round(time.perf_counter() - began, 1)}
+
+
+# --- the whole of it --------------------------------------------------------------------------------------------------
+
+
+def private_copy(to: Path) -> None:
+    """The working tree's files at `to`, and from now on this process and its children in it."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    shutil.rmtree(to, ignore_errors=True)
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, to / name)
+    os.chdir(to)
+    LOG.parent.mkdir()
+    os.environ |= {"PYTHONPATH": str(to / "src"), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}  # as conftest.py, before imports
+    sys.dont_write_bytecode = True
+    sys.path[:] = [str(to / "src"), *(p for p in sys.path if p and not Path(p).is_relative_to(ROOT / "src"))]
+
+
+def preload(modules: Iterable[str]) -> None:
+    """Import what the tests will, the package and the tests themselves apart."""
+    for name in modules:
+        if name not in sys.modules and name.partition(".")[0] not in (
+            "pixelgrow",
+            "tests",
+            "bench",
+            "conftest",
+            "__main__",
+            "coverage",
+        ):
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
+
+
+def table(mutants: list[Mutant], results: dict[str, Any], equivalent: dict[str, Any]) -> str:
+    """Counts by file, and the score."""
+    rows: dict[str, Counter[str]] = {}
+    for mutant in mutants:
+        status = results.get(mutant.key, {}).get("status", "to do")
+        status = "equivalent" if status == "survived" and mutant.key in equivalent else status
+        for name in (mutant.file.removeprefix("src/pixelgrow/"), "all"):
+            rows.setdefault(name, Counter())[status] += 1
+    columns = ("killed", "equivalent", "survived", "to do")
+    lines = [f"{'':<32}" + "".join(f"{c:>12}" for c in ("mutants", *columns))]
+    for name, row in sorted(rows.items(), key=lambda r: (r[0] == "all", r[0])):
+        lines.append(f"{name:<32}" + "".join(f"{n:>12}" for n in (row.total(), *(row[c] for c in columns))))
+    done = rows["all"].total() - rows["all"]["to do"]
+    good = rows["all"]["killed"] + rows["all"]["equivalent"]
+    return "\n".join(lines) + f"\nkilled or equivalent: {good} of {done} ({good / max(done, 1):.1%})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "bench" / "mutants.json")
+    parser.add_argument("--again", choices=["survived", "all"], help="run these again, though their result is known")
+    parser.add_argument("--only", nargs="*", metavar="KEY", help="these mutants alone")
+    parser.add_argument("--list", action="store_true", help="print the sample and what is known of it; run nothing")
+    parser.add_argument("--show", metavar="KEY", help="print one mutant as a diff")
+    args = parser.parse_args()
+    output = args.output.resolve()
+    os.chdir(ROOT)
+    found = sources()
+    every = [mutant for source in found.values() for mutant in source.mutants]
+    chosen = sample(every, args.count, args.seed)
+    chosen.sort(key=lambda mutant: (mutant.file, mutant.lines))
+    stored = json.loads(output.read_text(encoding="utf-8")) if output.exists() else {}
+    results: dict[str, Any] = stored.setdefault("results", {})
+    equivalent = json.loads(EQUIVALENT.read_text(encoding="utf-8")) if EQUIVALENT.exists() else {}
+    if args.show:
+        mutant = next(mutant for mutant in every if mutant.key.startswith(args.show))
+        print(f"{mutant.file}:{mutant.lines[0]} {mutant.where}", *found[mutant.file].diff(mutant.key), sep="\n")
+        return
+    if args.list:
+        for mutant in chosen:
+            known = results.get(mutant.key, {})
+            status = "equivalent" if mutant.key in equivalent else known.get("status", "to do")
+            print(f"{mutant.key} {status:<10} {mutant.file}:{mutant.lines[0]} {mutant.where} ({known.get('by', '')})")
+            print(*(f"    {line}" for line in found[mutant.file].diff(mutant.key)), sep="\n")
+        print(f"{len(every)} mutants in all\n{table(chosen, results, equivalent)}")
+        return
+    wanted = [mutant for mutant in chosen if not args.only or mutant.key in args.only]
+    known = {k for k, r in results.items() if not args.only and args.again != "all" and r["status"] != args.again}
+    todo = [mutant for mutant in wanted if mutant.key not in known]
+    private_copy(output.parent / "mutants-copy")
+    facts: dict[str, Any] = {}
+    for mutant in todo:
+        if mutant.room not in facts:
+            facts[mutant.room] = baseline(mutant.room, output.parent / "mutants-tests.json")
+            failed = [name for name, test in facts[mutant.room]["tests"].items() if not test["passed"]]
+            print(
+                f"{mutant.room}: {len(facts[mutant.room]['tests'])} tests, failing and left out: {failed}", flush=True
+            )
+            preload(facts[mutant.room]["modules"])
+        result = run_one(found[mutant.file], mutant, facts[mutant.room])
+        results[mutant.key] = asdict(mutant) | {"diff": found[mutant.file].diff(mutant.key)} | result
+        print(
+            f"{mutant.key} {result['status']:<9} {result['seconds']:>6} s  {mutant.file}:{mutant.lines[0]}", flush=True
+        )
+        stored |= {"seed": args.seed, "count": args.count, "date": time.strftime("%Y-%m-%d")}
+        output.write_text(json.dumps(stored, indent=1, ensure_ascii=False), encoding="utf-8")
+    print(table(chosen, results, equivalent))
+
+
+if __name__ == "__main__":
+    main()
