@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 STAMP := .venv/.installed
-CODE := src tests bench examples
+CODE := src tests bench tools examples
 
 .PHONY: demo test lint format bench install clean
 

@@ -9,7 +9,8 @@ import torch
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
-from onestep.test_distill import Conditions, batch, generator, grown
+from diffusion.test_generator import generator, grown
+from onestep.test_distill import Conditions, batch
 from pixelgrow.onestep.distill import GENERATOR, DistillObjective
 from pixelgrow.onestep.features import TeacherFeatures
 from pixelgrow.onestep.settings import LossSettings

@@ -15,7 +15,8 @@ import transformers
 from PIL import Image
 from torch import Tensor
 
-from onestep.test_distill import Conditions, batch, generator
+from diffusion.test_generator import generator
+from onestep.test_distill import Conditions, batch
 from pixelgrow import checkpoint
 from pixelgrow.diffusion.denoiser import Denoiser
 from pixelgrow.diffusion.generator import Generator

@@ -1,8 +1,8 @@
 """Mutation testing: change one detail of the code at a time and see whether a test of its room fails.
 
-    python -m bench.mutants                    200 mutants, seed 0; the same again goes on where it was cut off
-    python -m bench.mutants --list             the sample, without running anything
-    python -m bench.mutants --show KEY         one mutant as a diff
+    python tools/mutants.py                    200 mutants, seed 0; the same again goes on where it was cut off
+    python tools/mutants.py --list             the sample, without running anything
+    python tools/mutants.py --show KEY         one mutant as a diff
 
 The changes are mutmut's (its operators on libcst's syntax trees); only sampling and running are ours, as mutmut samples
 nothing, leaves out decorated functions and starts from a `mutants/` folder whose imports take seconds each. Here a
@@ -45,7 +45,7 @@ from mutmut.mutation.mutators import mutation_operators
 ROOT = Path(__file__).parents[1]
 EQUIVALENT = ROOT / "docs" / "equivalent-mutants.json"
 ROOMS = {  # what is mutated, and the tests of its room
-    "growth": (["growth.py"], ["tests/test_growth.py"]),
+    "growth": (["growth.py"], ["tests/test_growth.py", "tests/diffusion/test_generator.py"]),
     "diffusion": (["diffusion"], ["tests/diffusion"]),
     "onestep": (["onestep"], ["tests/onestep"]),
     "ema": (["training/ema.py"], ["tests/training"]),
