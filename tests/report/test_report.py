@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+from pixelgrow.report.report import _series
 from pixelgrow.report.svg import Curve, chart
 
 
@@ -29,3 +30,12 @@ def test_every_curve_is_within_the_drawing_and_named_with_its_last_value() -> No
 
 def test_what_was_not_logged_is_not_drawn() -> None:
     assert chart("Error", [Curve("a", []), Curve("b", [(0, 0.0)])]) == ""
+
+
+def test_long_logs_are_thinned_and_end_at_the_end() -> None:
+    lines = [{"images": 100 * i, "loss": 1 / i, "none": None} for i in range(1, 20_001)]
+    points = _series(lines, "loss")
+    assert 400 <= len(points) <= 500
+    assert points[-1] == (2_000_000, 1 / 20_000)
+    assert _series(lines[:500], "loss") == [(line["images"], line["loss"]) for line in lines[:500]]
+    assert _series(lines, "none") == _series(lines, "other") == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import torch
 
 import training_toy as toy
 from pixelgrow.errors import UserError
-from pixelgrow.training import monitor, state
+from pixelgrow.training import monitor, periods, state
 from pixelgrow.training.loop import Interrupted
 from pixelgrow.training.monitor import Hook
 from pixelgrow.training.objective import Terms
@@ -46,6 +47,12 @@ def lines(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
+def results(folder: Path) -> list[dict[str, float]]:
+    """What a log says of the training itself, without times and speeds."""
+    kept = ("images", "loss", "grad_norm", "lr", "sigma_mean", "skipped", "validation/error")
+    return [{k: v for k, v in r.items() if k in kept} for r in lines(folder)]
+
+
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert a.keys() == b.keys()
     for name, tensor in a.items():
@@ -66,10 +73,46 @@ def test_stopped_and_resumed_is_the_same_bytes(tmp_path: Path, changes: dict) ->
     result = toy.run(tmp_path / "cut", cut, **changes)
     assert (result.images, result.steps, result.skipped) == (96, 12, 0)
     same(toy.weights(cut, result), expected)
-    records = [[{k: v for k, v in r.items() if "loss" in k or "error" in k} | {"images": r["images"]} for r in lines(f)]
-               for f in (tmp_path / "whole", tmp_path / "cut")]  # fmt: skip
-    assert {r["images"] for r in records[0]} == {0, 16, 32, 48, 64, 80, 96}
-    assert records[0] == records[1]
+    assert {r["images"] for r in results(tmp_path / "whole")} == {0, 16, 32, 48, 64, 80, 96}
+    assert results(tmp_path / "whole") == results(tmp_path / "cut")
+
+
+def test_saves_by_the_clock_change_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = toy.Toy()
+    expected = toy.weights(whole, toy.run(tmp_path / "whole", whole, save_every=96))
+    monkeypatch.setattr(periods, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(periods, "SAVE_SHARE", math.inf)
+    for at in (24, 56):  # neither is a multiple of save_every
+        with pytest.raises(Stop):
+            toy.run(tmp_path / "cut", toy.Toy(), hooks=(stop_at(at),), save_every=96)
+        saved = state.load(tmp_path / "cut" / "state")
+        assert saved is not None
+        assert saved.counters["images"] == at
+    rest = toy.Toy()
+    same(toy.weights(rest, toy.run(tmp_path / "cut", rest, save_every=96)), expected)
+    assert rest.seen[0] == 56
+    assert results(tmp_path / "whole") == results(tmp_path / "cut")
+
+
+def test_the_clock_asks_for_a_save_every_quarter_of_an_hour_or_less_often_where_saving_is_slow() -> None:
+    now = 0.0
+    clock = periods.SaveClock(lambda: now)
+
+    def wait() -> float:
+        nonlocal now
+        began = now
+        while not clock.due:
+            now += 1
+        return now - began
+
+    assert wait() == 900
+    began, now = now, now + 10
+    clock.saved(began)
+    assert not clock.due
+    assert wait() == 900
+    began, now = now, now + 100
+    clock.saved(began)
+    assert wait() == 2000  # 5% of the time
 
 
 def test_a_finished_run_runs_no_step_again(tmp_path: Path) -> None:

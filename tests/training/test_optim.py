@@ -22,6 +22,14 @@ def test_lengths_left_out_are_filled_in() -> None:
     assert TrainSettings(images=64, batch=32, accumulate=4).micro_batch == 8
 
 
+def test_periods_left_out_are_bounded_by_steps() -> None:
+    """A share of 512 million images alone would be a line every 10,000 steps and a save every 100,000."""
+    s = TrainSettings(images=2_000_000 * 256, batch=256)
+    periods = (s.log_every, s.save_every, s.validate_every, s.sample_every, s.snapshot_every)
+    assert [n / s.batch for n in map(int, periods)] == [100, 10_000, 2_000, 5_000, 100_000]
+    assert TrainSettings(images=2_000_000 * 256, batch=256, log_every=10**6).log_every == 10**6
+
+
 @pytest.mark.parametrize(
     ("bad", "words"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import platform
 import time
 from collections.abc import Iterable, Sequence
@@ -33,6 +34,7 @@ from pixelgrow.training.log import duration
 from pixelgrow.writing import read_json, writing
 
 FILE = "report.html"
+POINTS = 500  # of a curve: a drawing is 460 units wide
 # Titles, and curves by the key of their records; what was not logged is not drawn.
 CHARTS = {
     "Training loss": {
@@ -314,7 +316,9 @@ def _log(path: Path) -> list[dict[str, Any]]:
 
 
 def _series(lines: Iterable[dict[str, Any]], name: str) -> list[tuple[float, float]]:
-    return [(line["images"], line[name]) for line in lines if line.get(name) is not None]
+    """The logged values of `name` by images, thinned evenly to POINTS at most, the last one kept."""
+    found = [(line["images"], line[name]) for line in lines if line.get(name) is not None]
+    return found[::-1][:: max(1, math.ceil(len(found) / POINTS))][::-1]
 
 
 def _last_validation(path: Path) -> dict[str, float]:

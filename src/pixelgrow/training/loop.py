@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from pixelgrow.training.ema import Ema
 from pixelgrow.training.log import Averages, Display, Log
 from pixelgrow.training.monitor import Hook
 from pixelgrow.training.objective import Objective, Terms, noise_levels
+from pixelgrow.training.periods import SaveClock, crossed
 from pixelgrow.training.settings import TrainSettings
 from pixelgrow.training.stopping import Interrupted, asked_to_stop
 
@@ -124,7 +125,7 @@ class Training:
         self.counters = Counters()
         self.means = Averages()
         self.bad = 0  # steps in a row that were not finite; never saved, as what is saved is before them
-        self.saved = -1
+        self.saved, self.clock = -1, SaveClock()
         self.resume(after)
         self.good = self._now(self.counters.lines)
 
@@ -157,9 +158,11 @@ class Training:
         # A skipped step leaves the tensors as they were, unless another part was updated in it, or buffers.
         if self.saved == c.images or (self.bad and (len(self.parameters) > 1 or writes != self._writes())):
             return
+        began = self.clock.clock()
         log.flush()
         state.save(self.folder / "state", c.images, self.tensors(), asdict(c) | {"means": means.stored()})
         self.saved = c.images
+        self.clock.saved(began)
 
     def _rescue(self, log: Log) -> None:
         """Before a mistake stops the run: save what was done since the last time, keep a result that can be used."""
@@ -304,7 +307,7 @@ class Training:
                     done = c.images >= self.until
                     if not self.bad:
                         self.good = self._now(log.lines)
-                    if stop or done or (c.images and _crossed(s.save_every, before, c.images)):
+                    if stop or done or (c.images and (self.clock.due or crossed(s.save_every, before, c.images))):
                         self.save(log)
                     if stop:
                         raise Interrupted(stop[0], max(self.saved, 0))
@@ -331,23 +334,15 @@ class Training:
                         raise
                     meter.add(s.batch, worked, waited)
                     c.seconds += worked + waited
-                    if _crossed(s.log_every, before, c.images) or c.images >= self.until:
+                    if crossed(s.log_every, before, c.images) or c.images >= self.until:
                         self._report(log, meter)
                     display.update(c.images, meter.note)
         finally:
             if stream is not None and hasattr(stream, "close"):
                 stream.close()
             log.close()
-        return TrainResult(
-            c.images,
-            c.steps,
-            c.skipped,
-            c.seconds,
-            meter.speed,
-            meter.share,
-            monitor.peak_memory(self.device),
-            self.averages,
-        )
+        peak = monitor.peak_memory(self.device)
+        return TrainResult(c.images, c.steps, c.skipped, c.seconds, meter.speed, meter.share, peak, self.averages)
 
     def _compile(self) -> None:
         if self.settings.compile:
@@ -363,7 +358,7 @@ class Training:
     def _look(self, hooks: Sequence[Hook], before: int, log: Log) -> None:
         """Call the hooks that are due and keep a snapshot of the averages if one is."""
         c, s = self.counters, self.settings
-        if s.snapshot_every and c.images and (_crossed(s.snapshot_every, before, c.images) or c.images >= self.until):
+        if s.snapshot_every and c.images and (crossed(s.snapshot_every, before, c.images) or c.images >= self.until):
             for part, emas in self.averages.items():
                 kept = {f"{e.length}/{n}": t.half() for e in emas for n, t in e.tensors.items()}
                 state.write_tensors(self.folder / "snapshots" / part / f"{c.images:012d}.safetensors", kept)
@@ -379,24 +374,21 @@ class Training:
         """The modules with the first averages as weights, in eval mode, without gradients, randomness set aside."""
         modules = self.objective.modules
         training = [m for module in modules.values() for m in module.modules() if m.training]
-        lent = [emas[0].applied() for emas in self.averages.values() if emas]
-        try:
-            for loan in lent:
-                loan.__enter__()
-            for module in modules.values():
-                module.eval()
-            devices = [self.device] if self.device.type == "cuda" else []
-            with torch.random.fork_rng(devices), torch.no_grad(), precision.autocast(self.device, self.dtype):
-                yield
-        finally:
+
+        def back() -> None:
             for m in training:
                 m.training = True
-            for loan in lent:
-                loan.__exit__(None, None, None)
 
-
-def _crossed(every: int | None, before: int, now: int) -> bool:
-    return bool(every) and now // every > before // every  # type: ignore[operator]
+        with ExitStack() as stack:
+            for emas in self.averages.values():
+                if emas:
+                    stack.enter_context(emas[0].applied())
+            stack.enter_context(torch.random.fork_rng([self.device] if self.device.type == "cuda" else []))
+            stack.callback(back)
+            for module in modules.values():
+                module.eval()
+            with torch.no_grad(), precision.autocast(self.device, self.dtype):
+                yield
 
 
 def _next(stream: Iterator[Any], images: int) -> Any:

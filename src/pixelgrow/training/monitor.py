@@ -22,6 +22,7 @@ from pixelgrow.models.flops import counted
 from pixelgrow.pictures import grid, to_uint8
 from pixelgrow.training import cpu
 from pixelgrow.training.objective import Objective
+from pixelgrow.training.periods import crossed
 from pixelgrow.writing import writing
 
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ class Hook:
         """Whether `every` was crossed by the step from `before` to `now` images."""
         if not self.every:
             return False
-        return now >= end or (now == 0 and self.at_start) or now // self.every > before // self.every
+        return now >= end or (now == 0 and self.at_start) or crossed(self.every, before, now)
 
 
 def grid_hook(

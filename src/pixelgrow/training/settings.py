@@ -12,6 +12,14 @@ from pixelgrow.precision import Precision
 MAX_EMA_LENGTH = 12**-0.5  # of a plain average over the whole run (gamma = 0; EDM2, arXiv 2312.02696, section 3.1)
 
 Images = int  # a number of images seen, the unit of every schedule
+# Periods that a recipe leaves out: this fraction of the stage's images, or so many steps if these come first.
+PERIODS = {
+    "log_every": (200, 100),
+    "save_every": (20, 10_000),
+    "validate_every": (10, 2_000),
+    "sample_every": (10, 5_000),
+    "snapshot_every": (8, 100_000),
+}
 
 
 class TrainSettings(BaseModel):
@@ -89,10 +97,9 @@ class TrainSettings(BaseModel):
             raise ValueError(f"batch: got {self.batch}, expected a multiple of accumulate ({self.accumulate})")
         if self.decay == "inverse_sqrt" and self.warmup == 0:  # it falls from the end of the warm-up on
             raise ValueError("warmup: got 0 with decay: inverse_sqrt, expected 1 image or more; 5% of them is usual")
-        shares = {"warmup": 20, "log_every": 200, "save_every": 20, "validate_every": 10, "sample_every": 10}
-        shares["snapshot_every"] = 8
-        for name, share in shares.items():
+        if self.warmup is None:
+            object.__setattr__(self, "warmup", self.images // 20)
+        for name, (parts, steps) in PERIODS.items():
             if getattr(self, name) is None:
-                least = 0 if name == "warmup" else self.batch
-                object.__setattr__(self, name, max(least, self.images // share))
+                object.__setattr__(self, name, max(self.batch, min(self.images // parts, steps * self.batch)))
         return self

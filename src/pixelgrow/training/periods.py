@@ -1,0 +1,34 @@
+"""When something is due: periods counted in images, and in wall time for what changes no result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import monotonic
+
+SAVE_SECONDS = 900.0  # without a save, at most: that much work a run that is killed may lose
+SAVE_SHARE = 0.05  # of the time, at most, goes to saves that only the clock asks for
+
+
+def crossed(every: int | None, before: int, now: int) -> bool:
+    """Whether the step from `before` to `now` images reached or passed a multiple of `every`; never for 0 or None."""
+    return bool(every) and now // every > before // every  # type: ignore[operator]
+
+
+class SaveClock:
+    """Asks for a save when the last one is SAVE_SECONDS ago, or longer where saving itself is slow (SAVE_SHARE).
+
+    A state holds all that later steps depend on, so when it is saved changes no result.
+    """
+
+    def __init__(self, clock: Callable[[], float] = monotonic) -> None:
+        self.clock = clock
+        self.last, self.cost = clock(), 0.0
+
+    @property
+    def due(self) -> bool:
+        return self.clock() - self.last >= max(SAVE_SECONDS, self.cost / SAVE_SHARE)
+
+    def saved(self, began: float) -> None:
+        """Note a save that took from `began`, by this clock, until now."""
+        self.last = self.clock()
+        self.cost = self.last - began
