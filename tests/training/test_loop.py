@@ -17,7 +17,7 @@ import torch
 
 import training_toy as toy
 from pixelgrow.errors import UserError
-from pixelgrow.training import monitor, periods, state
+from pixelgrow.training import loop, monitor, periods, state
 from pixelgrow.training.loop import Interrupted
 from pixelgrow.training.monitor import Hook
 from pixelgrow.training.objective import Terms
@@ -92,6 +92,27 @@ def test_saves_by_the_clock_change_no_result(tmp_path: Path, monkeypatch: pytest
     same(toy.weights(rest, toy.run(tmp_path / "cut", rest, save_every=96)), expected)
     assert rest.seen[0] == 56
     assert results(tmp_path / "whole") == results(tmp_path / "cut")
+
+
+def test_a_save_sets_the_clock_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, saves = 0.0, []
+    write = state.save
+
+    def slow(folder: Path, images: int, *rest: object) -> None:
+        nonlocal now
+        now += 60
+        saves.append(images)
+        write(folder, images, *rest)
+
+    def step(_: int) -> dict[str, float]:
+        nonlocal now
+        now += 300
+        return {}
+
+    monkeypatch.setattr(loop, "SaveClock", lambda: periods.SaveClock(lambda: now))
+    monkeypatch.setattr(state, "save", slow)
+    toy.run(tmp_path, hooks=(Hook("step", 8, step, at_start=True),), save_every=96)
+    assert saves == [24, 56, 88, 96]  # after 900 s; then every 1,200 s, as a save takes 60 s
 
 
 def test_the_clock_asks_for_a_save_every_quarter_of_an_hour_or_less_often_where_saving_is_slow() -> None:

@@ -89,8 +89,8 @@ def save_grid(images: Tensor, path: Path, columns: int = 8) -> None:
 class Seams:
     """Energy of the differences across patch boundaries over that inside patches, of images that come in batches.
 
-    patches: sides of patches in pixels. The energy is the mean squared difference of neighbouring pixels, along both
-    axes together.
+    patches: sides of patches in pixels. The energy is the mean squared difference of neighbouring pixels: of each pair of
+    rows and of columns, then of all pairs.
     """
 
     def __init__(self, patches: Sequence[int]) -> None:
@@ -100,9 +100,10 @@ class Seams:
     def add(self, images: Tensor) -> None:
         """Images (B, C, H, W) in [-1, 1]."""
         for axis in (2, 3):
-            others = [a for a in range(4) if a != axis]
-            energy = images.double().diff(dim=axis).square().sum(dim=others).cpu()  # (H - 1,) or (W - 1,)
-            size = images.numel() // images.shape[axis]
+            energy = (
+                images.double().diff(dim=axis).square().mean(dim=5 - axis).sum(dim=(0, 1)).cpu()
+            )  # (H - 1,), (W - 1,)
+            size = images.shape[0] * images.shape[1]
             for side in self.across:
                 seam = (torch.arange(len(energy)) + 1) % side == 0
                 for sums, where in ((self.across[side], seam), (self.inside[side], ~seam)):
