@@ -89,8 +89,8 @@ def save_grid(images: Tensor, path: Path, columns: int = 8) -> None:
 class Seams:
     """Energy of the differences across patch boundaries over that inside patches, of images that come in batches.
 
-    patches: sides of patches in pixels. The energy is the mean squared difference of neighbouring pixels: of each pair of
-    rows and of columns, then of all pairs.
+    patches: sides of patches in pixels. The energy is the mean squared difference of neighbouring pixels: of each pair
+    of rows and of columns, then of all pairs.
     """
 
     def __init__(self, patches: Sequence[int]) -> None:
