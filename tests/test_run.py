@@ -35,6 +35,7 @@ from pixelgrow.diffusion.denoiser import Denoiser
 from pixelgrow.diffusion.sampling import Samples, sample
 from pixelgrow.errors import UserError
 from pixelgrow.recipe.read import Recipe, load_recipe, read_recipe
+from pixelgrow.recipe.stages import RESERVED
 from pixelgrow.run import _warn_of_micro_batches, less_memory, locked, run
 from pixelgrow.stages import grow, train
 from pixelgrow.stages.materials import Materials
@@ -100,6 +101,13 @@ def test_every_stage_leaves_its_result(smoke: Path) -> None:
     assert metrics["prompts"] == 8
     assert metrics["sampling"]["grid"] == "native"
     assert set(metrics["accuracy"]) >= {"background", "colour", "shape", "count"}
+
+
+def test_names_that_a_run_itself_takes_are_reserved(smoke: Path, regimes: Path) -> None:
+    for folder, own in ((smoke, {"text", "report.html"}), (regimes, {"data", "text", "report.html"})):
+        names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+        others = names - {path.parent.name for path in folder.glob("*/stage.json")}
+        assert own <= others <= set(RESERVED)
 
 
 def test_a_frozen_phase_keeps_the_core_to_the_bit(smoke: Path) -> None:

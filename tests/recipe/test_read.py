@@ -125,7 +125,11 @@ def test_values_of_other_fields(tmp_path: Path) -> None:
         ),
         ("stages.grown.to=96", "recipe.yaml: stage 'grown': to: got 96, expected 32 doubled once or more: 64, 128"),
         ("stages.grown.from=cor", "recipe.yaml: stage 'grown': from: unknown stage 'cor'; did you mean 'core'?"),
-        ("stages.grown.name=core", "recipe.yaml: two stages are called 'core'"),
+        ("stages.grown.name=core", "recipe.yaml: two stages are called 'core'; give"),
+        ("stages.grown.name=Core", "recipe.yaml: two stages are called 'core' and 'Core', one folder on some disks"),
+        ("stages.eval.name=text", "recipe.yaml: a stage is called 'text', which is the name of a run's own file"),
+        ("stages.eval.name=Report.html", "recipe.yaml: a stage is called 'Report.html', which is the name of a run's"),
+        ("stages.eval.name=eval.", "recipe.yaml: stages[2].evaluate.name: got 'eval.', expected letters, digits"),
         ("stages.nope.images=1", "--set 'stages.nope.images=1': got 'nope', expected one of core, grown, eval"),
         ("stages=[{trian: {}}]", "recipe.yaml: stages[0]: unknown stage 'trian'; did you mean 'train'?"),
         ("stages=[{grow: {name: a, to: 64, images: 1}}]", "recipe.yaml: stage 'a' has no model to start from"),
@@ -243,6 +247,12 @@ def test_words_stay_words(tmp_path: Path) -> None:
 def test_a_name_that_is_nowhere() -> None:
     with pytest.raises(UserError, match="neither a file nor one of demo, huge, photos, smoke"):
         load_recipe("dmo")
+
+
+def test_a_stage_whose_name_has_dots_is_overridden_by_it(tmp_path: Path) -> None:
+    given = ["stages.core.name=v1", "stages.grown.from=v1", "stages.grown.name=v1.5", "stages.eval.from=v1.5"]
+    recipe = load_recipe(write(tmp_path), [*given, "stages.v1.5.batch=32", "stages.v1.batch=8"])
+    assert [getattr(s, "batch", None) for s in recipe.stages[:2]] == [8, 32]
 
 
 def test_training_settings_of_a_stage_are_its_own() -> None:

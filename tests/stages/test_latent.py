@@ -32,6 +32,7 @@ from pixelgrow.models.sizes import shallow_uvit
 from pixelgrow.models.uvit import UViT
 from pixelgrow.onestep.pairs import Pairs
 from pixelgrow.recipe.read import Recipe, read_recipe
+from pixelgrow.recipe.stages import RESERVED
 from pixelgrow.run import run
 from pixelgrow.stages import distill, grow, train
 from test_growth import CORE, cond
@@ -262,7 +263,7 @@ def made(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_stage_works_in_latents(made: Path, folder: Path) -> None:
-    assert len(list((made / "latents").iterdir())) == 2  # at 16 and at 32
+    assert len(list((made / "latents").iterdir())) == 2 and "latents" in RESERVED  # at 16 and at 32
     assert Pairs(made / "pairs").latents.shape == (16, CHANNELS, 16, 16)
     for name, objective in (("core", "denoise"), ("grown", "denoise"), ("onestep32", "generate")):
         config = checkpoint.read_config(made / name / "checkpoint")

@@ -10,6 +10,7 @@ from pixelgrow.errors import UserError
 from pixelgrow.onestep.losses import GUIDANCE_DISTRIBUTIONS
 from pixelgrow.recipe.data import TextSpec
 from pixelgrow.recipe.stages import (
+    RESERVED,
     DistillStage,
     EstimateStage,
     EvaluateStage,
@@ -29,11 +30,18 @@ def _models(stages: Iterable[Stage]) -> list[str]:
 
 
 def check_place(stages: Sequence[Stage], where: str) -> None:
-    """Names are unique, parents stand earlier, resolutions grow."""
+    """Names are unique and free, parents stand earlier, resolutions grow."""
     *before, stage = stages
     earlier = with_parents(before)
-    if stage.name in [s.name for s in earlier]:
-        raise UserError(f"{where}: two stages are called {stage.name!r}; give each a name of its own")
+    folders = {s.name.lower(): s.name for s in earlier}  # some disks take both cases for the same
+    if (other := folders.get(stage.name.lower())) is not None:
+        both = repr(other) if other == stage.name else f"{other!r} and {stage.name!r}, one folder on some disks"
+        raise UserError(f"{where}: two stages are called {both}; give each a name of its own")
+    if stage.name.lower() in RESERVED:
+        raise UserError(
+            f"{where}: a stage is called {stage.name!r}, which is the name of a run's own file or folder (as are "
+            f"{', '.join(r for r in RESERVED if r != stage.name.lower())}); give it another name"
+        )
     at = f"stage {stage.name!r}"
     models = _models(earlier)
     parent = _parent_of(stage, earlier)

@@ -23,7 +23,7 @@ def override(raw: dict[str, Any], given: str) -> None:
     A stage is named by its name or its number, or as messages name it: `stages[0].train.images=1000`.
     """
     name, equals, text = given.partition("=")
-    keys = re.sub(r"\[(\d+)\]", r".\1", name.strip()).split(".")
+    keys = _keys(raw.get("stages"), name.strip())
     if not equals or not all(keys):
         raise UserError(f"--set {given!r}: expected a.b=value, such as stages.core.images=1000")
     here: Any = raw
@@ -52,6 +52,16 @@ def override(raw: dict[str, Any], given: str) -> None:
         here[last] = _value(text, given, types_at(model, last))
     else:
         raise _no_key(here, keys, given)
+
+
+def _keys(stages: Any, name: str) -> list[str]:
+    """`a.b[0].c` as ["a", "b", "0", "c"]. The name of a stage, which may have dots, is one key."""
+    names = map(_stage_name, stages) if isinstance(stages, list) else ()
+    for stage in sorted(names, key=len, reverse=True):
+        head, found, rest = name.partition(f"stages.{stage}.")
+        if stage and found and not head:
+            return ["stages", stage, *rest.split(".")]
+    return re.sub(r"\[(\d+)\]", r".\1", name).split(".")
 
 
 def _no_key(here: Any, keys: Sequence[str], given: str) -> UserError:

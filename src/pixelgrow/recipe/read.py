@@ -126,7 +126,7 @@ def _message(model: type[BaseModel], error: Any, at: Where, also: Sequence[str])
     shown = repr(got) if isinstance(got, str | int | float | bool) else kind_of(got)
     text = text.removeprefix("input ").replace("should", "expected to", 1)
     if error["type"] == "string_pattern_mismatch":
-        text = "expected letters, digits, dots, dashes and underscores"
+        text = "expected letters, digits, dots, dashes and underscores, a letter or digit first and no dot last"
     return f"{_dotted(loc)}: got {shown}, {text}"
 
 

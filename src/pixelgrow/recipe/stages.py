@@ -16,7 +16,8 @@ from pixelgrow.onestep.settings import LossSettings, Preset, with_preset
 from pixelgrow.recipe.data import HeldoutSpec, LatentSpec, Mixture, TextSpec
 from pixelgrow.training.settings import TrainSettings
 
-NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # of recipes and stages: they become folders
+NAME = r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?$"  # of recipes and stages: they become folders
+RESERVED = ("data", "latents", "text", "report.html")  # what a run writes beside its stages' folders
 
 
 class TrainedStage(TrainSettings):
