@@ -34,7 +34,8 @@ from bench.growth_summary import spread
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-from pixelgrow.diffusion.sampling import Denoise, invert, karras_grid, solve
+from pixelgrow.diffusion.sampling import karras_grid
+from pixelgrow.diffusion.solvers import Denoise, invert, solve
 from pixelgrow.onestep.losses import at_output, balanced, hinge_discriminator, hinge_generator
 from pixelgrow.rng import generator, seed_of
 

@@ -8,6 +8,7 @@ grows by decoder halves alone: `init: random` is PaGoDA's (arXiv 2405.14822), fr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pixelgrow import rng
-from pixelgrow.diffusion.denoiser import Denoiser
+from pixelgrow.diffusion.denoiser import Denoiser, DiffusionConfig
 from pixelgrow.diffusion.heldout import denoising_error
 from pixelgrow.errors import UserError
 from pixelgrow.models.cond import Cond
@@ -27,15 +28,17 @@ from pixelgrow.models.sizes import level
 from pixelgrow.models.uvit import UViT
 
 Init = Literal["preserve", "random", "scratch"]
+GATE = 2.0  # sigma at the resolution of a rung's lowest level, up to which it is evaluated (docs/exact-growth.md)
 
 
 @dataclass(frozen=True)
 class GrowthReport:
     """Names of the grown model's tensors by origin, and held-out error by noise level before and after.
 
-    `loaded` come from the parent, `new` start fresh, `dropped` are the parent's that have no place any more. `before`
-    is the parent on the pooled image, its answer up-sampled; `after` the grown model before its first step; both
-    {sigma at the core: mean squared error} on the same held-out images and noise.
+    `exact`: the image averages down to the parent's for every weight of what is new; `until`: the gate of the last
+    rung, as the core sees it. `loaded` come from the parent, `new` start fresh, `dropped` are the parent's that have no
+    place any more. `before` is the parent on the pooled image, its answer up-sampled; `after` the grown model before
+    its first step; both {sigma at the core: mean squared error} on the same held-out images and noise.
     """
 
     init: Init
@@ -44,6 +47,8 @@ class GrowthReport:
     new: list[str]
     dropped: list[str]
     parameters: dict[str, int]
+    exact: bool = False
+    until: float | None = None
     before: dict[float, float] = field(default_factory=dict)
     after: dict[float, float] = field(default_factory=dict)
 
@@ -83,11 +88,15 @@ def grown_config(
     blocks: int = 1,
     detail_std: float = 0.1,
     generator: bool = False,
+    exact: bool = True,
+    until: float | None = None,
 ) -> NetConfig:
     """The network that `config` grows into at `to` pixels, any power of two above its resolution.
 
     `patch`: pixels per cell of the new top map; default the core's stride for `random` levels around a core, half of
     it where details alone are drawn. Nobody says; ours. `generator`: of a one-step generator, decoder halves alone.
+    `exact`: with `preserve`, a rung that keeps the image from below for all weights. `until`: the gate of an exact rung
+    of a denoiser, as the core sees it; default `GATE` at its lowest level's resolution, inf for none.
     Raises UserError if `to`, `patch` or `init` do not fit.
     """
     if generator and init == "scratch":
@@ -118,8 +127,24 @@ def grown_config(
     attach: Literal["core", "base", "image", "features"] = "core" if around else "base"
     if generator:
         attach = "image" if init == "preserve" else "features"
-    rung = RungConfig(levels=kept + new, patch=patch, attach=attach, detail_std=detail_std)
+    exact = exact and init == "preserve"
+    if not exact or generator:
+        until = None
+    elif until is None:
+        until = GATE * config.core_resolution / sides[0]
+    elif until == math.inf:
+        until = None
+    rung = RungConfig(levels=kept + new, patch=patch, attach=attach, detail_std=detail_std, exact=exact, until=until)
     return config.model_copy(update={"rungs": (rung,) if around else (*config.rungs, rung)}).checked()
+
+
+def check_gate(until: float | None, config: DiffusionConfig) -> None:
+    """Raise UserError for a gate outside of a model's noise levels, both as the core sees them."""
+    if until is not None and until != math.inf and not config.sigma_min < until < config.sigma_max:
+        raise UserError(
+            f"until: got {until:g}, expected a sigma between the model's sigma_min {config.sigma_min:g} and sigma_max "
+            f"{config.sigma_max:g}, as the core sees them; or .inf for no gate"
+        )
 
 
 def detail_std(images: Tensor, k: int) -> float:
@@ -137,19 +162,23 @@ def grow(
     seed: int = 0,
     patch: int | None = None,
     blocks: int = 1,
+    exact: bool = True,
+    until: float | None = None,
     batch: int = 64,
 ) -> tuple[Denoiser, GrowthReport]:
     """Grow `parent` to `to` pixels, at once or over several resolutions in turn.
 
     `images` (N, 3, to, to) and `cond`: the held-out batch that both are measured on, `batch` images at a time.
-    `scratch` has the shape of `random` and loads no weight: the baseline. New tensors are a function of `seed`.
-    Raises UserError if `to` is no power of two above the parent's resolution.
+    `scratch` has the shape of `random` and loads no weight: the baseline. New tensors are a function of `seed`. The
+    rest is as in `grown_config`. Raises UserError if `to` is no power of two above the parent's resolution, or `until`
+    is none of its noise levels.
     """
     config = parent.net.config
+    check_gate(until, parent.config)
     sides = [to] if isinstance(to, int) else list(to)
     for side in sides:
         low = config.resolution
-        config = grown_config(config, side, init, patch=patch, blocks=blocks)
+        config = grown_config(config, side, init, patch=patch, blocks=blocks, exact=exact, until=until)
         if init == "preserve":
             config = with_detail(config, detail_std(box_down(images, sides[-1] // side), side // low))
     net, report = grow_network(parent.net, config, init, seed)
@@ -202,6 +231,8 @@ def grow_network(old: UViT, config: NetConfig, init: Init, seed: int = 0) -> tup
     new = [n for n in fresh if n not in set(loaded)]
     return net, GrowthReport(
         init=init,
+        exact=config.rungs[-1].exact,
+        until=config.rungs[-1].until,
         resolution=(old.config.resolution, config.resolution),
         loaded=loaded,
         new=new,

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from pixelgrow.diffusion.guidance import Guided, dynamic_threshold
-from pixelgrow.diffusion.sampling import karras_grid, solve
+from pixelgrow.diffusion.sampling import karras_grid
+from pixelgrow.diffusion.solvers import solve
 from pixelgrow.errors import UserError
 from pixelgrow.models.cond import Cond
 

@@ -10,16 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pixelgrow.diffusion.sampling import (
-    SAMPLERS,
-    initial_noise,
-    invert,
-    karras_grid,
-    native_grid,
-    sample,
-    solve,
-    trajectory,
-)
+from pixelgrow.diffusion.sampling import initial_noise, karras_grid, native_grid, sample
+from pixelgrow.diffusion.solvers import SAMPLERS, invert, solve, trajectory
 from pixelgrow.errors import UserError
 from pixelgrow.models.cond import Cond
 

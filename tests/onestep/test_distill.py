@@ -512,7 +512,7 @@ def test_pairs_of_an_ancestor_of_the_teacher_are_refused_and_a_folder_of_the_oth
         ({"pairs": {"name": "more", "from": f"{made}/onestep"} | few}, "is a one-step generator, expected a multi"),
         ({"train": {"name": "more", "from": f"{made}/onestep", "images": 8}}, "is a one-step generator, expected"),
         ({"distill": {"name": "more", "from": f"{made}/onestep", "pairs": "pairs", "images": 8}}, "is a one-step gen"),
-        ({"evaluate": {"name": "more", "from": f"{made}/onestep", "steps": 4}}, "steps: a one-step generator draws"),
+        ({"evaluate": {"name": "more", "from": f"{made}/onestep", "steps": 4}}, "steps: a one-step generator samples"),
     ):
         with pytest.raises(UserError, match=words) as error:
             networks(recipe(pairs, stage))
@@ -527,7 +527,7 @@ def test_pairs_of_an_ancestor_of_the_teacher_are_refused_and_a_folder_of_the_oth
             "drawn is of core at 16 px, and the stage draws at 32",
         ),
         ({"evaluate": {"name": "e", "steps": 4}}, "stage 'e': steps: a one-step generator samples in one network"),
-        ({"evaluate": {"name": "e", "from": "onestep", "guidance": 2}}, "guidance: a one-step generator draws"),
+        ({"evaluate": {"name": "e", "from": "onestep", "guidance": 2}}, "guidance: a one-step generator samples"),
         ({"evaluate": {"name": "e", "from": "told", "guidance": 0}}, "guidance=0: expected a weight above 0"),
         ({"evaluate": {"name": "e", "from": "told", "guidance": 2, "sampler": "heun"}}, "stage 'e': sampler: a one"),
     ],

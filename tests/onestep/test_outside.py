@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from pixelgrow.diffusion.guidance import Guided
-from pixelgrow.diffusion.sampling import generate, sample, solve
+from pixelgrow.diffusion.sampling import generate, sample
+from pixelgrow.diffusion.solvers import solve
 from pixelgrow.errors import UserError
 from pixelgrow.models.cond import Cond
 from pixelgrow.onestep.distill import DistillBatch, DistillObjective

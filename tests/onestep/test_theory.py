@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pixelgrow.diffusion.sampling import invert, karras_grid, solve
+from pixelgrow.diffusion.sampling import karras_grid
+from pixelgrow.diffusion.solvers import invert, solve
 from pixelgrow.onestep.losses import hinge_discriminator, hinge_generator
 
 ROOT = Path(__file__).parents[2]

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from pixelgrow import checkpoint
+from pixelgrow.diffusion.denoiser import Denoiser
 from pixelgrow.diffusion.generator import Generator, with_guidance
 from pixelgrow.diffusion.guidance import Guided
 from pixelgrow.growth import freeze, grow_network, grown_config, last_blocks
@@ -170,6 +171,21 @@ def test_pairs_on_the_papers_40_levels(direction: Any, evaluations: int) -> None
     planned = pairs_cost(PairsStage(name="pairs", n=8, batch=N, shard=N, direction=direction), teacher.net.config)
     once = pairs_cost(PairsStage(name="pairs", n=8, batch=N, shard=N, steps=2, sampler="ddim"), teacher.net.config)
     assert planned.flops == pytest.approx(evaluations * once.flops, rel=1e-9)  # two levels of DDIM: one evaluation
+
+
+def test_gates_are_planned_for() -> None:
+    """Pairs of a grown teacher, by plan and by counting: a rung is evaluated at the steps that its gate is open at."""
+    low = shallow()
+    net, _ = grow_network(low.net, grown_config(low.net.config, 32, "preserve", until=1.0), "preserve")
+    teacher, c = Denoiser(net, low.config).eval(), cond(N)
+    stage = PairsStage(name="pairs", n=8, batch=N, shard=N, direction="sample", sampler="heun", steps=8, guidance=3)
+    ode = Ode(stage.sampler, stage.steps, teacher.sigma_min, teacher.sigma_max)
+    with torch.no_grad():
+        run = counted(lambda: ode.to_image(Guided(teacher, c, guidance=3.0), torch.randn(N, 3, 32, 32)))
+    planned = pairs_cost(stage, net.config, low.config, tokens=TOKENS).flops * N
+    whole = grown_config(low.net.config, 32, "preserve", until=float("inf"))
+    ungated = pairs_cost(stage, whole, low.config, tokens=TOKENS).flops * N
+    assert planned == pytest.approx(run, rel=1e-9) and planned < 0.9 * ungated
 
 
 def test_judges_from_outside_are_not_counted() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice, pairwise
 from typing import Literal
 
 import torch
@@ -18,9 +19,9 @@ from torch import Tensor, nn
 
 from pixelgrow.errors import UserError
 from pixelgrow.models.cond import Cond
-from pixelgrow.models.config import Frozen, RungConfig, Space
+from pixelgrow.models.config import Frozen, RungConfig, Space, exact_sides
 from pixelgrow.models.core import Context
-from pixelgrow.models.layers import box_down, up_nearest
+from pixelgrow.models.layers import box_down, details, up_nearest
 from pixelgrow.models.uvit import UViT
 
 Prediction = Literal["edm", "v", "x"]
@@ -83,19 +84,41 @@ class Denoiser(nn.Module):
 
         D_high(x, sigma) = up(D_low(box_down(x), sigma/k)) + gain * c_skip * (x - up(box_down(x))) + c_out * F
 
-    (ours). Averaging k x k pixels of x + sigma*eps gives box_down(x) + (sigma/k)*eps', so D_low is told sigma/k. F and
-    the gain start at zero, hence box_down(D_high(x, sigma)) == D_low(box_down(x), sigma/k) before the first step.
+    (ours). Averaging k x k pixels of x + sigma*eps gives box_down(x) + (sigma/k)*eps', so D_low receives sigma/k. F and
+    the gain start at zero, hence box_down(D_high(x, sigma)) == D_low(box_down(x), sigma/k) before the first step. An
+    `exact` rung has P F in the place of F, P = 1 - up(box_down(.)), and the identity holds for every weight. Above its
+    gate `until` an exact rung adds nothing: D_high is up(D_low), and without gradients it is not evaluated.
+
+    `height`: use this many rungs alone, innermost first; all of them if None (see `lower`).
     """
 
-    def __init__(self, net: UViT, config: DiffusionConfig | None = None) -> None:
+    def __init__(self, net: UViT, config: DiffusionConfig | None = None, height: int | None = None) -> None:
         super().__init__()
         self.net = net
         self.config = config or DiffusionConfig()
+        self.height = len(net.config.rungs) if height is None else height
+        self.gated = True  # whether gates are heeded; a one-step generator, which knows one noise level, does not
 
     @property
     def resolution(self) -> int:
         """Image side that it denoises; a generator's decoder halves, which see no noisy image, do not count."""
-        return self.net.config.latent_resolution
+        return max(r.resolution for r in self.rung_configs if not r.decodes)
+
+    @property
+    def rung_configs(self) -> tuple[RungConfig, ...]:
+        """The rungs in use, innermost first."""
+        return self.net.config.rungs[: self.height]
+
+    @property
+    def exact_factors(self) -> list[int]:
+        """The growths, innermost first, that its image averages down over exactly: how many times each enlarges."""
+        return [b // a for a, b in pairwise(exact_sides([r for r in self.rung_configs if not r.decodes]))]
+
+    def lower(self, height: int) -> Denoiser:
+        """The model of the lowest `height` rungs, with the same weights: what this one was before it grew."""
+        made = Denoiser(self.net, self.config, height).train(self.training)
+        made.gated = self.gated
+        return made
 
     @property
     def space(self) -> Space:
@@ -124,50 +147,77 @@ class Denoiser(nn.Module):
     def forward(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         """x (B, 3, H, W) at noise level sigma (B,) -> the expected clean image (B, 3, H, W)."""
         *_, last = self.rungs(x, sigma, cond)
-        return last.image
+        return up_nearest(last.image, x.shape[-1] // last.image.shape[-1])
 
     def base(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         """What the model said before its last `preserve` growth, up-sampled: a weaker guide (autoguidance)."""
-        rungs = self.net.config.rungs
-        if len(rungs) < 2:
+        if self.height < 2:
             raise UserError(
                 "this model has no base path: it was not grown with init: preserve; give a checkpoint as the guide"
             )
-        steps = self.rungs(x, sigma, cond)
-        for _ in rungs[:-1]:
-            image = next(steps).image
-        return up_nearest(image, x.shape[-1] // image.shape[-1])
+        *_, last = islice(self.rungs(x, sigma, cond), self.height - 1)
+        return up_nearest(last.image, x.shape[-1] // last.image.shape[-1])
 
     def rungs(self, x: Tensor, sigma: Tensor, cond: Cond, guidance: Tensor | None = None) -> Iterator[RungOutput]:
-        """What each rung makes of the noisy image, innermost first; the last image is the denoiser's."""
+        """What each rung makes of the noisy image, innermost first; the last image, enlarged, is the denoiser's.
+
+        Without gradients, rungs whose gate is closed for the whole batch are left out.
+        """
         self.net.config.check_size((x.shape[-2], x.shape[-1]), self.resolution)
         # Noise level as the core knows it; the same number for every rung. c_noise: arXiv 2206.00364, Table 1.
         ctx = self.net.embed(torch.log(sigma.float() / self.noise_scale) / 4, cond, guidance)
-        drawn: RungOutput | None = None
-        for rung in self.net.config.rungs:
+        made: RungOutput | None = None
+        for rung in self.rung_configs:
             if rung.decodes:
+                break
+            open_ = self.open(rung, sigma)
+            if open_ is not None and not torch.is_grad_enabled() and not bool(open_.any()):
                 break
             k = self.resolution // rung.resolution
             x_k = box_down(x, k)
-            drawn = self._refine(rung, x_k, sigma / k, drawn) if drawn else self._first(rung, x_k, sigma / k, ctx)
-            yield drawn
+            if made is None:
+                made = self._first(rung, x_k, sigma / k, ctx)
+            else:
+                made = self._refine(rung, x_k, sigma / k, made, open_)
+            yield made
+
+    def open(self, rung: RungConfig, sigma: Tensor) -> Tensor | None:
+        """Where sigma (B,), of this resolution, is not above a rung's gate: (B,) bool; None for a rung without one."""
+        if rung.until is None or not self.gated:
+            return None
+        return sigma <= self.gate(rung)
+
+    @property
+    def trained_until(self) -> float:
+        """Sigma, as the core sees it, above which no tensor that trains has an effect."""
+        gates = {str(lv.resolution): r.until or math.inf for r in self.rung_configs for lv in r.levels}
+        names = [name.split(".")[1] for name, p in self.net.named_parameters() if p.requires_grad]
+        return max((gates.get(side, math.inf) for side in names), default=math.inf)
+
+    def gate(self, rung: RungConfig) -> float:
+        """Sigma of this resolution up to which a rung is open."""
+        return math.inf if rung.until is None else rung.until * self.noise_scale * (1 + 1e-6)  # beyond rounding
 
     def _first(self, rung: RungConfig, x: Tensor, sigma: Tensor, ctx: Context) -> RungOutput:
         c_skip, c_out, c_in = map(column, coefficients(self.config.prediction, sigma, self.config.sigma_data))
         out = self.net.rung(rung, c_in * x, ctx)
         return RungOutput(c_skip * x + c_out * out.image, out.features, ctx)
 
-    def _refine(self, rung: RungConfig, x: Tensor, sigma: Tensor, below: RungOutput) -> RungOutput:
+    def _refine(
+        self, rung: RungConfig, x: Tensor, sigma: Tensor, below: RungOutput, open_: Tensor | None = None
+    ) -> RungOutput:
         low, ctx = below.image, below.ctx
         _, _, c_in = map(column, coefficients("edm", sigma, self.config.sigma_data))
         c_skip, c_out, _ = map(column, coefficients("edm", sigma, rung.detail_std))
         k = x.shape[-1] // low.shape[-1]
         image = up_nearest(low, k)
-        detail = x - up_nearest(box_down(x, k), k)
+        detail = details(x, k)
         # Two views of the input, each of about unit variance: the noisy image, and the image from below.
         out = self.net.rung(rung, torch.cat([c_in * x, image / self.config.sigma_data], 1), ctx, below.features)
         assert out.gain is not None
-        return RungOutput(image + (out.gain * c_skip) * detail + c_out * out.image, out.features, ctx)
+        f = out.image.to(x.dtype)
+        added = (out.gain * c_skip) * detail + c_out * (details(f, k) if rung.exact else f)
+        return RungOutput(image + (added if open_ is None else column(open_) * added), out.features, ctx)
 
 
 class NoiseConfig(Frozen):
@@ -193,12 +243,23 @@ class NoiseConfig(Frozen):
 
 
 class NoiseSchedule:
-    """`sigma(u)`: the noise level at quantile u in [0, 1) of the training distribution, at the model's resolution."""
+    """`sigma(u)`: the noise level at quantile u in [0, 1) of the training distribution, at the model's resolution.
 
-    def __init__(self, config: NoiseConfig, denoiser: Denoiser) -> None:
+    `until`, as the core sees it: the distribution is cut off above it. Raises UserError if nothing is left.
+    """
+
+    def __init__(self, config: NoiseConfig, denoiser: Denoiser, until: float = math.inf) -> None:
         self.config = config
         self.scale = denoiser.noise_scale
         self.low, self.high = denoiser.sigma_min, denoiser.sigma_max
+        self.share = 1.0  # of the distribution that is kept
+        if until < denoiser.config.sigma_max:
+            self.share = self._quantile(until * self.scale)
+            if self.share < 1e-3:
+                raise UserError(
+                    f"until: {until:g} lies below 99.9% of the training noise, and a rung trains on what is below it: "
+                    "lower noise.mean, or raise until"
+                )
 
     def sigma(self, u: Tensor) -> Tensor:
         """u (B,) float64 -> sigma (B,) float64, rising with u, within [sigma_min, sigma_max]."""
@@ -209,7 +270,7 @@ class NoiseSchedule:
 
         It is infinite where sigma is clamped to a limit: a whole interval of u has the same log-SNR.
         """
-        inner, config = _inner(u), self.config
+        inner, config = self._inner(u), self.config
         if config.kind == "lognormal":
             slope = config.std * math.sqrt(2 * math.pi) * torch.exp(torch.special.ndtri(inner) ** 2 / 2)
         else:
@@ -218,10 +279,10 @@ class NoiseSchedule:
                 slope = slope + config.finest * math.log(2)
         sigma = self._unclamped(u)
         inside = (self.low < sigma) & (sigma < self.high)
-        return torch.where(inside, 1 / (2 * slope), math.inf)  # slope: d ln sigma / du
+        return torch.where(inside, 1 / (2 * self.share * slope), math.inf)  # share * slope: d ln sigma / du
 
     def _unclamped(self, u: Tensor) -> Tensor:
-        u = _inner(u)
+        u = self._inner(u)
         if self.config.kind == "lognormal":
             sigma = torch.exp(self.config.mean + self.config.std * torch.special.ndtri(u))
         else:
@@ -231,10 +292,18 @@ class NoiseSchedule:
             sigma = torch.exp(log_sigma)
         return sigma * self.scale
 
+    def _inner(self, u: Tensor) -> Tensor:
+        """Quantiles of the whole distribution in float64, away from 0 and 1, where sigma would be 0 or infinite."""
+        return (u.double() * self.share).clamp(1e-9, 1 - 1e-9)
 
-def _inner(u: Tensor) -> Tensor:
-    """Quantiles in float64, away from 0 and 1, where sigma would be 0 or infinite."""
-    return u.double().clamp(1e-9, 1 - 1e-9)
+    def _quantile(self, sigma: float) -> float:
+        """The u at which the distribution reaches `sigma`, by bisection."""
+        low, high = 0.0, 1.0
+        for _ in range(60):
+            middle = (low + high) / 2
+            below = self.sigma(torch.tensor([middle], dtype=torch.float64)).item() < sigma
+            low, high = (middle, high) if below else (low, middle)
+        return low
 
 
 def weight(

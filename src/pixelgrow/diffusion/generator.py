@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice, pairwise
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from pixelgrow import rng
 from pixelgrow.diffusion.denoiser import Denoiser, DiffusionConfig, RungOutput
 from pixelgrow.models.cond import Cond
-from pixelgrow.models.config import Space
-from pixelgrow.models.layers import up_nearest
+from pixelgrow.models.config import Space, exact_sides
+from pixelgrow.models.layers import details, up_nearest
 from pixelgrow.models.uvit import UViT
 
 
@@ -23,7 +24,8 @@ class Generator(nn.Module):
 
     It starts as a copy of its teacher (section 3.1 of the paper). A rung that it was grown by draws on the features of
     the rung below: with `attach: image` it adds to the image from there, zero at the start, so that
-    G_high(z) == up(G_low(z)) (`preserve`, ours); with `attach: features` it is the image (`random`, the paper's).
+    G_high(z) == up(G_low(z)), and where it is `exact` box_down(G_high(z)) == G_low(z) for every weight (`preserve`,
+    ours); with `attach: features` it is the image (`random`, the paper's).
 
     Latents z (B, 3, h, w) are standard normal, at `latent_resolution`.
     """
@@ -31,6 +33,7 @@ class Generator(nn.Module):
     def __init__(self, net: UViT, config: DiffusionConfig | None = None) -> None:
         super().__init__()
         self.denoiser = Denoiser(net, config)
+        self.denoiser.gated = False
 
     @property
     def net(self) -> UViT:
@@ -49,6 +52,11 @@ class Generator(nn.Module):
     def resolution(self) -> int:
         """Image side that it draws at."""
         return self.net.config.resolution
+
+    @property
+    def exact_factors(self) -> list[int]:
+        """The growths, innermost first, that its image averages down over exactly: how many times each enlarges."""
+        return [b // a for a, b in pairwise(exact_sides(self.net.config.rungs))]
 
     @property
     def latent_resolution(self) -> int:
@@ -90,6 +98,11 @@ class Generator(nn.Module):
         *_, last = self.rungs(z, cond, guidance)
         return last.image
 
+    def preview(self, z: Tensor, cond: Cond, guidance: Tensor | None = None) -> Tensor:
+        """The image of the lowest resolution that the generator is exact over: what `forward`'s averages down to."""
+        below = len(self.net.config.rungs) - 1 - len(self.exact_factors)
+        return next(islice(self.rungs(z, cond, guidance), below, None)).image
+
     def rungs(self, z: Tensor, cond: Cond, guidance: Tensor | None = None) -> Iterator[RungOutput]:
         """What each rung draws at its own resolution, innermost first; the last is the generator's."""
         sigma = z.new_full((len(z),), self.denoiser.sigma_max)
@@ -101,7 +114,9 @@ class Generator(nn.Module):
                 continue
             out = self.net.decode(rung, below.ctx, below.features)
             if rung.attach == "image":
-                image = up_nearest(below.image, rung.resolution // low) + rung.detail_std * out.image
+                k = rung.resolution // low
+                added = details(out.image.to(z.dtype), k) if rung.exact else out.image
+                image = up_nearest(below.image, k) + rung.detail_std * added
             else:
                 image = self.config.sigma_data * out.image.to(z.dtype)
             below, low = RungOutput(image, out.features, below.ctx), rung.resolution

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pixelgrow.errors import UserError
 from pixelgrow.models.cond import Cond
+from pixelgrow.models.layers import box_down, up_nearest
 
 Network = Callable[[Tensor, Tensor, Cond], Tensor]
 """`(x (B,3,H,W), sigma (B,), cond) -> x0 (B,3,H,W)`: a denoiser, or a grown denoiser's `base`."""
@@ -27,7 +28,8 @@ class Guided:
     - `guide` under the same condition (autoguidance, Karras et al., arXiv 2406.02507): a smaller or earlier denoiser
       of the same resolution, or a `preserve`-grown denoiser's own `base`.
     `interval` (lo, hi), in sigma: guide only where lo < sigma <= hi, one evaluation elsewhere (Kynkaanniemi et al.,
-    arXiv 2404.07724). `threshold`: percentile in (0, 1] of `dynamic_threshold`, applied to every prediction.
+    arXiv 2404.07724). `threshold`: percentile in (0, 1] of `dynamic_threshold`, applied to every prediction; of an
+    exact model, to the image of the lowest resolution alone.
     `nfe` counts the network evaluations per image so far, the guide's included.
 
     Raises UserError for a weight, interval or percentile that means nothing, and for a guide that goes unused.
@@ -54,12 +56,11 @@ class Guided:
             raise UserError(f"interval={interval}: expected (lo, hi) with 0 <= lo < hi, in sigma; swap or drop it")
         if threshold is not None and not 0 < threshold <= 1:
             raise UserError(f"threshold={threshold}: expected a percentile in (0, 1]; 0.995 is usual")
-        self._denoiser, self._cond, self._guide = denoiser, cond, guide
-        self._none, self._threshold = none, threshold
-        self._guidance = (
-            guidance.to(cond.null.device)[:, None, None, None] if isinstance(guidance, Tensor) else guidance
-        )
-        self._interval = (0.0, math.inf) if interval is None else interval
+        self.denoiser, self.cond, self.guide = denoiser, cond, guide
+        self.guidance, self.interval, self.threshold = guidance, interval, threshold
+        self._none = none
+        self._factor = math.prod(getattr(denoiser, "exact_factors", ()))
+        self._weight = guidance.to(cond.null.device)[:, None, None, None] if isinstance(guidance, Tensor) else guidance
         self._both: Cond | None = None
         self.nfe = 0
         if guide is None and not none:
@@ -68,22 +69,30 @@ class Guided:
 
     def __call__(self, x: Tensor, sigma: float) -> Tensor:
         """x (B,3,H,W) at noise level sigma -> x0 (B,3,H,W) in x's dtype."""
-        lo, hi = self._interval
+        lo, hi = self.interval or (0.0, math.inf)
         if self._none or not lo < sigma <= hi:
-            x0 = self._evaluate(self._denoiser, x, sigma, self._cond)
+            x0 = self._evaluate(self.denoiser, x, sigma, self.cond)
         elif self._both is not None:
-            x0_cond, x0_weak = self._evaluate(self._denoiser, torch.cat([x, x]), sigma, self._both).chunk(2)
+            x0_cond, x0_weak = self._evaluate(self.denoiser, torch.cat([x, x]), sigma, self._both).chunk(2)
             self.nfe += 1  # two evaluations for each image, in one call
             x0 = self._mixed(x0_weak, x0_cond)
         else:
-            assert self._guide is not None
-            x0_cond = self._evaluate(self._denoiser, x, sigma, self._cond)
-            x0_weak = self._evaluate(self._guide, x, sigma, self._cond)
+            assert self.guide is not None
+            x0_cond = self._evaluate(self.denoiser, x, sigma, self.cond)
+            x0_weak = self._evaluate(self.guide, x, sigma, self.cond)
             x0 = self._mixed(x0_weak, x0_cond)
-        return x0 if self._threshold is None else dynamic_threshold(x0, self._threshold)
+        return x0 if self.threshold is None else self._thresholded(x0, self.threshold)
+
+    def _thresholded(self, x0: Tensor, percentile: float) -> Tensor:
+        """`x0` with its lowest exact average thresholded and its details as they are: thresholding is not linear, so
+        anywhere else it would break exactness."""
+        if self._factor == 1:
+            return dynamic_threshold(x0, percentile)
+        low = box_down(x0, self._factor)
+        return x0 + up_nearest(dynamic_threshold(low, percentile) - low, self._factor)
 
     def _mixed(self, weak: Tensor, cond: Tensor) -> Tensor:
-        weight = self._guidance
+        weight = self._weight
         return torch.lerp(weak, cond, weight.to(weak.dtype) if isinstance(weight, Tensor) else weight)
 
     def _evaluate(self, network: Network, x: Tensor, sigma: float, cond: Cond) -> Tensor:

@@ -1,35 +1,29 @@
-"""Samplers: the reverse process of a denoiser, integrated over a grid of noise levels, in either direction.
+"""Sampling: from noise and conditions to images, by a denoiser in many steps or by a generator in one.
 
-Everything is in the VE convention: x_sigma = x + sigma*eps, and the probability-flow ODE is
-    dx/dsigma = (x - D(x, sigma)) / sigma        (Karras et al., arXiv 2206.00364, eq. 3 with eq. 1)
-A solver knows only `denoise(x, sigma) -> x0`; conditions and guidance are inside that closure (see guidance.py).
+Noise levels: `karras_grid` and `native_grid`. Solvers: solvers.py. Guidance: guidance.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pixelgrow.diffusion.guidance import Guided, Network
+from pixelgrow.diffusion.progressive import climb, evaluations, floors_of
+from pixelgrow.diffusion.solvers import Noise
 from pixelgrow.errors import UserError
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.config import PIXELS, Space
 from pixelgrow.precision import tf32
 from pixelgrow.rng import normal
 
-Denoise = Callable[[Tensor, float], Tensor]
-"""`(x (B,...), sigma) -> x0 (B,...)` in x's dtype."""
-Noise = Callable[[int], Tensor]
-"""Step number -> standard normal noise in the shape of x, for the samplers that add some."""
+NO_PREVIEW = "no preview: the model was not grown by exact rungs, so no smaller image is the same image; drop it"
 MAX_STEPS, MAX_SIDE = 10_000, 8192  # more is a slip of the finger
-Solver = Callable[[Denoise, Tensor, list[float], Noise], Iterator[Tensor]]
 
 
 class DenoiserLike(Protocol):
@@ -43,8 +37,9 @@ class DenoiserLike(Protocol):
 
 
 class OneStep(Protocol):
-    """All that is asked of a one-step generator."""
+    """All that sampling knows of a one-step generator."""
 
+    def preview(self, z: Tensor, cond: Cond, guidance: Tensor | None, /) -> Tensor: ...
     def latent_size(self, size: tuple[int, int], /) -> tuple[int, int]: ...
     def __call__(self, z: Tensor, cond: Cond, guidance: Tensor | None, /) -> Tensor: ...
 
@@ -110,105 +105,6 @@ def _check_grid(steps: int, sigma_min: float, sigma_max: float) -> None:
         )
 
 
-# --- solvers: generators of x after each step -------------------------------------------------------------------------
-# The first-order step to s1 is D + (s1/s0) (x - D): an Euler step of the ODE, exact where D is constant. A step to
-# sigma 0 is of first order in all of them and gives D itself; one *from* sigma 0 leaves x where it is, since the slope
-# is -sigma * score(x).
-
-
-def ddim(denoise: Denoise, x: Tensor, sigmas: list[float], noise: Noise) -> Iterator[Tensor]:
-    """DDIM with eta = 0 (Song et al., arXiv 2010.02502, eq. 13): order 1, one evaluation a step."""
-    for s0, s1 in pairwise(sigmas):
-        if s0 > 0:
-            x = torch.lerp(denoise(x, s0), x, s1 / s0)
-        yield x
-
-
-def ddpm(denoise: Denoise, x: Tensor, sigmas: list[float], noise: Noise) -> Iterator[Tensor]:
-    """Ancestral DDPM, which is DDIM with eta = 1 (Ho et al., arXiv 2006.11239, eq. 6-7): one evaluation a step.
-
-    Draws from q(x_s1 | x_s0, x0 = D), in VE terms: mean D + (s1/s0)^2 (x - D), variance s1^2 (1 - (s1/s0)^2).
-    """
-    for step, (s0, s1) in enumerate(pairwise(sigmas)):
-        x = torch.lerp(denoise(x, s0), x, (s1 / s0) ** 2)
-        if s1 > 0:
-            x = x + s1 * math.sqrt(1 - (s1 / s0) ** 2) * noise(step)
-        yield x
-
-
-def heun(denoise: Denoise, x: Tensor, sigmas: list[float], noise: Noise) -> Iterator[Tensor]:
-    """Heun's method (arXiv 2206.00364, algorithm 1): order 2, two evaluations a step, one where it ends at 0."""
-    for s0, s1 in pairwise(sigmas):
-        if s0 > 0:
-            x0 = denoise(x, s0)
-            x_euler = torch.lerp(x0, x, s1 / s0)
-            if s1 > 0:
-                slope0, slope1 = (x - x0) / s0, (x_euler - denoise(x_euler, s1)) / s1
-                x = x + (s1 - s0) / 2 * (slope0 + slope1)
-            else:
-                x = x_euler
-        yield x
-
-
-def dpmpp_2m(denoise: Denoise, x: Tensor, sigmas: list[float], noise: Noise) -> Iterator[Tensor]:
-    """DPM-Solver++(2M) (Lu et al., arXiv 2211.01095, algorithm 2): order 2, one evaluation a step.
-
-    The first-order step with D extrapolated, from this and the last evaluation, to the middle of the step in log sigma.
-    """
-    x0_old: Tensor | None = None
-    h_old = math.nan
-    for s0, s1 in pairwise(sigmas):
-        if s0 > 0:
-            x0 = denoise(x, s0)
-            h = math.log(s0 / s1) if s1 > 0 else math.inf  # step in lambda = -log sigma; negative where sigma grows
-            x0_middle = x0 if x0_old is None or s1 == 0 else torch.lerp(x0_old, x0, 1 + h / (2 * h_old))
-            x = torch.lerp(x0_middle, x, s1 / s0)
-            x0_old, h_old = x0, h
-        yield x
-
-
-SAMPLERS: dict[str, Solver] = {"dpm++2m": dpmpp_2m, "heun": heun, "ddim": ddim, "ddpm": ddpm}
-
-
-def trajectory(
-    denoise: Denoise, x: Tensor, sigmas: Tensor | Sequence[float], method: str = "dpm++2m", noise: Noise | None = None
-) -> Iterator[Tensor]:
-    """x after each step of `method` along `sigmas`, starting from x (B,...) at sigmas[0].
-
-    `sigmas` is any strictly monotone grid: falling it samples, rising it inverts. Only `ddpm` needs `noise(step)`.
-    Raises UserError for an unknown method, a grid that is not monotone, finite and >= 0, or `ddpm` on a rising one.
-    """
-    if method not in SAMPLERS:
-        raise UserError(f"sampler {method!r} does not exist; expected one of {', '.join(SAMPLERS)}")
-    levels = [float(s) for s in (sigmas.tolist() if isinstance(sigmas, Tensor) else sigmas)]
-    falling = all(a > b for a, b in pairwise(levels))
-    rising = all(a < b for a, b in pairwise(levels))
-    if len(levels) < 2 or not (falling or rising) or min(levels) < 0 or not math.isfinite(max(levels)):
-        got = ", ".join(f"{s:.4g}" for s in levels)
-        raise UserError(f"sigmas ({got}): expected two or more finite levels >= 0 that only fall, or only rise")
-    if method == "ddpm" and rising:
-        raise UserError("sampler 'ddpm' got rising sigmas: noise cannot be undone; invert with heun, dpm++2m or ddim")
-    if method == "ddpm" and noise is None:
-        raise UserError("sampler 'ddpm' got no noise: expected noise(step) -> normal noise like x")
-    return SAMPLERS[method](denoise, x, levels, noise or (lambda step: torch.zeros_like(x)))
-
-
-def solve(
-    denoise: Denoise, x: Tensor, sigmas: Tensor | Sequence[float], method: str = "dpm++2m", noise: Noise | None = None
-) -> Tensor:
-    """The end of `trajectory`: x (B,...) at sigmas[0] -> x (B,...) at sigmas[-1]."""
-    (end,) = deque(trajectory(denoise, x, sigmas, method, noise), maxlen=1)
-    return end
-
-
-def invert(denoise: Denoise, x: Tensor, sigmas: Tensor, method: str = "heun") -> Tensor:
-    """The ODE run backwards: images x (B,...) -> the x (B,...) at sigmas[0] that a sampler turns into them.
-
-    `sigmas` is the sampler's falling grid. Divide by sigmas[0] for a latent of about unit variance.
-    """
-    return solve(denoise, x, sigmas.flip(0), method)
-
-
 # --- the whole of it --------------------------------------------------------------------------------------------------
 
 
@@ -217,6 +113,13 @@ def space_of(model: object) -> Space:
     space = getattr(model, "space", PIXELS)
     assert isinstance(space, Space)
     return space
+
+
+def exact_factors(model: object) -> Sequence[int]:
+    """The growths that a denoiser's or a generator's image averages down over exactly, innermost first."""
+    factors = getattr(model, "exact_factors", ())
+    assert isinstance(factors, Sequence)
+    return factors
 
 
 def initial_noise(size: tuple[int, int], seed: int, index: Sequence[int], channels: int = 3) -> Tensor:
@@ -253,6 +156,8 @@ def sample(
     batch: int = 64,
     device: torch.device | str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    progressive: bool = True,
+    preview: bool = False,
 ) -> Samples:
     """One image for each of the N conditions.
 
@@ -268,6 +173,9 @@ def sample(
     batch     images at a time; classifier-free guidance evaluates twice as many rows in one call
     device    where the denoiser is; that of `cond` if None
     progress  called with (steps done, steps in all) after each step of each batch
+    progressive   step an exact model at the lowest resolution that is enough (see progressive.py): the same images
+    preview   of an exact model, the images of the lowest resolution that it is exact over, by the rungs up to there
+              alone: what the whole image averages down to
 
     Returns all images at once, on `device`: for more than a few batches, call it for each of `slices`. Raises UserError
     for settings that mean nothing, and for a denoiser that is not finite.
@@ -278,12 +186,13 @@ def sample(
     if threshold is not None and not space.bounded:
         raise UserError(f"threshold={threshold}: latents are not bounded as pixels are; drop it")
     sigmas = grid_of(grid, steps, denoiser)
+    factors = exact_factors(denoiser)
     device = cond.null.device if device is None else torch.device(device)
     starts = range(0, n, batch)
     total, done, nfe, images = (len(sigmas) - 1) * len(starts), 0, 0, []
     for start in starts:
         rows = numbers[start : start + batch]
-        denoise = Guided(
+        guided = Guided(
             denoiser,
             cond[start : start + batch].to(device),
             guidance=guidance,
@@ -291,9 +200,13 @@ def sample(
             guide=guide,
             threshold=threshold,
         )
+        floors = floors_of(guided)
+        if preview and len(floors) == 1:
+            raise UserError(NO_PREVIEW)
+        floors = floors[:1] if preview else floors if progressive else floors[-1:]
         noise = ancestral_noise((space.channels, *size), seed, rows, device)
         x = sigmas[0].item() * initial_noise(size, seed, rows, space.channels).to(device)
-        for x_next in trajectory(denoise, x, sigmas, sampler, noise):
+        for x_next in climb(floors, x, sigmas, sampler, noise):
             x, done = x_next, done + 1
             if progress is not None:
                 progress(done, total)
@@ -302,8 +215,8 @@ def sample(
                 f"sampling gave non-finite pixels among samples {rows[0]} to {rows[-1]}: expected finite predictions; "
                 "try an earlier checkpoint, fp32 or less guidance"
             )
-        images.append(space.bound(x))
-        nfe = denoise.nfe
+        images.append(space.bound(x, [] if preview else factors))
+        nfe = evaluations(floors)
     return Samples(torch.cat(images), nfe)
 
 
@@ -318,20 +231,26 @@ def generate(
     index: Sequence[int] | None = None,
     batch: int = 64,
     guidance: float | None = None,
+    preview: bool = False,
 ) -> Samples:
     """One image of `size` (h, w) for each of the N conditions, in one evaluation of a one-step generator.
 
     Image i is a function of (seed, its index, its condition), as in `sample`, and starts from the same noise.
+    `preview`: the image of the lowest resolution that the generator is exact over.
     `guidance`: the weight that a guided generator is told; None for any other. Raises UserError for a size, a batch or
     indices that mean nothing.
     """
     numbers = _numbers(len(cond), index, size, batch)
     latent, device, images = generator.latent_size(size), cond.null.device, []
-    space = space_of(generator)
+    space, factors = space_of(generator), exact_factors(generator)
+    if preview and not factors:
+        raise UserError(NO_PREVIEW)
     for start in range(0, len(cond), batch):
         rows = slice(start, start + batch)
         z = initial_noise(latent, seed, numbers[rows], space.channels).to(device)
-        images.append(space.bound(generator(z, cond[rows], weights_like(z, guidance)).float()))
+        weights = weights_like(z, guidance)
+        image = generator.preview(z, cond[rows], weights) if preview else generator(z, cond[rows], weights)
+        images.append(space.bound(image.float(), () if preview else factors))
     return Samples(torch.cat(images), 1)
 
 

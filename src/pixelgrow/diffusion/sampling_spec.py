@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from pixelgrow.diffusion.sampling import MAX_STEPS, SAMPLERS
+from pixelgrow.diffusion.sampling import MAX_STEPS
+from pixelgrow.diffusion.solvers import SAMPLERS
 from pixelgrow.errors import UserError
 
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from pixelgrow import rng
 from pixelgrow.diffusion.guidance import Guided
-from pixelgrow.diffusion.sampling import Denoise, Noise, ancestral_noise, grid_of, initial_noise, trajectory
+from pixelgrow.diffusion.sampling import ancestral_noise, grid_of, initial_noise
 from pixelgrow.diffusion.sampling_spec import SamplingSpec
+from pixelgrow.diffusion.solvers import Denoise, Noise, trajectory
 from pixelgrow.editing.inputs import size_of
 from pixelgrow.errors import UserError
 from pixelgrow.model import Model, noise_grid

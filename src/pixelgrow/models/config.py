@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
@@ -26,9 +28,11 @@ class Space(Frozen):
     channels: int = Field(3, ge=1)
     bounded: bool = True
 
-    def bound(self, images: Tensor) -> Tensor:
-        """Images without what lies outside."""
-        return images.clamp(-1, 1) if self.bounded else images
+    def bound(self, images: Tensor, factors: Sequence[int] = ()) -> Tensor:
+        """Images within the limits; see `layers.bounded` for `factors`."""
+        from pixelgrow.models.layers import bounded  # torch is there already: images are tensors
+
+        return bounded(images, factors) if self.bounded else images
 
 
 PIXELS = Space()
@@ -72,12 +76,17 @@ class RungConfig(Frozen):
       image is added to the one from below (`preserve`, ours) or takes its place (PaGoDA, arXiv 2405.14822).
     `detail_std` is the deviation of the held-out images' details, x - up(box_down(x)), in units of the data range
     [-1, 1]; it scales what a `base` or `image` rung adds and is measured when the rung is grown.
+    `exact`, of `base` and `image` rungs: the rung adds details alone, P F with P = 1 - up(down(.)), so that its image
+    averages down to the image from below for every weight (ours; docs/exact-growth.md). `until`, of exact `base` rungs:
+    the gate, a sigma as the core sees it; above it the rung adds nothing and is not evaluated.
     """
 
     levels: tuple[LevelConfig, ...] = Field(min_length=1)
     patch: int = Field(ge=1)
     attach: Literal["core", "base", "image", "features"] = "core"
     detail_std: float = 0.1
+    exact: bool = False
+    until: float | None = Field(None, gt=0)
 
     @property
     def resolution(self) -> int:
@@ -87,6 +96,16 @@ class RungConfig(Frozen):
     def decodes(self) -> bool:
         """Whether it has decoder halves alone: a grown generator's."""
         return self.attach in ("image", "features")
+
+
+def exact_sides(rungs: Sequence[RungConfig]) -> list[int]:
+    """Resolutions that the image of the last rung averages down to exactly, lowest first; the last is its own."""
+    sides = [rungs[-1].resolution]
+    for lower, upper in reversed(list(pairwise(rungs))):
+        if not upper.exact:
+            break
+        sides.insert(0, lower.resolution)
+    return sides
 
 
 class NetConfig(Frozen):
@@ -128,6 +147,13 @@ class NetConfig(Frozen):
                 raise ValueError(f"patch {rung.patch} is too coarse for the core's grid")
             if rung.decodes and self.cells_below(rung) % stride:
                 raise ValueError(f"patch {rung.patch} is too coarse for the features below")
+            if rung.exact and rung.attach not in ("base", "image"):
+                raise ValueError(f"exact: a rung with attach: {rung.attach} has no image from below to keep")
+            if rung.until is not None and not (rung.exact and rung.attach == "base"):
+                raise ValueError("until: only exact rungs of a denoiser have a gate")
+            gate = self.rungs[i - 1].until if rung.attach == "base" else None
+            if gate is not None and (rung.until or math.inf) > gate:
+                raise ValueError(f"until {rung.until} of the rung at {rung.resolution} px exceeds {gate} of that below")
             below = rung.resolution
         return self
 

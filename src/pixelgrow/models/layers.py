@@ -6,6 +6,7 @@ Token tensors are (B, N, C); maps are (B, C, H, W) in channels-last memory, so t
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,28 @@ def box_down(x: Tensor, k: int) -> Tensor:
 def up_nearest(x: Tensor, k: int) -> Tensor:
     """Repeat every pixel k x k times: (B, C, H, W) -> (B, C, kH, kW)."""
     return x if k == 1 else F.interpolate(x, scale_factor=k, mode="nearest")
+
+
+def details(x: Tensor, k: int) -> Tensor:
+    """What averaging over k x k pixels takes away: P x = x - up(down(x)), a projection of (B, C, H, W)."""
+    return x - up_nearest(box_down(x, k), k)
+
+
+def bounded(x: Tensor, factors: Sequence[int] = ()) -> Tensor:
+    """Images x (B, C, H, W) within [-1, 1], whose averages over blocks are the bounded averages (ours).
+
+    `factors`, innermost first: of the growths that the images are exact over. The smallest image is clamped; then,
+    growth by growth, the details of each block and channel shrink by one factor until they fit, which leaves the mean.
+    A clamp of the whole image would not: where an edge overshoots, it would darken the block.
+    """
+    if not factors:
+        return x.clamp(-1, 1)
+    *inner, k = factors
+    mean = box_down(x, k)
+    detail, low = x - up_nearest(mean, k), up_nearest(bounded(mean, inner), k)
+    room = torch.where(detail > 0, 1 - low, 1 + low) / detail.abs().clamp_min(torch.finfo(x.dtype).tiny)
+    least = -F.max_pool2d(-room, k) if k > 1 else room  # of each block
+    return (low + up_nearest(least.clamp(max=1), k) * detail).clamp(-1, 1)  # the clamp: rounding alone
 
 
 def to_tokens(x: Tensor) -> Tensor:

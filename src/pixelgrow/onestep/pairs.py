@@ -23,7 +23,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pixelgrow.diffusion.sampling import Denoise, invert, karras_grid, solve
+from pixelgrow.diffusion.progressive import progressive
+from pixelgrow.diffusion.sampling import karras_grid
+from pixelgrow.diffusion.solvers import Denoise, invert, solve
 from pixelgrow.errors import UserError
 from pixelgrow.models.layers import box_down, up_nearest
 from pixelgrow.onestep.losses import GuidanceDistribution
@@ -57,12 +59,12 @@ class Ode:
     @tf32()
     def to_latent(self, denoise: Denoise, x: Tensor) -> Tensor:
         """Images (B, 3, h, w) -> latents of about unit variance."""
-        return invert(denoise, x, self.sigmas, self.sampler) / self.sigma_max
+        return progressive(denoise, x, self.sigmas.flip(0), self.sampler) / self.sigma_max
 
     @tf32()
     def to_image(self, denoise: Denoise, z: Tensor) -> Tensor:
         """Latents (B, 3, h, w) -> images."""
-        return solve(denoise, self.sigma_max * z, self.sigmas, self.sampler)
+        return progressive(denoise, self.sigma_max * z, self.sigmas, self.sampler)
 
     @torch.no_grad()
     @tf32()

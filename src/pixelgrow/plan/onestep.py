@@ -5,27 +5,31 @@ As in `cost.py`, the code that will run is run on fake tensors; here with whole 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pixelgrow.diffusion.denoiser import Denoiser
+from pixelgrow.diffusion.denoiser import Denoiser, DiffusionConfig
 from pixelgrow.diffusion.generator import Generator
 from pixelgrow.diffusion.guidance import Guided
-from pixelgrow.diffusion.sampling import solve
+from pixelgrow.diffusion.progressive import climb, floors_of, needed_floor
 from pixelgrow.growth import freeze, inherited, last_blocks
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.config import CoreConfig, NetConfig
+from pixelgrow.models.layers import box_down
 from pixelgrow.models.uvit import UViT
 from pixelgrow.onestep.distill import GENERATOR, DistillBatch, DistillObjective
 from pixelgrow.onestep.estimator import Labels, described
 from pixelgrow.onestep.features import FeatureDistance, Seen, TeacherFeatures
 from pixelgrow.onestep.losses import GuidanceDistribution
 from pixelgrow.onestep.networks import networks_named
+from pixelgrow.onestep.pairs import Ode
 from pixelgrow.onestep.settings import LossSettings
 from pixelgrow.plan.network import Cost, Measured, Memory, blank_cond, bytes_of, measured, memory_of, spent
 from pixelgrow.recipe.stages import PairsStage
@@ -38,34 +42,50 @@ FEW = 4  # steps in which every solver does all that it ever does
 # --- pairs ------------------------------------------------------------------------------------------------------------
 
 
-def pairs_cost(stage: PairsStage, teacher: NetConfig, *, tokens: int = 32) -> Cost:
+def pairs_cost(
+    stage: PairsStage, teacher: NetConfig, diffusion: DiffusionConfig | None = None, *, tokens: int = 32
+) -> Cost:
     """The cost of making a stage's pairs, per image of its `n`; with `flip` as if every source may be mirrored.
 
-    The solver runs a few steps, and all of them without a network, to count its evaluations. Workers share a device.
+    `diffusion`: the teacher's, whose noise levels say at how many steps its gates are open. One evaluation is measured
+    at each resolution that the solver works at, and the solver runs without a network to count them. Workers share a
+    device.
     """
     guidance = 2.0 if isinstance(stage.guidance, str) else stage.guidance  # of a distribution: any that guides
+    few, whole = (_levels(stage, steps, teacher, diffusion) for steps in (min(FEW, stage.steps), stage.steps))
     with FakeTensorMode(), torch.no_grad():
-        denoiser = Denoiser(UViT(teacher))
+        denoiser = Denoiser(UViT(teacher), diffusion)
+        denoiser.gated = False  # a fake noise level opens no gate; the floors say what is evaluated when
         cond = blank_cond(teacher.core, stage.batch, tokens)
         x = torch.zeros(stage.batch, teacher.space.channels, teacher.resolution, teacher.resolution)
-        few, whole = (Guided(network, cond, guidance=guidance) for network in (denoiser, lambda x, *_: x))
-        run = spent(lambda: _solved(stage, min(FEW, stage.steps), few, x))
-        _solved(stage, stage.steps, whole, x)
+        floors = floors_of(Guided(denoiser, cond, guidance=guidance))
+        each = [spent(partial(floor.denoise, box_down(x, floor.scale), 1.0))["forward"] for floor in floors]
+        counts = [0] * len(floors)
+
+        def count(scale: int, x: Tensor, sigma: float) -> Tensor:
+            counts[needed_floor(floors, scale * sigma)] += 1
+            return x
+
+        counting = [replace(floor, denoise=partial(count, floor.scale)) for floor in floors]
+        deque(climb(counting, x, whole, stage.sampler), maxlen=0)
+        inverts = stage.direction == "invert"
+        peak = spent(lambda: deque(climb(floors[-1:], x if inverts else few[0] * x, few, stage.sampler), maxlen=1)[0])[
+            "peak"
+        ]
     core, weights = bytes_of(denoiser.net.core), bytes_of(denoiser)
-    each = run["forward"] / stage.batch / few.nfe
+    flops = sum(one * calls for one, calls in zip(each, counts, strict=True)) / stage.batch
     return Cost(
         parameters={"core": core // 4, "levels": (weights - core) // 4, "training": 0},
-        work={"forward": each * whole.nfe * (1 + stage.flip)},
-        memory=Memory(weights, 0, 0, 0, 0, weights + (stage.workers or 1) * run["peak"]),
+        work={"forward": flops * (1 + stage.flip)},
+        memory=Memory(weights, 0, 0, 0, 0, weights + (stage.workers or 1) * peak),
     )
 
 
-def _solved(stage: PairsStage, steps: int, denoise: Guided, x: Tensor) -> Tensor:
-    """As the stage's `Ode` goes from images or latents x, in so many steps; which noise levels does not matter."""
-    levels = [float(i) for i in range(steps + 1)]
-    if stage.direction == "invert":
-        return solve(denoise, x, levels, stage.sampler)
-    return solve(denoise, levels[-1] * x, levels[::-1], stage.sampler)
+def _levels(stage: PairsStage, steps: int, teacher: NetConfig, diffusion: DiffusionConfig | None) -> list[float]:
+    """The noise levels of the stage's `Ode` in so many steps, in its direction."""
+    config, scale = diffusion or DiffusionConfig(), teacher.latent_resolution / teacher.core_resolution
+    levels = Ode(stage.sampler, steps, scale * config.sigma_min, scale * config.sigma_max).sigmas.tolist()
+    return levels[::-1] if stage.direction == "invert" else levels
 
 
 # --- a generator ------------------------------------------------------------------------------------------------------

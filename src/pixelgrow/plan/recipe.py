@@ -14,7 +14,7 @@ from pixelgrow.onestep.networks import networks_named
 from pixelgrow.onestep.settings import LossSettings
 from pixelgrow.plan.network import Cost, network_cost
 from pixelgrow.plan.onestep import distill_cost, pairs_cost
-from pixelgrow.plan.shapes import networks, parent_network
+from pixelgrow.plan.shapes import diffusion_of, networks, parent_network
 from pixelgrow.precision import has_bf16
 from pixelgrow.recipe.read import Recipe, read_recipe
 from pixelgrow.recipe.stages import (
@@ -64,7 +64,7 @@ def _phases(stage: Stage, recipe: Recipe, nets: dict[str, NetConfig], gpu: bool)
     tokens = recipe.text.max_tokens
     if isinstance(stage, PairsStage):
         teacher = parent_network(str(stage.parent), nets)
-        cost = pairs_cost(stage, teacher, tokens=tokens)
+        cost = pairs_cost(stage, teacher, diffusion_of(str(stage.parent), recipe), tokens=tokens)
         yield StagePlan(stage.name, f"{stage.direction} pairs", teacher.resolution, stage.n, stage.batch, cost)
     if not isinstance(stage, ModelStage):
         return

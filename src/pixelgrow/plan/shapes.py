@@ -6,9 +6,10 @@ from os.path import expanduser
 from pathlib import Path
 
 from pixelgrow.checkpoint import read_config
+from pixelgrow.diffusion.denoiser import DiffusionConfig
 from pixelgrow.errors import UserError
 from pixelgrow.external.autoencoder import Autoencoder
-from pixelgrow.growth import grown_config, last_blocks
+from pixelgrow.growth import check_gate, grown_config, last_blocks
 from pixelgrow.model import find, one_step_settings
 from pixelgrow.models.config import PIXELS, CoreConfig, NetConfig, Space
 from pixelgrow.models.sizes import core_config, shallow_uvit
@@ -71,8 +72,18 @@ def network(stage: ModelStage, nets: dict[str, NetConfig], recipe: Recipe, space
                 f"stage {stage.name!r}: {stage.parent} {is_told} the guidance weight and the guidance of the pairs "
                 f"{stage.pairs} follows {have} of its distributions: name pairs like those that it was distilled on"
             )
+        check_gate(stage.until, diffusion_of(str(stage.parent), recipe))
         for to in stage.to:
-            config = grown_config(config, to, stage.init, patch=stage.patch, blocks=stage.blocks, generator=one_step)
+            config = grown_config(
+                config,
+                to,
+                stage.init,
+                patch=stage.patch,
+                blocks=stage.blocks,
+                generator=one_step,
+                exact=stage.exact,
+                until=stage.until,
+            )
     return config
 
 
@@ -85,6 +96,17 @@ def _guidance_varies(pairs: str, recipe: Recipe) -> bool:
 def parent_network(parent: str, nets: dict[str, NetConfig]) -> NetConfig:
     """The network of a stage, or of the checkpoint folder that a `from` names."""
     return read_config(find(parent)).network if is_folder(parent) else nets[parent]
+
+
+def diffusion_of(name: str, recipe: Recipe) -> DiffusionConfig:
+    """Preconditioning and noise levels of a stage's model, or of a checkpoint folder's: those of its first stage."""
+    while not is_folder(name):
+        stage = recipe.stage(name)
+        assert isinstance(stage, ModelStage)
+        if isinstance(stage, TrainStage) and stage.parent is None:
+            return stage.diffusion
+        name = str(stage.parent)
+    return read_config(find(name)).diffusion
 
 
 def planned_core(size: str, text: TextSpec) -> CoreConfig:

@@ -83,7 +83,8 @@ class GrowStage(ModelStage):
     `init`: new levels at random around the core (`random`), or so that the function is kept (`preserve`); `scratch`
     takes the shape of `random` and loads nothing. `core`: `frozen`, `finetune`, or `{unfreeze_after: N}`, which freezes
     it for the first N images of the run. Schedules count all `images`, and go on through the unfreezing.
-    `to`: one resolution, or several in ascending order to grow in steps before training.
+    `to`: one resolution, or several in ascending order to grow in steps before training. `preserve` grows by exact
+    rungs (docs/exact-growth.md) unless `exact: false`.
     """
 
     to: tuple[int, ...] = Field(min_length=1)
@@ -92,6 +93,12 @@ class GrowStage(ModelStage):
     unfreeze_after: int | None = Field(None, ge=1)
     patch: int | None = Field(None, ge=1, description="pixels per cell of the new top map")
     blocks: int = Field(1, ge=1, description="residual blocks in each new half level")
+    exact: bool = Field(
+        True, description="with preserve: the image averages down to the one from below, for all weights"
+    )
+    until: float | None = Field(
+        None, gt=0, description="exact rungs are evaluated up to this sigma at the core; .inf: all"
+    )
     pairs: str | None = Field(None, description="of a one-step generator: the stage that made its teacher's pairs")
     fraction: float = Field(1.0, gt=0, le=1, description="of the pairs")
     estimator: str | None = Field(None, description="of a guided generator: the stage that labels real pictures")
@@ -132,6 +139,10 @@ class GrowStage(ModelStage):
                 raise ValueError("base_blocks is for a frozen base; drop it, or core: finetune")
             if self.unfreeze_after is not None:
                 raise ValueError("unfreeze_after is for the growth of a denoiser; drop it, or write core: finetune")
+        if self.init != "preserve" and (odd := {"exact", "until"} & self.model_fields_set):
+            raise ValueError(f"{min(odd)} is for init: preserve, not for init: {self.init}; drop it")
+        if self.until is not None and (self.pairs is not None or not self.exact):
+            raise ValueError("until is the gate of a denoiser's exact rungs; drop it")
         if self.init == "scratch" and (
             self.unfreeze_after or ("core" in self.model_fields_set and self.core == "frozen")
         ):

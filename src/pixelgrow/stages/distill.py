@@ -76,7 +76,9 @@ def _make_start(stage: GrowStage, parent: Parent, folder: Path, materials: Mater
     images = materials.heldout(WATCHED, (stage.to[-1], stage.to[-1])).images
     for side in stage.to:
         low = config.resolution
-        config = grown_config(config, side, stage.init, patch=stage.patch, blocks=stage.blocks, generator=True)
+        config = grown_config(
+            config, side, stage.init, patch=stage.patch, blocks=stage.blocks, generator=True, exact=stage.exact
+        )
         config = with_detail(config, detail_std(box_down(images, stage.to[-1] // side), side // low))
     net, report = grow_network(before.net, config, stage.init, materials.recipe.seed)
     checkpoint.save(folder / START, Generator(net, before.config), parent.config)

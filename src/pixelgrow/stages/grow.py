@@ -86,6 +86,8 @@ def make_start(stage: GrowStage, parent: Parent, folder: Path, materials: Materi
         seed=materials.recipe.seed,
         patch=stage.patch,
         blocks=stage.blocks,
+        exact=stage.exact,
+        until=stage.until,
         batch=stage.micro_batch,
     )
     frozen = [] if stage.trains_core else report.loaded
@@ -130,8 +132,9 @@ def describe(growth: dict[str, Any]) -> str:
     low, high = growth["resolution"]
     counts = ", ".join(f"{len(growth[k])} {k}" for k in ("loaded", "new", "dropped", "frozen") if k in growth)
     size = growth["parameters"]
+    exact = ", exact" if growth.get("exact") else ""
     lines = [
-        f"grown from {low} to {high} px ({growth['init']}): {counts} tensors; "
+        f"grown from {low} to {high} px ({growth['init']}{exact}): {counts} tensors; "
         f"{size['loaded']:,} parameters loaded, {size['new']:,} new",
         *([f"held-out error by noise level at the core{_kept(growth)}:"] if growth["before"] else []),
     ]

@@ -19,7 +19,8 @@ from pixelgrow import checkpoint, rng
 from pixelgrow.data.loader import Loader, mirrored, to_tensor
 from pixelgrow.diffusion.denoiser import Denoiser
 from pixelgrow.diffusion.guidance import Guided
-from pixelgrow.diffusion.sampling import Denoise, initial_noise
+from pixelgrow.diffusion.sampling import initial_noise
+from pixelgrow.diffusion.solvers import Denoise
 from pixelgrow.growth import kept_in
 from pixelgrow.models.cond import Cond
 from pixelgrow.onestep.losses import guidance_weights
@@ -107,7 +108,8 @@ class Work:
             given = {} if weights is None else {"guidance": weights}
             if self.stage.direction == "sample":
                 z = initial_noise((images.shape[-2], images.shape[-1]), self.seed, numbers, images.shape[1])
-                drawn = self.denoiser.space.bound(self.ode.to_image(denoise, z.to(device)))
+                drawn = self.ode.to_image(denoise, z.to(device))
+                drawn = self.denoiser.space.bound(drawn, self.denoiser.exact_factors)
                 keep(latent=z.half(), image=drawn.half(), origin=origin, **given)
             else:
                 keep(latent=self.ode.to_latent(denoise, images.to(device)).half(), origin=origin, **given)

@@ -36,7 +36,8 @@ class Conditions(Protocol):
 class DenoiseObjective:
     """Weighted squared error of the denoised image; noise level, noise and dropped conditions keyed by (seed, index).
 
-    What trains is the denoiser's `requires_grad` tensors, part "denoiser". Logs the loss of each third of the training
+    What trains is the denoiser's `requires_grad` tensors, part "denoiser"; noise above the gates of all of them is cut
+    off its distribution. Logs the loss of each third of the training
     distribution of noise levels as `loss_low`, `loss_middle`, `loss_high`.
     """
 
@@ -44,7 +45,7 @@ class DenoiseObjective:
         self.modules: dict[str, nn.Module] = {"denoiser": denoiser}
         self.rates: Mapping[str, float] = {"denoiser": 1.0}
         self.denoiser, self.text, self.settings, self.seed = denoiser, text, settings, seed
-        self.schedule = NoiseSchedule(settings.noise, denoiser)
+        self.schedule = NoiseSchedule(settings.noise, denoiser, denoiser.trained_until)
         self.device = next(denoiser.parameters()).device
         # simple diffusion, arXiv 2301.11093, section 3.4: down to 32 px
         self.halvings = max(0, (denoiser.resolution // 32).bit_length() - 1) if settings.multiscale else 0
