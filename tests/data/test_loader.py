@@ -383,7 +383,7 @@ def running(photographs: Path) -> Iterator[tuple[subprocess.Popen[str], list[int
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at processes through /proc")
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_workers_end_with_their_parent(running: tuple[subprocess.Popen[str], list[int]], how: signal.Signals) -> None:
     process, workers = running
     assert len(workers) == 2

@@ -333,9 +333,22 @@ def test_another_network_is_refused(tmp_path: Path) -> None:
         toy.run(tmp_path, other)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+@pytest.fixture
+def _heeded() -> Iterator[None]:
+    """Signals have their usual effect, also where a shell or nohup has started the tests with some ignored."""
+    was = [signal.signal(s, signal.default_int_handler) for s in SIGNALS]
+    yield
+    for signum, handler in zip(SIGNALS, was, strict=True):
+        signal.signal(signum, handler)
+
+
+@pytest.mark.usefixtures("_heeded")
+@pytest.mark.parametrize("signum", SIGNALS)
 def test_a_signal_finishes_the_step_and_saves(tmp_path: Path, signum: int) -> None:
-    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    handlers = [signal.getsignal(s) for s in SIGNALS]
 
     def shout(now: int) -> dict[str, float]:
         if now == 32:
@@ -347,12 +360,25 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path: Path, signum: int) -> No
     with pytest.raises(Interrupted, match="same command again") as stopped:
         toy.run(tmp_path / "cut", hooks=(Hook("shout", 8, shout),))
     assert stopped.value.status == 128 + signum
-    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert [signal.getsignal(s) for s in SIGNALS] == handlers
     saved = state.load(tmp_path / "cut" / "state")
     assert saved is not None
     assert saved.counters["images"] == 40
     rest = toy.Toy()
     same(toy.weights(rest, toy.run(tmp_path / "cut", rest)), expected)
+
+
+@pytest.mark.usefixtures("_heeded")
+def test_an_ignored_signal_stays_ignored(tmp_path: Path) -> None:
+    """As SIGHUP is under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def shout(now: int) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGHUP)
+        return {}
+
+    toy.run(tmp_path, hooks=(Hook("shout", 8, shout),))
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 def test_stopping_amid_bad_steps_tells_what_is_saved(tmp_path: Path) -> None:

@@ -6,15 +6,16 @@ import logging
 import os
 import signal
 import sys
-from io import TextIOWrapper
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
 from pixelgrow.cli.data import data
 from pixelgrow.cli.edit import edit
+from pixelgrow.cli.streams import Unwritable, discard_output, secure_streams
 from pixelgrow.errors import UserError, out_of_memory
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -215,33 +216,70 @@ def _rate(given: float | None) -> tuple[float, str]:
 
 
 def main() -> None:
-    """The entry point. A mistake is one line on stderr and status 2; a stop says how to go on, status 128 + signal."""
+    """The entry point. A mistake is one line on stderr and status 2, a stop by a signal one line and 128 + signal.
+
+    Status 141 and no line where the reader of standard output has gone, as with `| head`.
+    """
+    secure_streams()
     log = logging.getLogger("pixelgrow")
     log.setLevel(logging.INFO)
     log.handlers = [_Stderr()]
-    signal.signal(signal.SIGTERM, _terminated)
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(signum) is not signal.SIG_IGN:  # nohup
+            signal.signal(signum, _stopped)
     share_cores()
+    end = _obey()
+    try:
+        sys.stdout.flush()
+    except Unwritable as error:
+        discard_output()
+        end = end if end.status else _lost(error)
+    if end.message:
+        sys.stderr.write(f"pixelgrow: {end.message}\n")
+    if end.status:
+        sys.exit(end.status)
+
+
+@dataclass(frozen=True)
+class End:
+    """How a command ended: its exit status, and a line for stderr."""
+
+    status: int = 0
+    message: str = ""
+
+
+def _obey() -> End:
+    """Carry out the command line."""
     try:
         status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
         if status == 130:  # typer has caught a KeyboardInterrupt
-            raise KeyboardInterrupt
+            return _signalled(signal.SIGINT)
+        return End(status if isinstance(status, int) else 0)
     except UserError as error:
-        _stop(str(error), 2)
+        return End(2, str(error))
+    except Unwritable as error:
+        return _lost(error)
     except (KeyboardInterrupt, typer.Abort):
-        _stop("stopped by SIGINT: run the same command again to go on", 130)
-    except _Terminated:
-        _stop("stopped by SIGTERM: run the same command again to go on", 143)
+        return _signalled(signal.SIGINT)
+    except _Stopped as stop:
+        return _signalled(stop.signum)
     except Exception as error:
         if out_of_memory(error):
             advice = LESS_TO_EDIT if sys.argv[1:2] == ["edit"] else LESS_MEMORY
-            _stop(f"out of memory ({str(error).splitlines()[0][:120]}): {advice}", 2)
+            return End(2, f"out of memory ({str(error).splitlines()[0][:120]}): {advice}")
         if hasattr(error, "format_message"):  # click's, which typer has under a name of its own
-            _stop(error.format_message(), 2)
+            return End(2, error.format_message())
         if type(error).__name__ != "Interrupted":  # of training; its import would bring torch along
             raise
-        _stop(str(error), getattr(error, "status", 1))
+        return End(getattr(error, "status", 1), str(error))
+
+
+def _lost(error: Unwritable) -> End:
+    return End(128 + signal.SIGPIPE) if error.unread else End(2, str(error))
+
+
+def _signalled(signum: int) -> End:
+    return End(128 + signum, f"stopped by {signal.Signals(signum).name}: run the same command again to go on")
 
 
 def share_cores() -> None:
@@ -258,14 +296,13 @@ class _Stderr(logging.Handler):
         sys.stderr.write(self.format(record) + "\n")
 
 
-def _stop(message: str, status: int) -> NoReturn:
-    typer.echo(f"pixelgrow: {message}", err=True)
-    sys.exit(status)
+class _Stopped(BaseException):
+    """SIGTERM or SIGHUP outside of training."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
 
 
-class _Terminated(BaseException):
-    """SIGTERM outside of training."""
-
-
-def _terminated(signum: int, frame: FrameType | None) -> None:
-    raise _Terminated
+def _stopped(signum: int, frame: FrameType | None) -> None:
+    raise _Stopped(signum)

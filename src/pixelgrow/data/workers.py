@@ -77,8 +77,8 @@ def _in_processes(work: Callable[[int], Result], tasks: Iterator[int], count: in
 
 def _serve(pipe: Connection, work: Callable[[int], object]) -> None:
     """A worker's life. A signal to the whole group is for the parent to act on: it may want to save first."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
     torch.set_num_threads(1)
     parent = os.getppid()
     outbox: queue.SimpleQueue[object] = queue.SimpleQueue()

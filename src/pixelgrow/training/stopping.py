@@ -11,7 +11,7 @@ from typing import Any
 
 
 class Interrupted(Exception):
-    """The run was asked to stop (SIGTERM or SIGINT), finished its step and saved; `status` is 128 + the signal."""
+    """The run was asked to stop by a signal, finished its step and saved; `status` is 128 + the signal."""
 
     def __init__(self, signum: int, images: int) -> None:
         name = signal.Signals(signum).name
@@ -21,7 +21,10 @@ class Interrupted(Exception):
 
 @contextmanager
 def asked_to_stop() -> Iterator[list[int]]:
-    """A list that fills when SIGTERM or SIGINT arrives; a second signal has its usual effect. For the main thread."""
+    """A list that fills when SIGTERM, SIGINT or SIGHUP arrives; a second signal has its usual effect.
+
+    A signal that is ignored, as SIGHUP is under nohup, stays so. For the main thread.
+    """
     asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield asked
@@ -32,8 +35,9 @@ def asked_to_stop() -> Iterator[list[int]]:
         asked.append(signum)
         signal.signal(signum, usual[signum])
 
-    for asked_by in (signal.SIGTERM, signal.SIGINT):
-        usual[asked_by] = signal.signal(asked_by, note)
+    for asked_by in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(asked_by) is not signal.SIG_IGN:
+            usual[asked_by] = signal.signal(asked_by, note)
     try:
         yield asked
     finally:
