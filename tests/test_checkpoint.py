@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from pixelgrow import checkpoint
 from pixelgrow.checkpoint import CheckpointConfig
 from pixelgrow.diffusion.denoiser import Denoiser
 from pixelgrow.errors import UserError
+from pixelgrow.models.cond import Cond
 from pixelgrow.models.config import CoreConfig
 from pixelgrow.models.sizes import shallow_uvit
 from pixelgrow.models.uvit import UViT
@@ -113,6 +115,19 @@ def damaged(where: str, value: object, message: str):  # type: ignore[no-untyped
     return damage
 
 
+def damage_dtype(folder: Path) -> str:
+    tensors = load_file(folder / checkpoint.WEIGHTS)
+    save_file({n: t.to(torch.float8_e4m3fn) for n, t in tensors.items()}, folder / checkpoint.WEIGHTS)
+    unhashed(folder)
+    return "are stored as float8_e4m3fn, expected one of float32, float16, bfloat16; convert or copy"
+
+
+def unhashed(folder: Path) -> None:
+    """Have a checkpoint's weights go unchecked, as after a conversion by other tools."""
+    raw = json.loads((folder / checkpoint.CONFIG).read_text())
+    (folder / checkpoint.CONFIG).write_text(json.dumps(raw | {"sha256": ""}))
+
+
 def damage_unreadable_weights(folder: Path) -> str:
     (folder / checkpoint.WEIGHTS).unlink()
     (folder / checkpoint.WEIGHTS).mkdir()  # as unreadable as a file without permission, to root too
@@ -140,6 +155,7 @@ def damage_none(folder: Path) -> str:
         damage_bytes,
         damage_shape,
         damage_width,
+        damage_dtype,
         damage_unreadable_weights,
         damage_unreadable_config,
         damage_none,
@@ -158,6 +174,54 @@ def test_damage_is_one_line_that_names_the_file(saved: Path, damage) -> None:  #
     with pytest.raises(UserError, match=message) as caught:
         checkpoint.load(saved)
     assert "\n" not in str(caught.value) and str(saved) in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_weights_load_as_float32(saved: Path, dtype: torch.dtype) -> None:
+    """Whoever converted them: all tensors, or one."""
+    path = saved / checkpoint.WEIGHTS
+    before = load_file(path)
+    for names in (before.keys(), ["core.null_token"]):
+        save_file({n: t.to(dtype) if n in names else t for n, t in before.items()}, path)
+        unhashed(saved)
+        back, _ = checkpoint.load(saved)
+        for name, t in back.net.state_dict().items():
+            want = before[name].to(dtype).float() if name in names else before[name]
+            assert t.dtype == torch.float32 and torch.equal(t, want), name
+        x = torch.zeros(1, 3, 16, 16)
+        cond = Cond(torch.randn(1, 4, 8), torch.ones(1, 4) > 0, torch.randn(1, 8), torch.zeros(1) > 0)
+        assert back(x, torch.ones(1), cond).dtype == torch.float32
+
+
+def test_saving_in_half_precision_rounds_parameters_and_says_so(saved: Path) -> None:
+    """Buffers stay: whitening by a rounded matrix lets large directions leak into small ones."""
+    d, config = checkpoint.load(saved)
+    torch.nn.init.normal_(d.net.core.text_scale)
+    half = saved.parent / "half"
+    checkpoint.save(half, d, config, dtype=torch.float16)
+    stored = load_file(half / checkpoint.WEIGHTS)
+    back, converted = checkpoint.load(half)
+    parameters = {name for name, _ in d.net.named_parameters()}
+    assert parameters < stored.keys()
+    for name, t in d.net.state_dict().items():
+        want = t.half() if name in parameters else t
+        assert stored[name].dtype == want.dtype and torch.equal(stored[name], want), name
+        assert torch.equal(back.net.state_dict()[name], want.float()), name
+    assert converted.lineage == [{"verb": "cast", "dtype": "float16", "parent": config.sha256}]
+    assert converted.sha256 == checkpoint.file_hash(half / checkpoint.WEIGHTS) != config.sha256
+    checkpoint.save(saved, d, config, dtype=torch.float32)  # as it is: nothing to say
+    assert checkpoint.read_config(saved).lineage == []
+
+
+def test_what_half_precision_cannot_hold_is_one_line(saved: Path) -> None:
+    d, config = checkpoint.load(saved)
+    with pytest.raises(UserError, match="dtype int8: expected one of float32, float16, bfloat16"):
+        checkpoint.save(saved.parent / "half", d, config, dtype=torch.int8)
+    with torch.no_grad():
+        d.net.core.null_token[3] = 1e5
+    with pytest.raises(UserError, match="null_token exceeds the range of float16; save in bfloat16 or float32"):
+        checkpoint.save(saved.parent / "half", d, config, dtype=torch.float16)
+    checkpoint.save(saved.parent / "half", d, config, dtype=torch.bfloat16)
 
 
 def test_nothing_but_a_checkpoint_is_ever_replaced(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ import safetensors
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from pixelgrow.diffusion.denoiser import Denoiser, DiffusionConfig, NoiseConfig
 from pixelgrow.diffusion.generator import Generator
@@ -27,6 +28,7 @@ from pixelgrow.writing import fault_of, flush, writing
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 _UNCHECKED = '"sha256": ""'
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that weights may be stored in; they are float32 once loaded
 
 
 Objective = Literal["denoise", "generate"]
@@ -165,10 +167,28 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def save(folder: Path, model: Denoiser | Generator, config: CheckpointConfig, card: str = "") -> str:
-    """Write a checkpoint folder; returns the SHA-256 of its weights. Objective, network and diffusion are the model's
-    own."""
+def save(
+    folder: Path,
+    model: Denoiser | Generator,
+    config: CheckpointConfig,
+    card: str = "",
+    *,
+    dtype: torch.dtype | None = None,
+) -> str:
+    """Write a checkpoint folder; returns the SHA-256 of its weights. `config.json` gets the objective, the network and
+    the diffusion of `model`.
+
+    dtype   float16 or bfloat16 halves the file; parameters are rounded, buffers (statistics of the text tokens) are
+            not, and the lineage says so. None: as they are.
+
+    Raises UserError for another dtype, and for weights that are too large for it.
+    """
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.net.state_dict().items()}
+    lineage = list(config.lineage)
+    if dtype is not None and any(p.dtype != dtype for p in model.net.parameters()):
+        tensors |= _cast({name: tensors[name] for name, _ in model.net.named_parameters()}, dtype)
+        parent = {"parent": config.sha256} if config.sha256 else {}
+        lineage.append({"verb": "cast", "dtype": _name(dtype)} | parent)
     with replacing(folder) as temporary:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         digest = file_hash(temporary / WEIGHTS)
@@ -177,13 +197,29 @@ def save(folder: Path, model: Denoiser | Generator, config: CheckpointConfig, ca
                 "objective": "generate" if isinstance(model, Generator) else "denoise",
                 "network": model.net.config,
                 "diffusion": model.config,
+                "lineage": lineage,
                 "sha256": digest,
             }
         )
-        (temporary / CONFIG).write_text(full.model_dump_json(indent=2) + "\n")
-        (temporary / CARD).write_text(card or model_card(full))
+        (temporary / CONFIG).write_text(full.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (temporary / CARD).write_text(card or model_card(full), encoding="utf-8")
         (temporary / WEIGHTS).chmod((temporary / CONFIG).stat().st_mode & 0o777)  # safetensors lets nobody else read
     return digest
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _cast(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensors in a dtype that weights may have. Raises UserError for another, and where a value exceeds its range."""
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {_name(dtype)}: expected one of {', '.join(map(_name, DTYPES))}")
+    cast = {name: t.to(dtype) for name, t in tensors.items()}
+    for name, t in cast.items():
+        if not bool((t.isfinite() | ~tensors[name].isfinite()).all()):
+            raise UserError(f"{name} exceeds the range of {_name(dtype)}; save in bfloat16 or float32")
+    return cast
 
 
 def read_config(folder: Path) -> CheckpointConfig:
@@ -191,7 +227,7 @@ def read_config(folder: Path) -> CheckpointConfig:
     recover(folder)
     path = folder / CONFIG
     try:
-        return CheckpointConfig.model_validate(json.loads(path.read_text()))
+        return CheckpointConfig.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         raise UserError(f"{folder} is not a checkpoint: it has no {CONFIG}; give a folder that a run wrote") from None
     except (ValueError, RecursionError) as e:
@@ -201,14 +237,14 @@ def read_config(folder: Path) -> CheckpointConfig:
         raise UserError(f"{path} cannot be read ({e.strerror}): expected a file you may read; correct it") from None
 
 
-def read_tensors(folder: Path, digest: str = "") -> dict[str, torch.Tensor]:
+def read_tensors(folder: Path, digest: str = "") -> dict[str, Tensor]:
     """The weights of a checkpoint folder, checked against `digest` if one is given."""
     path = folder / WEIGHTS
     if fault := fault_of(path, "copy the checkpoint again"):
         raise UserError(f"{path} {fault}")
     try:
         if digest and file_hash(path) != digest:
-            types = ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in load_file(path).values()}))
+            types = ", ".join(sorted({_name(t.dtype) for t in load_file(path).values()}))
             raise UserError(
                 f"{path} ({types}) is damaged or was converted: its bytes are not those that were saved; copy the "
                 f"checkpoint again, or write {_UNCHECKED} into {CONFIG} to load a conversion"
@@ -248,13 +284,18 @@ def _load(folder: Path, objective: Objective) -> tuple[UViT, CheckpointConfig]:
     got = {n: tuple(t.shape) for n, t in tensors.items()}
     if wanted != got:
         missing, unknown = wanted.keys() - got.keys(), got.keys() - wanted.keys()
-        odd = min(n for n in wanted.keys() | got.keys() if wanted.get(n) != got.get(n))
+        first = min(n for n in wanted.keys() | got.keys() if wanted.get(n) != got.get(n))
         raise UserError(
             f"{folder / WEIGHTS} does not fit its {CONFIG}: {len(missing)} tensors missing, {len(unknown)} unknown; "
-            f"the first to differ is {odd}, got {got.get(odd, 'none')}, expected {wanted.get(odd, 'none')}; copy the "
-            "checkpoint again"
+            f"the first to differ is {first}, got {got.get(first, 'none')}, expected {wanted.get(first, 'none')}; "
+            "copy the checkpoint again"
         )
-    net.load_state_dict(tensors, strict=True, assign=True)
+    if odd := [n for n, t in tensors.items() if t.dtype not in DTYPES]:
+        raise UserError(
+            f"{folder / WEIGHTS}: {odd[0]} and {len(odd) - 1} more are stored as {_name(tensors[odd[0]].dtype)}, "
+            f"expected one of {', '.join(map(_name, DTYPES))}; convert or copy the checkpoint again"
+        )
+    net.load_state_dict({n: t.float() for n, t in tensors.items()}, strict=True, assign=True)
     return net, config
 
 

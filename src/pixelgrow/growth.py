@@ -57,14 +57,18 @@ class GrowthReport:
 
 
 def kept_in(lineage: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Hashes of the models that stand unchanged inside the one that a lineage ends in, which `preserve` grew from them
-    and which trained, if at all, with them frozen; latest first."""
+    """Hashes of the models that are contained, latest first, in the model that a lineage ends in.
+
+    Those are the parents of its last `preserve` growths, as long as they stayed frozen in training, and what it was
+    before its weights were `cast` to another precision, which rounds them.
+    """
     found = []
     for entry in reversed(lineage):
         tensors = entry.get("tensors", {})
         loaded = tensors.get("loaded")
         frozen = tensors.get("frozen", loaded) == loaded and "unfrozen_after" not in entry
-        if entry.get("init") != "preserve" or not frozen or "parent" not in entry:
+        grown = entry.get("init") == "preserve" and frozen
+        if "parent" not in entry or not (grown or entry.get("verb") == "cast"):
             break
         found.append(str(entry["parent"]))
     return found

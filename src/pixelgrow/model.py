@@ -246,12 +246,15 @@ class Model:
         """Sampling settings: what is given, else the checkpoint's, else the library's."""
         return DEFAULTS | self.config.sampling | {k: v for k, v in given.items() if v is not None}
 
-    def save_pretrained(self, folder: Path | str) -> None:
-        """Write the checkpoint folder, in the place of a checkpoint there; UserError if it holds other files."""
-        checkpoint.save(Path(folder), self.network, self.config)
+    def save_pretrained(self, folder: Path | str, *, dtype: torch.dtype | None = None) -> None:
+        """Write the checkpoint folder, replacing a checkpoint there; UserError if it holds other files.
 
-    def push_to_hub(self, repo: str, *, private: bool = False) -> str:
-        """Upload the checkpoint to `owner/name` on the hub; returns its address."""
+        `dtype`: torch.float16 or torch.bfloat16 halves the file. It is loaded as float32, whatever it was stored in.
+        """
+        checkpoint.save(Path(folder), self.network, self.config, dtype=dtype)
+
+    def push_to_hub(self, repo: str, *, private: bool = False, dtype: torch.dtype | None = None) -> str:
+        """Upload the checkpoint to `owner/name` on the hub, stored as `dtype`; returns its address."""
         import tempfile
 
         from huggingface_hub import HfApi
@@ -260,7 +263,7 @@ class Model:
         url = api.create_repo(repo, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "checkpoint"
-            self.save_pretrained(folder)
+            self.save_pretrained(folder, dtype=dtype)
             api.upload_folder(repo_id=repo, folder_path=folder)
         return str(url)
 
