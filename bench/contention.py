@@ -73,7 +73,7 @@ def measure(setting: str, seconds: float) -> float:
     """`steps` in a process of its own."""
     kept = {k: v for k, v in os.environ.items() if k not in OURS}
     command = [sys.executable, "-m", "bench.contention", "--here", "--seconds", str(seconds)]
-    done = subprocess.run(command, env=kept | SETTINGS[setting], stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(command, env=kept | SETTINGS[setting], stdout=subprocess.PIPE, encoding="utf-8", check=True)
     return float(done.stdout)
 
 

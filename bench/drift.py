@@ -62,7 +62,7 @@ def bases(folder: Path) -> int:
 
 def drifts(stage: Path) -> dict[int, float]:
     """Drift in dB by images of training."""
-    lines = [json.loads(line) for line in (stage / "log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (stage / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     key = "validation/drift_psnr"
     return {line["images"]: round(line[key], 2) for line in lines if line.get(key) is not None}
 

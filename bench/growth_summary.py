@@ -42,7 +42,7 @@ def read_curve(folder: Path, phases: Sequence[Phase], start: float) -> Curve:
     before = 0  # images of the phases before: logs count those of the whole run
     for number, phase in enumerate(phases, 1):
         log = (folder if number == len(phases) else folder / FROZEN) / "log.jsonl"
-        for record in map(json.loads, log.read_text().splitlines()):
+        for record in map(json.loads, log.read_text(encoding="utf-8").splitlines()):
             if "validation/mean" in record:
                 flops.append(start + (record["images"] - before) * phase.flops)
                 for level in LEVELS:
@@ -86,7 +86,9 @@ def summarize(plan: Plan, root: Path, seeds: int, figures: Path) -> tuple[str, b
     for seed in range(seeds):
         files = {name: root / f"seed{seed}-checker" / name / "metrics.json" for name in plan.regimes}
         if all(file.exists() for file in files.values()):
-            accuracy.append({name: json.loads(file.read_text())["accuracy"] for name, file in files.items()})
+            accuracy.append(
+                {name: json.loads(file.read_text(encoding="utf-8"))["accuracy"] for name, file in files.items()}
+            )
             curves.append(
                 {n: read_curve(root / f"seed{seed}" / n, phases, plan.starts(n)) for n, phases in plan.regimes.items()}
             )

@@ -31,7 +31,7 @@ SIZES = ((640, 480), (500, 375), (512, 512), (480, 640))  # (w, h), as web photo
 def write_photographs(folder: Path, count: int, scale: float = 1.0) -> None:
     """Captioned JPEG crops of scikit-image's pictures."""
     originals = [Image.fromarray(picture()) for picture in (pictures.astronaut, pictures.chelsea, pictures.coffee)]
-    with open(folder / "metadata.jsonl", "w") as metadata:
+    with open(folder / "metadata.jsonl", "w", encoding="utf-8") as metadata:
         for i in range(count):
             w, h = (round(side * scale) for side in SIZES[i % len(SIZES)])
             name = f"{i:05}.jpg"
@@ -104,7 +104,9 @@ def main() -> int:
             rows.append({"workers": workers, "bare": plain, "loader": ours, "ratio": ours / plain})
             print(f"workers {workers}: bare {plain:7.1f} images/s, loader {ours:7.1f}, ratio {ours / plain:.3f}")
     if args.output:
-        args.output.write_text(json.dumps({"resolution": args.resolution, "scale": args.scale, "rows": rows}, indent=1))
+        args.output.write_text(
+            json.dumps({"resolution": args.resolution, "scale": args.scale, "rows": rows}, indent=1), encoding="utf-8"
+        )
     return 0 if all(row["ratio"] >= 0.9 for row in rows) else 1
 
 

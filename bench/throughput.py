@@ -275,7 +275,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
 def in_own_process(case: Case, argv: list[str]) -> dict[str, Any]:
     """`measure` in a fresh process, whose peak of memory is the case's own."""
     command = [sys.executable, "-m", "bench.throughput", *argv, "--only", case.name, "--here"]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", check=False)
     if done.returncode:
         sys.exit(f"{case.name} failed with status {done.returncode}; see above")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -318,7 +318,7 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps(result), flush=True)
         if args.output and not args.here:
             args.output.parent.mkdir(parents=True, exist_ok=True)
-            with args.output.open("a") as file:
+            with args.output.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(result) + "\n")
     if not args.here:
         print("\n" + table(results))

@@ -67,7 +67,7 @@ def write_folder(path: Path, samples: Iterator[tuple[str, bytes, str]]) -> None:
     for key, data, caption in samples:
         (path / f"{key}.jpg").write_bytes(data)
         rows.append(json.dumps({"file_name": f"{key}.jpg", "text": caption}))
-    (path / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+    (path / "metadata.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -286,7 +286,7 @@ def test_grow_writes_a_checkpoint(model: Path, run_cli: RunCli, tmp_path: Path) 
     assert "grown from 16 to 32 px (preserve)" in result.out
     assert "0 dropped" in result.out
     assert checkpoint.read_config(tmp_path / "big").lineage[-1]["to"] == 32
-    report = json.loads((tmp_path / "big-growth" / "growth.json").read_text())
+    report = json.loads((tmp_path / "big-growth" / "growth.json").read_text(encoding="utf-8"))
     assert report["resolution"] == [16, 32] and report["loaded"] and report["after"]
     before, after = (tmp_path / "big-growth" / f"{name}.png" for name in ("before", "after"))
     with Image.open(before) as low, Image.open(after) as high:
@@ -314,7 +314,7 @@ def test_data_names_bad_files(run_cli: RunCli, tmp_path: Path) -> None:
         ["2", "0/x.png"],
         ["1", "0/\\udce9.gif"],
     ]
-    rows = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text(encoding="utf-8").splitlines()]
     assert sorted(row["file"] for row in rows) == ["0/x.png", "0/y.png", "0/\udce9.gif"]
     assert rows[0].keys() == {"source", "file", "reason", "fingerprint"}
     result = run_cli("data", "images", "--bad", "images", cwd=tmp_path)

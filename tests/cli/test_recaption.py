@@ -168,7 +168,7 @@ def captioner(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rows(path: Path) -> list[Any]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_every_picture_gets_a_second_caption(tmp_path: Path, captioner: Path, run_cli: Any) -> None:

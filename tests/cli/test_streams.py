@@ -64,9 +64,9 @@ stages:
   - train: {name: core, size: tiny, resolution: 16, images: 16, batch: 8, workers: 1, snapshot_every: 0}
 """)
     shell(f"pixelgrow run recipe.yaml {where}", tmp_path)
-    record = json.loads((tmp_path / "runs/r/core/stage.json").read_text())
+    record = json.loads((tmp_path / "runs/r/core/stage.json").read_text(encoding="utf-8"))
     assert record["done"]
-    lines = [json.loads(line) for line in (tmp_path / "runs/r/core/log.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "runs/r/core/log.jsonl").read_text(encoding="utf-8").splitlines()]
     assert lines[-1]["images"] == 16
     assert (tmp_path / "runs/r/report.html").exists()
 

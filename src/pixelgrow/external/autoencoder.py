@@ -37,7 +37,7 @@ class Autoencoder:
         self.name, self.device = name, torch.device(device)
         self.folder = _find(name)
         try:
-            self.config: dict[str, Any] = json.loads((self.folder / "config.json").read_text())
+            self.config: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
             kind = self.config["_class_name"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(

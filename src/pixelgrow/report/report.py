@@ -312,7 +312,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], named: bool = Fal
 
 
 def _log(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _series(lines: Iterable[dict[str, Any]], name: str) -> list[tuple[float, float]]:

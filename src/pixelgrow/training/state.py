@@ -63,7 +63,7 @@ def save(folder: Path, images: int, tensors: Mapping[str, Tensor], counters: Map
                 "crc32": _checksum(temporary / TENSORS),
                 "counters": dict(counters),
             }
-            (temporary / COUNTERS).write_text(json.dumps(record, indent=1) + "\n")
+            (temporary / COUNTERS).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             flush(temporary / COUNTERS)
             flush(temporary)
             if final.exists():
@@ -93,7 +93,7 @@ def load(folder: Path) -> State | None:
     before = f" to go on from {int(saved[-2].name)} images" if len(saved) > 1 else " to start this stage again"
     remedy = f"delete the folder {newest}{before}"
     try:
-        record = json.loads((newest / COUNTERS).read_text())
+        record = json.loads((newest / COUNTERS).read_text(encoding="utf-8"))
         if record["format"] != FORMAT:
             raise UserError(f"{newest / COUNTERS}: got format {record['format']}, expected {FORMAT}; {remedy}")
         expected = (record["bytes"], record["crc32"])
