@@ -333,6 +333,18 @@ def test_another_network_is_refused(tmp_path: Path) -> None:
         toy.run(tmp_path, other)
 
 
+@pytest.mark.parametrize("kind", ["weights/", "optimizer/"])
+def test_a_state_of_another_precision_is_refused(tmp_path: Path, kind: str) -> None:
+    toy.run(tmp_path)
+    saved = state.load(tmp_path / "state")
+    assert saved is not None
+    tensors = {n: t.half() if n.startswith(kind) else t.clone() for n, t in saved.tensors.items()}
+    state.save(tmp_path / "state", saved.counters["images"], tensors, saved.counters)
+    with pytest.raises(UserError, match=f"of another precision: .*{kind}") as error:
+        toy.run(tmp_path)
+    assert "\n" not in str(error.value)
+
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 

@@ -201,11 +201,17 @@ class Training:
         live = {n: t for n, t in self.tensors().items() if not n.startswith("optimizer/")}
         if folder == after:  # what was frozen there has no state
             live = {n: t for n, t in live.items() if n in stored}
-        if live.keys() != stored.keys() or any(live[n].shape != stored[n].shape for n in live):
-            odd = sorted(live.keys() ^ stored.keys()) or [n for n in live if live[n].shape != stored[n].shape]
+        odd = sorted(live.keys() ^ stored.keys())
+        odd += [
+            n
+            for n in live.keys() & stored.keys()
+            if (live[n].shape, live[n].dtype) != (stored[n].shape, stored[n].dtype)
+        ]
+        odd += [n for n, t in found.tensors.items() if n.startswith("optimizer/") and t.dtype != torch.float32]
+        if odd:
             raise UserError(
-                f"{folder / 'state'} is of another network: {len(odd)} tensors differ, {odd[0]} the first; "
-                "delete that folder to start this stage again"
+                f"{folder / 'state'} is of another network, or of another precision: {len(odd)} tensors differ, "
+                f"{min(odd)} the first; delete that folder to start this stage again"
             )
         for n, t in live.items():
             t.copy_(stored[n])
