@@ -141,6 +141,10 @@ def test_what_cannot_be_put_together_is_told(tmp_path: Path, caplog: pytest.LogC
     snapshots(tmp_path, walk(80), keep=40)
     reconstruct(tmp_path, 0.01)
     assert "the average of length 0.01 is met with an error of" in caplog.text
+    path = max(tmp_path.glob("*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(UserError, match=f"{path} is cut off .*: delete it to do without"):
+        reconstruct(tmp_path, 0.1)
 
 
 def test_lending_puts_everything_back() -> None:

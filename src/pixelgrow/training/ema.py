@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from pixelgrow.errors import UserError
 from pixelgrow.training.optim import trainable
 from pixelgrow.training.settings import MAX_EMA_LENGTH
+from pixelgrow.writing import fault_of
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +127,8 @@ def reconstruct(folder: Path, length: float, images: int | None = None) -> dict[
         raise UserError(f"no snapshots of averages up to {at:,} images in {folder}; train with snapshot_every above 0")
     stored = []
     for t, path in files.items():
+        if fault := fault_of(path, "delete it to do without"):
+            raise UserError(f"{path} {fault}")
         with safe_open(path, framework="pt") as file:
             stored += [(t, float(s)) for s in sorted({key.split("/", 1)[0] for key in file.keys()})]  # noqa: SIM118
     mixture = solve_weights([t for t, _ in stored], [s for _, s in stored], at, length)
