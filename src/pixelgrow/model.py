@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from pixelgrow.pictures import to_uint8
 from pixelgrow.text.encoders import LabelEncoder, TextEncoder, as_labels, load_encoder
 from pixelgrow.writing import reading
 
+logger = logging.getLogger(__name__)
 WEIGHTS = Path(__file__).parent / "weights"
 # What `sample` does where neither the caller nor the checkpoint says.
 DEFAULTS: dict[str, Any] = {"steps": 32, "sampler": "dpm++2m", "guidance": 2.0}
@@ -62,6 +64,7 @@ class Model:
         self.denoiser, self.config = denoiser, config
         self._encoder: TextEncoder | LabelEncoder | None = None
         self._autoencoder: Autoencoder | None = None
+        self._prompts: set[str] = set()  # encoded so far, and said to be cut where they are
 
     @classmethod
     def from_pretrained(cls, name: str | Path, device: torch.device | str | None = None) -> Model:
@@ -129,6 +132,10 @@ class Model:
         """
         if self._encoder is None:
             self._encoder = self._load_encoder()
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._prompts]
+        self._prompts.update(new)
+        if (cut := self._encoder.cut(new)).captions:
+            logger.warning("%s", cut.line("prompt"))
         return self._encoder.encode(list(prompts)).to(self.device)
 
     def _load_encoder(self) -> TextEncoder | LabelEncoder:

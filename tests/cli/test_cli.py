@@ -94,7 +94,7 @@ def test_help_is_quick_and_leaves_torch_alone() -> None:
         (["plan"], "expected a recipe or --size"),
         (["plan", "smoke", "--rate", "0"], "Invalid value for '--rate'"),
         (["run", "smoke", "--runs", "FILE"], "cannot write FILE/smoke: Not a directory"),
-        (["data", "images", "--sheet", "images"], "cannot write images: Is a directory"),
+        (["data", "images", "--sheet", "images"], "--sheet images: lies in images, which is only looked at"),
         (["data", "images", "--sheet", "FILE/x.png"], "cannot write FILE/x.png: File exists"),
         (["info", LONG], "File name too long; check the path"),
         (["run", LONG], "File name too long"),
@@ -317,8 +317,9 @@ def test_data_names_bad_files(run_cli: RunCli, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text(encoding="utf-8").splitlines()]
     assert sorted(row["file"] for row in rows) == ["0/x.png", "0/y.png", "0/\udce9.gif"]
     assert rows[0].keys() == {"source", "file", "reason", "fingerprint"}
-    result = run_cli("data", "images", "--bad", "images", cwd=tmp_path)
-    assert (result.code, "cannot write images: Is a directory" in result.err) == (2, True)
+    (tmp_path / "taken").mkdir()
+    result = run_cli("data", "images", "--bad", "taken", cwd=tmp_path)
+    assert (result.code, "cannot write taken: Is a directory" in result.err) == (2, True)
 
 
 def test_dry_run_touches_nothing(run_cli: RunCli, tmp_path: Path) -> None:

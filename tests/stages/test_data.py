@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from data.test_identity import classes
+from data.test_identity import classes, paired
 from pixelgrow.errors import UserError
 from pixelgrow.recipe.read import read_recipe
 from pixelgrow.recipe.stages import Recipe
 from pixelgrow.run import run
 from pixelgrow.stages.data import StageData
+from pixelgrow.text.cut import Cut
 
 CORE = {"name": "core", "size": "tiny", "resolution": 16, "images": 8, "batch": 8, "sample_every": 0,
         "validate_every": 0, "snapshot_every": 0}  # fmt: skip
@@ -89,6 +90,25 @@ def test_held_out_images_stand_in_one_order_at_every_size(tmp_path: Path) -> Non
     for w, order in orders.items():
         assert order == [key for key in orders[1] if 40 + int(key[2:-4]) >= w]
     assert orders[1][:4] == ["b/5.png", "b/77.png", "a/70.png", "b/71.png"]  # pinned
+
+
+def test_captions_that_are_cut_are_said_and_recorded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = paired(tmp_path / "set")
+    (folder / "2.txt").write_text("a caption of more words than so few tokens hold")
+    unseen = "more words than so few tokens hold"
+    evaluate = {"name": "eval", "prompts": 4, "steps": 1}
+    stages = {"train": CORE}, {"evaluate": evaluate}
+    caplog.set_level("INFO", "pixelgrow")
+    head = {"text": {"encoder": "minilm", "max_tokens": 6}, "heldout": {"source": str(folder / "..")}}
+    run(recipe(folder, *stages, **head), tmp_path)
+    for stage in ("core", "eval"):
+        result = json.loads((tmp_path / "r" / stage / "stage.json").read_text(encoding="utf-8"))["result"]
+        assert result["cut"] == {"captions": 1, "total": 4, "max_tokens": 6, "unseen": unseen}
+    said = [r.getMessage() for r in caplog.records if "does not see" in r.getMessage()]
+    assert said == [Cut(**result["cut"]).line()] * 2
+    assert (tmp_path / "r" / "report.html").read_text(encoding="utf-8").count(
+        "1 of 4 captions is longer than 6 tokens"
+    ) == 2
 
 
 def test_what_a_run_keeps_of_its_data(finished: Path) -> None:

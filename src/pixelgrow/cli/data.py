@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from pixelgrow.errors import UserError
+
+if TYPE_CHECKING:
+    from pixelgrow.recipe.stages import Recipe
+    from pixelgrow.text.cut import Cut
+
 COUNT = "count"
+SHEET = Path("contact-sheet.png")
 
 
 class _Data(TyperGroup):
@@ -34,21 +41,36 @@ def count(
     recipe: Annotated[str | None, typer.Option("--recipe", help="Count what each of its stages would see.")] = None,
     kind: Annotated[str, typer.Option("--kind", help="auto, folder, classes or tar.")] = "auto",
     decode: Annotated[int, typer.Option("--decode", min=0, help="Images to decode, to find damage; 0: all.")] = 1000,
-    sheet: Annotated[Path, typer.Option("--sheet", help="Where to write a contact sheet.")] = Path("contact-sheet.png"),
+    sheet: Annotated[Path | None, typer.Option("--sheet", help="Where to write a contact sheet; else here.")] = None,
     bad: Annotated[Path | None, typer.Option("--bad", help="Where to list all bad files, as bad_files.jsonl.")] = None,
 ) -> None:
-    """Look into a source of images: counts, sizes, captions, bad files, a contact sheet."""
+    """Look into a source of images: counts, sizes, captions, bad files, a contact sheet. Nothing is written into it."""
     from pixelgrow.data.badfiles import write_list
-    from pixelgrow.data.inspect import inspect_source
+    from pixelgrow.data.inspect import captions_in, inspect_source
     from pixelgrow.data.sources.opening import open_source
+    from pixelgrow.recipe.read import load_recipe
     from pixelgrow.report.tables import inspection_tables, show
 
+    for option, path in (("--sheet", sheet), ("--bad", bad)):
+        if path is not None and _within(path, source):
+            raise UserError(f"{option} {path}: lies in {source}, which is only looked at; name another place")
+    sheet_path = sheet or (None if _within(SHEET, source) else SHEET)
+    read = load_recipe(recipe) if recipe is not None else None
     opened = open_source({"source": source} | ({} if source == "scenes" else {"kind": kind}))
-    sizes = {"stages": _sizes(recipe)} if recipe is not None else {}
-    found = inspect_source(opened, decode=decode or None, sheet=sheet, **sizes)
+    sizes = {"stages": _sizes(read)} if read is not None else {}
+    found = inspect_source(opened, decode=decode or None, sheet=sheet_path, **sizes)
     if bad is not None:
         write_list(bad, opened, found.bad)
-    show(inspection_tables(found))
+    cut = None if read is None or found.classes else _cut(read, captions_in(opened))
+    show(inspection_tables(found, cut))
+    if sheet_path is None:
+        typer.echo(f"no contact sheet: it would lie in {source}, which is only looked at; name a place with --sheet")
+
+
+def _within(path: Path, source: str) -> bool:
+    """Whether a file would lie in the folder of a source."""
+    folder = Path(source).expanduser()
+    return source != "scenes" and folder.is_dir() and path.resolve().is_relative_to(folder.resolve())
 
 
 @data.command()
@@ -67,14 +89,26 @@ def recaption(
     typer.echo(recaption(Recaption(source, model, out, prompt, weight, batch, tokens)))
 
 
-def _sizes(recipe: str) -> list[tuple[int, int]]:
-    from pixelgrow.recipe.read import load_recipe, resolution_of
+def _cut(recipe: Recipe, captions: list[str]) -> Cut | None:
+    """Which captions the recipe's text encoder cuts; None if it is not on this machine, or there is none."""
+    from pixelgrow.plan.shapes import is_here
+    from pixelgrow.text.cut import cut_in
+    from pixelgrow.text.encoders import load_tokenizer
+    from pixelgrow.text.spec import describe
 
-    read = load_recipe(recipe)
+    if recipe.text.classes or not is_here(recipe.text):
+        return None
+    spec = describe(recipe.text.encoder, recipe.text.max_tokens)
+    return cut_in(load_tokenizer(spec), list(dict.fromkeys(captions)), spec.max_tokens)
+
+
+def _sizes(recipe: Recipe) -> list[tuple[int, int]]:
+    from pixelgrow.recipe.read import resolution_of
+
     factor = 1
-    if read.latent is not None:
+    if recipe.latent is not None:
         from pixelgrow.external.autoencoder import Autoencoder
 
-        factor = Autoencoder(read.latent.autoencoder).factor
-    sides = dict.fromkeys(resolution_of(read.stages, stage.name) for stage in read.stages)
+        factor = Autoencoder(recipe.latent.autoencoder).factor
+    sides = dict.fromkeys(resolution_of(recipe.stages, stage.name) for stage in recipe.stages)
     return [(factor * side, factor * side) for side in sides if side is not None]

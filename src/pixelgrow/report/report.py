@@ -30,6 +30,7 @@ from pixelgrow.report.page import PAGE
 from pixelgrow.report.svg import Curve, chart
 from pixelgrow.report.tables import count, size_of
 from pixelgrow.stages.record import Record
+from pixelgrow.text.cut import Cut
 from pixelgrow.training.log import duration
 from pixelgrow.writing import read_json, writing
 
@@ -184,14 +185,18 @@ def _stage(stage: Stage, folder: Path, values: dict[str, Any]) -> str:
             if (phase / "log.jsonl").exists():
                 title = "Frozen phase" if phase != folder else ""
                 parts.append(_training(phase, title, ONE_STEP_ROWS if makes_generator(stage) else ""))
-        result = values.get("result", {})
-        notes = [result.get("bad_report", ""), _skipped(result.get("skipped_steps", 0))]
-        parts += [f"<p>{escape(n[0].upper() + n[1:])}.</p>" for n in notes if n]
+    result = values.get("result", {})
+    notes = [result.get("bad_report", ""), _skipped(result.get("skipped_steps", 0)), _cut(result.get("cut"))]
+    parts += [f"<p>{escape(n[0].upper() + n[1:])}.</p>" for n in notes if n]
     return "\n".join(parts) + "</section>"
 
 
 def _skipped(steps: int) -> str:
     return f"{steps} steps were skipped because they were not finite" if steps else ""
+
+
+def _cut(found: dict[str, Any] | None) -> str:
+    return Cut(**found).line() if found else ""
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pixelgrow.plan.recipe import StagePlan
     from pixelgrow.recipe.data import DataSpec
     from pixelgrow.recipe.stages import Recipe
+    from pixelgrow.text.cut import Cut
 
 YEAR = 365.25 * 86400
 
@@ -165,8 +166,8 @@ def _shown(value: Any) -> str:
     return value[:12] if isinstance(value, str) and len(value) == 64 else str(value)  # hashes are shortened
 
 
-def inspection_tables(found: Inspection) -> RenderableType:
-    """What `data` shows of a source."""
+def inspection_tables(found: Inspection, cut: Cut | None = None) -> RenderableType:
+    """What `data` shows of a source; `cut`: the captions that a recipe's text encoder cuts."""
     facts = _table(f"{found.name} ({found.kind})", "")
     facts.add_row("files", f"{found.files:,}")
     facts.add_row("usable image-caption pairs", f"{found.samples:,}")
@@ -178,6 +179,9 @@ def inspection_tables(found: Inspection) -> RenderableType:
         facts.add_row(f"distinct captions among {found.captions:,}", f"{found.distinct:,}")
         facts.add_row("words in a caption", _spread(found.words))
         facts.add_row("characters in a caption", _spread(found.characters))
+    if cut is not None:
+        limit = f"captions cut by the recipe's text encoder, after {cut.max_tokens} tokens"
+        facts.add_row(limit, f"{cut.captions:,} of {cut.total:,}")
     sides = _table("smaller side", "images")
     for low, n in found.sides:
         sides.add_row(f"{low} to {2 * low - 1} px", f"{n:,}")

@@ -38,6 +38,7 @@ from pixelgrow.recipe.stages import (
 )
 from pixelgrow.stages.data import Mixture, StageData, whole
 from pixelgrow.text.cache import TextCache
+from pixelgrow.text.cut import Cut
 from pixelgrow.training.loop import CHECKPOINT
 from pixelgrow.training.settings import TrainSettings
 
@@ -85,6 +86,8 @@ class Materials:
     recipe: Recipe
     folder: Path
     device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+    cut: Cut = field(default=Cut(), init=False)  # of the captions of the stage that runs
 
     @cached_property
     def data(self) -> StageData:
@@ -231,10 +234,13 @@ class Materials:
                 logger.warning("%s: bad file %s: %s", source.name, file.key, file.reason)
 
     def encode(self, captions: Iterable[str]) -> None:
-        """Put every caption that a stage may train on into the text cache."""
-        done = self.text.ensure(captions)
-        if done:
+        """Put every caption that a stage uses into the text cache, and say which are longer than the encoder reads."""
+        distinct = list(dict.fromkeys(captions))
+        if done := self.text.ensure(distinct):
             logger.info("encoded %s captions", f"{done:,}")
+        self.cut = self.text.cut(distinct)
+        if self.cut.captions:
+            logger.warning("%s", self.cut.line())
 
     def cond(self, captions: Sequence[str]) -> Cond:
         """The conditions of captions, encoded first where they are not yet."""

@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 
 from pixelgrow.errors import UserError
 from pixelgrow.models.cond import Cond
-from pixelgrow.text.encoders import TextEncoder, TokenBatch, assemble, label_cond, load_spec
+from pixelgrow.text.cut import Cut, cut_in
+from pixelgrow.text.encoders import TextEncoder, TokenBatch, assemble, label_cond, load_spec, load_tokenizer
 from pixelgrow.text.spec import describe
 
 _ENTRY = np.dtype([("hi", "<u8"), ("lo", "<u8"), ("start", "<u8"), ("length", "<u4"), ("check", "<u4")])
@@ -118,6 +119,19 @@ class TextCache:
                 (self._records[middle : middle + length * dim].reshape(length, dim), self._records[start:middle])
             )
         return assemble(items, dim, pooled_dim)
+
+    def cut(self, texts: Sequence[str]) -> Cut:
+        """Which of some distinct, stored `texts` are longer than `max_tokens`.
+
+        Those that fill all of `max_tokens` are tokenized once more; the encoder is not loaded.
+        """
+        if self.spec.classes is not None:
+            return Cut(total=len(texts))
+        lengths = self._entries["length"][self._find(texts)]
+        full = [texts[row] for row in np.flatnonzero(lengths == self.spec.max_tokens).tolist()]
+        return (
+            cut_in(load_tokenizer(self.spec), full, self.spec.max_tokens, len(texts)) if full else Cut(total=len(texts))
+        )
 
     # Reading
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pixelgrow.errors import UserError
 from pixelgrow.external import hub
 from pixelgrow.models.cond import Cond
+from pixelgrow.text.cut import Cut, clean, cut_in
 from pixelgrow.text.spec import EncoderSpec, describe
 
 _CPU_TOKENS = 512  # tokens per pass; more is slower, as they leave the core's caches
@@ -79,9 +80,9 @@ class TextEncoder:
         """Cut `texts` into batches of equal length, shortest first; a function of `texts` alone."""
         if not texts:
             return []
-        # A lone surrogate, as a badly decoded file leaves them, is no UTF-8 and would stop the tokenizer.
-        clean = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
-        ids = self._tokenizer(clean, truncation=True, max_length=self.max_tokens, padding=False)["input_ids"]
+        ids = self._tokenizer(
+            [clean(text) for text in texts], truncation=True, max_length=self.max_tokens, padding=False
+        )["input_ids"]
         by_length: dict[int, list[int]] = defaultdict(list)
         for row, one in enumerate(ids):
             by_length[len(one)].append(row)
@@ -98,6 +99,10 @@ class TextEncoder:
                 part = rows[start : start + size]
                 batches.append(TokenBatch(part, torch.tensor([ids[row] for row in part])))
         return batches
+
+    def cut(self, texts: Sequence[str]) -> Cut:
+        """Which of some distinct `texts` are longer than `max_tokens`."""
+        return cut_in(self._tokenizer, texts, self.max_tokens)
 
     @torch.inference_mode()
     def run(self, batch: TokenBatch) -> Encoding:
@@ -130,6 +135,10 @@ class LabelEncoder:
         """`Cond.labels` (B,) from decimal labels; UserError if one is no number or out of range."""
         return label_cond(texts, self.spec)
 
+    def cut(self, texts: Sequence[str]) -> Cut:
+        """Labels are never cut."""
+        return Cut(total=len(texts))
+
 
 def load_encoder(
     name: str = "minilm", max_tokens: int = 32, device: torch.device | str = "cpu"
@@ -156,8 +165,7 @@ def load_spec(spec: EncoderSpec, device: torch.device | str = "cpu") -> TextEnco
     }
     extra: dict[str, Any] = {"add_pooling_layer": False} if spec.model_type == "bert" else {}
     label = f"text encoder {spec.name!r}"
-    with hub.loading(label, spec.folder):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(spec.folder, local_files_only=True)
+    tokenizer = load_tokenizer(spec)
     model = hub.pretrained(label, spec.folder, classes[spec.model_type], **extra)
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(
@@ -166,6 +174,15 @@ def load_spec(spec: EncoderSpec, device: torch.device | str = "cpu") -> TextEnco
         )
     _log.debug("text encoder %s: %d parameters", spec.name, sum(p.numel() for p in model.parameters()))
     return TextEncoder(spec, model, tokenizer, device)
+
+
+def load_tokenizer(spec: EncoderSpec) -> Any:
+    """Load the tokenizer of the encoder that `spec` describes. Raises UserError."""
+    import transformers
+
+    assert spec.folder is not None
+    with hub.loading(f"text encoder {spec.name!r}", spec.folder):
+        return transformers.AutoTokenizer.from_pretrained(spec.folder, local_files_only=True)
 
 
 def assemble(items: Sequence[tuple[NDArray[Any], NDArray[Any]]], dim: int, pooled_dim: int) -> Cond:

@@ -1,0 +1,56 @@
+"""The `data` verb: what it shows of a source, and that it leaves nothing in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from conftest import RunCli
+from data.test_identity import classes, paired
+
+
+def lines(text: str) -> dict[str, str]:
+    """The rows of the printed tables: first column -> the rest."""
+    rows = (line.partition("  ") for line in text.splitlines())
+    return {name: rest.strip() for name, _, rest in rows}
+
+
+@pytest.mark.parametrize("source", [".", "../set", "link"])
+def test_looking_at_a_folder_leaves_nothing_in_it(run_cli: RunCli, tmp_path: Path, source: str) -> None:
+    folder = paired(tmp_path / "set")
+    (tmp_path / "link").symlink_to(folder)
+    before = sorted(folder.iterdir())
+    here = tmp_path if source == "link" else folder
+    result = run_cli("data", source, cwd=here)
+    assert (result.code, sorted(folder.iterdir())) == (0, before), result.err
+    assert (f"no contact sheet: it would lie in {source}," in result.out) == (here == folder)
+    assert (tmp_path / "contact-sheet.png").exists() == (here == tmp_path)
+    for option, file in (("--sheet", "sheet.png"), ("--bad", "bad.jsonl")):
+        result = run_cli("data", source, option, folder / file, cwd=here)
+        assert (result.code, sorted(folder.iterdir())) == (2, before)
+        assert result.err.startswith(f"pixelgrow: {option} {folder / file}: lies in {source}, which is only looked at")
+        assert run_cli("data", source, "--sheet", tmp_path / "s.png", option, tmp_path / file, cwd=here).code == 0
+
+
+def test_captions_that_the_recipe_cuts_are_counted(run_cli: RunCli, tmp_path: Path) -> None:
+    folder = paired(tmp_path / "set")
+    (folder / "1.txt").write_text("a caption of more words than so few tokens hold, by far")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"""
+name: cut
+text: {{encoder: minilm, max_tokens: 8}}
+data: {{source: '{folder}'}}
+stages: [{{train: {{name: core, size: tiny, resolution: 16, images: 8}}}}]
+"""
+    )
+    row = "captions cut by the recipe's text encoder, after 8 tokens"
+    assert lines(run_cli("data", folder, "--recipe", recipe, cwd=tmp_path).out)[row] == "1 of 4"
+    assert row not in lines(run_cli("data", folder, cwd=tmp_path).out)
+    away = recipe.read_text().replace("minilm", "someone/elsewhere")
+    recipe.write_text(away)
+    result = run_cli("data", folder, "--recipe", recipe, cwd=tmp_path)
+    assert (result.code, "captions cut" in result.out) == (0, False)
+    classes(tmp_path / "classes")
+    assert run_cli("data", tmp_path / "classes", "--recipe", recipe, cwd=tmp_path).code == 0
