@@ -437,6 +437,23 @@ def test_a_loader_travels_to_another_process(photographs: Path, tmp_path: Path) 
     assert same(first(loader, 1), first(copy, 1))
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="forking is not safe there")
+def test_an_index_is_not_copied_to_each_worker() -> None:
+    """Whatever the default start method, of which forkserver and spawn would pickle it."""
+
+    class Large(Shades):
+        def __reduce__(self) -> str:
+            raise AssertionError("the index was pickled")
+
+    default = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)
+    try:
+        loader = Loader(Large(9), size=(4, 4), batch=4, workers=1)
+        assert len(first(loader, 1)[0]) == 4
+    finally:
+        multiprocessing.set_start_method(default, force=True)
+
+
 def test_closing_the_stream_ends_the_workers(photographs: Path) -> None:
     loader = Loader(Shades(500, frozenset(range(500))), size=(4, 4), batch=20, workers=1, bad_limit=1)
     with pytest.raises(UserError) as caught:

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import queue
 import signal
+import sys
 import threading
 import traceback
 import weakref
@@ -40,7 +41,11 @@ def in_processes(work: Callable[[int], Result], tasks: Iterator[int], count: int
 
 
 def _in_processes(work: Callable[[int], Result], tasks: Iterator[int], count: int) -> Generator[Result, None, None]:
-    context = multiprocessing.get_context()
+    # An index may hold millions of samples. A forked worker reads its parent's; the start methods that pickle `work`
+    # (spawn on macOS; forkserver, the default from Python 3.14 on) would copy it to each worker. What is unsafe to use
+    # after a fork, a GPU and many threads, a worker leaves alone.
+    fork = sys.platform != "darwin" and "fork" in multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("fork" if fork else None)
     workers = []
     try:
         for _ in range(count):
