@@ -35,11 +35,10 @@ from pixelgrow.diffusion.denoiser import Denoiser
 from pixelgrow.diffusion.guidance import Guided
 from pixelgrow.errors import UserError
 from pixelgrow.growth import ungrown
-from pixelgrow.model import find
+from pixelgrow.model import RECORD, find
 from pixelgrow.onestep.pairs import INDEX, Ode, Pairs, psnr, read_shard, shard_path
 from pixelgrow.recipe.read import Recipe, read_recipe
 from pixelgrow.run import run
-from pixelgrow.stages.record import FILE
 from pixelgrow.text.encoders import load_encoder
 
 TEACHER = "tiny"
@@ -130,7 +129,7 @@ def cut_off(teacher: Path, root: Path, chance: random.Random) -> dict[str, Any]:
     times = {p: p.stat().st_mtime_ns for p in folder.glob("*.safetensors") if p != path}
     path.write_bytes(before[path.name][: chance.randrange(len(before[path.name]))])
     said = refusal(lambda: Pairs(folder))
-    (folder / FILE).unlink()  # as it says
+    (folder / RECORD).unlink()  # as it says
     run(recipe(teacher), root)
     alone = all(p.stat().st_mtime_ns == then for p, then in times.items())
     return {"shard": number, "found": path.name in said, "same": contents(root) == before, "alone": alone}

@@ -58,6 +58,30 @@ def test_what_ships_says_how_it_was_made(name: str, verbs: list[str]) -> None:
     assert config.sha256 == checkpoint.file_hash(folder / checkpoint.WEIGHTS)
 
 
+def test_a_run_or_an_unfinished_stage_names_what_has_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for stage, record in (("core", '{"done": true}'), ("grown", '{"done": false}'), ("pairs", '{"done": true}')):
+        (tmp_path / "runs" / "x" / stage).mkdir(parents=True)
+        (tmp_path / "runs" / "x" / stage / "stage.json").write_text(record, encoding="utf-8")
+    again = "or run its recipe again to go on"
+
+    def refused(name: str) -> str:
+        with pytest.raises(UserError) as error:
+            find(name)
+        return str(error.value)
+
+    assert refused("runs/x") == f"runs/x is a run: no stage beside it has a model yet, {again}"
+    (tmp_path / "runs/x/core/checkpoint").mkdir()
+    (tmp_path / "runs/x/core/checkpoint" / checkpoint.CONFIG).write_text("{}", encoding="utf-8")
+    assert refused("runs/x/") == f"runs/x is a run: name one of runs/x/core, {again}"
+    assert refused("runs/x/grown") == f"runs/x/grown is a stage that is not finished: name one of runs/x/core, {again}"
+    assert refused("runs/x/pairs") == "runs/x/pairs is a stage that makes no model: name one of runs/x/core"
+    monkeypatch.chdir(tmp_path / "runs/x/grown")
+    assert refused(".").endswith(f"name one of {tmp_path / 'runs/x/core'}, {again}")
+    assert refused("..").startswith(".. is a run: name one of ../core")
+    assert "is not a checkpoint" in refused("../../..")
+
+
 def test_what_ships_is_small() -> None:
     """Parameters in float16, statistics of the text in float32."""
     assert sum(file.stat().st_size for file in WEIGHTS.rglob("*.*")) < SHIPPED_BYTES

@@ -36,7 +36,7 @@ from pixelgrow.diffusion.sampling import Samples, sample
 from pixelgrow.errors import UserError
 from pixelgrow.recipe.read import Recipe, load_recipe, read_recipe
 from pixelgrow.recipe.stages import RESERVED
-from pixelgrow.run import _warn_of_micro_batches, less_memory, locked, run
+from pixelgrow.run import _warn_of_gone, _warn_of_micro_batches, less_memory, locked, run
 from pixelgrow.stages import grow, train
 from pixelgrow.stages.materials import Materials
 from pixelgrow.stages.record import Record
@@ -267,6 +267,15 @@ def test_what_needs_less_memory_is_a_recipe_and_may_be_changed(name: str) -> Non
         advice = re.findall(r"--set (\S+)", less_memory(stage))
         assert advice and all(set_.split(".")[2].split("=")[0] in stage.free for set_ in advice)
         load_recipe(name, advice)
+
+
+def test_a_missing_parent_is_told_before_anything_is_trained(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    recipe = load_recipe("smoke")
+    records = {stage.name: Record(tmp_path / stage.name) for stage in recipe.stages}
+    records["grown"].begin({}, {"core": "hash"})
+    _warn_of_gone(recipe, records)
+    assert "stage grown depends on core, whose folder is missing; if its new weights differ" in caplog.text
+    assert f"delete {records['grown'].folder} to redo it" in caplog.text
 
 
 def test_a_generator_is_told_that_micro_batches_matter(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -25,10 +25,11 @@ from pixelgrow.external.autoencoder import Autoencoder
 from pixelgrow.models.cond import Cond
 from pixelgrow.pictures import to_uint8
 from pixelgrow.text.encoders import LabelEncoder, TextEncoder, as_labels, load_encoder
-from pixelgrow.writing import reading
+from pixelgrow.writing import read_json, reading
 
 logger = logging.getLogger(__name__)
 WEIGHTS = Path(__file__).parent / "weights"
+RECORD = "stage.json"  # in the folder of a stage
 # What `sample` does where neither the caller nor the checkpoint says.
 DEFAULTS: dict[str, Any] = {"steps": 32, "sampler": "dpm++2m", "guidance": 2.0}
 
@@ -53,8 +54,24 @@ def find(name: str | Path) -> Path:
         return hub.fetch(str(name), ["*.json", "*.safetensors", "README.md"])
     known = ", ".join(builtin()) or "none"
     raise UserError(
-        f"{name} is not a checkpoint: expected a folder with {checkpoint.CONFIG}, or a built-in model ({known})"
+        _of_a_run(folder)
+        or f"{name} is not a checkpoint: expected a folder with {checkpoint.CONFIG}, or a built-in model ({known})"
     )
+
+
+def _of_a_run(folder: Path) -> str:
+    """What to name instead of the folder of a run, or of a stage without a checkpoint; "" for other folders."""
+    is_stage = (folder / RECORD).is_file()
+    run = folder.resolve().parent if is_stage and folder.name in ("", "..") else folder.parent if is_stage else folder
+    stages = sorted(path.parent for path in run.glob(f"*/{RECORD}"))
+    if not stages:
+        return ""
+    models = [str(stage) for stage in stages if (stage / "checkpoint" / checkpoint.CONFIG).is_file()]
+    done = is_stage and (read_json(folder / RECORD) or {}).get("done")
+    what = "a run" if not is_stage else "a stage that makes no model" if done else "a stage that is not finished"
+    rest = f"name one of {', '.join(models)}" if models else "no stage beside it has a model yet"
+    go_on = "" if done else ", or run its recipe again to go on"
+    return f"{folder} is {what}: {rest}{go_on}"
 
 
 class Model:

@@ -113,14 +113,14 @@ def run(recipe: Recipe, root: Path = Path("runs")) -> Path:
 
 
 def _warn_of_gone(recipe: Recipe, records: Mapping[str, Record]) -> None:
-    """A word, before anything is trained, on stages that were made from one that is to be made anew."""
+    """Warn, before anything is trained, of stages that were made from one whose folder is missing."""
     for stage in recipe.stages:
         for name in records[stage.name].values.get("parents", {}):
             if name in records and not records[name].values:
                 logger.warning(
-                    "%s was made from a %s that is gone: unless the new one is the same to the bit, it will be refused "
-                    "then; delete %s too to have it made anew",
-                    stage.name, name, records[stage.name].folder,
+                    "stage %s depends on %s, whose folder is missing; if its new weights differ, %s will be refused: "
+                    "delete %s to redo it",
+                    stage.name, name, stage.name, records[stage.name].folder,
                 )  # fmt: skip
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from pixelgrow.errors import UserError
-from pixelgrow.stages.record import FILE, Record
+from pixelgrow.model import RECORD
+from pixelgrow.stages.record import Record
 
 
 def cut(*paths: Path) -> None:
@@ -43,5 +44,5 @@ def test_no_advice_deletes_a_finished_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_record_that_is_gone_is_of_no_stage(tmp_path: Path) -> None:
-    (finished(tmp_path).folder / FILE).unlink()
+    (finished(tmp_path).folder / RECORD).unlink()
     assert Record(tmp_path / "core").values == {}

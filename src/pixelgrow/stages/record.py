@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from pixelgrow.errors import UserError
+from pixelgrow.model import RECORD
 from pixelgrow.recipe.stages import Recipe
 from pixelgrow.training.loop import CHECKPOINT
 from pixelgrow.writing import read_json, write_json
-
-FILE = "stage.json"
 
 
 class Record:
@@ -21,8 +20,8 @@ class Record:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.path = folder, folder / FILE
-        self.copy = folder / f".{FILE}.copy"
+        self.folder, self.path = folder, folder / RECORD
+        self.copy = folder / f".{RECORD}.copy"
         self.values: dict[str, Any] = {}
         if self.path.exists():
             found = read_json(self.path)
