@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
+from pathlib import Path
 
-from pixelgrow.report.report import _series
+from pixelgrow.report.report import _growth, _series, _training
 from pixelgrow.report.svg import Curve, chart
 
 
@@ -30,6 +33,30 @@ def test_every_curve_is_within_the_drawing_and_named_with_its_last_value() -> No
 
 def test_what_was_not_logged_is_not_drawn() -> None:
     assert chart("Error", [Curve("a", []), Curve("b", [(0, 0.0)])]) == ""
+
+
+def test_numbers_that_are_not_finite_leave_a_gap(tmp_path: Path) -> None:
+    points = [(1, 0.5), (2, math.inf), (3, math.nan), (4, 0.25)]
+    assert chart("Error", [Curve("a", points)]) == chart("Error", [Curve("a", [points[0], points[-1]])])
+    (tmp_path / "log.jsonl").write_text(
+        json.dumps({"images": 8, "validation/mean": None, "validation/0.5": None, "validation/2": 0.125}) + "\n",
+        encoding="utf-8",
+    )
+    counts = {name: [] for name in ("loaded", "new", "dropped", "frozen")}
+    sizes = {"parameters": {"loaded": 1, "new": 1}, "resolution": [8, 16], "init": "random"}
+    errors = {when: {"0.5": math.nan, "2.0": 0.25} for when in ("before", "after")}
+    (tmp_path / "growth.json").write_text(json.dumps(counts | sizes | errors), encoding="utf-8")
+    page = _growth(tmp_path)
+    assert "<td>0.12500</td></tr>" in page and "<td>nan</td><td></td></tr>" in page
+
+
+def test_grids_are_those_of_the_run_in_the_order_of_images(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text("", encoding="utf-8")
+    (tmp_path / "samples").mkdir()
+    for name in ("999000000", "1000000000", "000000064", "mine"):  # nine digits, until they do not suffice
+        (tmp_path / "samples" / f"{name}.png").write_bytes(b"")
+    page = _training(tmp_path, "", "")
+    assert "999,000,000 images, on the way" in page and "1,000,000,000 images, at the end" in page
 
 
 def test_long_logs_are_thinned_and_end_at_the_end() -> None:

@@ -147,6 +147,16 @@ def test_what_cannot_be_put_together_is_told(tmp_path: Path, caplog: pytest.LogC
         reconstruct(tmp_path, 0.1)
 
 
+def test_a_damaged_snapshot_is_one_line(tmp_path: Path) -> None:
+    snapshots(tmp_path, walk(80), keep=40)
+    damaged = tmp_path / f"{320:012d}.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-10])
+    with pytest.raises(UserError, match=r"000000000320.safetensors is cut off .*: delete it"):
+        reconstruct(tmp_path, 0.1)
+    damaged.unlink()
+    assert reconstruct(tmp_path, 0.1)
+
+
 def test_lending_puts_everything_back() -> None:
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     module[0].requires_grad_(False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import math
 import os
 import signal
@@ -403,7 +404,7 @@ def test_stopping_amid_bad_steps_tells_what_is_saved(tmp_path: Path) -> None:
         toy.run(tmp_path, toy.Toy(poison=frozenset(range(48, 96))), hooks=(Hook("shout", 8, shout),))
 
 
-def test_two_networks_in_turn(tmp_path: Path) -> None:
+def test_two_networks_in_turn(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """As an adversarial objective has: each part descends its own loss, and no gradient leaks into the other's step."""
 
     class Pair(toy.Toy):
@@ -420,9 +421,11 @@ def test_two_networks_in_turn(tmp_path: Path) -> None:
             return Terms(loss if part == "net" else -loss.neg())
 
     pair = Pair()
-    result = toy.run(tmp_path, pair)
+    with caplog.at_level(logging.INFO):
+        result = toy.run(tmp_path, pair)
     assert set(result.averages) == {"net", "second"}
     assert {"net/loss", "second/loss", "second/grad_norm"} <= lines(tmp_path)[-2].keys()
+    assert f"loss {lines(tmp_path)[-2]['net/loss']:.4g}, " in caplog.text  # what is watched is the first part's
     again = Pair()
     toy.run(tmp_path, again)
     for part in pair.modules:

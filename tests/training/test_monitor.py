@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
@@ -43,6 +44,22 @@ def test_the_log_keeps_what_a_state_knows_of(tmp_path: Path) -> None:
     assert log.lines == 0
     assert log.board is None
     log.close()
+
+
+def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = Log(tmp_path)
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"log\.jsonl: No space left"):
+        patch.setattr(os, "fsync", full)
+        log.flush()
+    log.close()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "tensorboard").write_bytes(b"")
+    with pytest.raises(UserError, match="tensorboard: File exists"):
+        Log(tmp_path / "other")
 
 
 def test_averages() -> None:

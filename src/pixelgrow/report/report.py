@@ -209,7 +209,8 @@ def _training(folder: Path, title: str, rows: str) -> str:
         chart(title, [Curve(name, _series(lines, key)) for name, key in curves.items()])
         for title, curves in CHARTS.items()
     ]
-    grids = sorted((folder / "samples").glob("*.png"))
+    numbered = [path for path in (folder / "samples").glob("*.png") if path.stem.isdecimal()]
+    grids = sorted(numbered, key=lambda path: int(path.stem))
     shown = [(grids[(len(grids) - 1) // 2], "on the way"), (grids[-1], "at the end")][-len(grids) :] if grids else []
     pictures = "".join(_picture(path, f"{int(path.stem):,} images, {when}") for path, when in shown)
     heading = f"<h3>{title}</h3>" if title else ""
@@ -329,4 +330,4 @@ def _series(lines: Iterable[dict[str, Any]], name: str) -> list[tuple[float, flo
 def _last_validation(path: Path) -> dict[str, float]:
     found = [line for line in _log(path) if "validation/mean" in line] if path.exists() else []
     last = found[-1] if found else {}
-    return {k: v for k, v in last.items() if k.startswith("validation/") and not k.endswith("mean")}
+    return {k: v for k, v in last.items() if k.startswith("validation/") and not k.endswith("mean") and v is not None}

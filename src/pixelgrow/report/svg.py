@@ -21,7 +21,7 @@ class Curve:
 
 def chart(title: str, curves: Sequence[Curve], x_name: str = "images", log_x: bool = False) -> str:
     """An SVG figure of curves over a logarithmic y axis; nothing if there is nothing to draw."""
-    curves = [Curve(c.name, [(x, y) for x, y in c.points if y > 0 and (x > 0 or not log_x)]) for c in curves]
+    curves = [Curve(c.name, [(x, y) for x, y in c.points if 0 < y < math.inf and (x > 0 or not log_x)]) for c in curves]
     curves = [c for c in curves if c.points]
     if not curves:
         return ""

@@ -79,7 +79,8 @@ class Log:
         if tensorboard and importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=images + 1 if images else 0)
+            with writing(folder / "tensorboard"):
+                self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=images + 1 if images else 0)
 
     def write(self, images: int, values: Mapping[str, float]) -> None:
         """One record; a number that is not finite is written as null."""
@@ -96,9 +97,10 @@ class Log:
 
     def flush(self) -> None:
         """Wait until all records are on the disk."""
-        flush(self.path)
-        if self.board is not None:
-            self.board.flush()
+        with writing(self.path):
+            flush(self.path)
+            if self.board is not None:
+                self.board.flush()
 
     def close(self) -> None:
         """Close the files."""

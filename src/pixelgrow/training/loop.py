@@ -356,9 +356,10 @@ class Training:
                 module.compile(dynamic=False)  # few shapes; the dynamic ones fail on a CPU (torch 2.13)
 
     def _report(self, log: Log, meter: monitor.Meter) -> None:
-        values = self.means.read() | {"lr": self.optimizers[next(iter(self.optimizers))][0].param_groups[0]["lr"]}
+        first = next(iter(self.optimizers))
+        values = self.means.read() | {"lr": self.optimizers[first][0].param_groups[0]["lr"]}
         values |= {"skipped": float(self.counters.skipped), "memory_mib": monitor.peak_memory(self.device) / 2**20}
-        meter.read(values.get("loss"))
+        meter.read(values.get("loss", values.get(f"{first}/loss")))
         log.write(self.counters.images, values | meter.values)
 
     def _look(self, hooks: Sequence[Hook], before: int, log: Log) -> None:

@@ -23,7 +23,7 @@ from pixelgrow.pictures import grid, to_uint8
 from pixelgrow.training import cpu
 from pixelgrow.training.objective import Objective
 from pixelgrow.training.periods import crossed
-from pixelgrow.writing import writing
+from pixelgrow.writing import atomic
 
 logger = logging.getLogger(__name__)
 UNSEEN = 1e-8  # squared difference of pixels in [-1, 1]; an 8-bit step is 6e-5
@@ -79,11 +79,8 @@ def grid_hook(
 
 def save_grid(images: Tensor, path: Path, columns: int = 8) -> None:
     """Write (B, 3, H, W) in [-1, 1] as one PNG, row by row, whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path) as part:
         grid(to_uint8(images), columns, len(images)).save(part, format="PNG")
-        part.replace(path)
 
 
 class Seams:
