@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor
 
+from pixelgrow.errors import UserError
 from pixelgrow.writing import flush, writing
 
 if TYPE_CHECKING:
@@ -79,8 +80,12 @@ class Log:
         if tensorboard and importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            with writing(folder / "tensorboard"):
-                self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=images + 1 if images else 0)
+            try:
+                with writing(folder / "tensorboard"):
+                    self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=images + 1 if images else 0)
+            except UserError:
+                self.file.close()
+                raise
 
     def write(self, images: int, values: Mapping[str, float]) -> None:
         """One record; a number that is not finite is written as null."""
