@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
-from pixelgrow.diffusion.denoiser import Denoiser
+from pixelgrow.diffusion.denoiser import Denoiser, DiffusionConfig
+from pixelgrow.diffusion.heldout import SIGMAS
 from pixelgrow.errors import UserError
-from pixelgrow.growth import freeze, grow, grown_config
+from pixelgrow.growth import detail_std, freeze, grow, grow_network, grown_config, kept_in, last_blocks, ungrown
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.config import CoreConfig
 from pixelgrow.models.layers import box_down, up_nearest
-from pixelgrow.models.sizes import shallow_uvit
+from pixelgrow.models.sizes import SIZES, shallow_uvit
 from pixelgrow.models.uvit import UViT
 
 CORE = CoreConfig(width=32, depth=2, heads=2, text_dim=8, pooled_dim=8)
@@ -182,3 +186,160 @@ def test_patches_that_fit_run(patch: int, to: int) -> None:
         denoiser = Denoiser(UViT(grown_config(shallow().net.config, to, init, patch=patch)))  # type: ignore[arg-type]
         x = torch.zeros(2, 3, to, to)
         assert denoiser(x, torch.ones(2), cond(2)).shape == x.shape
+
+
+# --- shapes by hand: tiny, 16 px on a grid of 4 x 4 -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("to", "settings", "rungs"),
+    [
+        (32, {"init": "preserve"}, [("core", 4, [16]), ("base", 2, [32])]),
+        (64, {"init": "preserve"}, [("core", 4, [16]), ("base", 2, [32, 64])]),
+        (64, {"init": "preserve", "generator": True}, [("core", 4, [16]), ("image", 2, [32, 64])]),
+        (64, {"init": "random", "generator": True}, [("core", 4, [16]), ("features", 2, [32, 64])]),
+        (32, {"init": "random"}, [("core", 4, [32])]),
+        (128, {"init": "random"}, [("core", 4, [32, 64, 128])]),
+        (64, {"init": "scratch", "patch": 2}, [("core", 2, [32, 64])]),
+        (32, {"init": "preserve", "patch": 8}, [("core", 4, [16]), ("base", 8, [32])]),
+    ],
+)
+def test_the_rungs_that_a_core_grows(to: int, settings: dict[str, Any], rungs: list[Any]) -> None:
+    made = grown_config(shallow_uvit("tiny", 16, core=CORE), to, **settings, blocks=2, detail_std=0.3)
+    assert [(r.attach, r.patch, [lv.resolution for lv in r.levels]) for r in made.rungs] == rungs
+    assert made.rungs[-1].detail_std == 0.3 and {lv.blocks for lv in made.rungs[-1].levels} == {2}
+    assert (made.resolution, made.core_resolution, made.core_stride) == (to, 16, 4)
+
+
+def test_a_level_is_as_wide_as_its_map_is_fine() -> None:
+    """A map of 2^i times the core's grid has the size's i-th width; the finest all have the last."""
+    widths = SIZES["tiny"].channels
+    assert len(set(widths)) > 2
+    core = shallow_uvit("tiny", 16, core=CORE)
+    for config, doublings in (
+        (grown_config(core, 128, "random"), [1, 2, 3]),  # maps of 8, 16 and 32 cells a side; the grid has 4
+        (grown_config(core, 32, "preserve", patch=1), [3]),
+        (grown_config(core, 32, "preserve", patch=8), [0]),
+    ):
+        found = [level.channels for level in config.rungs[-1].levels]
+        assert found == [widths[min(i, len(widths) - 1)] for i in doublings]
+    default = grown_config(core, 32, "preserve").rungs[-1]
+    assert (default.detail_std, default.levels[0].blocks) == (0.1, 1)
+
+
+def test_a_uvit_grows_around_its_levels_and_keeps_their_patch() -> None:
+    uvit = grown_config(shallow_uvit("tiny", 16, core=CORE), 32, "random", patch=2)
+    made = grown_config(uvit, 128, "random")
+    assert [(r.patch, [lv.resolution for lv in r.levels]) for r in made.rungs] == [(2, [32, 64, 128])]
+    assert made.rungs[0].levels[0] == uvit.rungs[0].levels[0]
+    for patch in (1, 2, 4):  # a rung on top may halve the map that it stands on, and no more
+        assert grown_config(uvit, 64, "preserve", patch=patch).rungs[-1].patch == patch
+    with pytest.raises(UserError, match="patch 8 does not fit a growth to 64 px: choose a power of two up to 4"):
+        grown_config(uvit, 64, "preserve", patch=8)
+
+
+# --- what comes from where --------------------------------------------------------------------------------------------
+
+
+def test_a_child_denoises_as_its_parent_did_and_its_report_counts() -> None:
+    config = DiffusionConfig(prediction="v", sigma_data=0.7, sigma_min=0.01, sigma_max=30.0)
+    low = Denoiser(shallow().net, config).eval()
+    high, report = grow(low, 32, images=held_out(2, 32), cond=cond(2))
+    assert high.config == config and not high.training
+    sizes = {name: t.numel() for name, t in high.state_dict().items()}
+    old = sum(t.numel() for t in low.state_dict().values())
+    assert report.parameters == {"loaded": old, "new": sum(sizes.values()) - old}
+    assert (report.init, report.resolution) == ("preserve", (16, 32))
+    assert report.to_dict()["parameters"] == report.parameters
+
+
+def test_what_is_new_is_a_function_of_the_seed_alone() -> None:
+    low, made = shallow().net, []
+    config = grown_config(low.config, 32, "random")
+    for seed, mess in ((1, 5), (1, 6), (2, 5)):
+        torch.manual_seed(mess)
+        before = torch.get_rng_state()
+        net, report = grow_network(low, config, "random", seed)
+        assert torch.equal(torch.get_rng_state(), before)  # no draw of the caller's is spent
+        made.append({name: net.state_dict()[name] for name in report.new})
+    assert all(torch.equal(made[0][name], t) for name, t in made[1].items())
+    assert not torch.equal(made[0]["entry.32.weight"], made[2]["entry.32.weight"])
+
+
+def test_both_errors_are_on_the_held_out_images_at_the_cores_noise_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`before`: the parent on the pooled noisy image, up-sampled. A black denoiser is off by the image itself."""
+    asked: list[tuple[int, int, float]] = []
+
+    def black(self: Denoiser, x: Tensor, sigma: Tensor, c: Cond) -> Tensor:
+        asked.append((x.shape[-1], len(x), float(sigma[0])))
+        return 0 * x
+
+    monkeypatch.setattr(Denoiser, "forward", black)
+    x = held_out(5, 32)
+    _, report = grow(shallow(), 32, "random", images=x, cond=cond(5), batch=2)
+    want = {sigma: x.double().square().mean().item() for sigma in SIGMAS}
+    assert report.before == pytest.approx(want) and report.after == pytest.approx(want)
+    for side, scale in ((16, 1), (32, 2)):  # in batches of at most 2, at the level that each has at its own resolution
+        rows = [2, 2, 1] * len(SIGMAS)
+        levels = [scale * sigma for sigma in SIGMAS for _ in range(3)]
+        mine = [(n, sigma) for s, n, sigma in asked if s == side]
+        assert [n for n, _ in mine] == rows and [sigma for _, sigma in mine] == pytest.approx(levels)
+
+
+def test_details_are_measured_on_the_images() -> None:
+    smooth = up_nearest(torch.randn(4, 3, 8, 8), 2)
+    checker = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(8, 8)
+    assert detail_std(smooth + 0.3 * checker, 2) == pytest.approx(0.3, rel=1e-3)
+    assert detail_std(smooth, 2) == 1e-3  # never 0, which would be divided by
+    fine = checker.repeat(4, 4).expand(2, 3, 64, 64)
+    coarse = up_nearest(checker.repeat(2, 2).expand(2, 3, 32, 32), 2)
+    for images, wanted in ((0.3 * fine, [1e-3, 0.3]), (0.3 * coarse, [0.3, 1e-3])):  # at 32 px, at 64 px
+        child, _ = grow(shallow(), (32, 64), images=images, cond=cond(2))
+        assert [r.detail_std for r in child.net.config.rungs[1:]] == pytest.approx(wanted, rel=1e-3)
+
+
+def test_ungrown_is_the_parent() -> None:
+    low = shallow()
+    high = grow(low, 32, images=held_out(2, 32), cond=cond(2))[0]
+    back = ungrown(high)
+    assert back.net.config == low.net.config and back.config == low.config and not back.training
+    assert all(torch.equal(t, back.state_dict()[name]) for name, t in low.state_dict().items())
+    with torch.no_grad():
+        back.net.exit["16"].conv.weight.zero_()
+    assert high.net.exit["16"].conv.weight.any()  # a copy
+
+
+def entry(parent: str, **more: Any) -> dict[str, Any]:
+    tensors = {"loaded": 5, "new": 2, "frozen": 5}
+    return {"verb": "grow", "init": "preserve", "parent": parent, "tensors": tensors} | more
+
+
+@pytest.mark.parametrize(
+    ("lineage", "kept"),
+    [
+        ([], []),
+        ([{"verb": "train"}], []),
+        ([{"verb": "train"}, entry("core")], ["core"]),
+        ([entry("core"), entry("mid")], ["mid", "core"]),
+        ([entry("core"), entry("mid", unfrozen_after=8)], []),
+        ([entry("core", unfrozen_after=8), entry("mid")], ["mid"]),
+        ([entry("core", init="random")], []),
+        ([entry("core", tensors={"loaded": 5, "frozen": 3})], []),
+        ([entry("core", tensors={"loaded": 5})], ["core"]),  # grown, never trained
+        ([entry("core"), {"verb": "train", "parent": "grown"}], []),
+        ([{"verb": "grow", "init": "preserve"}], []),
+    ],
+)
+def test_what_stands_unchanged_inside_a_model(lineage: list[dict[str, Any]], kept: list[str]) -> None:
+    assert kept_in(lineage) == kept
+
+
+def test_the_last_blocks_of_a_base() -> None:
+    config = grown_config(shallow_uvit("tiny", 16, core=CORE), 64, "preserve", blocks=3)
+    assert last_blocks(config, 0) == ()
+    assert last_blocks(config, 2) == ("decoder.64.blocks.1.", "decoder.64.blocks.2.")
+    assert len(last_blocks(config, 3)) == 3
+    with pytest.raises(UserError, match="base_blocks: got 4, the base's last half level has 3; expected no more"):
+        last_blocks(config, 4)
+    names = UViT(config).state_dict()
+    assert all(any(name.startswith(prefix) for name in names) for prefix in last_blocks(config, 3))

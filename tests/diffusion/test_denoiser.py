@@ -20,9 +20,11 @@ from pixelgrow.diffusion.denoiser import (
     loss,
     weight,
 )
-from pixelgrow.growth import Init, grown_config
+from pixelgrow.errors import UserError
+from pixelgrow.growth import Init, grow_network, grown_config
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.config import CoreConfig
+from pixelgrow.models.layers import box_down
 from pixelgrow.models.sizes import shallow_uvit
 from pixelgrow.models.uvit import UViT
 
@@ -131,6 +133,72 @@ def test_clean_inputs_pass_and_pure_noise_is_ignored() -> None:
     torch.testing.assert_close(d(x, torch.full((2,), 1e-7, dtype=torch.float64), c), x, rtol=1e-5, atol=1e-5)
     big = torch.full((2,), 1e6, dtype=torch.float64)
     assert d(1e6 * torch.randn_like(x), big, c).abs().max() < 100
+
+
+def grown(exact: bool, until: float = math.inf) -> tuple[Denoiser, Denoiser]:
+    """A denoiser of 16 px and what `preserve` made of it at 32 px, all of whose weights are random."""
+    low = denoiser()
+    config = grown_config(low.net.config, 32, "preserve", detail_std=0.2, exact=exact, until=until)
+    net, _ = grow_network(low.net, config, "preserve")
+    for name, p in net.named_parameters():
+        if name not in low.net.state_dict():
+            torch.nn.init.normal_(p, std=0.1)
+    return low, Denoiser(net)
+
+
+def spread_out(x: torch.Tensor) -> torch.Tensor:
+    """The mean of every 2 x 2 pixels in the place of each."""
+    return torch.nn.functional.avg_pool2d(x, 2).repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_rung_adds_to_the_image_from_below(exact: bool) -> None:
+    """D(x, s) = up(D_low(box_down(x), s/k)) + gain c_skip P x + c_out F with P = 1 - up(box_down(.)), P F in an exact
+    rung, and EDM's coefficients of data whose deviation is that of the details; F sees the noisy image and the one from
+    below at unit variance."""
+    low, high = grown(exact)
+    x, sigma, c = torch.randn(3, 3, 32, 48), torch.tensor([0.05, 0.5, 7.0]), cond(3)
+    s, std = sigma[:, None, None, None], 0.2
+    below = next(low.rungs(box_down(x, 2), sigma / 2, c))
+    up = below.image.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    seen = torch.cat([x / (s**2 + 0.5**2).sqrt(), up / 0.5], 1)
+    out = high.net.rung(high.net.config.rungs[1], seen, below.ctx, below.features)
+    c_skip, c_out = std**2 / (s**2 + std**2), s * std / (s**2 + std**2).sqrt()
+    assert out.gain is not None and out.gain.abs().min() > 0
+    f = out.image - spread_out(out.image) if exact else out.image
+    want = up + out.gain * c_skip * (x - spread_out(x)) + c_out * f
+    torch.testing.assert_close(high(x, sigma, c), want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(high.base(x, sigma, c), up)
+    with pytest.raises(UserError, match="no base path"):
+        low.base(x, sigma, c)
+
+
+def test_every_rung_sees_the_noise_level_at_the_core() -> None:
+    """c_noise = ln(sigma) / 4 (arXiv 2206.00364, Table 1) of the sigma that the core was trained with."""
+    _, high = grown(exact=True)
+    taken: list[torch.Tensor] = []
+    high.net.core.noise.register_forward_pre_hook(lambda _, args: taken.append(args[0]))
+    sigma = torch.tensor([0.05, 3.0])
+    high(torch.randn(2, 3, 32, 32), sigma, cond(2))
+    assert len(taken) == 1  # embedded once for all rungs
+    torch.testing.assert_close(taken[0], torch.log(sigma / 2) / 4)
+
+
+def test_the_loss_is_the_weighted_error_of_what_the_noisy_image_becomes() -> None:
+    """At each scale of a pyramid the mean squared error, each as heavy; the noisy image is x0 + sigma eps."""
+    x0, eps = torch.rand(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+    sigma, weights, c = torch.tensor([0.5, 2.0]), torch.tensor([3.0, 10.0]), cond(2)
+
+    class Cubic(torch.nn.Module):
+        def forward(self, x: torch.Tensor, level: torch.Tensor, given: Cond) -> torch.Tensor:
+            assert given is c and torch.equal(level, sigma)
+            return x**3
+
+    error = (x0 + sigma[:, None, None, None] * eps) ** 3 - x0
+    pyramid = [error, torch.nn.functional.avg_pool2d(error, 2), torch.nn.functional.avg_pool2d(error, 4)]
+    for halvings in (0, 1, 2):
+        mean = sum(e.square().mean((1, 2, 3)) for e in pyramid[: halvings + 1]) / (halvings + 1)
+        torch.testing.assert_close(loss(Cubic(), x0, sigma, eps, c, weights, halvings), weights * mean)
 
 
 def test_lognormal_quantiles_and_range() -> None:

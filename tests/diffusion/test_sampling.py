@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pixelgrow.diffusion.sampling import initial_noise, karras_grid, native_grid, sample
+from pixelgrow.diffusion.sampling import ancestral_noise, initial_noise, karras_grid, native_grid, sample, slices
 from pixelgrow.diffusion.solvers import SAMPLERS, invert, solve, trajectory
 from pixelgrow.errors import UserError
 from pixelgrow.models.cond import Cond
@@ -348,6 +348,26 @@ def test_ancestral_noise_differs_by_step_and_index() -> None:
     other = torch.arange(len(rows))[:, None] % 3 != torch.arange(len(rows)) % 3
     assert correlation[other].abs().max() < 0.15
     assert correlation.abs().max() < 0.8
+
+
+def test_ancestral_noise_is_a_function_of_seed_step_and_index() -> None:
+    noise = ancestral_noise((3, 4, 6), 1, [5, 2, 9], torch.device("cpu"))
+    assert torch.equal(noise(3)[[2, 1]], ancestral_noise((3, 4, 6), 1, [9, 2], torch.device("cpu"))(3))
+    for other in (ancestral_noise((3, 4, 6), 2, [5, 2, 9], torch.device("cpu"))(3), noise(4), noise(3).flip(0)):
+        assert (noise(3) - other).abs().amin((1, 2, 3)).shape == (3,) and not torch.equal(noise(3)[0], other[0])
+    net = ConvDenoiser()
+    first, second = (sample(net, labels(2), size=(4, 4), seed=s, steps=3, sampler="ddpm").images for s in (0, 1))
+    assert not torch.allclose(first, second, atol=1e-3)
+
+
+def test_slices_cover_everything_once_and_in_order() -> None:
+    for count, batch in ((0, 4), (1, 4), (8, 4), (9, 4), (3, 1)):
+        found = slices(count, batch)
+        assert [i for s in found for i in range(count)[s]] == list(range(count))
+        assert all(0 < s.stop - s.start <= batch and s.stop <= count for s in found)
+        assert len(found) == math.ceil(count / batch)
+    with pytest.raises(UserError, match="batch=0: expected 1 or more"):
+        slices(4, 0)
 
 
 @pytest.mark.parametrize("sampler", list(SAMPLERS))
