@@ -400,7 +400,10 @@ stages:
   - train: {{name: tuned, from: core, {small}}}
 """)
     for override, words in (
-        (f"stages.tuned.data.source={bad}", r"bad/images \(train\): 2 of 26 files are bad, the limit is 0.01 .*dark/a"),
+        (
+            f"stages.tuned.data.source={bad}",
+            r"bad/images \(train\): 2 of 26 samples are bad or lost, the limit is 0.01 .*dark/a",
+        ),
         ("stages.tuned.data.source=scenes", r"scenes has captions, not class folders, .*\{classes: 2\}: write text:"),
         ("stages.tuned.from=./nope/x", r"\./nope/x is not a checkpoint"),
     ):

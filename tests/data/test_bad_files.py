@@ -149,7 +149,7 @@ class Case:
     usable: set[str]
     small: set[str]
     bad: dict[str, str]  # key -> a part of its reason
-    unnamed: int = 0  # images that no line of metadata.jsonl names
+    unnamed: int = 0  # images without a row
 
 
 def write_images(folder: Path, with_caption: Callable[[str], None]) -> Case:
@@ -195,6 +195,7 @@ def metadata_case(folder: Path) -> Case:
     (folder.parent / "outside.jpg").write_bytes(JPEG)
     row("deep/../deep/er.jpg")
     row("plain.jpg", "another caption of the same file")
+    row(str(folder / "plain.jpg"), "a caption by its absolute path")
     case.usable |= {"deep/er.jpg"}
     for name, reason in {
         "absent.jpg": "no such file",
@@ -207,7 +208,7 @@ def metadata_case(folder: Path) -> Case:
     anonymous: list[tuple[bytes, str]] = [
         (rows[0], "repeats an earlier line"),
         (json.dumps({"file_name": "../outside.jpg", "text": "x"}).encode(), "path leaves the folder"),
-        (json.dumps({"file_name": str(folder / "plain.jpg"), "text": "x"}).encode(), "path leaves the folder"),
+        (json.dumps({"file_name": str(folder.parent / "outside.jpg"), "text": "x"}).encode(), "path leaves the folder"),
         (json.dumps({"file_name": "deep/../../outside.jpg", "text": "x"}).encode(), "path leaves the folder"),
         (json.dumps({"file_name": "plain.png", "text": ""}).encode(), "empty caption"),
         (json.dumps({"file_name": "plain.png", "text": " \n\t"}).encode(), "empty caption"),
@@ -266,7 +267,7 @@ def paired_case(folder: Path) -> Case:
         "c_folder.jpg": "no caption",
         "c_alone.txt": "caption without an image",
         "directory.txt": "caption without an image",
-        "c_other.gif": "format not supported",
+        "c_other.gif": "a GIF file, not a JPEG, PNG or WebP image",
     }
     return case
 
@@ -308,7 +309,7 @@ def test_every_kind_of_file_is_accounted_for(case: tuple[Path, Case], tmp_path: 
     small = {source.key(i) for i in range(len(source)) if min(source.size(i)) < 16}
     assert small == expected.small
     assert source.files == len(expected.usable) + len(expected.small) + len(expected.bad)
-    assert source.unnamed == expected.unnamed
+    assert sum(p.count for p in source.passed) == expected.unnamed
     assert loader.bad.report().startswith(f"{len(expected.bad)} bad files skipped")
 
 
@@ -347,7 +348,7 @@ def test_the_default_limit_stops_before_training(case: tuple[Path, Case], tmp_pa
     with pytest.raises(UserError) as caught:
         Loader(open_source(str(case[0])), size=SIZE, bad_path=listed)
     message = str(caught.value)
-    assert "files are bad, the limit is 0.01" in message
+    assert "samples are bad or lost, the limit is 0.01" in message
     assert str(listed) in message
     assert "\n" not in message
     assert len(listed.read_text().splitlines()) == len(case[1].bad) - len(BAD_PIXELS)

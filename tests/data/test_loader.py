@@ -242,7 +242,8 @@ def test_a_bad_sample_is_replaced_by_one_of_its_source(tmp_path: Path) -> None:
     assert {row["file"] for row in rows} == {f"{i}.png" for i in broken}
     assert len(rows) == len(broken) == len(loader.bad)
     assert all((row["source"], row["reason"], row["fingerprint"]) == ("frail", "broken", "shades") for row in rows)
-    assert loader.bad.report() == f"10 bad files skipped (10 of 40 in frail), listed in {tmp_path / 'bad.jsonl'}"
+    where = tmp_path / "bad.jsonl"
+    assert loader.bad.report() == f"10 bad files skipped (10 of 40 samples of frail), listed in {where}"
     assert sound.bad.report() == "no bad files"
 
 
@@ -255,7 +256,7 @@ def test_too_many_bad_files_stop_the_run_in_one_line(tmp_path: Path) -> None:
         with pytest.raises(UserError) as caught:
             first(loader, 20)
         message = str(caught.value)
-        assert message.startswith("shades: 6 of 100 files are bad, the limit is 0.05")
+        assert message.startswith("shades: 6 of 100 samples are bad or lost, the limit is 0.05")
         assert str(path) in message
         assert "\n" not in message
         assert len(path.read_text().splitlines()) == 6
@@ -282,7 +283,7 @@ def test_a_resumed_run_lists_nothing_twice(tmp_path: Path) -> None:
     assert len(resumed.bad) == 2  # the limit goes on counting
     first(resumed, 2, start=20)
     assert path.read_text() == written
-    with pytest.raises(UserError, match="2 of 20 files are bad"):
+    with pytest.raises(UserError, match="2 of 20 samples are bad or lost"):
         Loader(source, size=(4, 4), bad_limit=0.05, bad_path=path)
 
 

@@ -18,11 +18,11 @@ from PIL import Image
 from pixelgrow.data import heldout_split, open_mixture, open_source, take
 from pixelgrow.data.images import Header
 from pixelgrow.data.inspect import inspect_source
-from pixelgrow.data.sources import folders
+from pixelgrow.data.sources import metadata
 from pixelgrow.data.sources.base import Subset, bad_of, files_of, large_enough, sizes_of
-from pixelgrow.data.sources.folders import ClassFolder, MetadataFolder, PairedFolder
-from pixelgrow.data.sources.index import FileSource
-from pixelgrow.data.sources.tars import TarShards
+from pixelgrow.data.sources.folders import ClassFolder, PairedFolder
+from pixelgrow.data.sources.index import NEITHER, FileSource
+from pixelgrow.data.sources.metadata import MetadataFolder
 from pixelgrow.errors import UserError
 
 
@@ -59,6 +59,10 @@ def as_files(path: Path | str) -> FileSource:
     source = open_source(str(path))
     assert isinstance(source, FileSource)
     return source
+
+
+def passed(source: FileSource) -> dict[str, tuple[int, str]]:
+    return {over.reason: (over.count, over.example) for over in source.passed}
 
 
 def reasons(source: FileSource) -> dict[str, str]:
@@ -113,7 +117,8 @@ def test_txt_beside_the_image(tmp_path: Path) -> None:
         "sub/deep/z.JPG": "zed",
     }
     assert len(source) == 5
-    assert (source.files, source.ignored, source.bad) == (5, 1, ())
+    assert (source.files, source.bad) == (5, ())
+    assert passed(source) == {NEITHER: (1, "notes.md")}
 
 
 def test_class_folders(tmp_path: Path) -> None:
@@ -121,7 +126,7 @@ def test_class_folders(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(picture())
     (tmp_path / "bare").mkdir()
-    source = as_files(tmp_path)
+    source = open_source({"source": str(tmp_path), "kind": "classes"})
     assert isinstance(source, ClassFolder)
     assert source.classes == ("cat", "dog", "emu")
     assert [(source.key(i), source.text(i)) for i in range(4)] == [
@@ -140,128 +145,7 @@ def test_a_class_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
     with open(folder + b"/1.png", "wb") as file:
         file.write(picture())
     with pytest.raises(UserError, match=r"the class folder b'caf\\xe9' has a name that is not UTF-8.*rename"):
-        open_source(str(tmp_path))
-
-
-@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_tar_shards_as_img2dataset_writes_them(tmp_path: Path, format: int) -> None:
-    long = "k" * 80 + "/" + "l" * 80 if format == tarfile.USTAR_FORMAT else "ü" * 150
-    for shard in range(2):
-        members = []
-        for i in range(3):
-            key = long if i == 2 else f"{shard:05}{i:04}"
-            members.append((f"{key}.jpg", picture(40, 50, i)))
-            if shard == 0:
-                members.append((f"{key}.txt", f"text {i}".encode()))
-            members.append((f"{key}.json", json.dumps({"caption": f"json {shard} {i}", "width": 1}).encode()))
-        write_tar(tmp_path / f"{shard:05}.tar", members, format)
-    (tmp_path / "00000_stats.json").write_text("{}")
-    source = as_files(tmp_path)
-    assert isinstance(source, TarShards)
-    assert [source.text(i) for i in range(6)] == ["text 0", "text 1", "text 2", "json 1 0", "json 1 1", "json 1 2"]
-    assert source.key(3) == "00001.tar/000010000.jpg"
-    assert source.key(2) == f"00000.tar/{long}.jpg"
-    assert source.size(0) == (50, 40)
-    assert (source.image(4, (8, 8)) == (1, 90, 200)).all()
-    assert len(as_files(tmp_path / "00001.tar")) == 3
-
-
-@pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
-def test_a_header_that_claims_the_moon_ends_its_shard(tmp_path: Path, kind: bytes) -> None:
-    whole = write_tar(tmp_path / "x.tar", [("a.jpg", picture()), ("a.txt", b"a")]).read_bytes()
-    header = tarfile.TarInfo("long")
-    header.type, header.size = kind, 2**62
-    end = whole.rstrip(b"\0")
-    end += bytes(-len(end) % 512)
-    (tmp_path / "x.tar").write_bytes(end + header.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
-    source = as_files(tmp_path / "x.tar")
-    assert [source.text(i) for i in range(len(source))] == ["a"]
-    assert reasons(source) == {"x.tar": f"shard: a header that claims {2**62} bytes, what follows is lost"}
-
-
-def test_interleaved_keys_are_an_error(tmp_path: Path) -> None:
-    members = [("a.jpg", picture()), ("b.jpg", picture()), ("a.txt", b"a"), ("b.txt", b"b")]
-    with pytest.raises(UserError, match=r"x\.tar: the members of key 'a' are not neighbours"):
-        open_source(str(write_tar(tmp_path / "x.tar", members)))
-
-
-def test_a_key_is_what_comes_before_the_first_dot(tmp_path: Path) -> None:
-    members = [("d.e/a.jpg", picture()), ("d.e/a.txt", b"a"), ("d.e/a.seg.png", b"?"), ("d.e/b.JPG", picture())]
-    source = as_files(write_tar(tmp_path / "x.tar", [*members, ("d.e/b.txt", b"b")]))
-    assert [source.text(i) for i in range(len(source))] == ["a", "b"]
-
-
-def test_what_can_be_wrong_in_a_shard(tmp_path: Path) -> None:
-    good = [("ok.jpg", picture()), ("ok.txt", b"fine")]
-    bad = [
-        *(("nocaption.jpg", picture()), ("noimage.txt", b"text"), ("gif.gif", b"GIF89a"), ("gif.txt", b"text")),
-        *(("two.jpg", picture()), ("two.png", picture()), ("two.txt", b"text")),
-        *(("latin.jpg", picture()), ("latin.txt", "ü".encode("latin-1"))),
-        *(("notjson.jpg", picture()), ("notjson.json", b"{")),
-        *(("null.jpg", picture()), ("null.json", b'{"caption": null, "text": "zz"}')),
-        *(("list.jpg", picture()), ("list.json", b"[]")),
-        *(("nokey.jpg", picture()), ("nokey.json", b'{"url": ""}')),
-        *(("broken.jpg", b"\xff\xd8\xff"), ("broken.txt", b"text")),
-        *(("empty.jpg", picture()), ("empty.txt", b" \n")),
-    ]
-    write_tar(tmp_path / "a.tar", good + bad)
-    (tmp_path / "b.tar").write_bytes(b"")
-    (tmp_path / "c.tar").write_bytes(os.urandom(2000))
-    whole = write_tar(tmp_path / "d.tar", [*good, ("late.jpg", picture() * 9), ("late.txt", b"text")]).read_bytes()
-    at = whole.index(b"late.jpg")
-    (tmp_path / "d.tar").write_bytes(whole[: at + 700])
-    (tmp_path / "e.tar").write_bytes(whole[:at] + b"junk" * 256 + whole[at:])
-    (tmp_path / "f.tar").mkdir()
-    source = as_files(tmp_path)
-    keys = ["a.tar/ok.jpg", "a.tar/null.jpg", "d.tar/ok.jpg", "e.tar/ok.jpg"]
-    assert [source.key(i) for i in range(len(source))] == keys
-    assert source.text(1) == "zz"
-    found = reasons(source)
-    expected = {
-        "a.tar/nocaption.jpg": "no caption",
-        "a.tar/noimage": "no image",
-        "a.tar/gif.gif": "format not supported",
-        "a.tar/two.jpg": "2 images with one key",
-        "a.tar/latin.jpg": "caption is not UTF-8",
-        "a.tar/notjson.jpg": "caption file is not JSON",
-        "a.tar/list.jpg": "caption file is not a JSON object",
-        "a.tar/nokey.jpg": "no caption",
-        "a.tar/broken.jpg": "not a JPEG",
-        "a.tar/empty.jpg": "empty caption",
-        "b.tar": "shard: empty file",
-        "c.tar": "shard: ",
-        "d.tar": "shard: ends within late.jpg",
-        "e.tar": "shard: damaged from byte",
-        "f.tar": "shard: is a directory",
-    }
-    assert found.keys() == expected.keys()
-    for key, reason in expected.items():
-        assert found[key].startswith(reason), (key, found[key])
-    assert source.files == len(source) + len(expected)
-
-
-@pytest.mark.parametrize("name", ["a.tar.gz", "a.tar"])
-def test_compressed_shards_are_refused(tmp_path: Path, name: str) -> None:
-    with tarfile.open(tmp_path / name, "w:gz") as tar:
-        tar.addfile(tarfile.TarInfo("a.txt"))
-    with pytest.raises(UserError, match="compressed shard"):
-        open_source(str(tmp_path))
-
-
-def test_a_compressed_archive_beside_images_is_passed_over(tmp_path: Path) -> None:
-    for key in ("cat/1", "dog/2"):
-        (tmp_path / key).parent.mkdir()
-        (tmp_path / f"{key}.png").write_bytes(picture())
-    (tmp_path / "backup.tar.gz").write_bytes(b"")
-    source = as_files(tmp_path)
-    assert (source.classes, source.ignored) == (("cat", "dog"), 1)
-
-
-def test_captions_one_folder_below_are_named(tmp_path: Path) -> None:
-    for split in ("train", "validation"):
-        captioned(tmp_path / split)
-    with pytest.raises(UserError, match=r"captions are in .*/train/metadata\.jsonl; name .*/train as the source"):
-        open_source(str(tmp_path))
+        open_source({"source": str(tmp_path), "kind": "classes"})
 
 
 def test_one_line_for_each_mistake(tmp_path: Path) -> None:
@@ -278,15 +162,16 @@ def test_one_line_for_each_mistake(tmp_path: Path) -> None:
     specs: list[tuple[object, str]] = [
         (str(tmp_path / "nowhere"), "no such folder or file"),
         (str(empty), "no images in it"),
-        (str(loose), "captions in no known form"),
-        (str(tmp_path / "norows"), "empty; expected one line per image"),
-        (str(tmp_path / "otherkeys"), "line 1: no file_name"),
-        (str(tmp_path / "absent"), "no such file"),
+        (str(loose), "1 images without captions; expected a metadata.jsonl"),
+        (str(tmp_path / "norows"), "empty; expected one {"),
+        (str(tmp_path / "otherkeys"), "the first: metadata.jsonl:1: no file_name"),
+        (str(tmp_path / "absent"), "the first: 0.png: no such file"),
         (str(tmp_path / "nometa"), "is a directory"),
         ({"source": str(loose), "kind": "tar"}, "no .tar files in it"),
         ({"source": str(loose), "kind": "folder"}, "no caption"),
         ({"source": str(loose), "kind": "classes"}, "not in the folder of a class"),
-        ({"source": str(tmp_path / "norows/metadata.jsonl"), "kind": "folder"}, "expects a folder"),
+        ({"source": str(tmp_path / "norows/metadata.jsonl"), "kind": "folder"}, "expected the folder of this file"),
+        ({"source": __file__, "kind": "folder"}, "expects a folder"),
         (str(tmp_path / "file.png"), "a single image is no source"),
         ({"source": "scenes", "n": 10**12}, "expected n from 1 to 100000000"),
         ({"source": str(loose), "kind": "zip"}, "kind is 'zip'"),
@@ -344,7 +229,8 @@ def test_links_are_followed_and_loops_are_bad(tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     (tmp_path / "set/cats").symlink_to(tmp_path / "real/cat")
     (tmp_path / "real/cat/again").symlink_to(tmp_path / "real/cat")
-    source = as_files(tmp_path / "set")
+    source = open_source({"source": str(tmp_path / "set"), "kind": "classes"})
+    assert isinstance(source, ClassFolder)
     assert [source.key(i) for i in range(len(source))] == ["cats/1.png"]
     assert reasons(source) == {"cats/again": "loop of links"}
 
@@ -425,12 +311,14 @@ def test_inspection(tmp_path: Path) -> None:
     (tmp_path / "b/6.gif").write_bytes(b"GIF89a")
     (tmp_path / "b/readme").write_bytes(b"")
     found = inspect_source(open_source(str(tmp_path)), [(64, 64), (80, 80)], sheet=tmp_path / "out/sheet.png")
-    assert (found.files, found.samples, found.ignored, found.decoded) == (6, 4, 1, 4)
+    assert (found.files, found.samples, found.decoded) == (6, 4, 4)
+    assert [(over.reason, over.count, over.example) for over in found.passed] == [(NEITHER, 1, "b/readme")]
+    assert found.guess == "its 2 folders are taken for classes; write kind: classes to say so"
     assert {bad.key for bad in found.bad} == {"b/4.png", "b/5.png", "b/6.gif"}
     assert found.sides == ((64, 4),)
     assert found.stages == (((64, 64), 4), ((80, 80), 1))
     assert found.classes == (("a", 2), ("b", 2))
-    why = {reason.example: reason.files for reason in found.reasons()}
+    why = {reason.example: reason.samples for reason in found.reasons()}
     assert why == {"b/4.png": 1, "b/5.png": 1, "b/6.gif": 1}
     assert found.sheet is not None
     with Image.open(found.sheet) as sheet:
@@ -452,7 +340,7 @@ def test_a_million_samples_index_in_200_megabytes(tmp_path: Path, monkeypatch: p
     def no_file(path: bytes) -> BinaryIO:
         return open(tmp_path / "metadata.jsonl", "rb") if path.endswith(b".jpg") else open(path, "rb")
 
-    monkeypatch.setattr(folders, "open_regular", lambda path: no_file(os.fsencode(path)))
+    monkeypatch.setattr(metadata, "open_regular", lambda path: no_file(os.fsencode(path)))
     monkeypatch.setattr("pixelgrow.data.sources.index.read_header", lambda file: Header((640, 480), False))
     MetadataFolder(str(tmp_path))  # whatever is imported or cached on first use
     tracemalloc.start()

@@ -8,8 +8,9 @@ from typing import cast, get_args
 
 from pixelgrow import checkpoint
 from pixelgrow.data.loader import take
+from pixelgrow.data.sources.base import Source
 from pixelgrow.data.sources.latents import Latents
-from pixelgrow.data.sources.opening import open_source
+from pixelgrow.data.sources.opening import open_mixture
 from pixelgrow.diffusion.sampling_spec import SamplingSpec
 from pixelgrow.errors import UserError
 from pixelgrow.growth import Init, grow, grown_config
@@ -21,7 +22,7 @@ logger = logging.getLogger(__name__)
 WATCHED = 64  # images that both models are measured on
 
 
-def grow_checkpoint(name: str, to: int, out: Path, *, source: str, init: str, seed: int = 0) -> str:
+def grow_checkpoint(name: str, to: int, out: Path, *, source: str, init: str, kind: str = "auto", seed: int = 0) -> str:
     """Grow a checkpoint to `to` pixels and write it to `out`; returns the report in words. Raises UserError."""
     if init not in get_args(Init):
         raise UserError(f"--init {init!r}: expected one of {', '.join(get_args(Init))}")
@@ -36,8 +37,9 @@ def grow_checkpoint(name: str, to: int, out: Path, *, source: str, init: str, se
             f"{name} is a one-step generator: it grows by a recipe's grow stage, with pairs: of its teacher"
         )
     grown_config(model.denoiser.net.config, to, cast("Init", init))  # a mistake here is told before data are read
-    spec = {"source": source} | ({"split": "heldout"} if source == "scenes" else {})
-    opened = open_source(spec)
+    spec = {"source": source} | ({"split": "heldout"} if source == "scenes" else {"kind": kind})
+    (opened,), _ = open_mixture(spec)
+    _check_classes(model, opened)
     if model.autoencoder is not None:
         opened = Latents(opened, model.autoencoder, model.denoiser.space.channels, out)  # made for this once, not kept
     batch = take(opened, WATCHED, (to, to))
@@ -57,3 +59,20 @@ def grow_checkpoint(name: str, to: int, out: Path, *, source: str, init: str, se
         write_json(beside / REPORT, report.to_dict())
         checkpoint.save(out, child, config)
     return describe(report.to_dict()) + f"\nwritten to {out}; the report and pictures of both to {beside}"
+
+
+def _check_classes(model: Model, source: Source) -> None:
+    """UserError unless the labels of a source are the model's, or neither has classes."""
+    head, _, count = str(model.config.text.get("encoder")).partition(":")
+    names: tuple[str, ...] = getattr(source, "classes", ())
+    if bool(names) != (head == "labels"):
+        has, knows = ("classes", "captions") if names else ("captions", "classes")
+        raise UserError(
+            f"--data {source.name} has {has}, and the model was trained on {knows}: name images with {knows}"
+        )
+    known = tuple(model.config.text.get("classes", ()))
+    if len(names) > int(count or 0) or (known and known != names):
+        expected = f"those of the model ({', '.join(known)})" if known else f"at most {count}"
+        raise UserError(
+            f"--data {source.name} has the classes {', '.join(names)}; expected {expected}, in one folder each"
+        )

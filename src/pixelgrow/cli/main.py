@@ -122,6 +122,7 @@ def grow(
     to: Annotated[int, typer.Option("--to", help="Pixels: a power of two times what it has.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The grown checkpoint's folder.")],
     source: Annotated[str, typer.Option("--data", help="Pictures like the model's: a folder, shards, or scenes.")],
+    kind: Annotated[str, typer.Option("--kind", help="What --data is: auto, folder, classes or tar.")] = "auto",
     init: Annotated[str, typer.Option("--init", help="preserve, random or scratch.")] = "preserve",
     seed: Annotated[int, typer.Option("--seed")] = 0,
 ) -> None:
@@ -132,7 +133,7 @@ def grow(
     """
     from pixelgrow.cli.grow import grow_checkpoint
 
-    typer.echo(grow_checkpoint(checkpoint, to, out, source=source, init=init, seed=seed))
+    typer.echo(grow_checkpoint(checkpoint, to, out, source=source, kind=kind, init=init, seed=seed))
 
 
 @app.command()

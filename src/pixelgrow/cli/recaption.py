@@ -14,8 +14,9 @@ from PIL import Image
 
 from pixelgrow.data.images import BadImage
 from pixelgrow.data.sources.base import Wording, wordings_of
-from pixelgrow.data.sources.folders import MetadataFolder, PairedFolder
+from pixelgrow.data.sources.folders import PairedFolder
 from pixelgrow.data.sources.index import FileSource
+from pixelgrow.data.sources.metadata import MetadataFolder
 from pixelgrow.data.sources.opening import open_source
 from pixelgrow.errors import UserError, out_of_memory
 from pixelgrow.external import hub

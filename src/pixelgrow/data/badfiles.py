@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from pixelgrow.data.sources.base import BadFile, Source, bad_of, files_of
+from pixelgrow.data.sources.base import BadFile, Source, bad_of, files_of, lost_in_shards
 from pixelgrow.errors import UserError
 from pixelgrow.writing import writing
 
@@ -19,7 +19,7 @@ WARNINGS = 5  # of a stage at most; the list and the report have all files
 class BadFiles:
     """Counts bad files by source and lists them in a JSONL file, one `{source, file, reason, fingerprint}` a line.
 
-    `limit`: the share of a source's distinct files that may be bad; one file more raises `UserError`.
+    `limit`: the share of a source's samples that may be bad or lost; one more raises `UserError`.
     `path`: the list; None lists nothing. A run that resumes goes on counting where the list ends, unless the source's
     samples or the bad files of its index are others since (another fingerprint in the list): what was listed of it is
     then forgotten, so that a file that was repaired or removed counts no longer.
@@ -63,7 +63,7 @@ class BadFiles:
         if not len(self):
             return "no bad files"
         parts = [
-            f"{len(found)} of {files_of(source)} in {source.name}"
+            f"{len(found) + lost_in_shards(source)} of {files_of(source)} samples of {source.name}"
             for source, found in zip(self._sources, self._found, strict=True)
             if found
         ]
@@ -144,11 +144,12 @@ def _lines(name: str, fingerprint: str, found: Mapping[str, str]) -> Iterator[st
 
 
 def check_share(source: Source, found: Mapping[str, str], limit: float, listed: Path | None = None) -> None:
-    """Raise `UserError` if the bad files of a source (file -> reason) are more than the share `limit` of its files."""
-    if len(found) > limit * files_of(source):
+    """Raise `UserError` if more than the share `limit` of a source is bad or lost. `found`: bad file -> reason."""
+    lost = len(found) + lost_in_shards(source)
+    if lost > limit * files_of(source):
         key, reason = next(iter(found.items()))
         where = f"all listed in {listed}" if listed else f"the first: {key}: {reason}; pixelgrow data --bad lists all"
         raise UserError(
-            f"{source.name}: {len(found)} of {files_of(source)} files are bad, the limit is {limit:.3g} of them "
+            f"{source.name}: {lost} of {files_of(source)} samples are bad or lost, the limit is {limit:.3g} of them "
             f"({where}); repair or remove them, or raise bad_limit"
         )

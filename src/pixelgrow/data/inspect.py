@@ -12,7 +12,16 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from pixelgrow.data.images import BadImage
-from pixelgrow.data.sources.base import BadFile, Source, bad_of, files_of, large_enough, sizes_of, wordings_of
+from pixelgrow.data.sources.base import (
+    BadFile,
+    PassedOver,
+    Source,
+    bad_of,
+    files_of,
+    large_enough,
+    sizes_of,
+    wordings_of,
+)
 from pixelgrow.writing import writing
 
 SHEET = (4, 8)  # rows, columns of the contact sheet
@@ -33,10 +42,10 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Reason:
-    """What is wrong with `files` bad files, of which `example` is the first."""
+    """What is wrong with bad files, of which `example` is the first, and how many samples are lost with them."""
 
     text: str
-    files: int
+    samples: int
     example: str
 
 
@@ -46,10 +55,11 @@ class Inspection:
 
     name: str
     kind: str  # how its captions come
-    files: int  # distinct files, bad ones included
+    files: int  # distinct images, those that are bad or lost included
     samples: int  # usable (image, caption) pairs
-    ignored: int  # files that claim to be neither image nor caption
-    unnamed: int  # images that stand in no line of the captions' file
+    guess: str  # what was assumed about the source, if anything
+    passed: tuple[PassedOver, ...]  # files that are no samples and no faults
+    notes: tuple[tuple[str, int], ...]  # what else is true of some of its files, and of how many
     decoded: int  # samples that were decoded to look for damage
     bad: tuple[BadFile, ...]  # found by the index and by decoding
     sides: tuple[tuple[int, int], ...]  # (from this smaller side on, up to twice that: number of samples)
@@ -60,11 +70,15 @@ class Inspection:
     distinct: int  # distinct ones among them
     classes: tuple[tuple[str, int], ...]  # (name, number of samples), by label
     sheet: Path | None
+    shown: tuple[str, str]  # the first and last image on the sheet
 
     def reasons(self) -> list[Reason]:
         """Why files are bad, the most frequent reason first."""
         first = {bad.reason: bad.key for bad in reversed(self.bad)}
-        return [Reason(why, n, first[why]) for why, n in Counter(bad.reason for bad in self.bad).most_common()]
+        lost = Counter[str]()
+        for bad in self.bad:
+            lost[bad.reason] += bad.samples
+        return [Reason(why, n, first[why]) for why, n in lost.most_common()]
 
 
 def inspect_source(
@@ -96,8 +110,9 @@ def inspect_source(
         kind=getattr(source, "kind", type(source).__name__.lower()),
         files=files_of(source),
         samples=len(source),
-        ignored=getattr(source, "ignored", 0),
-        unnamed=getattr(source, "unnamed", 0),
+        guess=getattr(source, "guess", ""),
+        passed=getattr(source, "passed", ()),
+        notes=getattr(source, "notes", ()),
         decoded=len(decoded),
         bad=tuple(bad),
         sides=_histogram(sizes_of(source).min(axis=1)),
@@ -108,6 +123,7 @@ def inspect_source(
         distinct=len(set(texts)),
         classes=tuple((name, labels[str(label)]) for label, name in enumerate(classes)),
         sheet=None if sheet is None else contact_sheet(source, sheet),
+        shown=(source.key(0), source.key(_spread(len(source), SHEET[0] * SHEET[1])[-1])),
     )
 
 

@@ -169,12 +169,14 @@ def _shown(value: Any) -> str:
 def inspection_tables(found: Inspection, cut: Cut | None = None) -> RenderableType:
     """What `data` shows of a source; `cut`: the captions that a recipe's text encoder cuts."""
     facts = _table(f"{found.name} ({found.kind})", "")
-    facts.add_row("files", f"{found.files:,}")
-    facts.add_row("usable image-caption pairs", f"{found.samples:,}")
-    facts.add_row("files passed over, neither image nor caption", f"{found.ignored:,}")
-    if found.unnamed:
-        facts.add_row("images without a line in metadata.jsonl, passed over", f"{found.unnamed:,}")
-    facts.add_row(f"bad files (headers of all, {found.decoded:,} decoded)", f"{len(found.bad):,}")
+    facts.add_row("images", f"{found.files:,}")
+    facts.add_row(f"usable {'images' if found.classes else 'image-caption pairs'}", f"{found.samples:,}")
+    lost = sum(bad.samples for bad in found.bad)
+    facts.add_row(f"bad or lost (headers of all, {found.decoded:,} decoded)", f"{lost:,}")
+    for passed in found.passed:
+        facts.add_row(Text(f"passed over: {passed.reason} (such as {passed.example})"), f"{passed.count:,}")
+    for note, n in found.notes:
+        facts.add_row(note, f"{n:,}")
     if not found.classes:
         facts.add_row(f"distinct captions among {found.captions:,}", f"{found.distinct:,}")
         facts.add_row("words in a caption", _spread(found.words))
@@ -188,19 +190,20 @@ def inspection_tables(found: Inspection, cut: Cut | None = None) -> RenderableTy
     stages = _table("a stage at", "sees images")
     for (h, w), n in found.stages:
         stages.add_row(f"{h}x{w}", f"{n:,}")
-    parts: list[RenderableType] = [facts, Text(), sides, Text(), stages]
+    guess = [Text(f"note: {found.guess}"), Text()] if found.guess else []
+    parts: list[RenderableType] = [*guess, facts, Text(), sides, Text(), stages]
     if found.classes:
-        classes = _table("class", "images")
-        for name, n in found.classes:
-            classes.add_row(name, f"{n:,}")
+        classes = _table("label", "class", "images")
+        for label, (name, n) in enumerate(found.classes):
+            classes.add_row(str(label), name, f"{n:,}")
         parts += [Text(), classes]
     if found.bad:
-        bad = _table("bad files", "", "such as")
+        bad = _table("bad or lost", "samples", "such as")
         for reason in found.reasons():
-            bad.add_row(Text(reason.text), f"{reason.files:,}", Text(reason.example))
+            bad.add_row(Text(reason.text), f"{reason.samples:,}", Text(reason.example))
         parts += [Text(), bad]
     if found.sheet is not None:
-        parts += [Text(), Text(f"contact sheet: {found.sheet}")]
+        parts += [Text(), Text(f"contact sheet: {found.sheet}, from {found.shown[0]} to {found.shown[1]}")]
     return Group(*parts)
 
 

@@ -17,7 +17,7 @@ from pixelgrow.data.scenes.source import Scenes
 from pixelgrow.data.sources.base import Source, Subset, heldout_split, large_enough
 from pixelgrow.data.sources.identity import FORM, differences, write_samples
 from pixelgrow.data.sources.index import FileSource
-from pixelgrow.data.sources.opening import open_mixture, open_source
+from pixelgrow.data.sources.opening import open_mixture
 from pixelgrow.errors import UserError
 from pixelgrow.recipe.data import DataSpec
 from pixelgrow.recipe.stages import DistillStage, GrowStage, ModelStage, PairsStage, Recipe, Stage
@@ -63,7 +63,7 @@ class StageData:
         spec = self.recipe.heldout
         if not spec.source:
             return self._open(self.recipe.data)[1]
-        sources = [open_source(spec.opening)]
+        sources, _ = open_mixture(spec.opening)
         self._check_classes(sources)
         return sources
 

@@ -14,8 +14,9 @@ class Source(Protocol):
     """Captioned images by number; every answer is a function of the number alone.
 
     `name` is for people, `fingerprint` a hex hash of what is in it (names, sizes, times; or the parameters).
-    A source of files also has `sizes` (N, 2) int32 of (h, w), `bad` (what its index had to leave out) and `files` (the
-    number of distinct files, bad ones included); a source of classes has `classes`, the names of its labels; one whose
+    A source of files also has `sizes` (N, 2) int32 of (h, w), `bad` (what its index had to leave out), `passed` (files
+    that are no samples and no faults) and `files` (the number of distinct images, bad and lost ones included); a source
+    of classes has `classes`, the names of its labels; one whose
     captions say left and right has `mirror` False: its pictures are never mirrored; one with `several` True has samples
     of more than one caption, all of them in `wordings(i)`.
     """
@@ -55,10 +56,20 @@ class Wording:
 
 @dataclass(frozen=True)
 class BadFile:
-    """A file that is no sample, and why."""
+    """A file that cannot be used, and why. `samples`: how many are lost with it, an estimate for a damaged shard."""
 
     key: str
     reason: str
+    samples: int = 1
+
+
+@dataclass(frozen=True)
+class PassedOver:
+    """`count` files that are no samples and no faults, for one `reason`; `example` is the first."""
+
+    reason: str
+    count: int
+    example: str
 
 
 class Subset:
@@ -71,6 +82,7 @@ class Subset:
         digest = hashlib.blake2b(self.indices.tobytes(), digest_size=8).hexdigest()
         self.fingerprint = f"{parent.fingerprint}-{digest}"
         self.bad: Sequence[BadFile] = bad_of(parent)
+        self.passed: Sequence[PassedOver] = passed_of(parent)
         self.files = files_of(parent)
         self.classes: tuple[str, ...] = getattr(parent, "classes", ())
         self.mirror: bool = getattr(parent, "mirror", True)
@@ -125,8 +137,18 @@ def bad_of(source: Source) -> Sequence[BadFile]:
     return getattr(source, "bad", ())
 
 
+def lost_in_shards(source: Source) -> int:
+    """How many samples damaged shards lack, by estimate, beside one for each shard."""
+    return sum(bad.samples - 1 for bad in bad_of(source))
+
+
+def passed_of(source: Source) -> Sequence[PassedOver]:
+    """The files that the source's index passed over: no samples, and no faults."""
+    return getattr(source, "passed", ())
+
+
 def files_of(source: Source) -> int:
-    """The number of distinct files behind a source, bad ones included."""
+    """The number of distinct images of a source, those that are bad or lost included."""
     return getattr(source, "files", len(source))
 
 

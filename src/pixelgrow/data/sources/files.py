@@ -1,24 +1,24 @@
-"""Walking a folder and opening files that nobody vouches for."""
+"""Walk a folder and open untrusted files."""
 
 import io
 import os
 import stat
-from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, BinaryIO
 
-from pixelgrow.data.images import OUR_FAULT, BadImage
+from pixelgrow.data.images import DECODED, HEAD, OUR_FAULT, BadImage, format_of
+from pixelgrow.data.sources.names import claims_image, form, is_hidden, text_of
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-IMAGE_SUFFIXES = {b".jpg", b".jpeg", b".png", b".webp"}
-OTHER_IMAGE_SUFFIXES = {
-    *(b".gif", b".bmp", b".tif", b".tiff", b".heic", b".heif", b".avif", b".jp2", b".jxl", b".psd", b".svg"),
-    *(b".ppm", b".pgm", b".tga", b".ico", b".jfif", b".raw", b".dng", b".cr2", b".nef", b".exr"),
-}
+Reject = Callable[[str, str], None]  # takes note of a file (its key) and of what is wrong with it
 MAX_FILE = 1 << 30  # bytes read at once
 _MAX_DEPTH = 64
+
+
+class Missing(BadImage):
+    """There is no file of that name."""
 
 
 class Span(io.RawIOBase):
@@ -79,7 +79,9 @@ def _open_fd(path: str | bytes) -> tuple[int, int]:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # O_NONBLOCK: a pipe must not block us
     except FileNotFoundError:
-        raise BadImage("link to a file that is absent" if os.path.islink(path) else "no such file") from None
+        if os.path.islink(path):
+            raise BadImage("link to a file that is absent") from None
+        raise Missing("no such file") from None
     except OSError as error:
         if error.errno in OUR_FAULT:
             raise
@@ -93,52 +95,39 @@ def _open_fd(path: str | bytes) -> tuple[int, int]:
     return fd, status.st_size
 
 
-def suffix(name: bytes) -> bytes:
-    """The lower-case suffix of a file name, with its dot."""
-    return os.path.splitext(name)[1].lower()
+def format_at(path: str | bytes, start: int = 0) -> str:
+    """What the bytes of a file from `start` on are (`images.format_of`); "" if it cannot be read."""
+    try:
+        return format_of(read_regular(path, start, HEAD))
+    except BadImage:
+        return ""
 
 
-def is_image(name: bytes) -> bool:
-    """Whether a name claims to be an image that we decode."""
-    return suffix(name) in IMAGE_SUFFIXES
+def is_image(path: bytes) -> bool:
+    """Whether a file is an image by its name or, if that says nothing, by its bytes."""
+    return claims_image(text_of(os.path.basename(path))) or format_at(path) in DECODED
 
 
-def is_other_image(name: bytes) -> bool:
-    """Whether a name claims to be an image of a format that we do not decode."""
-    return suffix(name) in OTHER_IMAGE_SUFFIXES
+def walk(root: bytes, reject: Reject) -> Iterator[tuple[bytes, list[bytes]]]:
+    """(folder relative to `root`: b"" or ending in a slash, its visible file names), depth first, both in order of NFC.
 
-
-def contains(names: list[bytes], name: bytes) -> bool:
-    """Whether a sorted list holds a name."""
-    at = bisect_left(names, name)
-    return at < len(names) and names[at] == name
-
-
-def has_image_named(names: list[bytes], stem: bytes) -> bool:
-    """Whether a sorted list holds an image of any format with this stem."""
-    at = bisect_left(names, stem + b".")
-    while at < len(names) and names[at].startswith(stem + b"."):
-        if os.path.splitext(names[at])[0] == stem and (is_image(names[at]) or is_other_image(names[at])):
-            return True
-        at += 1
-    return False
-
-
-def walk(root: bytes, bad: dict[str, str]) -> Iterator[tuple[bytes, list[bytes]]]:
-    """(folder relative to `root`: b"" or ending in a slash, its sorted visible file names), depth first, sorted.
-
-    Links are followed. Loops of links, unreadable folders and folders named like an image go to `bad` (key -> reason).
+    Links are followed. Loops of links, unreadable folders and folders named like an image are rejected.
     """
-    yield from _walk(root, b"", (), bad)
+    yield from _walk(root, b"", (), reject)
 
 
-def holds_images(root: str) -> bool:
-    """Whether a folder, or one in it, holds an image that we decode."""
-    return any(is_image(name) for _, names in walk(os.fsencode(root), {}) for name in names)
+def in_order(names: list[bytes]) -> list[bytes]:
+    """File names sorted by their NFC form."""
+    return sorted(names, key=lambda name: (form(text_of(name)), name))
+
+
+def key_of(name: bytes) -> str:
+    """A path as text in NFC: a sample's key."""
+    return form(text_of(name))
 
 
 def _walk(
-    root: bytes, folder: bytes, above: tuple[tuple[int, int], ...], bad: dict[str, str]
+    root: bytes, folder: bytes, above: tuple[tuple[int, int], ...], reject: Reject
 ) -> Iterator[tuple[bytes, list[bytes]]]:
     files: list[bytes] = []
     folders: list[bytes] = []
@@ -146,26 +135,25 @@ def _walk(
     try:
         status = os.stat(path)
         if (status.st_dev, status.st_ino) in above or len(above) > _MAX_DEPTH:
-            bad[os.fsdecode(folder[:-1])] = "loop of links"
+            reject(key_of(folder[:-1]), "loop of links")
             return
         with os.scandir(path) as entries:
             for entry in entries:
-                if entry.name.startswith(b"."):
+                if is_hidden(text_of(entry.name)):
                     continue
                 try:
                     is_folder = entry.is_dir()
-                except OSError:  # a loop of links: opening it will tell
+                except OSError:  # a loop of links: opening it will say so
                     is_folder = False
                 (folders if is_folder else files).append(entry.name)
     except OSError as error:
         if error.errno in OUR_FAULT or not folder:
             raise
-        bad[os.fsdecode(folder[:-1])] = (error.strerror or str(error)).lower()
+        reject(key_of(folder[:-1]), (error.strerror or str(error)).lower())
         return
-    files.sort()
-    yield folder, files
-    for name in sorted(folders):
-        if is_image(name) or is_other_image(name):
-            bad[os.fsdecode(folder + name)] = "is a directory"
+    yield folder, in_order(files)
+    for name in in_order(folders):
+        if claims_image(text_of(name)):
+            reject(key_of(folder + name), "is a directory")
         else:
-            yield from _walk(root, folder + name + b"/", (*above, (status.st_dev, status.st_ino)), bad)
+            yield from _walk(root, folder + name + b"/", (*above, (status.st_dev, status.st_ino)), reject)

@@ -2,21 +2,25 @@
 
 import io
 import logging
-import math
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import BinaryIO
 
 import numpy as np
 
 from pixelgrow.data.images import OUR_FAULT, BadImage, read_header, read_image
-from pixelgrow.data.sources.base import BadFile, Wording
+from pixelgrow.data.sources.base import BadFile, PassedOver, Wording
+from pixelgrow.data.sources.captions import Captions, flat
 from pixelgrow.data.sources.identity import fingerprint_of, hash_of, print_of
 from pixelgrow.errors import UserError
 
 log = logging.getLogger(__name__)
-MAX_CAPTION = 1 << 16  # bytes
+NEITHER = "neither image nor caption"
+FURTHER = "further images of captioned samples"
+LINES = "caption files of several lines, each a caption"
+LANGUAGES = "lines in other languages in them, left out"
+CLEAR = "images with transparency, shown on white"
 
 
 class Strings:
@@ -38,13 +42,14 @@ class Strings:
 
 
 class FileSource(ABC):
-    """Base of the sources of files. A subclass scans its files once, in `__init__`:
+    """Base of the sources of files. A subclass scans its files once, in `__init__`.
 
-    `_admit(file, ...)` for each candidate, `_reject` for what cannot be one, then `_finish`. What stays in files, of a
-    caption, is noted by `_note` and read again by `_again`, which sees that it is the same.
+    It calls `_admit` for each candidate, `_reject` for a fault, `_pass_over` for what is neither, then `_finish`.
+    Captions stay in their files: `_note` keeps a hash of what was read, and `_again` reads it once more and compares.
     """
 
     kind = "files"
+    guess = ""  # what `opening` assumed when it chose this kind of source, and how to say something else
     classes: tuple[str, ...] = ()
     several = False  # whether a sample has more than one caption
 
@@ -54,12 +59,14 @@ class FileSource(ABC):
         self.sizes = np.zeros((0, 2), np.int32)  # (N, 2), (h, w)
         self.prints = np.zeros(0, np.uint64)  # (N,), a hash of each sample (`identity`)
         self.bad: tuple[BadFile, ...] = ()
-        self.files = 0
-        self.ignored = 0  # files that claim to be neither image nor caption
-        self.unnamed = 0  # images that stand in no line of the captions' file
+        self.passed: tuple[PassedOver, ...] = ()
+        self.notes: tuple[tuple[str, int], ...] = ()  # what else to know about its files, and of how many it is true
+        self.files = 0  # distinct images, with those that are bad or lost
+        self._notes: dict[str, int] = {}
+        self._passed: dict[str, PassedOver] = {}
         self._sizes, self._prints = array("i"), array("Q")
         self._noted = array("Q")
-        self._bad: dict[str, str] = {}
+        self._bad: dict[str, BadFile] = {}
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -92,21 +99,25 @@ class FileSource(ABC):
 
         `about`: what identifies the sample beside its image (key, captions), for the fingerprint.
         """
-        h, w = read_header(file).size
+        header = read_header(file)
         try:
             one = print_of(file, *about)
         except OSError as error:
             if error.errno in OUR_FAULT:
                 raise
             raise BadImage((error.strerror or str(error)).lower()) from None
-        self._sizes.extend((h, w))
+        self._sizes.extend(header.size)
         self._prints.append(one)
+        self._count(CLEAR, int(header.transparent))
         if len(self._sizes) % 400_000 == 0:
             log.info("%s: %d images so far", self.name, len(self._sizes) // 2)
 
-    def _note(self, *said: str) -> None:
-        """Keep a hash of what the captions' file says of the sample that was just admitted."""
-        self._noted.append(hash_of(*said))
+    def _note(self, captions: Captions, *said: str) -> None:
+        """Keep a hash of what was read about the sample that was just admitted: `said` and its captions."""
+        self._noted.append(hash_of(*said, *flat(captions.wordings)))
+        self.several = self.several or len(captions.wordings) > 1
+        self._count(LINES, int(captions.lines > 1))
+        self._count(LANGUAGES, captions.foreign)
 
     def _again(self, i: int, where: str, read: Callable[[], tuple[str, ...]]) -> tuple[str, ...]:
         """`read()`: what the captions' file `where` says of sample i; `UserError` if it said something else before."""
@@ -122,87 +133,39 @@ class FileSource(ABC):
             f"{where}: changed since the run began ({reason}); put it back as it was, or run under another name"
         )
 
-    def _reject(self, key: str, reason: str) -> None:
-        """List a file that is no sample, once."""
+    def _reject(self, key: str, reason: str, samples: int = 1) -> None:
+        """List a file that cannot be used, once. `samples`: how many are lost with it."""
         if key not in self._bad:
-            self._bad[key] = reason
+            self._bad[key] = BadFile(key, reason, samples)
+
+    def _pass_over(self, reason: str, key: str, count: int = 1) -> None:
+        """Count files that are no samples and no faults; `key` is the first."""
+        before = self._passed.get(reason, PassedOver(reason, 0, key))
+        self._passed[reason] = PassedOver(reason, before.count + count, before.example)
+
+    def _count(self, note: str, count: int = 1) -> None:
+        """Count what `notes` says."""
+        self._notes[note] = self._notes.get(note, 0) + count
 
     def _finish(self, distinct: int | None = None) -> None:
         """Close the index. `distinct`: the number of distinct good files, if not the number of samples."""
         self.sizes = np.frombuffer(self._sizes, dtype=np.int32).reshape(-1, 2) if self._sizes else self.sizes
-        self.bad = tuple(BadFile(key, reason) for key, reason in self._bad.items())
-        self.files = (len(self.sizes) if distinct is None else distinct) + len(self.bad)
+        self.bad, self.passed = tuple(self._bad.values()), tuple(self._passed.values())
+        self.notes = tuple((note, count) for note, count in self._notes.items() if count)
+        self.files = (len(self.sizes) if distinct is None else distinct) + sum(bad.samples for bad in self.bad)
         self.prints = np.frombuffer(self._prints, dtype=np.uint64) if self._prints else self.prints
         self.fingerprint = fingerprint_of(self.prints)
-        del self._sizes, self._prints, self._bad
+        del self._sizes, self._prints, self._bad, self._passed, self._notes
         if not len(self.sizes):
             raise UserError(self._nothing())
 
     def _nothing(self) -> str:
         if not self.bad:
-            return f"{self.name}: no images in it; expected JPEG, PNG or WebP files with captions"
+            found = ", ".join(f"{p.count} {p.reason}, such as {p.example}" for p in self.passed)
+            found = f" (found {found})" if found else ""
+            return f"{self.name}: no images in it{found}; expected JPEG, PNG or WebP files with captions"
         first = self.bad[0]
         return (
             f"{self.name}: none of its {len(self.bad)} files is usable (first: {first.key}: {first.reason}); "
             "expected JPEG, PNG or WebP images with captions"
         )
-
-
-def caption_of(value: object) -> str:
-    """A caption as one line of clean text. Raises `BadImage` for what is no text, or empty, or longer than 64 KiB."""
-    if value is None:
-        raise BadImage("no caption")
-    if not isinstance(value, str):
-        raise BadImage(f"caption is {type(value).__name__}, not text")
-    text = " ".join(value.replace("\0", " ").split())
-    if not text:
-        raise BadImage("empty caption")
-    try:
-        size = len(text.encode())
-    except UnicodeEncodeError:
-        raise BadImage("caption is not valid Unicode") from None
-    if size > MAX_CAPTION:
-        raise BadImage("caption longer than 64 KiB")
-    return text
-
-
-def wordings_in(value: object) -> tuple[Wording, ...]:
-    """The captions that a row says: a text, or a list of texts and of `{"text": ..., "weight": ...}`; a weight is 1
-    where none is said. Raises `BadImage`."""
-    if not isinstance(value, list):
-        return (Wording(caption_of(value)),)
-    if not value:
-        raise BadImage("empty list of captions")
-    found = []
-    for item in value:
-        weight: object = 1.0
-        if isinstance(item, dict):
-            weight, item = item.get("weight", 1.0), item.get("text")
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-            raise BadImage(f"caption weight is {weight!r}, not a number above 0")
-        found.append(Wording(caption_of(item), float(weight)))
-    return tuple(found)
-
-
-def flat(wordings: Sequence[Wording]) -> tuple[str, ...]:
-    """Captions as strings, for an index: the text of one; of several texts and weights in turn."""
-    if len(wordings) == 1:
-        return (wordings[0].text,)
-    return tuple(part for w in wordings for part in (w.text, repr(w.weight)))
-
-
-def wordings_from(strings: Sequence[str]) -> tuple[Wording, ...]:
-    """The captions that `flat` made `strings` of."""
-    if len(strings) == 1:
-        return (Wording(strings[0]),)
-    return tuple(Wording(text, float(weight)) for text, weight in zip(strings[::2], strings[1::2], strict=True))
-
-
-def decode_caption(raw: bytes) -> str:
-    """The bytes of a caption file as one line of clean text. Raises `BadImage`."""
-    if len(raw) > MAX_CAPTION:
-        raise BadImage("caption longer than 64 KiB")
-    try:
-        return caption_of(raw.decode("utf-8-sig"))
-    except UnicodeDecodeError:
-        raise BadImage("caption is not UTF-8") from None

@@ -13,7 +13,18 @@ import torch
 from torch import Tensor
 
 from pixelgrow.data.images import BadImage
-from pixelgrow.data.sources.base import BadFile, Source, Wording, bad_of, files_of, large_enough, sizes_of, wordings_of
+from pixelgrow.data.sources.base import (
+    BadFile,
+    PassedOver,
+    Source,
+    Wording,
+    bad_of,
+    files_of,
+    large_enough,
+    passed_of,
+    sizes_of,
+    wordings_of,
+)
 from pixelgrow.writing import writing
 
 CHUNK = 64  # pictures that are encoded and written at a time; a kill costs no more
@@ -45,6 +56,7 @@ class Latents:
         self.name = source.name
         self.fingerprint = f"{source.fingerprint}-{encoder.fingerprint[:16]}"
         self.bad: Sequence[BadFile] = bad_of(source)
+        self.passed: Sequence[PassedOver] = passed_of(source)
         self.files = files_of(source)
         self.classes: tuple[str, ...] = getattr(source, "classes", ())
         self.several: bool = getattr(source, "several", False)

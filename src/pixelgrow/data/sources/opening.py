@@ -1,18 +1,17 @@
 """A recipe's `data:` -> sources."""
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 
 from pixelgrow.data.sources.base import Source
-from pixelgrow.data.sources.files import holds_images, is_image, is_other_image
-from pixelgrow.data.sources.folders import METADATA, ClassFolder, MetadataFolder, PairedFolder, folder_kind
-from pixelgrow.data.sources.index import FileSource
-from pixelgrow.data.sources.tars import COMPRESSED, TarShards
+from pixelgrow.data.sources.kinds import kind_of
 from pixelgrow.errors import UserError
 
 Spec = Mapping[str, object]
 SCENE_KEYS = ("n", "captions", "seed", "split")
 KINDS = ("auto", "folder", "classes", "tar")
+log = logging.getLogger(__name__)
 
 
 def open_source(spec: Spec | str) -> Source:
@@ -40,13 +39,16 @@ def open_source(spec: Spec | str) -> Source:
     if not os.path.exists(path):
         raise UserError(f"{path}: no such folder or file; expected a folder of images, a .tar, or the word scenes")
     try:
-        return _source_class(path, str(kind))(path)
+        found = kind_of(path, str(kind))
+        source = found.source(found.path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    source.guess = found.guess
+    return source
 
 
 def open_mixture(specs: Spec | str | Sequence[Spec | str]) -> tuple[list[Source], list[float] | None]:
-    """(sources, weights) of a recipe's `data:`, one mapping or a list of them.
+    """(sources, weights) of a recipe's `data:`, one mapping or a list of them. Logs what was guessed about a source.
 
     Weights are the share of images drawn from each; None (in proportion to their sizes) unless all say one.
     """
@@ -59,30 +61,11 @@ def open_mixture(specs: Spec | str | Sequence[Spec | str]) -> tuple[list[Source]
     for weight in weights:
         if isinstance(weight, bool) or not isinstance(weight, (int, float)):
             raise UserError(f"data: weight is {weight!r}, expected a number above 0")
-    return [open_source(item) for item in items], [float(w) for w in weights] or None  # type: ignore[arg-type]
-
-
-def _source_class(path: str, kind: str) -> type[FileSource]:
-    if not os.path.isdir(path):
-        if is_image(os.fsencode(path)) or is_other_image(os.fsencode(path)):
-            raise UserError(f"{path}: a single image is no source; expected a folder of images, a .tar, or scenes")
-        if kind in ("auto", "tar"):
-            return TarShards
-        raise UserError(f"{path}: kind {kind} expects a folder, got a file")
-    if kind == "tar":
-        return TarShards
-    if kind == "classes":
-        return ClassFolder
-    if kind == "folder":
-        return MetadataFolder if os.path.lexists(os.path.join(path, METADATA)) else PairedFolder
-    names = os.listdir(path)
-    if METADATA in names:
-        return MetadataFolder
-    if any(name.endswith(".tar") for name in names):
-        return TarShards
-    if any(name.endswith(COMPRESSED) for name in names) and not holds_images(path):
-        return TarShards  # which says what to do with them
-    return folder_kind(path)
+    sources = [open_source(item) for item in items]
+    for source in sources:
+        if guess := getattr(source, "guess", ""):
+            log.info("%s: %s", source.name, guess)
+    return sources, [float(w) for w in weights] or None  # type: ignore[arg-type]
 
 
 def _known(settings: Mapping[str, object], allowed: Sequence[str], where: str) -> None:

@@ -1,34 +1,32 @@
-"""Tar shards as img2dataset and webdataset write them: key.jpg with key.txt or key.json, neighbours in the archive."""
+"""Tar shards as img2dataset and webdataset write them: key.jpg with key.txt or key.json."""
 
-import json
 import os
 import tarfile
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from statistics import median
 from typing import BinaryIO, cast
 
-from pixelgrow.data.images import BadImage
+from pixelgrow.data.images import ARCHIVES, DECODED, HEAD, BadImage, format_of
 from pixelgrow.data.sources.base import Wording
-from pixelgrow.data.sources.files import is_image, is_other_image, open_regular, read_regular
-from pixelgrow.data.sources.index import (
-    MAX_CAPTION,
-    FileSource,
-    Strings,
-    decode_caption,
-    flat,
-    wordings_from,
-    wordings_in,
-)
+from pixelgrow.data.sources.captions import MAX_CAPTION, MAX_JSON, Captions, flat, from_json, from_text, wordings_from
+from pixelgrow.data.sources.files import in_order, is_image, key_of, open_regular, read_regular, walk
+from pixelgrow.data.sources.index import FURTHER, NEITHER, FileSource, Strings
+from pixelgrow.data.sources.names import JSON, claims_image, form, is_hidden, match, suffix_of, text_of
 from pixelgrow.errors import UserError
 
-COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz")
-_MAX_JSON = 1 << 20
+ARCHIVE_SUFFIXES = (".gz", ".tgz", ".zst", ".bz2", ".tbz2", ".xz", ".txz", ".lz4", ".zip", ".7z", ".rar")
+BELOW = "shards in folders below"
+BESIDE = "images beside the shards"
+REPEATED = "members that a later one of their name replaces"
 _MAX_HEADER = 1 << 20  # bytes; of a long name, say
+_BLOCK = 512
+_END = bytes(2 * _BLOCK)  # the mark at the end of a tar archive
 
 
 class _Headers:
-    """A shard as tarfile sees it: it reads headers alone, so whoever claims a long one is damaged."""
+    """A shard as tarfile sees it: it reads headers alone, so a shard that claims a long one is damaged."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -41,20 +39,23 @@ class _Headers:
 
 
 @dataclass
-class _Group:
-    """The neighbouring members of one key: where image and captions lie."""
+class _Shard:
+    """What was read of a shard. `end`: the byte where it ends, or where it is damaged, with the reason in `damage`;
+    `unread`: bytes behind that which are not zeros at either end."""
 
-    key: str
-    images: list[tuple[str, int, int]] = field(default_factory=list)  # member, start, length
-    unsupported: str = ""
-    captions: dict[str, tuple[int, int]] = field(default_factory=dict)  # suffix -> start, length
+    name: str
+    samples: int = 0
+    end: int = 0
+    damage: str = ""
+    unread: int = 0
 
 
 class TarShards(FileSource):
     """A folder of .tar files, or one of them; read in place, 48 bytes and the key in memory for each sample.
 
-    A caption is key.txt, else "caption" or "text" in key.json, a text or a list of them (`wordings_in`). The members of
-    a key must be neighbours: interleaved keys raise `UserError`, for they would cut a sample in two. Compressed shards
+    Images and captions of a shard are matched by name (`names.match`), in any order; the last of several members with
+    one name counts, as in unpacking. A caption file is as in a folder. An archive ends in two blocks of zeros: a shard
+    without them is used as far as it goes, and listed with an estimate of the samples that are lost. Compressed shards
     cannot be read in place: `UserError`.
     """
 
@@ -62,131 +63,122 @@ class TarShards(FileSource):
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
-        self._shards = shard_paths(path)
+        self._paths = shard_paths(path)
         self._one = not os.path.isdir(path)  # a source's own name is in no key: it may be renamed
         self._keys = Strings()
         self._shard, self._where, self._what = array("i"), array("q"), array("i")
-        for number, shard in enumerate(self._shards):
-            self._scan(number, shard)
+        shards = [self._scan(number, shard) for number, shard in enumerate(self._paths)]
+        for shard in shards:
+            if shard.damage:
+                lost, words = _lost(shard, shards)
+                self._reject(shard.name, f"shard: {shard.damage}; {words}", lost)
+        if not self._one:
+            self._pass_over_others(os.fsencode(path))
         self._finish()
 
-    def _scan(self, number: int, shard: str) -> None:
-        name = os.path.basename(shard)
+    def _pass_over_others(self, root: bytes) -> None:
+        """Count what else is in the folder of the shards."""
+        shards = set(self._paths)
+        for folder, names in walk(root, lambda key, reason: None):
+            for name in names:
+                path = os.path.join(root, folder, name)
+                if path not in shards:
+                    is_shard = suffix_of(key_of(name)) == ".tar"
+                    self._pass_over(BELOW if is_shard else BESIDE if is_image(path) else NEITHER, key_of(folder + name))
+
+    def _scan(self, number: int, path: bytes) -> _Shard:
+        shard = _Shard(key_of(os.path.basename(path)))
         try:
-            raw = open_regular(shard)
+            raw = open_regular(path)
         except BadImage as error:
-            self._reject(name, f"shard: {error.reason}")
-            return
+            shard.damage = error.reason
+            return shard
         with raw:
-            size = os.fstat(raw.fileno()).st_size
-            if raw.read(6)[:2] == b"\x1f\x8b" or size == 0:
-                if size:
-                    raise UserError(f"{shard}: a compressed shard; expected a plain .tar: decompress it first")
-                self._reject(name, "shard: empty file")
-                return
+            kind = format_of(raw.read(HEAD))
+            if kind in ARCHIVES:
+                raise UserError(f"{key_of(path)}: a {kind} archive; expected a plain .tar: unpack it")
             raw.seek(0)
-            self._groups(number, name, raw, size)
+            members: dict[str, tuple[int, int]] = {}
+            for name, start, length in self._members(shard, raw):
+                if name in members:
+                    self._pass_over(REPEATED, self._key_of(shard, name))
+                members[name] = start, length
+            shard.unread = _unread(raw, shard.end) if shard.damage else 0
+            self._take(number, shard, raw, members)
+        return shard
 
-    def _groups(self, number: int, name: str, raw: BinaryIO, size: int) -> None:
-        """Take the neighbouring members of a shard together, key by key."""
-        group: _Group | None = None
-        seen: set[str] = set()
-        for member in self._members(name, raw, size):
-            folder, base = os.path.split(member.name)
-            stem, _, suffix = base.partition(".")
-            key = os.path.join(folder, stem)
-            if group is None or key != group.key:
-                if group is not None:
-                    self._close(number, name, group)
-                if key in seen:
-                    raise UserError(
-                        f"{name}: the members of key {key!r} are not neighbours; expected key.jpg and key.txt one "
-                        "after the other: write the shard again, sorted by name"
-                    )
-                seen.add(key)
-                group = _Group(key)
-            self._sort_in(group, member.name, suffix.lower(), member.offset_data, member.size)
-        if group is not None:
-            self._close(number, name, group)
-
-    def _members(self, name: str, raw: BinaryIO, size: int) -> Iterator[tarfile.TarInfo]:
-        """The visible regular files of a shard, in order; where the shard is damaged it ends, and is listed."""
+    def _members(self, shard: _Shard, raw: BinaryIO) -> Iterator[tuple[str, int, int]]:
+        """(name, start, length) of the visible regular files of a shard; it ends where the shard is damaged."""
+        size = os.fstat(raw.fileno()).st_size
+        if not size:
+            shard.damage = "empty file"
+            return
         try:
-            with tarfile.open(fileobj=cast("BinaryIO", _Headers(raw)), mode="r:") as tar:
+            with tarfile.open(
+                fileobj=cast("BinaryIO", _Headers(raw)), mode="r:", encoding="utf-8", errors="surrogateescape"
+            ) as tar:
                 while (member := tar.next()) is not None:
                     tar.members = []  # type: ignore[attr-defined]  # it keeps every member it has seen
-                    base = os.path.basename(member.name)
                     if not 0 <= member.size <= size - member.offset_data:
                         raise tarfile.ReadError(f"ends within {member.name}")
-                    if member.isreg() and member.sparse is None and not base.startswith("."):
-                        yield member
-                    elif is_image(os.fsencode(base)) and not base.startswith("."):
-                        self._reject(self._key_of(name, member.name), "not a regular file")
-                raw.seek(tar.offset)
-                if raw.read(512).strip(b"\0"):
-                    raise tarfile.ReadError(f"damaged from byte {tar.offset} on")
+                    shard.end = tar.offset
+                    name = form(os.path.normpath("/" + member.name).lstrip("/"))
+                    if is_hidden(name):
+                        continue
+                    if member.isreg() and member.sparse is None:
+                        yield name, member.offset_data, member.size
+                    elif claims_image(name) and not member.isdir():
+                        self._reject(self._key_of(shard, name), "not a regular file")
+                shard.end = tar.offset
         except (tarfile.TarError, OSError, ValueError, EOFError) as error:
-            self._reject(name, f"shard: {str(error) or type(error).__name__}, what follows is lost")
-
-    def _sort_in(self, group: _Group, member: str, suffix: str, start: int, length: int) -> None:
-        name = b"x." + suffix.replace(".", "_").encode(errors="surrogateescape")  # seg.png is no picture of the sample
-        if is_image(name):
-            group.images.append((member, start, length))
-        elif is_other_image(name):
-            group.unsupported = member
-        elif suffix in ("txt", "json"):
-            group.captions[suffix] = (start, length)
+            shard.damage = (str(error) or type(error).__name__) if shard.end else f"no tar archive ({error})"
+            return
+        raw.seek(shard.end)
+        mark = raw.read(len(_END))
+        if mark.strip(b"\0"):
+            shard.damage = f"damaged from byte {shard.end} on"
+        elif len(mark) < len(_END):
+            shard.damage = "ends without the mark of an end (two blocks of zeros): may be cut"
         else:
-            self.ignored += 1
+            while piece := raw.read(1 << 20):
+                if piece.strip(b"\0"):
+                    shard.damage = "goes on behind the mark of its end"
+                    return
 
-    def _close(self, number: int, name: str, group: _Group) -> None:
-        """Take a complete group into the index, or list what is wrong with it."""
-        if not group.images and not group.unsupported and not group.captions:
-            return
-        member = group.images[0][0] if group.images else group.unsupported or group.key
-        key = self._key_of(name, member)
-        try:
-            if len(group.images) > 1:
-                raise BadImage(f"{len(group.images)} images with one key")
-            if not group.images:
-                raise BadImage("format not supported (JPEG, PNG and WebP are)" if group.unsupported else "no image")
-            if not group.captions:
-                raise BadImage("no caption")
-            suffix = "txt" if "txt" in group.captions else "json"
-            caption = group.captions[suffix]
-            texts = self._caption(self._shards[number], suffix == "json", *caption)
-            _, start, length = group.images[0]
-            with open_regular(self._shards[number], start, length) as file:
-                self._admit(file, key.encode(errors="surrogateescape"), *(t.encode() for t in texts))
-        except BadImage as error:
-            self._reject(key, error.reason)
-            return
-        self._note(*texts)
-        self.several = self.several or len(texts) > 1
-        self._keys.append(key.encode(errors="surrogateescape"))
-        self._shard.append(number)
-        self._where.extend((start, length, caption[0]))
-        self._what.extend((caption[1], suffix == "json"))
+    def _take(self, number: int, shard: _Shard, raw: BinaryIO, members: dict[str, tuple[int, int]]) -> None:
+        """Take the samples of a shard into the index."""
+        names, places = list(members), list(members.values())
 
-    def _key_of(self, shard: str, member: str) -> str:
-        return member if self._one else f"{shard}/{member}"
+        def image(i: int) -> bool:
+            start, length = places[i]
+            return claims_image(names[i]) or format_of(os.pread(raw.fileno(), min(HEAD, length), start)) in DECODED
 
-    @staticmethod
-    def _caption(shard: str, is_json: bool, start: int, length: int) -> tuple[str, ...]:
-        if length > (_MAX_JSON if is_json else MAX_CAPTION):
-            raise BadImage("caption file is too long")
-        raw = read_regular(shard, start, length)
-        if not is_json:
-            return (decode_caption(raw),)
-        try:
-            row = json.loads(raw.decode())
-        except UnicodeDecodeError:
-            raise BadImage("caption is not UTF-8") from None
-        except (ValueError, RecursionError):
-            raise BadImage("caption file is not JSON") from None
-        if not isinstance(row, dict):
-            raise BadImage("caption file is not a JSON object")
-        return flat(wordings_in(row.get("text") if row.get("caption") is None else row["caption"]))
+        found = match(names, image)
+        for i, caption in found.pairs:
+            key, is_json = self._key_of(shard, names[i]), suffix_of(names[caption]) == JSON
+            try:
+                captions = _caption(self._paths[number], is_json, *places[caption])
+                with open_regular(self._paths[number], *places[i]) as file:
+                    texts = flat(captions.wordings)
+                    self._admit(file, key.encode(errors="surrogateescape"), *(text.encode() for text in texts))
+            except BadImage as error:
+                self._reject(key, error.reason)
+                continue
+            shard.samples += 1
+            self._note(captions)
+            self._keys.append(key.encode(errors="surrogateescape"))
+            self._shard.append(number)
+            self._where.extend((*places[i], places[caption][0]))
+            self._what.extend((places[caption][1], is_json))
+        for i, reason in found.faults.items():
+            self._reject(self._key_of(shard, names[i]), reason)
+        for i in found.others:
+            self._pass_over(NEITHER, self._key_of(shard, names[i]))
+        for i in found.further:
+            self._pass_over(FURTHER, self._key_of(shard, names[i]))
+
+    def _key_of(self, shard: _Shard, member: str) -> str:
+        return member if self._one else f"{shard.name}/{member}"
 
     def key(self, i: int) -> str:
         return self._keys[i].decode(errors="surrogateescape")
@@ -198,23 +190,59 @@ class TarShards(FileSource):
         return wordings_from(self._said(i))
 
     def _said(self, i: int) -> tuple[str, ...]:
-        shard, (length, is_json) = self._shards[self._shard[i]], self._what[2 * i : 2 * i + 2]
-        return self._again(i, shard, lambda: self._caption(shard, bool(is_json), self._where[3 * i + 2], length))
+        path, (length, is_json) = self._paths[self._shard[i]], self._what[2 * i : 2 * i + 2]
+        start = self._where[3 * i + 2]
+        return self._again(i, key_of(path), lambda: flat(_caption(path, bool(is_json), start, length).wordings))
 
     def read(self, i: int) -> bytes:
         start, length = self._where[3 * i : 3 * i + 2]
-        return read_regular(self._shards[self._shard[i]], start, length)
+        return read_regular(self._paths[self._shard[i]], start, length)
 
 
-def shard_paths(path: str) -> list[str]:
-    """The .tar files that a path means, sorted: itself, or those in the folder. Raises `UserError` for none."""
-    if not os.path.isdir(path):
-        return [path]
-    names = sorted(n for n in os.listdir(path) if not n.startswith("."))
-    shards = [os.path.join(path, n) for n in names if n.endswith(".tar")]
-    compressed = [n for n in names if n.endswith(COMPRESSED)]
-    if compressed:
-        raise UserError(f"{path}: {compressed[0]} is a compressed shard; expected plain .tar: decompress them first")
+def _caption(path: bytes, is_json: bool, start: int, length: int) -> Captions:
+    if length > (MAX_JSON if is_json else MAX_CAPTION):
+        raise BadImage("caption file is too long")
+    raw = read_regular(path, start, length)
+    return from_json(raw) if is_json else from_text(raw)
+
+
+def _unread(raw: BinaryIO, start: int) -> int:
+    """The length of a file from byte `start` on, without the zeros at both ends of this part."""
+    first = last = start
+    raw.seek(start)
+    while piece := raw.read(1 << 20):
+        if piece.strip(b"\0"):
+            if first == last:
+                first = raw.tell() - len(piece.lstrip(b"\0"))
+            last = raw.tell() - len(piece) + len(piece.rstrip(b"\0"))
+    return last - first
+
+
+def _lost(shard: _Shard, shards: list[_Shard]) -> tuple[int, str]:
+    """How many samples of a damaged shard are lost, at least one, and in words.
+
+    As many as whole shards have more of, or as fit into the bytes that cannot be read, whichever is more.
+    """
+    whole = [other.samples for other in shards if other.samples and not other.damage]
+    samples, read = sum(other.samples for other in shards), sum(other.end for other in shards if other.samples)
+    unread = shard.unread * samples / read if read else 0.0
+    usual = median(whole) if whole else max(other.samples for other in shards)
+    lost = max(1, round(unread), round(usual) - shard.samples)
+    if not whole and lost == 1:
+        return 1, "the number of lost samples is unknown"
+    return lost, f"about {lost} samples are lost (an estimate)"
+
+
+def shard_paths(path: str) -> list[bytes]:
+    """The .tar files that a path means, in order: itself, or those in the folder. Raises `UserError` for none."""
+    root = os.fsencode(path)
+    if not os.path.isdir(root):
+        return [root]
+    names = [name for name in in_order(os.listdir(root)) if not is_hidden(text_of(name))]
+    shards = [os.path.join(root, name) for name in names if suffix_of(text_of(name)) == ".tar"]
+    other = next((key_of(name) for name in names if suffix_of(text_of(name)) in ARCHIVE_SUFFIXES), None)
+    if other:
+        raise UserError(f"{path}: {other} is a compressed archive; expected plain .tar: unpack it")
     if not shards:
         raise UserError(f"{path}: no .tar files in it; expected shards with key.jpg and key.txt or key.json")
     return shards
