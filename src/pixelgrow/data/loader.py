@@ -126,8 +126,11 @@ class Loader:
         except UserError as error:  # travels from a worker as a value: raised there it would lose its one line
             return error
 
-    def load(self, start: int) -> Raw:
-        """Decode the batch at stream position `start`, here and now."""
+    def load(self, start: int, decode: bool = True) -> Raw:
+        """Load the batch at stream position `start`, here and now.
+
+        Without `decode`, its images are left out (B, C, 0, 0), and files that cannot be decoded are not replaced.
+        """
         positions = range(start, start + self.batch)
         centre = [0.5] * self.batch
         crop = (
@@ -136,13 +139,18 @@ class Loader:
         mirror = uniform(self.seed, "flip", positions).tolist() if any(self.mirror) else centre
         words = uniform(self.seed, "caption", positions).tolist() if self.several else [0.0] * self.batch
         latents = getattr(self.sources[0], "channels", None)
-        image = np.empty((self.batch, latents or 3, *self.size), np.float32 if latents else np.uint8)
+        size = self.size if decode else (0, 0)
+        image = np.empty((self.batch, latents or 3, *size), np.float32 if latents else np.uint8)
         texts: list[str] = []
         bad: list[tuple[int, BadFile]] = []
         origin, caption = np.empty((self.batch, 2), np.int64), np.zeros(self.batch, np.int64)
         for row, position in enumerate(positions):
-            picture, origin[row] = self._sample(position, (crop[row], crop[row]), mirror[row] < 0.5, bad)
-            image[row] = picture.transpose(2, 0, 1)
+            if decode:
+                picture, origin[row] = self._sample(position, (crop[row], crop[row]), mirror[row] < 0.5, bad)
+                image[row] = picture.transpose(2, 0, 1)
+            else:
+                draw = self.order.at(position)
+                origin[row] = draw.source, self.usable[draw.source][draw.item]
             source, item = (int(v) for v in origin[row])
             wordings = wordings_of(self.sources[source], item)
             caption[row] = chosen(wordings, words[row])

@@ -77,11 +77,16 @@ class Work:
         caption = origin[:, 3] if self.loader.several else None
         return guidance_weights(rng.uniform(self.seed, "guidance", numbers), self.stage.distribution, caption).float()
 
-    def batches(self, start: int, stop: int) -> Iterator[tuple[Tensor, tuple[str, ...], Tensor, range]]:
-        """Images (B, 3, h, w), captions, origins (B, 3 or 4) and numbers of the stream from image `start` to `stop`."""
+    def batches(
+        self, start: int, stop: int, decode: bool = True
+    ) -> Iterator[tuple[Tensor, tuple[str, ...], Tensor, range]]:
+        """Images (B, 3, h, w), captions, origins (B, 3 or 4) and numbers of the stream from image `start` to `stop`.
+
+        Without `decode`, there are no images: (B, 3, 0, 0).
+        """
         for at in range(start, stop, self.stage.batch):
             with self.decoding:
-                raw = self.loader.load(at)
+                raw = self.loader.load(at, decode)
                 for source, bad in raw.bad:
                     self.loader.bad.add(source, [bad])
             rows = min(self.stage.batch, stop - at)
@@ -100,14 +105,15 @@ class Work:
             for name, tensor in tensors.items():
                 found.setdefault(name, []).append(tensor.cpu())
 
-        device = self.device
-        for images, captions, origin, numbers in self.batches(start, stop):
+        device, sampled = self.device, self.stage.direction == "sample"
+        side, channels = self.denoiser.resolution, self.denoiser.space.channels
+        for images, captions, origin, numbers in self.batches(start, stop, decode=not sampled):
             cond = self.materials.text.cond(captions).to(device)
             weights = self.weights(numbers, origin)
             denoise = self.denoise(cond, weights)
             given = {} if weights is None else {"guidance": weights}
-            if self.stage.direction == "sample":
-                z = initial_noise((images.shape[-2], images.shape[-1]), self.seed, numbers, images.shape[1])
+            if sampled:
+                z = initial_noise((side, side), self.seed, numbers, channels)
                 drawn = self.ode.to_image(denoise, z.to(device))
                 drawn = self.denoiser.space.bound(drawn, self.denoiser.exact_factors)
                 keep(latent=z.half(), image=drawn.half(), origin=origin, **given)
