@@ -54,7 +54,7 @@ class RunCli(Protocol):
 
 
 class Painter(Denoiser):
-    """Sees its class's colour everywhere, whatever the noise: the exact denoiser of three flat pictures."""
+    """Sees its class's colour everywhere, whatever the noise: the exact denoiser of three flat images."""
 
     def forward(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
         assert cond.labels is not None
@@ -88,7 +88,7 @@ def multi_step(kind: type[Denoiser] = Denoiser, side: int = SIDE, **sampling: An
 
 
 def one_step(to: int = SIDE) -> OneStepModel:
-    """An untrained generator whose latents are of SIDE px, and whose pictures are of `to` px, of deviation 0.3."""
+    """An untrained generator whose latents are of SIDE px, and whose images are of `to` px, of deviation 0.3."""
     net = network()
     z, c = initial_noise((SIDE, SIDE), 0, range(3)), Cond(None, None, None, torch.zeros(3) > 0, torch.arange(3))
     with torch.no_grad():
@@ -108,7 +108,7 @@ def labels(*numbers: int) -> Cond:
     return Cond(None, None, None, torch.zeros(len(numbers), dtype=torch.bool), torch.tensor(numbers))
 
 
-def picture(h: int = SIDE, w: int = SIDE, seed: int = 0, low: int = 90, high: int = 160) -> np.ndarray:
+def pixel_noise(h: int = SIDE, w: int = SIDE, seed: int = 0, low: int = 90, high: int = 160) -> np.ndarray:
     return np.random.default_rng(seed).integers(low, high, (h, w, 3), dtype=np.uint8)
 
 
@@ -151,18 +151,18 @@ def test_a_mixture_of_captions_has_them_at_its_ends_whatever_their_lengths() -> 
     assert b.tokens is not None and b.mask is not None and b.pooled is not None
     b = Cond(b.tokens.flip(0)[:, :4], b.mask.flip(0)[:, :4], b.pooled.flip(0), torch.zeros(3, dtype=torch.bool))
 
-    def drawn(c: Cond) -> Tensor:
+    def denoised(c: Cond) -> Tensor:
         return denoiser(x, sigma, c)
 
     half = mixed(a, b, torch.full((3,), 0.5))
     assert half.mask is not None and half.mask.dtype == torch.bool and half.mask.shape == (3, 10)
     assert half.token_weights is not None and torch.equal(half[1:].token_weights, torch.full((2, 10), 0.5))
-    torch.testing.assert_close(drawn(mixed(a, b, torch.zeros(3))), drawn(a), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(drawn(mixed(a, b, torch.ones(3))), drawn(b), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(drawn(mixed(b, b, torch.full((3,), 0.3))), drawn(b), rtol=1e-4, atol=1e-5)
-    near = drawn(mixed(a, b, torch.full((3,), 1e-6)))
-    torch.testing.assert_close(near, drawn(a), rtol=1e-2, atol=1e-3)
-    assert (drawn(half) - drawn(a)).abs().max() > 0.01
+    torch.testing.assert_close(denoised(mixed(a, b, torch.zeros(3))), denoised(a), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(denoised(mixed(a, b, torch.ones(3))), denoised(b), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(denoised(mixed(b, b, torch.full((3,), 0.3))), denoised(b), rtol=1e-4, atol=1e-5)
+    near = denoised(mixed(a, b, torch.full((3,), 1e-6)))
+    torch.testing.assert_close(near, denoised(a), rtol=1e-2, atol=1e-3)
+    assert (denoised(half) - denoised(a)).abs().max() > 0.01
 
 
 def test_a_mixture_of_classes_is_one_of_their_embeddings() -> None:
@@ -178,7 +178,7 @@ def test_a_mixture_of_classes_is_one_of_their_embeddings() -> None:
 
 def test_inpainting_keeps_what_is_known_and_fills_the_rest_by_the_prompt() -> None:
     model = multi_step(Painter, guidance=3.0)
-    x, mask = picture(), half()
+    x, mask = pixel_noise(), half()
     seen: list[tuple[int, int]] = []
     for label in (0, 1):
         (made,) = pixelgrow.edit.inpaint(model, x, mask, str(label), progress=lambda *at: seen.append(at))
@@ -190,9 +190,9 @@ def test_inpainting_keeps_what_is_known_and_fills_the_rest_by_the_prompt() -> No
 
 @pytest.mark.parametrize("sampler", ["dpm++2m", "heun", "ddpm"])
 def test_what_is_known_passes_through_the_noise_levels_as_noisy_pixels(sampler: str) -> None:
-    """The network sees x + sigma eps with eps of unit variance where the picture is known."""
+    """The network sees x + sigma eps with eps of unit variance where the image is known."""
     spread: list[float] = []
-    x, mask = picture(64, 64), half(64, 64)
+    x, mask = pixel_noise(64, 64), half(64, 64)
 
     class Watcher(Painter):
         def forward(self, noisy: Tensor, sigma: Tensor, c: Cond) -> Tensor:
@@ -204,16 +204,16 @@ def test_what_is_known_passes_through_the_noise_levels_as_noisy_pixels(sampler: 
     assert len(spread) >= 6 and spread == pytest.approx([1.0] * len(spread), abs=0.05)
 
 
-def test_a_picture_is_edited_as_it_would_be_alone() -> None:
+def test_an_image_is_edited_as_it_would_be_alone() -> None:
     model = multi_step()
-    both = pixelgrow.edit.transfer(model, [picture(seed=1), picture(seed=2)], "0", ["1", "2"])
-    alone = pixelgrow.edit.transfer(model, picture(seed=1), "0", "1")[0]
+    both = pixelgrow.edit.transfer(model, [pixel_noise(seed=1), pixel_noise(seed=2)], "0", ["1", "2"])
+    alone = pixelgrow.edit.transfer(model, pixel_noise(seed=1), "0", "1")[0]
     assert np.abs(np.asarray(both[0], int) - np.asarray(alone, int)).max() <= 1
 
 
 @pytest.mark.parametrize(("h", "w", "k"), [(8, 8, 2), (4, 6, 4), (12, 8, 2)])
-def test_an_enlarged_picture_averages_down_to_the_one_given(h: int, w: int, k: int) -> None:
-    low = picture(h, w, low=0, high=256)
+def test_an_enlarged_image_averages_down_to_the_one_given(h: int, w: int, k: int) -> None:
+    low = pixel_noise(h, w, low=0, high=256)
     low[0], low[1, :2] = 0, 255
     (made,) = pixelgrow.edit.upscale(multi_step(Painter), low, "1")
     assert made.size == (k * w, k * h)
@@ -229,8 +229,16 @@ def test_averages_are_set_within_the_range_and_flat_errors_leave_details_alone()
     torch.testing.assert_close(_averaging_to(made, y, 4), made, atol=1e-4, rtol=0)
 
 
-def test_transfer_between_equal_prompts_gives_the_picture_back() -> None:
-    model, x = multi_step(guidance=2.0, steps=6), picture()
+def test_where_many_large_images_differ() -> None:
+    change = torch.zeros(1025, 1, 128, 128)  # more numbers than torch.quantile takes
+    change[:, :, 32:64, 32:64] = torch.rand(1025)[:, None, None, None] + 0.1
+    change[7] = 0
+    where = editing._differing([change])
+    assert where[:7, 0, 34:62, 34:62].all() and not where[:, :, 70:].any() and not where[7].any()
+
+
+def test_transfer_between_equal_prompts_gives_the_image_back() -> None:
+    model, x = multi_step(guidance=2.0, steps=6), pixel_noise()
     assert np.array_equal(np.asarray(pixelgrow.edit.transfer(model, x, "1", "1")[0]), x)
     assert not np.array_equal(np.asarray(pixelgrow.edit.transfer(model, x, "1", "2")[0]), x)
 
@@ -245,7 +253,7 @@ class LeftPainter(Painter):
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 def test_transfer_changes_what_the_prompts_differ_in_and_keeps_the_rest(strength: float) -> None:
-    x, half_way = picture(), SIDE // 2
+    x, half_way = pixel_noise(), SIDE // 2
     seen: list[tuple[int, int]] = []
     (made,) = pixelgrow.edit.transfer(
         multi_step(LeftPainter), x, "0", "1", strength=strength, steps=9, progress=lambda *at: seen.append(at)
@@ -269,7 +277,7 @@ def test_interpolation_begins_and_ends_with_the_samples_of_its_seeds_and_prompts
     assert min(steps) > 0
 
 
-def test_frames_are_drawn_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frames_are_generated_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, int]] = []
     for model, total in ((multi_step(), 3 * 4), (one_step(), 0)):
         whole = pixelgrow.edit.interpolate(model, ["0", "2"], frames=5)
@@ -282,16 +290,16 @@ def test_frames_are_drawn_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_photograph_is_turned_as_its_exif_says() -> None:
-    x, file, exif = picture(24, 16), BytesIO(), Image.Exif()
+    x, file, exif = pixel_noise(24, 16), BytesIO(), Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise
     Image.fromarray(np.rot90(x)).save(file, "PNG", exif=exif)
     (made,) = pixelgrow.edit.transfer(multi_step(), Image.open(file), "1", "1")
     assert np.array_equal(np.asarray(made), x)
 
 
-def test_interpolation_between_pictures_begins_and_ends_with_them() -> None:
-    ends = [picture(16, 24, seed=1), picture(16, 24, seed=2)]
-    frames = pixelgrow.edit.interpolate(multi_step(Gauss, steps=20), "1", pictures=ends, frames=3)
+def test_interpolation_between_images_begins_and_ends_with_them() -> None:
+    ends = [pixel_noise(16, 24, seed=1), pixel_noise(16, 24, seed=2)]
+    frames = pixelgrow.edit.interpolate(multi_step(Gauss, steps=20), "1", images=ends, frames=3)
     for frame, end in ((frames[0], ends[0]), (frames[-1], ends[1])):
         assert np.abs(np.asarray(frame, int) - end).max() <= 2
 
@@ -304,33 +312,33 @@ def target(model: OneStepModel, c: Cond, seed: int = 9) -> Tensor:
         return model.generator(initial_noise((SIDE, SIDE), seed, range(len(c))), c)
 
 
-def test_a_latent_is_found_whose_picture_is_the_one_given() -> None:
+def test_a_latent_is_found_whose_image_is_the_one_given() -> None:
     model, c = one_step(), labels(0, 2)
     x = target(model, c)
 
-    def draw(z: Tensor) -> Tensor:
+    def generate(z: Tensor) -> Tensor:
         return model.generator(z, c[: len(z)])
 
-    def misfit(drawn: Tensor) -> Tensor:
-        return (drawn - x).square().mean((1, 2, 3))
+    def misfit(image: Tensor) -> Tensor:
+        return (image - x).square().mean((1, 2, 3))
 
     size = (2, SIDE, SIDE)
-    first = nearest(draw, misfit, size, seed=3, starts=1, device=model.device)
+    first = nearest(generate, misfit, size, seed=3, starts=1, device=model.device)
     assert torch.equal(first, initial_noise((SIDE, SIDE), 3, range(2)))
-    begin = nearest(draw, misfit, size, seed=3, starts=6, device=model.device)
+    begin = nearest(generate, misfit, size, seed=3, starts=6, device=model.device)
     with torch.no_grad():
-        assert (misfit(draw(begin)) <= misfit(draw(first))).all()
-        before = misfit(draw(begin)).sqrt()
+        assert (misfit(generate(begin)) <= misfit(generate(first))).all()
+        before = misfit(generate(begin)).sqrt()
     calls: list[tuple[int, int]] = []
-    found = fit(draw, misfit, begin, FitSettings(60, tolerance=0.0), lambda *at: calls.append(at))
+    found = fit(generate, misfit, begin, FitSettings(60, tolerance=0.0), lambda *at: calls.append(at))
     assert (found.error < 0.3 * before).all() and calls[-1] == (60, 60) and len(calls) == 61
     with torch.no_grad():
-        torch.testing.assert_close(misfit(draw(found.latent)).sqrt(), found.error)
+        torch.testing.assert_close(misfit(generate(found.latent)).sqrt(), found.error)
     calls.clear()
     enough = FitSettings(60, tolerance=float(0.6 * before.max()))
-    near = fit(draw, misfit, begin, enough, lambda *at: calls.append(at))
+    near = fit(generate, misfit, begin, enough, lambda *at: calls.append(at))
     assert len(calls) < 40 and calls[-1] == (60, 60) and (near.error <= enough.tolerance).all()
-    alone = fit(draw, lambda d: (d - x[:1]).square().mean((1, 2, 3)), begin[:1], enough)
+    alone = fit(generate, lambda d: (d - x[:1]).square().mean((1, 2, 3)), begin[:1], enough)
     torch.testing.assert_close(alone.latent, near.latent[:1], rtol=1e-3, atol=1e-3)
     assert all(p.grad is None for p in model.generator.parameters())
 
@@ -339,22 +347,22 @@ def test_the_prior_keeps_latents_as_long_as_they_were() -> None:
     model, c = one_step(), labels(0)
     x = 3 * target(model, c)  # which no likely latent draws
 
-    def draw(z: Tensor) -> Tensor:
+    def generate(z: Tensor) -> Tensor:
         return model.generator(z, c)
 
-    def misfit(drawn: Tensor) -> Tensor:
-        return (drawn - x).square().mean((1, 2, 3))
+    def misfit(image: Tensor) -> Tensor:
+        return (image - x).square().mean((1, 2, 3))
 
     begin = initial_noise((SIDE, SIDE), 0, [0])
     length = [
-        float(fit(draw, misfit, begin, FitSettings(40, prior=p, tolerance=0)).latent.square().mean())
+        float(fit(generate, misfit, begin, FitSettings(40, prior=p, tolerance=0)).latent.square().mean())
         for p in (0.0, 10.0)
     ]
     assert abs(length[1] - 1) < 0.3 * abs(length[0] - 1)
 
 
-def drawn_from(model: OneStepModel, c: Cond, seed: int = 9) -> list[np.ndarray]:
-    """A generator's own pictures of the latents that an edit with this seed tries first."""
+def generated(model: OneStepModel, c: Cond, seed: int = 9) -> list[np.ndarray]:
+    """A generator's images of the latents that an edit with this seed tries first."""
     size = model.generator.latent_size((model.resolution, model.resolution))
     with torch.no_grad():
         return list(to_uint8(model.generator(initial_noise(size, seed, range(len(c))), c)))
@@ -364,14 +372,18 @@ def apart(a: Image.Image, b: np.ndarray) -> float:
     return float(np.abs(np.asarray(a, int) - b).mean())
 
 
-def met(caplog: pytest.LogCaptureFixture) -> list[float]:
-    """How well known pixels were met, of each edit."""
-    return [float(str(r.args[0] if isinstance(r.args, tuple) else r.args)) for r in caplog.records if "met" in r.msg]
+def logged_errors(caplog: pytest.LogCaptureFixture) -> list[float]:
+    """The error of the known pixels that each edit logged."""
+    return [
+        float(str(r.args[0] if isinstance(r.args, tuple) else r.args))
+        for r in caplog.records
+        if "known pixels" in r.msg
+    ]
 
 
 def test_one_step_inpainting_keeps_what_is_known_and_matches_it_by_a_latent(caplog: pytest.LogCaptureFixture) -> None:
     model, mask = one_step(), half()
-    (x,) = drawn_from(model, labels(1))
+    (x,) = generated(model, labels(1))
     (made,) = pixelgrow.edit.inpaint(model, x, mask, "1", seed=9, iterations=0)
     assert np.abs(np.asarray(made, int) - x).max() <= 1  # of the starts, its own latent fits best
     caplog.clear()
@@ -379,7 +391,7 @@ def test_one_step_inpainting_keeps_what_is_known_and_matches_it_by_a_latent(capl
         far, near = (
             pixelgrow.edit.inpaint(model, x, mask, "1", seed=3, **much)[0] for much in ({"iterations": 0}, MUCH)
         )
-    before, after = met(caplog)
+    before, after = logged_errors(caplog)
     assert after < 0.3 * before
     for some in (far, near):
         assert np.array_equal(np.asarray(some)[mask == 0], x[mask == 0])
@@ -389,15 +401,15 @@ def test_one_step_inpainting_keeps_what_is_known_and_matches_it_by_a_latent(capl
 
 def test_one_step_transfer_draws_what_the_prompts_differ_in() -> None:
     model = one_step()
-    (back,) = pixelgrow.edit.transfer(model, picture(), "1", "1", iterations=1)
-    assert np.array_equal(np.asarray(back), picture())
-    (made,) = pixelgrow.edit.transfer(model, picture(), "1", "2", iterations=1, starts=1)
-    assert not np.array_equal(np.asarray(made), picture())
+    (back,) = pixelgrow.edit.transfer(model, pixel_noise(), "1", "1", iterations=1)
+    assert np.array_equal(np.asarray(back), pixel_noise())
+    (made,) = pixelgrow.edit.transfer(model, pixel_noise(), "1", "2", iterations=1, starts=1)
+    assert not np.array_equal(np.asarray(made), pixel_noise())
 
 
 def test_a_grown_generator_enlarges_by_a_latent(caplog: pytest.LogCaptureFixture) -> None:
     model = one_step(2 * SIDE)
-    (x,) = drawn_from(model, labels(1))
+    (x,) = generated(model, labels(1))
     (low,) = to_uint8(box_down(pixels(x), 2))
     made = pixelgrow.edit.upscale(model, low, "1", seed=9, iterations=0)[0]
     assert made.size == (32, 32) and np.abs(np.asarray(made, int) - x).max() <= 2
@@ -406,16 +418,16 @@ def test_a_grown_generator_enlarges_by_a_latent(caplog: pytest.LogCaptureFixture
         for much in ({"iterations": 0}, MUCH):
             (other,) = pixelgrow.edit.upscale(model, low, "1", seed=3, **much)
             torch.testing.assert_close(box_down(pixels(other), 2), pixels(low), atol=0.005, rtol=0)
-    before, after = met(caplog)
+    before, after = logged_errors(caplog)
     assert after < 0.3 * before
 
 
 def test_a_grown_generator_enlarges_by_its_teachers_latent_and_some_steps(caplog: pytest.LogCaptureFixture) -> None:
-    model, teacher, low = one_step(2 * SIDE), multi_step(Gauss), picture()
+    model, teacher, low = one_step(2 * SIDE), multi_step(Gauss), pixel_noise()
     with caplog.at_level("INFO", "pixelgrow.editing.edits"):
         for given in ({}, {"iterations": 0}):
             (made,) = pixelgrow.edit.upscale(model, low, "1", teacher=teacher, **given)
-    closer, as_found = met(caplog)
+    closer, as_found = logged_errors(caplog)
     assert closer < as_found - 0.01
     y = pixels(low)
     with torch.no_grad():
@@ -424,17 +436,17 @@ def test_a_grown_generator_enlarges_by_its_teachers_latent_and_some_steps(caplog
 
 
 def test_another_teacher_than_the_generators_own_is_refused() -> None:
-    def told(model: Any, **facts: Any) -> Any:
+    def changed(model: Any, **facts: Any) -> Any:
         return type(model)(getattr(model, "generator", None) or model.denoiser, model.config.model_copy(update=facts))
 
-    model = told(one_step(), lineage=[{"verb": "train"}, {"verb": "distill", "parent": "c0ffee"}])
-    own, other = told(multi_step(), sha256="c0ffee"), told(multi_step(), sha256="decade")
+    model = changed(one_step(), lineage=[{"verb": "train"}, {"verb": "distill", "parent": "c0ffee"}])
+    own, other = changed(multi_step(), sha256="c0ffee"), changed(multi_step(), sha256="decade")
     grown = {"verb": "grow", "init": "preserve", "parent": "c0ffee", "tensors": {"loaded": 2, "frozen": 2}}
-    since = told(multi_step(), sha256="facade", lineage=[{"verb": "train"}, grown])
+    since = changed(multi_step(), sha256="facade", lineage=[{"verb": "train"}, grown])
     for teacher in (own, since):
-        assert pixelgrow.edit.transfer(model, picture(), "1", "2", teacher=teacher, iterations=0)
+        assert pixelgrow.edit.transfer(model, pixel_noise(), "1", "2", teacher=teacher, iterations=0)
     words = "the teacher is decade, and the generator was distilled from c0ffee: name the checkpoint"
-    mistake(words, pixelgrow.edit.transfer, model, picture(), "1", "2", teacher=other)
+    mistake(words, pixelgrow.edit.transfer, model, pixel_noise(), "1", "2", teacher=other)
 
 
 def test_a_teacher_that_was_grown_since_inverts_as_before() -> None:
@@ -445,24 +457,24 @@ def test_a_teacher_that_was_grown_since_inverts_as_before() -> None:
             torch.nn.init.normal_(p, std=0.1)
     denoiser = Denoiser(net).eval()
     grown = Model(denoiser, small.config.model_copy(update={"network": net.config}))
-    x = pixels(picture())
+    x = pixels(pixel_noise())
     assert torch.equal(_inverted(one_step(), grown, x, ["1"]), _inverted(one_step(), small, x, ["1"]))
 
 
-def test_a_teachers_latents_of_gaussian_pictures_are_white() -> None:
+def test_a_teachers_latents_of_gaussian_images_are_white() -> None:
     x = 0.5 * torch.randn(2, 3, SIDE, SIDE)
     z = _inverted(one_step(), multi_step(Gauss), x, ["0", "1"])
     torch.testing.assert_close(z, 2 * x, rtol=0.05, atol=1e-3)
 
 
-def test_a_generator_that_is_told_its_guidance_is_told_it_in_edits() -> None:
+def test_edits_pass_a_guided_generator_its_guidance() -> None:
     plain = one_step()
     net = with_guidance(plain.generator.net, 0)
     torch.nn.init.normal_(net.guidance.out.weight, std=0.5)
     config = plain.config.model_copy(update={"network": net.config})
     model = OneStepModel(Generator(net, plain.generator.config).eval(), config)
     made = [
-        np.asarray(pixelgrow.edit.inpaint(model, picture(), half(), "1", iterations=1, starts=1, guidance=w)[0])
+        np.asarray(pixelgrow.edit.inpaint(model, pixel_noise(), half(), "1", iterations=1, starts=1, guidance=w)[0])
         for w in (1.0, 8.0)
     ]
     assert not np.array_equal(*made)
@@ -473,12 +485,12 @@ def test_one_step_interpolation() -> None:
     model = one_step()
     frames = pixelgrow.edit.interpolate(model, "1", seeds=[1, 2], frames=3)
     assert np.array_equal(np.asarray(frames[0]), np.asarray(model.sample("1", seed=1)[0]))
-    ends = drawn_from(model, labels(0, 1))
-    frames = pixelgrow.edit.interpolate(model, ["0", "1"], pictures=ends, frames=3, seeds=[9], iterations=0)
+    ends = generated(model, labels(0, 1))
+    frames = pixelgrow.edit.interpolate(model, ["0", "1"], images=ends, frames=3, seeds=[9], iterations=0)
     assert len(frames) == 3 and apart(frames[0], ends[0]) < 1 and apart(frames[2], ends[1]) < 1
     assert apart(frames[1], ends[0]) > 1
     far, near = (
-        pixelgrow.edit.interpolate(model, ["0", "1"], pictures=ends, frames=2, seeds=[3], **much)
+        pixelgrow.edit.interpolate(model, ["0", "1"], images=ends, frames=2, seeds=[3], **much)
         for much in ({"iterations": 0}, MUCH)
     )
     assert all(apart(b, end) < 0.5 * apart(a, end) for a, b, end in zip(far, near, ends, strict=True))
@@ -493,52 +505,77 @@ def mistake(words: str, call: Any, *args: Any, **keywords: Any) -> None:
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
-def test_pictures_that_do_not_fit_hear_what_would() -> None:
+def test_messages_about_images_say_what_would_fit() -> None:
     e, model = pixelgrow.edit, multi_step()
-    mistake("20x16 (height x width), its picture 16x16", e.inpaint, model, picture(), half(20, 16), "1")
-    mistake("the mask covers nothing", e.inpaint, model, picture(), 0 * half(), "1")
-    mistake("the mask covers all", e.inpaint, model, picture(), 0 * half() + 1, "1")
-    mistake("2 masks for 1 pictures", e.inpaint, model, picture(), [half(), half()], "1")
-    mistake("such as 16x24; resize it", e.transfer, model, picture(16, 23), "1", "2")
-    mistake("such as 32x16; resize it", e.transfer, model, picture(64, 32), "1", "2")
-    mistake("expected a shorter side of one of 8, 4, 2, 1 pixels", e.upscale, model, picture(5, 5), "1")
-    mistake("cannot be enlarged to 16 px", e.upscale, model, picture(), "1")
-    mistake("pictures of sizes 16x16, 16x20", e.transfer, model, [picture(), picture(16, 20)], "1", "2")
-    mistake("expected a PIL image, or uint8", e.transfer, model, picture().astype(float), "1", "2")
-    mistake("a picture given as str: expected a PIL image", e.transfer, model, "a.png", "1", "2")
-    mistake("a picture given as PosixPath: expected", e.inpaint, model, picture(), Path("mask.png"), "1")
-    mistake("a mask of shape (16,)", e.inpaint, model, picture(), half()[0], "1")
+    mistake("20x16 (height x width), its image 16x16", e.inpaint, model, pixel_noise(), half(20, 16), "1")
+    mistake("the mask covers nothing", e.inpaint, model, pixel_noise(), 0 * half(), "1")
+    mistake("the mask covers all", e.inpaint, model, pixel_noise(), 0 * half() + 1, "1")
+    mistake("2 masks for 1 images", e.inpaint, model, pixel_noise(), [half(), half()], "1")
+    mistake("such as 16x24; resize it", e.transfer, model, pixel_noise(16, 23), "1", "2")
+    mistake("such as 32x16; resize it", e.transfer, model, pixel_noise(64, 32), "1", "2")
+    mistake("expected a shorter side of 8, 4, 2, 1 pixels", e.upscale, model, pixel_noise(5, 5), "1")
+    mistake("cannot be enlarged to 16 px", e.upscale, model, pixel_noise(), "1")
+    mistake("images of sizes 16x16, 16x20", e.transfer, model, [pixel_noise(), pixel_noise(16, 20)], "1", "2")
+    mistake("expected a PIL image, or uint8", e.transfer, model, pixel_noise().astype(float), "1", "2")
+    mistake("an image given as str: expected a PIL image", e.transfer, model, "a.png", "1", "2")
+    mistake("an image given as PosixPath: expected", e.inpaint, model, pixel_noise(), Path("mask.png"), "1")
+    mistake("a mask of shape (16,)", e.inpaint, model, pixel_noise(), half()[0], "1")
 
 
 def test_prompts_settings_and_models_that_do_not_fit_are_one_line() -> None:
     e, many, one = pixelgrow.edit, multi_step(), one_step()
-    mistake("class 'a red circle' is unknown", e.transfer, many, picture(), "a red circle", "1")
-    mistake("class '3' is unknown: expected a number from 0 to 2", e.inpaint, one, picture(), half(), "3")
-    mistake("2 prompts for 1 pictures", e.inpaint, many, picture(), half(), ["1", "2"])
-    mistake("iterations: a multi-step model edits along", e.inpaint, many, picture(), half(), "1", iterations=3)
-    mistake("steps: a one-step generator samples in one", e.inpaint, one, picture(), half(), "1", steps=3)
-    mistake("strength: a one-step generator", e.transfer, one, picture(), "1", "2", strength=0.5)
-    mistake("strength=0: expected more than 0", e.transfer, many, picture(), "1", "2", strength=0)
-    mistake("is a multi-step denoiser, expected a one-step", e.transfer, many, picture(), "1", "2", teacher=many)
-    mistake("teacher is a one-step generator, expected a multi-step", e.transfer, one, picture(), "1", "2", teacher=one)
-    mistake("teacher is a 32 px model, expected 16", e.transfer, one, picture(), "1", "2", teacher=multi_step(side=32))
-    mistake("noise cannot be undone", e.transfer, many, picture(), "1", "2", sampler="ddpm")
+    mistake("class 'a red circle' is unknown", e.transfer, many, pixel_noise(), "a red circle", "1")
+    mistake("class '3' is unknown: expected a number from 0 to 2", e.inpaint, one, pixel_noise(), half(), "3")
+    mistake("2 prompts for 1 images", e.inpaint, many, pixel_noise(), half(), ["1", "2"])
+    mistake("iterations: a multi-step model edits while", e.inpaint, many, pixel_noise(), half(), "1", iterations=3)
+    mistake("steps: a one-step generator samples in one", e.inpaint, one, pixel_noise(), half(), "1", steps=3)
+    mistake("strength: a one-step generator", e.transfer, one, pixel_noise(), "1", "2", strength=0.5)
+    mistake("strength=0: expected more than 0", e.transfer, many, pixel_noise(), "1", "2", strength=0)
+    mistake("and only a one-step generator takes a teacher", e.transfer, many, pixel_noise(), "1", "2", teacher=many)
+    mistake(
+        "teacher is a one-step generator, expected a multi-step", e.transfer, one, pixel_noise(), "1", "2", teacher=one
+    )
+    mistake(
+        "teacher is a 32 px model, expected 16", e.transfer, one, pixel_noise(), "1", "2", teacher=multi_step(side=32)
+    )
+    mistake("noise cannot be undone", e.transfer, many, pixel_noise(), "1", "2", sampler="ddpm")
     mistake("both ends are the same", e.interpolate, many, "1")
-    mistake("3 prompts, 1 seeds and 0 pictures", e.interpolate, many, ["0", "1", "2"])
-    mistake("and 1 pictures: expected", e.interpolate, many, "0", pictures=[picture()])
+    mistake("3 prompts, 1 seeds and 0 images", e.interpolate, many, ["0", "1", "2"])
+    mistake("and 1 images: expected", e.interpolate, many, "0", images=[pixel_noise()])
     mistake("frames=1: expected 2 to", e.interpolate, many, "0", seeds=[1, 2], frames=1)
-    mistake("iterations: nothing is inverted without pictures", e.interpolate, one, "0", seeds=[1, 2], iterations=3)
-    mistake("guidence: no such setting; expected steps", e.inpaint, many, picture(), half(), "1", guidence=3)
-    mistake("guidence: a one-step generator", e.inpaint, one, picture(), half(), "1", guidence=3)
-    mistake("steps=1: an inversion takes 2", e.transfer, many, picture(), "1", "2", steps=1)
-    ends = {"pictures": [picture(), picture(seed=1)]}
-    mistake("seeds 1 beside pictures: the pictures are the ends; drop", e.interpolate, many, "0", **ends, seeds=[1])
+    mistake("iterations: nothing is inverted without images", e.interpolate, one, "0", seeds=[1, 2], iterations=3)
+    mistake("guidence: no such setting; expected steps", e.inpaint, many, pixel_noise(), half(), "1", guidence=3)
+    mistake("guidence: a one-step generator", e.inpaint, one, pixel_noise(), half(), "1", guidence=3)
+    mistake("steps=1: an inversion takes 2", e.transfer, many, pixel_noise(), "1", "2", steps=1)
+    ends = {"images": [pixel_noise(), pixel_noise(seed=1)]}
+    mistake("seeds 1 beside images: the images are the ends; drop", e.interpolate, many, "0", **ends, seeds=[1])
     mistake("begins at one seed; drop one", e.interpolate, one, "0", **ends, seeds=[1, 2])
     mistake("drop seeds", e.interpolate, one, "0", **ends, seeds=[1], teacher=many)
-    mistake("starts: the search begins where", e.transfer, one, picture(), "1", "2", teacher=many, starts=3)
-    mistake("prior: no step of a descent", e.transfer, one, picture(), "1", "2", teacher=many, prior=0.1, iterations=0)
-    mistake("rate, tolerance: no step", e.inpaint, one, picture(), half(), "1", iterations=0, rate=1, tolerance=0.1)
-    mistake("tolerance=-1: expected 0 or more", e.inpaint, one, picture(), half(), "1", tolerance=-1)
+    mistake("starts: the search begins at", e.transfer, one, pixel_noise(), "1", "2", teacher=many, starts=3)
+    mistake(
+        "prior: there are no iterations",
+        e.transfer,
+        one,
+        pixel_noise(),
+        "1",
+        "2",
+        teacher=many,
+        prior=0.1,
+        iterations=0,
+    )
+    mistake(
+        "rate, tolerance: there are no", e.inpaint, one, pixel_noise(), half(), "1", iterations=0, rate=1, tolerance=0.1
+    )
+    for given, words in (
+        ({"iterations": 2.5}, "iterations=2.5: expected a whole number, 0 or more"),
+        ({"starts": 0}, "starts=0: expected a whole number, 1 or more"),
+        ({"starts": True}, "starts=True: expected a whole number"),
+        ({"rate": "fast"}, "rate=fast: expected a number, 0 or more"),
+        ({"rate": 0}, "rate=0: expected a number above 0"),
+        ({"prior": float("nan")}, "prior=nan: expected a number, 0 or more"),
+    ):
+        mistake(words, e.inpaint, one, pixel_noise(), half(), "1", **given)
+    mistake("tolerance=-1: expected a number, 0 or more", e.inpaint, one, pixel_noise(), half(), "1", tolerance=-1)
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -546,16 +583,17 @@ def test_prompts_settings_and_models_that_do_not_fit_are_one_line() -> None:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a multi-step and a one-step checkpoint, pictures and masks."""
+    """A folder with a multi-step and a one-step checkpoint, images and masks."""
     root = tmp_path_factory.mktemp("edit")
     for name, model in (("many", multi_step()), ("one", one_step()), ("grown", one_step(2 * SIDE))):
         checkpoint.save(root / name, model.network, model.config)
     for name, array in (
-        ("a.png", picture()), ("b.png", picture(seed=1)), ("low.png", picture(8, 8)), ("wide.png", picture(40, 64)),
+        ("a.png", pixel_noise()), ("b.png", pixel_noise(seed=1)), ("low.png", pixel_noise(8, 8)),
+        ("wide.png", pixel_noise(40, 64)),
         ("mask.png", half()), ("mask-wide.png", half(40, 64)), ("mask-small.png", half(8, 8)),
     ):  # fmt: skip
         Image.fromarray(array).save(root / name)
-    (root / "broken.png").write_bytes(b"no picture")
+    (root / "broken.png").write_bytes(b"no image")
     return root
 
 
@@ -575,7 +613,7 @@ def test_edits_are_files_with_their_settings(run_cli: RunCli, files: Path, tmp_p
     assert (facts["edit"], facts["prompts"], facts["steps"], facts["seed"]) == ("inpaint", ["1"], 3, 7)
     assert facts["sha256"] == checkpoint.read_config(files / "many").sha256
     with Image.open(out) as made:
-        assert np.array_equal(np.asarray(made)[half() == 0], picture()[half() == 0])
+        assert np.array_equal(np.asarray(made)[half() == 0], pixel_noise()[half() == 0])
     facts = edited(run_cli, files, "transfer one a.png --from 0 --to 2 --iterations 2 --teacher many", out)
     assert (facts["teacher"], facts["prompts"], facts["iterations"]) == ("many", ["0", "2"], 2)
     assert edited(run_cli, files, "upscale grown a.png --prompt 1 --iterations 1", out)["images"] == ["a.png"]
@@ -610,19 +648,19 @@ def test_interpolations_are_strips_and_gifs(run_cli: RunCli, files: Path, tmp_pa
         ("inpaint many broken.png --mask mask.png --prompt 1", "broken.png cannot be used (not a JPEG, PNG or WebP"),
         ("inpaint many a.png --mask mask-small.png --prompt 1", "--mask mask-small.png is 8x8 (height x width), its"),
         ("inpaint many a.png --mask mask.png --prompt red", "class 'red' is unknown: expected a number from 0 to 2"),
-        ("inpaint many wide.png --mask mask-wide.png --prompt 1", "such as 16x24; resize it, or have it cropped"),
-        ("inpaint many a.png --mask mask.png --prompt 1 --iterations 9", "iterations: a multi-step model edits along"),
+        ("inpaint many wide.png --mask mask-wide.png --prompt 1", "such as 16x24; resize it, or crop it"),
+        ("inpaint many a.png --mask mask.png --prompt 1 --iterations 9", "iterations: a multi-step model edits while"),
         ("inpaint one a.png --mask mask.png --prompt 1 --guidance 2", "guidance: a one-step generator samples in one"),
         ("inpaint nowhere a.png --mask mask.png --prompt 1", "nowhere is not a checkpoint"),
         ("inpaint many a.png --mask mask.png --prompt 1 -o x.jpg", "--out x.jpg: expected a name that ends in .png"),
         ("transfer many a.png --from 1 --to 9", "class '9' is unknown"),
-        ("transfer many a.png --from 1 --to 2 --teacher many", "is a multi-step denoiser, expected a one-step"),
+        ("transfer many a.png --from 1 --to 2 --teacher many", "is a multi-step denoiser, and only a one-step"),
         ("transfer one a.png --from 1 --to 2 --teacher one", "is a one-step generator, expected a multi-step"),
-        ("transfer many a.png --from 1 --to 2 --strength 2", "strength=2.0: expected more than 0 and 1 at most"),
-        ("upscale many a.png --prompt 1", "cannot be enlarged to 16 px: expected a shorter side of one of 8, 4, 2, 1"),
+        ("transfer many a.png --from 1 --to 2 --strength 2", "strength=2.0: expected more than 0 and at most 1"),
+        ("upscale many a.png --prompt 1", "cannot be enlarged to 16 px: expected a shorter side of 8, 4, 2, 1"),
         ("interpolate many --prompt 1", "both ends are the same"),
         ("interpolate many --prompt 1 --seed 1 --seed 2 --fit", "--fit: there is no picture to scale and crop"),
-        ("interpolate many --prompt 1 --image a.png", "and 1 pictures: expected one or two prompts"),
+        ("interpolate many --prompt 1 --image a.png", "and 1 images: expected one or two prompts"),
         ("interpolate many --prompt 1 --seed 1 --seed 2 -o x.webp", "ends in .png (a strip) or .gif"),
         ("unpaint", "No such command 'unpaint'"),
     ],

@@ -268,9 +268,9 @@ def test_every_pair_has_a_weight_of_its_own_by_its_number(made: Path) -> None:
 def test_the_estimator_tells_its_error(made: Path) -> None:
     facts = json.loads((made / "omega" / "estimator.json").read_text())
     assert facts["teacher"] == checkpoint.read_config(made / "core" / "checkpoint").sha256
-    assert facts["law_deviation"] == pytest.approx(8 / 12**0.5, rel=1e-5)
+    assert facts["guidance_deviation"] == pytest.approx(8 / 12**0.5, rel=1e-5)
     result = json.loads((made / "omega" / "stage.json").read_text())["result"]
-    assert 0 < result["heldout_rmse"] == facts["heldout_rmse"] < 3 * facts["law_deviation"]
+    assert 0 < result["heldout_rmse"] == facts["heldout_rmse"] < 3 * facts["guidance_deviation"]
     log = [json.loads(line) for line in (made / "omega" / "log.jsonl").read_text().splitlines()]
     assert {"validation/rmse", "validation/share"} <= {k for line in log for k in line}
     assert "estimate guidance weights from drawn" in (made / "report.html").read_text()

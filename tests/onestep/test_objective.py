@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pixelgrow.models.cond import Cond
 from pixelgrow.onestep.distill import DISCRIMINATOR, GENERATOR, DistillBatch, DistillObjective
-from pixelgrow.onestep.features import Seen
+from pixelgrow.onestep.features import FeatureOutput
 from pixelgrow.onestep.settings import LossSettings
 
 
@@ -50,9 +50,9 @@ class Pixels:
     def vec(self, cond: Cond) -> Tensor:
         return cond.labels[:, None].float()
 
-    def __call__(self, images: Tensor, cond: Cond, crop: Tensor) -> Seen:
+    def __call__(self, images: Tensor, cond: Cond, crop: Tensor) -> FeatureOutput:
         self.images.append(images)
-        return Seen([images.flatten(2).transpose(1, 2)], self.vec(cond))
+        return FeatureOutput([images.flatten(2).transpose(1, 2)], self.vec(cond))
 
 
 class Agrees(nn.Module):

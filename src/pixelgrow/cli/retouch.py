@@ -75,7 +75,7 @@ def retouch(request: Request) -> Path:
         case "transfer":
             made = editing.transfer(model, read, *request.prompts, **keywords)
         case _:
-            made = editing.interpolate(model, request.prompts, pictures=read, **keywords)
+            made = editing.interpolate(model, request.prompts, images=read, **keywords)
     facts = {
         "edit": request.verb,
         "checkpoint": str(find(request.checkpoint)),

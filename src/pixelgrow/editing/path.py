@@ -1,4 +1,4 @@
-"""The way of an edit through a multi-step model: its solver forwards and backwards, with what is known put in."""
+"""The solver of an edit by a multi-step model: forwards and backwards, with the known part of an image inserted."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ from pixelgrow.models.cond import Cond
 from pixelgrow.onestep.latents import FitSettings
 
 Progress = Callable[[int, int], None]
-CALM = 2.0  # guidance where details are decided: more frays edges and makes grain
+CALM = 2.0  # guidance where details are decided; more would fray edges and add grain
 FIT = tuple(field.name for field in dataclasses.fields(FitSettings))  # settings of a one-step generator's edits
 
 
 class EditPath:
-    """A multi-step model's solver under `settings`, else the checkpoint's, else the library's.
+    """A multi-step model's solver with `settings`; those not given are the checkpoint's, else the library's.
 
-    `sigmas`: its falling grid, from the noise level that `strength` in (0, 1] stands for: that share of its steps.
-    `more`: the share that `again` goes along; `passes`: how often all of `sigmas` is gone along, for `progress`.
+    strength: the part of the grid, in (0, 1], that `sigmas` goes through, up to noise level 0.
+    more: the part that the second pass, `again`, goes through.
+    passes: how often `sigmas` is gone through, to count steps for `progress`.
     """
 
     def __init__(
@@ -44,13 +45,13 @@ class EditPath:
     ) -> None:
         if named := [name for name in given_of(settings) if name in FIT]:
             raise UserError(
-                f"{', '.join(named)}: a multi-step model edits along its sampler's path and looks for no latent; drop "
-                "it, or name a one-step checkpoint"
+                f"{', '.join(named)}: a multi-step model edits while it samples and searches for no latent; drop it, "
+                "or name a one-step checkpoint"
             )
         if unknown := [name for name in given_of(settings) if name not in SamplingSpec.model_fields]:
             raise UserError(f"{unknown[0]}: no such setting; expected {', '.join(SamplingSpec.model_fields)}")
         if not 0 < strength <= 1:
-            raise UserError(f"strength={strength}: expected more than 0 and 1 at most; 1 goes back to pure noise")
+            raise UserError(f"strength={strength}: expected more than 0 and at most 1; 1 starts from pure noise")
         chosen = model.settings(**settings)
         grid = noise_grid(chosen.pop("grid", "karras"), model.denoiser, model.config)
         self.steps: int = chosen.pop("steps")
@@ -61,11 +62,11 @@ class EditPath:
         self.done, self.total = 0, passes * (len(self.sigmas) - 1) + (len(self.last) - 1 if more else 0)
 
     def denoise(self, cond: Cond, **guiding: Any) -> Denoise:
-        """The guided denoiser of conditions; `guiding` in the place of the settings' own."""
+        """The guided denoiser for conditions; `guiding` overrides the settings."""
         return Guided(self.model.denoiser, cond, **(self.guiding | guiding))
 
     def noise(self, size: tuple[int, int], seed: int, count: int) -> Tensor:
-        """(count, 3, h, w) to start from: that of `sample`."""
+        """(count, 3, h, w) at the first level: the noise that `sample` starts from."""
         return self.sigmas[0].item() * initial_noise(size, seed, range(count)).to(self.model.device)
 
     def solve(
@@ -88,19 +89,19 @@ class EditPath:
     def fill(
         self, denoise: Denoise, x: Tensor, where: Tensor, z: Tensor, seed: int, sigmas: Tensor | None = None
     ) -> Tensor:
-        """Images from z at the first level, with those x (B, 3, h, w) known but for `where` (B, 1, h, w)."""
+        """Images from z at the first level that equal x (B, 3, h, w) except `where` (B, 1, h, w) is True."""
         filled = self.solve(lambda z, sigma: torch.where(where, denoise(z, sigma), x), z, seed, sigmas=sigmas)
         return torch.where(where, filled, x)
 
-    def again(self, cond: Cond, x: Tensor, where: Tensor, drawn: Tensor, seed: int) -> Tensor:
-        """A second pass over what was filled, from a lower noise level, with less guidance: seams and edges settle."""
+    def again(self, cond: Cond, x: Tensor, where: Tensor, filled: Tensor, seed: int) -> Tensor:
+        """A second pass over `filled` images from a lower level, with less guidance: it smooths seams and edges."""
         denoise = self.denoise(cond, guidance=min(CALM, self.guiding["guidance"]))
         noise = self.last[0].item() * initial_noise(size_of(x), rng.seed_of(seed, "again"), range(len(x))).to(x.device)
-        return self.fill(denoise, x, where, drawn + noise, seed, self.last)
+        return self.fill(denoise, x, where, filled + noise, seed, self.last)
 
     def invert(self, denoise: Denoise, x: Tensor) -> list[Tensor]:
-        """Images x (B, 3, h, w) -> the states of the grid's levels, that of the first level first, x itself last."""
-        if self.steps < 2:  # from noise level 0 there is no slope to follow: the picture itself would be the noise
+        """Images x (B, 3, h, w) -> the states at the grid's levels, highest first, x itself last."""
+        if self.steps < 2:  # there is no slope at noise level 0, so the image itself would be the noise
             raise UserError(f"steps={self.steps}: an inversion takes 2 or more")
         return [x, *self._along(self.sigmas.flip(0), denoise, x, None)][::-1]
 
@@ -114,5 +115,5 @@ class EditPath:
 
 
 def given_of(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that were given: those that are not None."""
+    """The settings that are not None."""
     return {name: value for name, value in settings.items() if value is not None}

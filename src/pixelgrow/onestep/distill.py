@@ -15,7 +15,7 @@ from pixelgrow.diffusion.sampling import space_of
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.discriminator import Discriminator
 from pixelgrow.onestep.estimator import Labels
-from pixelgrow.onestep.features import Distance, FeatureDistance, Features, Seen
+from pixelgrow.onestep.features import Distance, FeatureDistance, FeatureOutput, Features
 from pixelgrow.onestep.losses import (
     DRAWS,
     GuidanceDistribution,
@@ -28,6 +28,7 @@ from pixelgrow.onestep.losses import (
 )
 from pixelgrow.onestep.outside import OutsideGenerator
 from pixelgrow.onestep.settings import LossSettings
+from pixelgrow.training.denoise import Conditions
 from pixelgrow.training.objective import Terms
 
 GENERATOR, DISCRIMINATOR = "generator", "discriminator"
@@ -35,10 +36,14 @@ GENERATOR, DISCRIMINATOR = "generator", "discriminator"
 
 @dataclass(frozen=True)
 class DistillBatch:
-    """`image` (B, 3, H, W) real pictures of `text`; `latent` (B, 3, h, w) and the picture `target` (B, 3, H, W) of
-    `target_text` that a pair joins it to; `index` (B,) int64, the positions in the training stream. `guidance` (B,):
-    the weights that the pairs were made with, where each has its own. `caption` (B,): which of its picture's captions
-    each `text` is, for the distribution "mixed"."""
+    """A batch of B real images, each with a pair.
+
+    image: (B, 3, H, W) real images. text: their captions.
+    latent, target: (B, 3, h, w) and (B, 3, H, W), the pairs. target_text: the captions of their images.
+    index: (B,) int64, positions in the training stream.
+    guidance: (B,) guidance weights of the pairs, where each has its own; else None.
+    caption: (B,) which of its image's captions each `text` is, for the distribution "mixed".
+    """
 
     image: Tensor
     text: tuple[str, ...]
@@ -53,28 +58,24 @@ class DistillBatch:
         return len(self.text)
 
 
-class Conditions(Protocol):
-    """Where captions' encodings come from: `text_cache.TextCache`."""
-
-    def cond(self, texts: Sequence[str]) -> Cond:
-        """The conditions of captions, on the CPU."""
-        ...
-
-
 class Similarity(Protocol):
-    """`(images, captions) -> scalar`: how little images (B, 3, H, W) show of their captions."""
+    """`(images, captions) -> scalar`: how far images (B, 3, H, W) are from their captions; less is better."""
 
     def __call__(self, images: Tensor, texts: Sequence[str], /) -> Tensor: ...
 
 
 class DistillObjective:
-    """Generator and discriminator, updated in turn; prior samples and augmentations keyed by (seed, index).
+    """Losses of a generator and its discriminator, which are updated in turn.
 
-    The discriminator looks at frozen `features` of real and drawn pictures under their captions, the teacher's or
-    others; real ones under another's caption it is to refuse too (`losses.mismatched`, ours). `distance` to the
-    pictures of pairs: by the same features if None; `similarity`: none if None. A guided generator is conditioned on
-    the weight of each pair, and for prior samples on one of `distribution`; so is the discriminator, for real images on
-    what `labels` estimate.
+    Prior samples and augmentations are functions of (seed, index). The discriminator sees frozen `features` of real
+    and generated images with their captions. It also learns to reject real images with the caption of another
+    (`losses.mismatched`, ours).
+
+    distance: between generated images and those of their pairs; by `features` if None.
+    similarity: of prior samples and captions, a regulariser; none if None.
+    distribution: of the guidance weights of prior samples; None unless the generator is guided. A guided generator is
+    conditioned on the weight of each pair, and on a random weight for each prior sample.
+    labels: estimates the weights of real images, which a guided discriminator is conditioned on.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class DistillObjective:
             self.modules[DISCRIMINATOR] = self.discriminator
 
     def loss(self, batch: DistillBatch, part: str) -> Terms:
-        """The loss of a part on a batch; see the class."""
+        """The loss that `modules[part]` descends on a batch."""
         return self._generator(batch) if part == GENERATOR else self._discriminator(batch)
 
     def _generator(self, batch: DistillBatch) -> Terms:
@@ -115,89 +116,92 @@ class DistillObjective:
         target = batch.target.to(self.device)
         crop = self._uniform("crop", batch.index, 2)
         latent = batch.latent.to(self.device)
-        told = None if batch.guidance is None else batch.guidance.to(self.device)
+        guidance = None if batch.guidance is None else batch.guidance.to(self.device)
         if not s.adversarial and self.similarity is None:
             cond = self.text.cond(batch.target_text).to(self.device)
-            drawn = self.generator(latent, cond, told)
-            rec = at_output(drawn, lambda y: self._distance(y, target, cond, crop))
+            images = self.generator(latent, cond, guidance)
+            rec = at_output(images, lambda y: self._distance(y, target, cond, crop))
             return Terms(rec.loss, {"rec": rec.value})
         both = self.text.cond(batch.target_text + batch.text).to(self.device)
         first, cond = both[:n], both[n:]
         omega = self._weights(batch, GENERATOR)
-        if told is not None and omega is not None:
-            told = torch.cat([told, omega])
-        drawn = self.generator(torch.cat([latent, self._prior(batch.index, GENERATOR)]), both, told)
-        rec = at_output(drawn[:n], lambda y: self._distance(y, target, first, crop))
+        if guidance is not None and omega is not None:
+            guidance = torch.cat([guidance, omega])
+        images = self.generator(torch.cat([latent, self._prior(batch.index, GENERATOR)]), both, guidance)
+        rec = at_output(images[:n], lambda y: self._distance(y, target, first, crop))
         loss = rec.loss
         logs: dict[str, Tensor | float] = {"rec": rec.value}
         if s.adversarial:
             draws = self._uniform("augment generator", batch.index, DRAWS + 2)
-            adv = at_output(drawn[n:], lambda y: hinge_generator(self._verdict(self._see(y, cond, draws), omega)))
+            adv = at_output(
+                images[n:], lambda y: hinge_generator(self._logits(self._augmented_features(y, cond, draws), omega))
+            )
             if s.balance == "fixed":
                 loss, weight = rec.loss + s.scale * adv.loss, torch.tensor(s.scale)
             else:
-                made = balanced(rec, adv, self.generator.last_layer, s.norms, s.scale)
-                loss, weight = made.loss, made.weight
+                total = balanced(rec, adv, self.generator.last_layer, s.norms, s.scale)
+                loss, weight = total.loss, total.weight
             logs |= {"adv": adv.value, "adv_weight": weight}
         if (similarity := self.similarity) is not None:
             assert s.similarity is not None
-            alike = at_output(drawn[n:], lambda y: similarity(y, batch.text))
+            alike = at_output(images[n:], lambda y: similarity(y, batch.text))
             loss, logs["similarity"] = loss + s.similarity.weight * alike.loss, alike.value
         return Terms(loss, logs)
 
     def _discriminator(self, batch: DistillBatch) -> Terms:
-        n, others = len(batch), self._others(batch.text)
-        cond = self.text.cond((*batch.text, *batch.text, *(batch.text[j] for _, j in others))).to(self.device)
+        n, mismatched = len(batch), self._mismatched(batch.text)
+        cond = self.text.cond((*batch.text, *batch.text, *(batch.text[j] for _, j in mismatched))).to(self.device)
         draws = self._uniform("augment discriminator", batch.index, DRAWS + 2)
         with torch.no_grad():
             image, omega = batch.image.to(self.device), self._weights(batch, DISCRIMINATOR)
             fake = self.generator(self._prior(batch.index, DISCRIMINATOR), cond[:n], omega)
-            rows = [i for i, _ in others]
-            seen = self._see(torch.cat([image, fake, image[rows]]), cond, torch.cat([draws, draws, draws[rows]]))
+            rows = [i for i, _ in mismatched]
+            images, draws = torch.cat([image, fake, image[rows]]), torch.cat([draws, draws, draws[rows]])
+            features = self._augmented_features(images, cond, draws)
             if omega is not None:
                 assert self.labels is not None
-                said = self.labels(image, cond[:n])
-                omega = torch.cat([said, omega, said[rows]])
-        verdict = self._verdict(seen, omega)
-        real, drawn = [v[:n] for v in verdict], [v[n:] for v in verdict]
-        groups = {"real": real, "fake": [v[:n] for v in drawn], "mismatched": [v[n:] for v in drawn]}
+                estimated = self.labels(image, cond[:n])
+                omega = torch.cat([estimated, omega, estimated[rows]])
+        logits = self._logits(features, omega)
+        real, rejected = [v[:n] for v in logits], [v[n:] for v in logits]
+        groups = {"real": real, "fake": [v[:n] for v in rejected], "mismatched": [v[n:] for v in rejected]}
         means: dict[str, Tensor | float] = {
             name: torch.stack([v.mean() for v in some]).mean().detach() for name, some in groups.items() if len(some[0])
         }
-        return Terms(hinge_discriminator(real, drawn), means)
+        return Terms(hinge_discriminator(real, rejected), means)
 
-    def _others(self, texts: Sequence[str]) -> list[tuple[int, int]]:
-        """Rows of real pictures, each with the row whose caption it is shown under to be refused."""
+    def _mismatched(self, texts: Sequence[str]) -> list[tuple[int, int]]:
+        """Rows of real images, each with the row whose other caption it is to be rejected with."""
         if not self.losses.mismatched:
             return []
         pairs = ((i, (i + 1) % len(texts)) for i in range(len(texts)))
         return [(i, j) for i, j in pairs if texts[i] != texts[j]]
 
     def _distance(self, images: Tensor, target: Tensor, cond: Cond, crop: Tensor) -> Tensor:
-        """Scalar: how far pictures are from those of their pairs."""
+        """The reconstruction loss of images and those of their pairs, a scalar."""
         total = self.losses.pixels * (images - target).square().mean()
         if self.losses.features:
             total = total + self.losses.features * self.distance(images, target, cond, crop).mean()
         return total
 
-    def _see(self, images: Tensor, cond: Cond, draws: Tensor) -> Seen:
-        """What the discriminator sees of images; draws (B, `DRAWS` + 2): of the augmentation, and where to crop."""
+    def _augmented_features(self, images: Tensor, cond: Cond, draws: Tensor) -> FeatureOutput:
+        """Features of augmented images; draws (B, `DRAWS` + 2): for the augmentation, then for the crop."""
         return self.features(diff_augment(images, draws[:, :DRAWS], self.losses.augment), cond, draws[:, DRAWS:])
 
-    def _verdict(self, seen: Seen, omega: Tensor | None) -> list[Tensor]:
-        return self.discriminator(seen.tokens, seen.vec, omega)
+    def _logits(self, features: FeatureOutput, omega: Tensor | None) -> list[Tensor]:
+        return self.discriminator(features.tokens, features.vec, omega)
 
-    def _weights(self, batch: DistillBatch, whose: str) -> Tensor | None:
-        """Guidance weights (B,) of prior samples under a batch's captions."""
+    def _weights(self, batch: DistillBatch, part: str) -> Tensor | None:
+        """Guidance weights (B,) of prior samples with a batch's captions."""
         if self.distribution is None:
             return None
-        u = rng.uniform(self.seed, f"guidance {whose}", batch.index)
+        u = rng.uniform(self.seed, f"guidance {part}", batch.index)
         return guidance_weights(u, self.distribution, batch.caption).float().to(self.device)
 
-    def _prior(self, index: Tensor, whose: str) -> Tensor:
+    def _prior(self, index: Tensor, part: str) -> Tensor:
         side = self.generator.latent_resolution
         shape = (space_of(self.generator).channels, side, side)
-        return rng.normal(shape, self.seed, f"prior {whose}", index, self.device)
+        return rng.normal(shape, self.seed, f"prior {part}", index, self.device)
 
     def _uniform(self, stream: str, index: Tensor, count: int) -> Tensor:
         """(B, count) in [0, 1), row b a function of (seed, stream, index[b])."""

@@ -1,7 +1,7 @@
-"""The estimator omega(x, c): the guidance weight that a picture looks drawn with (PaGoDA, arXiv 2405.14822).
+"""The estimator omega(x, c): the guidance weight that an image looks sampled with (PaGoDA, arXiv 2405.14822).
 
-A guided discriminator is told the weight of what it sees, and real pictures have none: they are labelled by what a
-small network has learnt from pictures that the teacher drew with known weights. Features and network are ours.
+A guided discriminator is conditioned on the guidance weight of each image, and real images have none. A small network
+estimates it; it was trained on images that the teacher sampled with known weights. Features and network are ours.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ FACTS, WEIGHTS = "estimator.json", "estimator.safetensors"
 
 
 class Estimator(nn.Module):
-    """Descriptions (B, width) of pictures -> guidance weights (B,), in evaluation within the limits of `distribution`.
+    """Descriptions (B, width) of images -> guidance weights (B,), in eval mode within the limits of `distribution`.
 
-    Works in units of the distribution's deviation about its mean, and says the mean before it has learnt anything.
+    The network predicts the weight's difference from the distribution's mean, in standard deviations; 0 at the start.
     """
 
-    mean: Tensor  # (width,), of the descriptions that it learns from, and
-    std: Tensor  # (width,)
+    mean: Tensor  # (width,), of the descriptions that it is trained on
+    std: Tensor  # (width,), of the same
 
     def __init__(self, width: int, distribution: GuidanceDistribution, hidden: int = 128) -> None:
         super().__init__()
@@ -51,12 +51,12 @@ class Estimator(nn.Module):
 
     def forward(self, description: Tensor) -> Tensor:
         h = F.gelu(self.up((description - self.mean) / self.std))
-        said = self.spread.mean + self.spread.std * self.out(F.gelu(h + self.mix(h)))[:, 0]  # (B,)
-        return said if self.training else said.clamp(self.spread.low, self.spread.high)
+        omega = self.spread.mean + self.spread.std * self.out(F.gelu(h + self.mix(h)))[:, 0]  # (B,)
+        return omega if self.training else omega.clamp(self.spread.low, self.spread.high)
 
     @torch.no_grad()
     def standardise(self, descriptions: Tensor) -> None:
-        """Have descriptions arrive with mean 0 and deviation 1, as measured on some (N, width)."""
+        """Set mean and deviation to those of descriptions (N, width), so that inputs arrive standardised."""
         self.mean.copy_(descriptions.mean(0))
         self.std.copy_(descriptions.std(0, correction=0).clamp_min(1e-4))
 
@@ -64,16 +64,19 @@ class Estimator(nn.Module):
 @torch.no_grad()
 @tf32()
 def described(features: TeacherFeatures, images: Tensor, cond: Cond) -> Tensor:
-    """What the estimator knows of pictures (B, 3, H, W) in [-1, 1]: mean and deviation of the teacher's tokens at the
-    teacher's resolution, layer by layer, and the condition as the teacher embeds it; (B, width)."""
+    """The estimator's input for images (B, 3, H, W) in [-1, 1]: (B, width).
+
+    Mean and standard deviation of the teacher's tokens at its own resolution, for each layer, and the condition as the
+    teacher embeds it.
+    """
     small = box_down(images, images.shape[-1] // features.teacher.resolution)
-    seen = features(small, cond, small.new_full((len(small), 2), 0.5))
-    moments = [m for t in seen.tokens for m in (t.mean(1), t.std(1, correction=0))]
-    return torch.cat([*moments, seen.vec], 1).float()
+    found = features(small, cond, small.new_full((len(small), 2), 0.5))
+    moments = [m for t in found.tokens for m in (t.mean(1), t.std(1, correction=0))]
+    return torch.cat([*moments, found.vec], 1).float()
 
 
 class Labels:
-    """`labels(images, cond) -> omega (B,)`: an estimator and the features that it goes by."""
+    """`labels(images, cond) -> omega (B,)`: an estimator with the features that it takes."""
 
     def __init__(self, estimator: Estimator, features: TeacherFeatures) -> None:
         self.estimator, self.features = estimator.eval().requires_grad_(False), features
@@ -87,8 +90,8 @@ class Labels:
 
 @dataclass(frozen=True)
 class EstimateBatch:
-    """`description` (B, width) of pictures drawn with guidance weights `guidance` (B,); `index` (B,) int64, the
-    positions in the training stream."""
+    """`description` (B, width) of images sampled with guidance weights `guidance` (B,); `index` (B,) int64, positions
+    in the training stream."""
 
     description: Tensor
     guidance: Tensor
@@ -96,7 +99,7 @@ class EstimateBatch:
 
 
 def batches_of(description: Tensor, guidance: Tensor, batch: int, seed: int, start: int) -> Iterator[EstimateBatch]:
-    """An endless, exactly resumable stream of (N, width) descriptions and their weights, shuffled in each epoch."""
+    """Endless batches of descriptions (N, width) and their weights (N,), from a position on; shuffled in each epoch."""
     order = Order([len(description)], seed=rng.seed_of(seed, "estimate"))
     for at in count(start, batch):
         rows = [order.at(position).item for position in range(at, at + batch)]
@@ -104,7 +107,7 @@ def batches_of(description: Tensor, guidance: Tensor, batch: int, seed: int, sta
 
 
 class EstimateObjective:
-    """Squared error of the guidance weight, in units of the distribution's variance: a constant guess has 1."""
+    """Squared error of the guidance weight over the distribution's variance: the best constant has 1."""
 
     def __init__(self, estimator: Estimator) -> None:
         self.estimator = estimator.train()
@@ -112,30 +115,32 @@ class EstimateObjective:
         self.rates: Mapping[str, float] = {PART: 1.0}
 
     def loss(self, batch: EstimateBatch, part: str = PART) -> Terms:
-        """The mean error of a batch; see the class."""
+        """The mean error of a batch."""
         device = self.estimator.mean.device
-        said = self.estimator(batch.description.to(device)).float()
-        return Terms(((said - batch.guidance.to(device)) / self.estimator.spread.std).square().mean())
+        omega = self.estimator(batch.description.to(device)).float()
+        return Terms(((omega - batch.guidance.to(device)) / self.estimator.spread.std).square().mean())
 
 
 # --- on disk ----------------------------------------------------------------------------------------------------------
 
 
 def save_estimator(folder: Path, estimator: Estimator, teacher: str, rmse: float) -> dict[str, object]:
-    """Write an estimator of the teacher with the hash `teacher`; returns what `estimator.json` is to say of it, which
-    is to be written last."""
+    """Write the weights of an estimator for the teacher with the hash `teacher`.
+
+    Returns the content of `estimator.json`, which the caller writes last.
+    """
     write_shard(folder / WEIGHTS, {n: t.detach().cpu().contiguous() for n, t in estimator.state_dict().items()})
     return {
         "teacher": teacher,
         "distribution": estimator.distribution,
         "heldout_rmse": rmse,
-        "law_deviation": estimator.spread.std,
+        "guidance_deviation": estimator.spread.std,
         "sha256": file_hash(folder / WEIGHTS),
     }
 
 
 def load_estimator(folder: Path, teacher: str, distribution: GuidanceDistribution, device: torch.device) -> Estimator:
-    """The estimator in a stage's folder. Raises UserError if it is damaged, or another teacher's or distribution's."""
+    """The estimator in a stage's folder. Raises UserError if it is damaged, or of another teacher or distribution."""
     path = folder / FACTS
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
@@ -152,8 +157,8 @@ def load_estimator(folder: Path, teacher: str, distribution: GuidanceDistributio
         raise UserError(f"{weights} {shard_fault(weights, f'delete {folder} to train it again')}")
     if whose != teacher:
         raise UserError(
-            f"the estimator in {folder} knows pictures of the teacher {whose[:12]}, the pairs are of {teacher[:12]}: "
-            "train one on pairs of the same teacher"
+            f"the estimator in {folder} was trained on images of the teacher {whose[:12]}, the pairs are of "
+            f"{teacher[:12]}: train one on pairs of that teacher"
         )
     if theirs != distribution:
         raise UserError(

@@ -1,5 +1,4 @@
-"""Features and distances of images: the frozen teacher's own tokens, the default that needs nothing from outside, or
-those of a vision model."""
+"""Features of images and distances by them: tokens of the frozen teacher, the default, or of a vision model."""
 
 from __future__ import annotations
 
@@ -16,19 +15,19 @@ from pixelgrow.models.core import Context
 from pixelgrow.models.layers import box_down
 from pixelgrow.onestep.losses import feature_distance, integers
 
-SIGMA = 0.3  # noise level, as the core sees it, that the teacher is told of images that have none
+SIGMA = 0.3  # (core units) given to the teacher when it extracts features of clean images
 
 
 @dataclass(frozen=True)
-class Seen:
-    """`tokens`: features (B, N, C) of each view and layer; `vec` (B, C): the condition as the teacher embeds it."""
+class FeatureOutput:
+    """`tokens`: features (B, N, C) of each view and layer; `vec` (B, C): the condition, embedded by the teacher."""
 
     tokens: list[Tensor]
     vec: Tensor
 
 
 class Embeds(Protocol):
-    """Embeds conditions: a teacher."""
+    """A teacher, as the embedder of conditions."""
 
     @property
     def vec_width(self) -> int: ...
@@ -36,22 +35,22 @@ class Embeds(Protocol):
 
 
 class Features(Embeds, Protocol):
-    """What a discriminator, a distance or a watch asks of features.
+    """A feature network, as discriminators and distances use it.
 
-    widths: channels of each of the token tensors that images of a resolution give. A call takes images (B, 3, H, W) in
-    [-1, 1], their conditions, and crop (B, 2) in [0, 1): where a part begins, of the slack in y and x.
+    widths: channels of each tensor of tokens, for images of a resolution. A call takes images (B, 3, H, W) in [-1, 1],
+    their conditions, and `crop` (B, 2) in [0, 1): the place of a crop, see `cropped`.
     """
 
     def widths(self, resolution: int, /) -> list[int]: ...
-    def __call__(self, images: Tensor, cond: Cond, crop: Tensor, /) -> Seen: ...
+    def __call__(self, images: Tensor, cond: Cond, crop: Tensor, /) -> FeatureOutput: ...
 
 
 class TeacherFeatures:
     """Tokens of a teacher's core as features of images, for distances and for a discriminator.
 
     Ours, where the papers use DeiT, EfficientNet, DINO or LPIPS: no other network is needed, and the tokens attend to
-    the caption (as in latent adversarial diffusion distillation, arXiv 2403.12015). Images larger than the teacher's
-    core was made for are seen twice: box-downed as a whole, and a part of it at full resolution, wherever `crop` says.
+    the caption (as in latent adversarial diffusion distillation, arXiv 2403.12015). Images larger than those of the
+    core give two views: the whole image, box-downed, and a crop at full resolution.
     """
 
     def __init__(self, teacher: Denoiser) -> None:
@@ -73,7 +72,7 @@ class TeacherFeatures:
         sigma = torch.full((len(cond),), SIGMA, device=cond.null.device)
         return self.teacher.net.embed(torch.log(sigma) / 4, cond)
 
-    def __call__(self, images: Tensor, cond: Cond, crop: Tensor) -> Seen:
+    def __call__(self, images: Tensor, cond: Cond, crop: Tensor) -> FeatureOutput:
         net, config = self.teacher.net, self.teacher.config
         rung = net.config.rungs[0]
         k = images.shape[-1] // self.side
@@ -88,15 +87,15 @@ class TeacherFeatures:
             size = (h.shape[-2], h.shape[-1])
             after = net.core.layers(h.permute(0, 2, 3, 1).flatten(1, 2), size, ctx)
             tokens += [t for number, t in enumerate(after, 1) if number in self.layers]
-        return Seen(tokens, ctx.vec)
+        return FeatureOutput(tokens, ctx.vec)
 
 
 class VisionFeatures:
-    """Hidden states of a vision model from outside (DINOv2, CLIP, any of transformers') as features of images.
+    """Hidden states of a vision model (DINOv2, CLIP, any of transformers') as features of images.
 
-    PaGoDA (arXiv 2405.14822) has DINO and others; which layers is ours. The model knows no captions: a discriminator
-    is told the condition as the teacher embeds it. Images larger than the model was made for are seen twice, as by
-    `TeacherFeatures`; the whole is resized with antialiasing, and smaller ones are enlarged.
+    PaGoDA (arXiv 2405.14822) uses DINO and others; the choice of layers is ours. The model reads no captions: the
+    discriminator receives the condition as the teacher embeds it. The whole image is resized to the model's size with
+    antialiasing; a larger one gives a second view, a crop at full resolution.
     """
 
     def __init__(self, vision: Vision, teacher: Embeds) -> None:
@@ -112,15 +111,15 @@ class VisionFeatures:
     def vec(self, cond: Cond) -> Tensor:
         return self.teacher.vec(cond)
 
-    def __call__(self, images: Tensor, cond: Cond, crop: Tensor) -> Seen:
+    def __call__(self, images: Tensor, cond: Cond, crop: Tensor) -> FeatureOutput:
         tokens = self.vision(images)
         if images.shape[-1] > self.side:
             tokens += self.vision(cropped(images, self.side, crop))
-        return Seen(tokens, self.vec(cond))
+        return FeatureOutput(tokens, self.vec(cond))
 
 
 def cropped(images: Tensor, side: int, at: Tensor) -> Tensor:
-    """A part (B, C, side, side) of each image, beginning at fraction `at` (B, 2) of the slack in y and x."""
+    """A crop (B, C, side, side) of each image; `at` (B, 2) in [0, 1) is its place: 0 top or left, 1 bottom or right."""
     for dim, u in ((2, at[:, 0]), (3, at[:, 1])):
         corner = integers(u, images.shape[dim] - side + 1)
         rows = corner[:, None] + torch.arange(side, device=corner.device)  # (B, side)
@@ -129,13 +128,13 @@ def cropped(images: Tensor, side: int, at: Tensor) -> Tensor:
 
 
 class Distance(Protocol):
-    """`(images, target, cond, crop) -> (B,)`: how far images (B, 3, H, W) are from others of the same conditions."""
+    """`(images, target, cond, crop) -> (B,)`: how far images (B, 3, H, W) are from targets of the same conditions."""
 
     def __call__(self, images: Tensor, target: Tensor, cond: Cond, crop: Tensor, /) -> Tensor: ...
 
 
 class FeatureDistance:
-    """The distance of images by their features, differentiable in the first images."""
+    """The distance of images by their features, differentiable in the images, not in the targets."""
 
     def __init__(self, features: Features) -> None:
         self.features = features

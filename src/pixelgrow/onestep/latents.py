@@ -1,6 +1,6 @@
-"""The latent of a picture that is known in part: z* = argmin_z |y - A(G(z, c))|^2 by Adam (PaGoDA, arXiv 2405.14822).
+"""The latent of a partly known image: z* = argmin_z |y - A(G(z, c))|^2 by Adam (PaGoDA, arXiv 2405.14822).
 
-Where the search starts and ends and what keeps a latent likely is ours; the paper names Adam alone.
+The start of the search, its end and the prior are ours; the paper only names Adam.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -16,19 +17,20 @@ from pixelgrow import rng
 from pixelgrow.diffusion.sampling import initial_noise
 from pixelgrow.errors import UserError
 
-Draw = Callable[[Tensor], Tensor]
-"""Latents (B, 3, h, w) -> images (B, 3, H, W): a generator under its conditions."""
+Generate = Callable[[Tensor], Tensor]
+"""Latents (B, 3, h, w) -> images (B, 3, H, W): a generator with its conditions."""
 Misfit = Callable[[Tensor], Tensor]
-"""Images (B, 3, H, W) -> (B,), the mean squared error of what is known of each."""
+"""Images (B, 3, H, W) -> (B,), the mean squared error of the known part of each."""
 
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How a latent is looked for. Raises UserError for what means nothing.
+    """Settings of the search for a latent. Raises UserError for values out of range.
 
-    `iterations`: steps of Adam at most, at `rate`. `starts`: prior samples tried; the nearest one is where it begins.
-    `prior`: weight of (|z|^2 / n - 1)^2, which keeps a latent of n numbers as long as the prior's are. `tolerance`:
-    root mean squared error of the known pixels, of the range [-1, 1], at which a latent is good enough.
+    iterations: the most steps of Adam. rate: its learning rate.
+    starts: prior samples to choose the best start from.
+    prior: weight of (|z|^2 / n - 1)^2, which keeps the norm of a latent of n numbers near that of prior samples.
+    tolerance: root mean squared error of the known pixels, in the range [-1, 1], at which the search ends.
     """
 
     iterations: int = 200
@@ -38,16 +40,21 @@ class FitSettings:
     tolerance: float = 0.02
 
     def __post_init__(self) -> None:
-        for name, least in (("iterations", 0), ("starts", 1), ("prior", 0), ("tolerance", 0)):
-            if not (math.isfinite(value := getattr(self, name)) and value >= least):
-                raise UserError(f"{name}={value}: expected {least} or more")
-        if not 0 < self.rate < math.inf:
-            raise UserError(f"rate={self.rate}: expected a step above 0; 0.02 to 0.2 are usual")
+        for name, least in (("iterations", 0), ("starts", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+                raise UserError(f"{name}={value}: expected a whole number, {least} or more")
+        for name in ("prior", "tolerance", "rate"):
+            value = getattr(self, name)
+            if not isinstance(value, Real) or isinstance(value, bool) or not 0 <= float(value) < math.inf:
+                raise UserError(f"{name}={value}: expected a number, 0 or more")
+        if not self.rate:
+            raise UserError(f"rate={self.rate}: expected a number above 0; 0.02 to 0.2 are usual")
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """`latent` (B, 3, h, w) and the root mean squared `error` (B,) of what is known, at it."""
+    """`latent` (B, 3, h, w) and its root mean squared `error` (B,) of the known pixels."""
 
     latent: Tensor
     error: Tensor
@@ -55,11 +62,11 @@ class Fitted:
 
 @torch.no_grad()
 def nearest(
-    draw: Draw, misfit: Misfit, size: tuple[int, int, int], seed: int, starts: int, device: torch.device
+    generate: Generate, misfit: Misfit, size: tuple[int, int, int], seed: int, starts: int, device: torch.device
 ) -> Tensor:
-    """Of `starts` prior samples for each of B pictures, the latent (B, 3, h, w) that fits best; `size` is (B, h, w).
+    """The best of `starts` prior samples for each of B images: latents (B, 3, h, w); `size` is (B, h, w).
 
-    The first one tried is what `sampling.generate` would draw from.
+    The first start is the latent of `sampling.generate` for this seed.
     """
     count, *latent = size
     best = torch.full((count,), math.inf, device=device)
@@ -67,32 +74,32 @@ def nearest(
     for start in range(starts):
         key = rng.seed_of(seed, "start", start) if start else seed
         z = initial_noise((latent[0], latent[1]), key, range(count)).to(device)
-        error = misfit(draw(z))
+        error = misfit(generate(z))
         found = torch.where((error < best)[:, None, None, None], z, found)
         best = torch.minimum(error, best)
     return found
 
 
 def fit(
-    draw: Draw,
+    generate: Generate,
     misfit: Misfit,
     start: Tensor,
     settings: FitSettings,
     progress: Callable[[int, int], None] | None = None,
 ) -> Fitted:
-    """The best latents on Adam's way from `start` (B, 3, h, w), each apart from the others.
+    """The best latents that Adam finds from `start` (B, 3, h, w); each row is searched on its own.
 
-    A row stands still once it is within the tolerance; the search ends when all do. `progress` is called with
-    (iterations done, iterations in all).
+    A row's result is fixed once it is within the tolerance; the search ends when all are. `progress` is called with
+    (iterations done, iterations in all). Raises UserError if the generator's images are never finite.
     """
     z = start.clone().requires_grad_()
     optimizer = torch.optim.Adam([z], lr=settings.rate, betas=(0.9, 0.99))
     best, least = start.clone(), torch.full((len(start),), math.inf, device=start.device)
     for step in range(settings.iterations + 1):
         with torch.enable_grad():
-            error = misfit(draw(z))
-            length = z.square().mean(dim=(1, 2, 3))
-            loss = (error + settings.prior * (length - 1).square()).sum()
+            error = misfit(generate(z))
+            power = z.square().mean(dim=(1, 2, 3))
+            loss = (error + settings.prior * (power - 1).square()).sum()
         now = error.detach().clamp_min(0).sqrt()
         better = (now < least) & (least > settings.tolerance)
         best = torch.where(better[:, None, None, None], z.detach(), best)
@@ -106,5 +113,5 @@ def fit(
         if progress is not None:
             progress(step, settings.iterations)
     if not bool(least.isfinite().all()):
-        raise UserError("the generator drew non-finite pixels: expected finite ones; try another checkpoint, or fp32")
+        raise UserError("the generator gave non-finite pixels: expected finite ones; try another checkpoint, or fp32")
     return Fitted(best, least)

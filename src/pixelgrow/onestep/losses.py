@@ -1,4 +1,5 @@
-"""Losses of one-step distillation as pure functions (PaGoDA, Kim et al., arXiv 2405.14822), and what they need."""
+"""Losses of one-step distillation as pure functions (PaGoDA, Kim et al., arXiv 2405.14822): distances, the adversarial
+loss and its weight, differentiable augmentation, and the distributions of guidance weights."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ GuidanceDistribution = Literal["captions", "recaptions", "mixed"]
 GUIDANCE_DISTRIBUTIONS: tuple[GuidanceDistribution, ...] = get_args(GuidanceDistribution)
 Augmentation = Literal["colour", "translation", "cutout"]
 
-DRAWS = 7  # uniform numbers an image that `diff_augment` takes
+DRAWS = 7  # uniform random numbers that `diff_augment` takes for an image
 EPS = 1e-6  # least length of a token
 
 
@@ -25,7 +26,7 @@ EPS = 1e-6  # least length of a token
 
 
 def feature_distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """Distance (B,) in [0, 4] of images by their token features, a tensor (B, N, C) from each of several layers.
+    """Distance (B,) in [0, 4] of images by their token features: a tensor (B, N, C) for each of several layers.
 
     Tokens are normalised to unit length over their channels (LPIPS, arXiv 1801.03924, eq. 1); the squared difference is
     averaged over tokens, then over layers.
@@ -38,18 +39,18 @@ def feature_distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
 
 
 def similarity_loss(image: Tensor, text: Tensor) -> Tensor:
-    """1 - cosine of the embeddings (B, C) of images and of their captions, a scalar in [0, 2]: the mean."""
+    """Mean of 1 - cosine of the embeddings (B, C) of images and their captions, a scalar in [0, 2]."""
     return 1 - F.cosine_similarity(image, text, dim=-1, eps=EPS).mean()
 
 
 def hinge_discriminator(real: Sequence[Tensor], fake: Sequence[Tensor]) -> Tensor:
-    """Per-token hinge of a discriminator, a scalar; each head's logits (B, N), as the mean over tokens, then heads."""
+    """Per-token hinge loss of a discriminator, a scalar: the mean over each head's logits (B, N), then over heads."""
     heads = [F.relu(1 - r).mean() + F.relu(1 + f).mean() for r, f in zip(real, fake, strict=True)]
     return torch.stack(heads).mean()
 
 
 def hinge_generator(fake: Sequence[Tensor]) -> Tensor:
-    """What the generator descends against `hinge_discriminator`: minus the mean logit, a scalar."""
+    """The generator's loss against `hinge_discriminator`, a scalar: minus the mean logit, over tokens, then heads."""
     return -torch.stack([f.mean() for f in fake]).mean()
 
 
@@ -58,7 +59,7 @@ def hinge_generator(fake: Sequence[Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class OutputLoss:
-    """A loss of a generator's output, and its gradient there; the generator itself is not differentiated yet.
+    """A loss of a generator's output with its gradient there; the generator itself is not differentiated yet.
 
     output: (B, ...), with the generator's graph. value: scalar, detached. gradient: (B, ...), detached.
     """
@@ -69,15 +70,15 @@ class OutputLoss:
 
     @property
     def loss(self) -> Tensor:
-        """A scalar of the same value, whose backward() starts at the output: the loss's own graph is gone."""
+        """A scalar of the same value and gradient, whose backward() starts at the output."""
         return self.value + (self.gradient * (self.output - self.output.detach())).sum()
 
 
 def at_output(output: Tensor, loss: Callable[[Tensor], Tensor]) -> OutputLoss:
-    """Evaluate `loss(output (B, ...)) -> scalar` and differentiate it with respect to the output, once."""
+    """Evaluate `loss(output (B, ...)) -> scalar`, and its gradient with respect to the output."""
     leaf = output.detach().requires_grad_()
     with torch.enable_grad():
-        value = loss(leaf.view_as(leaf))  # a module that is given a leaf cannot have its FLOPs counted
+        value = loss(leaf.view_as(leaf))  # FLOPs of a module that is given a leaf cannot be counted
     (gradient,) = torch.autograd.grad(value, leaf)
     return OutputLoss(output, value.detach(), gradient)
 
@@ -91,7 +92,8 @@ def adaptive_weight(
 ) -> Tensor:
     """lambda = scale * |grad L_rec| / |grad L_adv| within `limits`, a detached scalar; finite for every adv_norm.
 
-    Norms (scalars) of the gradients in the generator's last layer: the paper squares them, the released code does not.
+    The norms (scalars) are of the gradients in the generator's last layer. The paper squares them, the released code
+    does not.
     """
     ratio = rec_norm.detach() / adv_norm.detach().clamp_min(torch.finfo(adv_norm.dtype).tiny)
     return (scale * (ratio.square() if norms == "squared" else ratio)).clamp(*limits)
@@ -113,11 +115,11 @@ def balanced(
     scale: float = 0.2,
     limits: tuple[float, float] = (0.01, 10.0),
 ) -> Balanced:
-    """L_rec + lambda * L_adv with the `adaptive_weight` of their gradients in `last`, the generator's last weight.
+    """L_rec + lambda * L_adv with the `adaptive_weight` of their gradients in `last`, the weight of the last layer.
 
-    Written naively this goes back through the feature networks twice for each loss. Here each loss was differentiated
-    once, down to the output (`at_output`); both gradients in `last` follow from that through its layer alone, and one
-    backward() of the result passes through the generator. The outputs may be halves of one batch.
+    Each loss was differentiated once, down to the output (`at_output`). Its gradient in `last` follows from that
+    through the last layer alone, and one backward() of the result passes through the generator. Written naively, each
+    loss would go back through the feature networks twice. The outputs may be halves of one batch.
     """
 
     def norm(part: OutputLoss) -> Tensor:
@@ -134,11 +136,11 @@ def balanced(
 def diff_augment(x: Tensor, draws: Tensor, policy: Collection[Augmentation]) -> Tensor:
     """Augmented images (B,3,H,W) of x (B,3,H,W), differentiable in x (DiffAugment, Zhao et al., arXiv 2006.10738).
 
-    draws: (B, `DRAWS`) uniform in [0, 1), all the randomness there is: a real and a fake image with the same row are
-    augmented alike. policy: any of
-    "colour"       brightness by up to 0.5, saturation by a factor of 0 to 2, contrast by one of 0.5 to 1.5
-    "translation"  by up to 1/8 of each side; zeros move in
-    "cutout"       a box of half of each side is zero, its middle anywhere
+    draws: (B, `DRAWS`) uniform in [0, 1), the only randomness: images with equal rows are augmented alike.
+    policy: any of
+    "colour"       brightness shifted by up to 0.5, saturation times 0 to 2, contrast times 0.5 to 1.5
+    "translation"  by up to 1/8 of each side, filled with zeros
+    "cutout"       zeros in a box of half of each side, centred anywhere
     """
     columns = draws.T[..., None, None, None]  # (DRAWS,B,1,1,1)
     brightness, saturation, contrast = columns[:3].to(x.dtype)
@@ -155,21 +157,21 @@ def diff_augment(x: Tensor, draws: Tensor, policy: Collection[Augmentation]) -> 
 
 
 def integers(u: Tensor, n: int) -> Tensor:
-    """Uniform in [0, 1) -> uniform in 0 .. n - 1, int64; a 1 that rounding made is n - 1."""
+    """Uniform in [0, 1) -> uniform in 0 .. n - 1, int64; 1, which rounding may give, becomes n - 1."""
     return (u * n).long().clamp_max(n - 1)
 
 
 def _shifted(x: Tensor, u: Tensor, dim: int) -> Tensor:
-    """x (B,C,H,W) moved along `dim` by at most an eighth, u (B,1,1,1) telling by how much; zeros move in."""
+    """x (B,C,H,W) moved along `dim` by up to an eighth, u (B,1,1,1) in [0, 1) deciding by how much; zeros move in."""
     size = x.shape[dim]
     most = math.floor(size / 8 + 0.5)
     padded = F.pad(x, (most, most, 0, 0) if dim == 3 else (0, 0, most, most))
-    start = 2 * most - integers(u, 2 * most + 1)  # most is where the image lies unmoved
+    start = 2 * most - integers(u, 2 * most + 1)  # `most` leaves the image where it is
     return padded.take_along_dim(start + _positions(x, dim), dim)
 
 
 def _in_box(x: Tensor, u: Tensor, dim: int) -> Tensor:
-    """True at the positions along `dim` that a box of half of it covers, as (B,1,H,1) or (B,1,1,W)."""
+    """True at the positions along `dim` that a box of half its size covers, as (B,1,H,1) or (B,1,1,W)."""
     size = x.shape[dim]
     box = math.floor(size / 2 + 0.5)
     start = integers(u, size + 1 - box % 2) - box // 2
@@ -188,14 +190,14 @@ def _positions(x: Tensor, dim: int) -> Tensor:
 def guidance_weights(u: Tensor, distribution: GuidanceDistribution, caption: Tensor | None = None) -> Tensor:
     """Guidance weights omega in the shape of u, uniform in [0, 1), by the distribution's inverse CDF.
 
-    "captions": U[2, 10]. "recaptions": a Gaussian of centre 2 and deviation 3, cut to [1, 10]. Both arXiv 2405.14822,
-    which mixes both kinds of captions: "mixed" goes by `caption`, in the shape of u, which of its sample's captions
-    each is: 0 is the one it came with, the others are recaptions.
+    "captions": U[2, 10]. "recaptions": a Gaussian of mean 2 and deviation 3, truncated to [1, 10]. "mixed": the first
+    where `caption`, in the shape of u, is 0, an image's original caption, and the second elsewhere. All three are those
+    of PaGoDA (arXiv 2405.14822).
     """
     if distribution == "mixed":
         assert caption is not None
-        came = caption.to(u.device) == 0
-        return torch.where(came, guidance_weights(u, "captions"), guidance_weights(u, "recaptions"))
+        original = caption.to(u.device) == 0
+        return torch.where(original, guidance_weights(u, "captions"), guidance_weights(u, "recaptions"))
     if distribution == "captions":
         return 2 + 8 * u
     whole = NormalDist(2, 3)
@@ -206,7 +208,7 @@ def guidance_weights(u: Tensor, distribution: GuidanceDistribution, caption: Ten
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean, deviation and limits of a distribution of guidance weights; "mixed" has as many captions of either kind."""
+    """Mean, standard deviation and limits of a distribution of guidance weights; "mixed" counts both kinds equally."""
 
     mean: float
     std: float

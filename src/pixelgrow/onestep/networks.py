@@ -1,4 +1,4 @@
-"""What a generator's pictures are judged by, as its settings say: the teacher, or frozen models from outside."""
+"""The feature networks that a generator's losses use, by their settings: the teacher, or frozen models from outside."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pixelgrow.onestep.settings import LossSettings
 
 @dataclass(frozen=True)
 class FeatureNetworks:
-    """`features`: what the discriminator looks at."""
+    """`features`: of the discriminator. `distance`: for reconstruction. `similarity`: of images and captions."""
 
     features: Features
     distance: Distance
@@ -27,7 +27,7 @@ class FeatureNetworks:
 
 
 def networks_named(losses: LossSettings) -> dict[str, str]:
-    """Names of the models from outside that losses use, by their part."""
+    """Names of the outside models that losses use, by their part of the losses."""
     named: dict[str, str] = {}
     if losses.features and losses.distance != "teacher":
         named["distance"] = losses.distance
@@ -41,7 +41,7 @@ def networks_named(losses: LossSettings) -> dict[str, str]:
 def networks_used(losses: LossSettings) -> dict[str, str]:
     """`networks_named` with their fingerprints, for records. No weight is loaded.
 
-    Raises UserError if one of them cannot be had.
+    Raises UserError if one of them cannot be found.
     """
 
     def used(part: str, name: str) -> str:
@@ -53,25 +53,25 @@ def networks_used(losses: LossSettings) -> dict[str, str]:
 
 
 def load_networks(losses: LossSettings, teacher: Features, device: torch.device | str = "cpu") -> FeatureNetworks:
-    """Load what losses use, a model that is used twice once. Raises UserError."""
+    """Load the feature networks of losses, each model once. Raises UserError."""
 
     @cache
-    def seen(name: str) -> Features:
+    def named(name: str) -> Features:
         return teacher if name == "teacher" else VisionFeatures(load_vision(name, device), teacher)
 
-    features = seen(losses.discriminator if losses.adversarial else "teacher")
+    features = named(losses.discriminator if losses.adversarial else "teacher")
     distance: Distance
     if losses.features and losses.distance == "lpips":
         distance = LpipsDistance(Lpips(device))
     else:
-        distance = FeatureDistance(seen(losses.distance if losses.features else "teacher"))
+        distance = FeatureDistance(named(losses.distance if losses.features else "teacher"))
     wanted = losses.similarity
     similarity = ClipSimilarity(load_clip(wanted.model, device)) if wanted and wanted.weight else None
     return FeatureNetworks(features, distance, similarity)
 
 
 class LpipsDistance:
-    """LPIPS as a distance: of the images alone."""
+    """LPIPS as a distance; it takes no condition and no crop."""
 
     def __init__(self, lpips: Lpips) -> None:
         self.lpips = lpips
@@ -81,7 +81,7 @@ class LpipsDistance:
 
 
 class ClipSimilarity:
-    """`similarity_loss` of images and captions in the space of a CLIP."""
+    """`similarity_loss` of images and captions, by the embeddings of a CLIP."""
 
     def __init__(self, clip: Clip) -> None:
         self.clip = clip

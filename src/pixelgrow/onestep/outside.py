@@ -2,10 +2,10 @@
 
     pipeline = diffusers.DiffusionPipeline.from_pretrained(...)
     teacher = OutsideDenoiser(pipeline.unet, pipeline.scheduler)
+    objective = DistillObjective(OutsideGenerator(teacher), OutsideFeatures(teacher), ...)
 
-is what samplers, guidance and `onestep.pairs.Ode` take; `DistillObjective(OutsideGenerator(teacher),
-OutsideFeatures(teacher), ...)` distils it. Nothing of diffusers is imported here: any network that is called as its
-`UNet2DModel` or `UNet2DConditionModel` will do.
+Samplers, guidance and `onestep.pairs.Ode` take the teacher as any denoiser. Nothing of diffusers is imported here: any
+network with the interface of its `UNet2DModel` or `UNet2DConditionModel` will do.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from pixelgrow.diffusion.denoiser import column
 from pixelgrow.errors import UserError
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.layers import to_tokens
-from pixelgrow.onestep.features import SIGMA, Seen
+from pixelgrow.onestep.features import SIGMA, FeatureOutput
 
-SIGMA_MAX = 80.0  # EDM's: a cosine schedule ends at thousands, where x0 = x - sigma eps is all rounding
+SIGMA_MAX = 80.0  # EDM's. A cosine schedule ends at thousands, where rounding drowns x0 = x - sigma eps
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
 class OutsideDenoiser(nn.Module):
     """`denoiser(x, sigma, cond) -> x0` around a `unet(x_t, t, ...)` of a variance-preserving process.
 
-    x = x0 + sigma eps is x_t / sqrt(abar_t) where sigma = sqrt((1 - abar_t) / abar_t), so the network is given
-    x / sqrt(1 + sigma^2), and the t at which log sigma, linear between the schedule's steps, is that of sigma (EDM,
-    Karras et al., arXiv 2206.00364, Table 1, "VP" and "iDDPM").
+    x = x0 + sigma eps equals x_t / sqrt(abar_t) for sigma = sqrt((1 - abar_t) / abar_t). So the network receives
+    x / sqrt(1 + sigma^2), and the t whose noise level is sigma; log sigma is interpolated linearly between the
+    schedule's steps (EDM, Karras et al., arXiv 2206.00364, Table 1, "VP" and "iDDPM").
 
-    unet        a module of diffusers', or one called alike
-    scheduler   diffusers', for its `alphas_cumprod` and prediction type
-    null        the condition, one row, that it was told where it had none; None: it cannot be guided
-    sigma_max   cuts the schedule
+    unet        a module of diffusers, or one with the same interface
+    scheduler   of diffusers, for its `alphas_cumprod` and prediction type
+    null        the condition, one row, for unconditional evaluations; without one, guidance is not possible
+    sigma_max   the highest noise level, if the schedule goes further
 
-    Labels are `class_labels`, text tokens `encoder_hidden_states` with their mask; a network that is told neither sees
-    no condition. Channels after the third, a learned variance, are left out. Raises UserError for other processes.
+    Labels are passed as `class_labels`, text tokens as `encoder_hidden_states` with their mask. Output channels after
+    the third, a learned variance, are dropped. Raises UserError for other processes.
     """
 
     log_sigmas: Tensor  # (T,) float64, rising
@@ -55,7 +55,7 @@ class OutsideDenoiser(nn.Module):
                 f"alphas_cumprod and one of {', '.join(PREDICTIONS)}; give that which the network was trained with"
             )
         alpha_bar = scheduler.alphas_cumprod.double()
-        alpha_bar = alpha_bar[alpha_bar > 0]  # the last is 0 where the signal-to-noise ratio ends at 0
+        alpha_bar = alpha_bar[alpha_bar > 0]  # the last is 0 where the schedule ends at pure noise
         self.register_buffer("log_sigmas", torch.log((1 - alpha_bar) / alpha_bar) / 2, persistent=False)
         size = self.unet.config.sample_size
         if size is None:
@@ -75,33 +75,33 @@ class OutsideDenoiser(nn.Module):
         """x (B, 3, H, W) at noise level sigma (B,) -> the expected clean image (B, 3, H, W)."""
         s = column(sigma)
         norm = torch.rsqrt(1 + s**2)  # sqrt(abar)
-        out = self.unet(norm * x, self.time(sigma), **self.told(cond)).sample[:, :3]
+        out = self.unet(norm * x, self.time(sigma), **self.arguments(cond)).sample[:, :3]
         if self.prediction == "epsilon":
             return x - s * out
         return norm**2 * x - s * norm * out if self.prediction == "v_prediction" else out
 
-    def told(self, cond: Cond) -> dict[str, Tensor]:
-        """What the network is told of conditions (B rows), by the name of its argument.
+    def arguments(self, cond: Cond) -> dict[str, Tensor]:
+        """The network's arguments for conditions (B rows), by name; none if it is unconditional.
 
-        Raises UserError if the conditions are of another kind, or where one is dropped and there is no `null`.
+        Raises UserError if the conditions are of another kind, or if one is dropped and there is no `null`.
         """
         config = self.unet.config
-        reads, knows = config.get("cross_attention_dim") is not None, config.get("num_class_embeds") is not None
-        if not (reads or knows):
+        text, classes = config.get("cross_attention_dim") is not None, config.get("num_class_embeds") is not None
+        if not (text or classes):
             return {}
-        if (cond.tokens if reads else cond.labels) is None:
+        if (cond.tokens if text else cond.labels) is None:
             raise UserError(
-                f"this network reads {'text' if reads else 'class labels'}, the conditions are "
-                f"{'class labels' if reads else 'text'}; give the encoder that it was trained with"
+                f"this network reads {'text' if text else 'class labels'}, the conditions are "
+                f"{'class labels' if text else 'text'}; give the encoder that it was trained with"
             )
         if bool(cond.null.any()):
             if self.null is None:
                 raise UserError(
-                    "a condition was dropped (for guidance) and this network has none for that; give null=, or no "
-                    "guidance"
+                    "guidance needs an unconditional evaluation, and this network has no null condition; give null=, "
+                    "or no guidance"
                 )
             cond = _replaced(cond, self.null.to(cond.null.device))
-        if not reads:
+        if not text:
             assert cond.labels is not None
             return {"class_labels": cond.labels}
         assert cond.tokens is not None and cond.mask is not None
@@ -116,38 +116,38 @@ class OutsideDenoiser(nn.Module):
         return 1 if config.get("num_class_embeds") is None else self.unet.class_embedding.weight.shape[1]
 
     def vec(self, cond: Cond) -> Tensor:
-        """Conditions as vectors (B, vec_width), for a discriminator: the class as the network embeds it, the mean of a
-        text's tokens, or a 0."""
-        told = self.told(cond)
-        if "class_labels" in told:
-            return self.unet.class_embedding(told["class_labels"])
-        if not told:
+        """Conditions as vectors (B, vec_width), for a discriminator: the network's class embedding, the mean of the
+        text tokens, or 0."""
+        given = self.arguments(cond)
+        if "class_labels" in given:
+            return self.unet.class_embedding(given["class_labels"])
+        if not given:
             return torch.zeros(len(cond), 1, device=cond.null.device)
-        mask = told["encoder_attention_mask"][..., None]
-        return (told["encoder_hidden_states"] * mask).sum(1) / mask.sum(1)
+        mask = given["encoder_attention_mask"][..., None]
+        return (given["encoder_hidden_states"] * mask).sum(1) / mask.sum(1)
 
 
 def _replaced(cond: Cond, null: Cond) -> Cond:
-    """`cond` with `null`, one row, in the place of dropped rows."""
+    """`cond` with its dropped rows replaced by `null`, one row."""
     rows = cond.null
     if cond.labels is not None and null.labels is not None:
         return Cond(None, None, None, torch.zeros_like(rows), torch.where(rows, null.labels, cond.labels))
     assert cond.tokens is not None and null.tokens is not None and cond.mask is not None and null.mask is not None
     length = max(cond.tokens.shape[1], null.tokens.shape[1])
 
-    def long(t: Tensor) -> Tensor:
+    def padded(t: Tensor) -> Tensor:
         return torch.cat([t, t.new_zeros(len(t), length - t.shape[1], *t.shape[2:])], 1)
 
-    tokens = torch.where(rows[:, None, None], long(null.tokens), long(cond.tokens))
-    mask = torch.where(rows[:, None], long(null.mask), long(cond.mask))
+    tokens = torch.where(rows[:, None, None], padded(null.tokens), padded(cond.tokens))
+    mask = torch.where(rows[:, None], padded(null.mask), padded(cond.mask))
     return Cond(tokens, mask, cond.pooled, torch.zeros_like(rows))
 
 
 class OutsideGenerator(nn.Module):
-    """A one-step generator that starts as a copy of a teacher from outside, asked once at its highest noise level.
+    """A one-step generator: a copy of a teacher from outside, evaluated once at its highest noise level.
 
-    An `epsilon` network's output counts sigma_max-fold in its image: it wants a far lower learning rate than one of the
-    other predictions, or a teacher with a lower `sigma_max`. Save `denoiser.unet` by its own `save_pretrained`.
+    The output of an `epsilon` network is multiplied by sigma_max in the image. It needs a far lower learning rate than
+    the other predictions, or a teacher with a lower `sigma_max`. Save `denoiser.unet` with its own `save_pretrained`.
     """
 
     def __init__(self, teacher: OutsideDenoiser) -> None:
@@ -164,7 +164,7 @@ class OutsideGenerator(nn.Module):
 
     @property
     def last_layer(self) -> nn.Parameter:
-        """The weight of the output layer, which two losses are balanced by."""
+        """The weight of the output layer, by whose gradients two losses are balanced."""
         weight = self.denoiser.unet.get_parameter("conv_out.weight")
         assert isinstance(weight, nn.Parameter)
         return weight
@@ -176,16 +176,15 @@ class OutsideGenerator(nn.Module):
             block.compile(*args, **kwargs)
 
     def latent_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Size (h, w) of the latents for pictures of `size`: the same. Raises UserError if the network halves no such
-        picture."""
-        times = 2 ** (len(self.denoiser.unet.config.block_out_channels) - 1)
-        if size[0] % times or size[1] % times:
-            raise UserError(f"size {size[0]}x{size[1]}: expected multiples of {times}, which the network divides by")
+        """Size (h, w) of the latents for images of `size`: the same. Raises UserError if it does not fit."""
+        stride = 2 ** (len(self.denoiser.unet.config.block_out_channels) - 1)
+        if size[0] % stride or size[1] % stride:
+            raise UserError(f"size {size[0]}x{size[1]}: expected multiples of {stride}, the network's stride")
         return size
 
     @property
     def guided(self) -> bool:
-        """Whether it takes a guidance weight: never."""
+        """Whether it is conditioned on a guidance weight: never."""
         return False
 
     def forward(self, z: Tensor, cond: Cond, guidance: None = None) -> Tensor:
@@ -195,9 +194,9 @@ class OutsideGenerator(nn.Module):
 
 
 class OutsideFeatures:
-    """The maps of a teacher from outside on its way down, and of its middle, as features of images at its resolution.
+    """Maps of an outside teacher's down and middle blocks, as features of images at its resolution. Ours.
 
-    Ours. It is told the images are at the noise level `features.SIGMA`, as a teacher of our own is.
+    As for a teacher of our own, the noise level is `features.SIGMA`.
     """
 
     def __init__(self, teacher: OutsideDenoiser) -> None:
@@ -215,17 +214,17 @@ class OutsideFeatures:
     def vec(self, cond: Cond) -> Tensor:
         return self.teacher.vec(cond)
 
-    def __call__(self, images: Tensor, cond: Cond, crop: Tensor) -> Seen:
-        seen: list[Tensor] = []
+    def __call__(self, images: Tensor, cond: Cond, crop: Tensor) -> FeatureOutput:
+        maps: list[Tensor] = []
 
-        def note(module: nn.Module, args: Any, output: Any) -> None:
-            seen.append(output[0] if isinstance(output, tuple) else output)
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            maps.append(output[0] if isinstance(output, tuple) else output)
 
         unet = self.teacher.unet
-        hooks = [module.register_forward_hook(note) for module in (*unet.down_blocks, unet.mid_block)]
+        hooks = [module.register_forward_hook(keep) for module in (*unet.down_blocks, unet.mid_block)]
         try:
             self.teacher(images, images.new_full((len(images),), SIGMA), cond)
         finally:
             for hook in hooks:
                 hook.remove()
-        return Seen([to_tokens(h) for h in seen], self.vec(cond))
+        return FeatureOutput([to_tokens(h) for h in maps], self.vec(cond))

@@ -1,10 +1,14 @@
-"""Data-latent pairs: images and the latents that a teacher's ODE joins them to (PaGoDA, arXiv 2405.14822, section 3.1).
+"""Data-latent pairs: images, each with its latent by a teacher's ODE (PaGoDA, arXiv 2405.14822, section 3.1).
 
-A folder of shards, `00000.safetensors` and on: `latent` (N, 3, h, w) float16 of unit variance where the teacher is
-perfect, `origin` (N, 3) int64 (source number, sample number, mirrored) or, where samples have several captions, (N, 4)
-with the number of the caption; of pairs that were drawn, not inverted, `image` (N, 3, h, w) float16; and where each had
-a guidance weight of its own, `guidance` (N,) float32. `pairs.json` says what made them. A shard is written whole or not
-at all, with a checksum.
+Pairs are a folder of shards `00000.safetensors`, ... A shard of N pairs holds
+
+    latent    (N, 3, h, w) float16, of unit variance for a perfect teacher
+    origin    (N, 3) int64: source number, sample number, mirrored; (N, 4) with the number of the caption where samples
+              have several
+    image     (N, 3, h, w) float16, of sampled pairs; images of inverted ones stay in the data
+    guidance  (N,) float32, where each pair has a guidance weight of its own
+
+It is written whole or not at all, with a checksum. `pairs.json` records what made the pairs.
 """
 
 from __future__ import annotations
@@ -39,11 +43,11 @@ Direction = Literal["invert", "sample"]
 
 @dataclass(frozen=True)
 class Ode:
-    """How latents and images are joined: a solver on Karras' noise levels.
+    """The solver that joins images and latents, on Karras' noise levels.
 
-    Heun's method on 40 levels takes 79 evaluations from noise to image, the paper's count, and 78 from image to noise:
-    the image is taken as the state at the lowest level and no noise is added (as in the released code), which costs
-    no evaluation.
+    An image is taken as the state at the lowest level and no noise is added, as in the released code. That step costs
+    no evaluation, so Heun's method on 40 levels takes 78 from image to latent; from latent to image it takes 79, the
+    paper's count.
     """
 
     sampler: str
@@ -71,8 +75,10 @@ class Ode:
     def round_trip(
         self, denoise: Denoise, x: Tensor, parts: Sequence[float] = (0.25, 0.5, 0.75, 1.0)
     ) -> dict[str, float]:
-        """PSNR in dB of images (B, 3, h, w) inverted to a noise level and solved back, by noise level: the given parts
-        of the way along the grid."""
+        """PSNR in dB of images (B, 3, h, w) that are inverted to a noise level and solved back: {noise level: dB}.
+
+        parts: the noise levels, as parts of the grid from the image on.
+        """
         sigmas, found = self.sigmas, {}
         for part in parts:
             grid = sigmas[round((1 - part) * (len(sigmas) - 2)) :]
@@ -82,23 +88,25 @@ class Ode:
 
 
 def reduced(latents: Tensor, side: int) -> Tensor:
-    """Latents (B, C, h, w) of a teacher as those (B, C, side, side) of what it was grown from: averages, scaled back to
-    unit variance. A model that `preserve` has grown gives its core the averages of its noise, so that both draw the
-    same in the large."""
+    """Latents (B, C, h, w) of a grown teacher as those (B, C, side, side) of the model that it was grown from.
+
+    They are averages, scaled to unit variance. A model that was grown with `preserve` passes the averages of its noise
+    to its core, so both models make the same image but for details.
+    """
     k = latents.shape[-1] // side
     return k * box_down(latents, k)
 
 
 def psnr(a: Tensor, b: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of images in [-1, 1]: over all of them together."""
+    """Peak signal-to-noise ratio in dB of images in [-1, 1], over all pixels of all images."""
     return float(10 * torch.log10(4 / (a.double() - b.double()).square().mean()))
 
 
 def spread(latents: Tensor) -> dict[str, dict[str, float]]:
-    """Mean, deviation and kurtosis of latents (N, 3, h, w) by band of frequencies: {"1 px": {...}, "2 px": ...}.
+    """Mean, standard deviation and kurtosis of latents (N, 3, h, w) by frequency band: {"1 px": {...}, "2 px": ...}.
 
-    Haar bands, scaled so that white noise of variance 1 has deviation 1 and kurtosis 3 in each. A deviation below 1 is
-    the prior hole in one number: the data's latents lie in a shell that prior samples miss.
+    The bands are Haar's, scaled so that standard normal noise has deviation 1 and kurtosis 3 in each. A deviation
+    below 1 is a prior hole: the latents of the data lie in a shell that prior samples miss.
     """
     found, k, low = {}, 1, latents.double()
     while min(low.shape[-2:]) > 1 and low.shape[-1] % 2 == low.shape[-2] % 2 == 0:
@@ -128,7 +136,7 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def read_shard(path: Path) -> dict[str, Tensor] | None:
-    """The tensors of a shard, memory-mapped; None where it is missing, cut off or damaged."""
+    """The tensors of a shard, memory-mapped; None if it is missing, cut off or damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -139,7 +147,7 @@ def read_shard(path: Path) -> dict[str, Tensor] | None:
 
 
 def shard_fault(path: Path, remedy: str) -> str:
-    """What is wrong with a shard that `read_shard` did not take, and what to do, to be put after its name."""
+    """What is wrong with a shard for which `read_shard` gave None, and what to do; to be put after the file's name."""
     return fault_of(path, remedy) or f"is damaged (its checksum is wrong): {remedy}"
 
 
@@ -151,8 +159,10 @@ def _checksum(tensors: dict[str, Tensor]) -> int:
 
 
 class Rows:
-    """The first `count` rows of tensors (n, ...) that lie one after the other, as one tensor (N, ...) that is not in
-    memory: `rows[numbers]` copies those rows alone out of the memory-mapped parts."""
+    """The first `count` rows of memory-mapped tensors (n, ...), one after the other, as one tensor (N, ...).
+
+    `rows[numbers]` reads only those rows into memory.
+    """
 
     def __init__(self, parts: Sequence[Tensor], count: int) -> None:
         self.parts = parts
@@ -169,11 +179,11 @@ class Rows:
 
 
 class Pairs:
-    """A finished folder of pairs, to train on.
+    """A finished folder of pairs, to train on. Latents and images stay on disk.
 
-    `facts`: what `pairs.json` says; `distribution`: of the pairs' guidance weights, None where all have the same.
-    `fraction` of the pairs, the first ones, are read (1% does not hurt, PaGoDA). Raises UserError where something is
-    missing or damaged.
+    facts: the content of `pairs.json`. distribution: of the pairs' guidance weights; None if all have the same weight.
+    fraction: the part of the pairs to use, the first ones; 1% is enough in PaGoDA.
+    Raises UserError if something is missing or damaged.
     """
 
     def __init__(self, folder: Path, fraction: float = 1.0) -> None:
@@ -218,12 +228,15 @@ class Pairs:
         return len(self.latents)
 
     def check(self, teachers: Sequence[str], data: Sequence[dict[str, Any]]) -> None:
-        """Raise UserError unless the pairs are one of `teachers`' (hashes), or of what was grown from it and keeps it,
-        and of the sources described by `data`."""
+        """Raise UserError if the pairs are of another teacher or of other data.
+
+        teachers: hashes of the teachers to accept; pairs of a model that was grown from one and keeps it are accepted
+        too. data: descriptions of the sources.
+        """
         if not {self.facts["teacher"], *self.facts.get("keeps", [])} & set(teachers):
             raise UserError(
                 f"the pairs are of the teacher {self.facts['teacher'][:12]}, this model comes from "
-                f"{', '.join(t[:12] for t in teachers) or 'none'}: make pairs with this model's teacher"
+                f"{', '.join(t[:12] for t in teachers) or 'no teacher'}: make pairs with this model's teacher"
             )
         was, now = ([s["fingerprint"] for s in of] for of in (self.facts["data"], data))
         if was != now:

@@ -1,4 +1,4 @@
-"""What a one-step generator's training is told beyond the settings of all training."""
+"""Settings of a one-step generator's training, beyond those of all training: losses and presets."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 
 class SimilaritySettings(BaseModel):
-    """CLIP's 1 - cosine of prior samples and their captions, as a regulariser (PaGoDA, arXiv 2405.14822).
+    """1 - cosine of prior samples and their captions by a CLIP, as a regulariser (PaGoDA, arXiv 2405.14822).
 
-    `model`: a CLIP of transformers, a folder or one of the hub. The paper does not state its `weight`; 0.1 is ours.
+    `model`: a CLIP of transformers, a folder or a name on the hub. The paper does not state the `weight`; 0.1 is ours.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -21,18 +21,21 @@ class SimilaritySettings(BaseModel):
 
 
 class LossSettings(BaseModel):
-    """The losses of distillation (PaGoDA, arXiv 2405.14822), each switchable.
+    """The losses of distillation (PaGoDA, arXiv 2405.14822); each can be switched off.
 
-    Reconstruction (`rec` of pairs that were inverted, `dstl` of pairs that were drawn) is `features` times the distance
-    of features plus `pixels` times the squared error (ours: the paper has LPIPS). The adversarial term is weighed
-    against it by the gradients in the last layer: `norms` squared as in the paper, plain as in the released code, times
-    `scale` (0.2 in both; 1 is ours); where a generator is grown the paper's weight is 1, `balance: fixed`. Without a
-    preset, a growth has features 0.2, pixels 4 and scale 0.2 unless told (`GROWN`, ours): details are learnt from
-    pixels, the teacher's features hardly show them, and a discriminator on those holds them back.
+    Reconstruction (`rec` for inverted pairs, `dstl` for sampled ones) is `features` times the distance of features plus
+    `pixels` times the squared error (ours; the paper uses LPIPS). `balance: adaptive` weighs the adversarial loss
+    against it by the norms of their gradients in the last layer, times `scale` (0.2 in paper and released code; 1 is
+    ours). `norms`: squared in the paper, plain in the released code. `balance: fixed` makes `scale` the weight itself;
+    the paper does so, with 1, where a generator is grown.
 
-    `distance`: whose features, the teacher's own (`teacher`), `lpips`, or those of a vision model of transformers, by
-    its folder or its name on the hub ("facebook/dinov2-small@REVISION"). `discriminator`: whose features it looks at,
-    likewise; the paper has DINO's for text and other networks' for classes.
+    Without a preset, the defaults of a growth are features 0.2, pixels 4 and scale 0.2 (`GROWN`, ours). Details are
+    learnt from pixels: the teacher's features hardly depend on them, and a discriminator on those features holds
+    details back.
+
+    `distance`: whose features it compares: the teacher's (`teacher`), `lpips`, or those of a vision model of
+    transformers, a folder or a name on the hub ("facebook/dinov2-small@REVISION"). `discriminator`: whose features it
+    sees, likewise; the paper uses DINO's for text and those of other networks for classes.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -44,18 +47,20 @@ class LossSettings(BaseModel):
     discriminator: str = "teacher"
     balance: Literal["adaptive", "fixed"] = "adaptive"
     norms: Literal["squared", "plain"] = "plain"
-    scale: float = Field(1.0, gt=0, description="of the adaptive weight; the weight itself where it is fixed")
-    discriminator_rate: float = Field(5.0, gt=0, description="learning rate of the discriminator over the generator's")
+    scale: float = Field(1.0, gt=0, description="factor of the adaptive weight, or the fixed weight")
+    discriminator_rate: float = Field(
+        5.0, gt=0, description="learning rate of the discriminator, relative to the generator's"
+    )
     augment: tuple[Literal["colour", "translation", "cutout"], ...] = ("translation",)
-    mismatched: bool = Field(True, description="ours: real pictures under another's caption count as drawn too")
+    mismatched: bool = Field(True, description="ours: real images with the caption of another count as fake")
     similarity: SimilaritySettings | None = None
 
     @model_validator(mode="after")
     def _some_term(self) -> LossSettings:
         if not self.features and not self.pixels and (not self.adversarial or self.balance == "adaptive"):
             raise ValueError(
-                "features: 0 and pixels: 0 leave no reconstruction to weigh against: write adversarial: true and "
-                "balance: fixed, or keep one of the two"
+                "features: 0 and pixels: 0 leave no reconstruction loss: keep one of the two, or write adversarial: "
+                "true and balance: fixed"
             )
         return self
 
@@ -68,11 +73,11 @@ class LossSettings(BaseModel):
 
 
 Preset = Literal["paper", "released-code"]
-_BOTH = {"optimizer": "radam", "lr": 8e-6}  # what is known of the training is the same in both
-_PAPERS_LOSSES = {"discriminator_rate": 250.0, "mismatched": False}  # 2e-3 over the generator's rate; no trick of ours
-# What is known of the two, and no more. The paper weighs by squared norms and, where it grows, trains the base's last
-# blocks too (how many of ours that are is our choice); the released code weighs by plain ones, and what it freezes is
-# not known. LPIPS and projected features, their distances, are networks from outside: named in a recipe, not here.
+_BOTH = {"optimizer": "radam", "lr": 8e-6}  # the same in both
+_PAPERS_LOSSES = {"discriminator_rate": 250.0, "mismatched": False}  # 2e-3 over 8e-6; `mismatched` is ours
+# Only what is known of the two. The paper squares the norms and, where it grows, trains the base's last blocks too (how
+# many of ours that are is our choice). The released code has plain norms; what it freezes is not known. Their
+# distances, LPIPS and projected features, are of outside networks, which a recipe names.
 PRESETS: dict[Preset, dict[Literal["distill", "grow"], dict[str, Any]]] = {
     "paper": {
         "distill": _BOTH | {"losses": _PAPERS_LOSSES | {"norms": "squared", "scale": 0.2}},
@@ -83,21 +88,21 @@ PRESETS: dict[Preset, dict[Literal["distill", "grow"], dict[str, Any]]] = {
         "grow": _BOTH | {"losses": _PAPERS_LOSSES | {"balance": "fixed", "scale": 1.0}},
     },
 }
-GROWN: dict[str, Any] = {"features": 0.2, "pixels": 4.0, "scale": 0.2}  # without a preset; see `LossSettings`
-EMA_STEPS = 1000  # deviation of an average of decay 0.999, both presets'
+GROWN: dict[str, Any] = {"features": 0.2, "pixels": 4.0, "scale": 0.2}  # growth without a preset; see `LossSettings`
+EMA_STEPS = 1000  # standard deviation of an average of decay 0.999, that of both presets
 
 
 def with_preset(given: Mapping[str, Any], verb: Literal["distill", "grow"]) -> dict[str, Any]:
-    """A stage as given, with what it leaves out of its losses, optimizer and average from its `preset`.
+    """The settings of a stage, with its preset's losses, optimizer and average where it does not set them itself.
 
-    Without one, a growth's losses begin at `GROWN`; `balance: fixed` has the weight 1 unless told. An average of decay
-    0.999 becomes the power-law one of the same deviation at the end of the run (EDM2).
+    Without a preset, a growth's losses default to `GROWN`, but `scale` stays 1 with `balance: fixed`. The presets'
+    average of decay 0.999 becomes a power-law average of the same deviation at the end of the run (EDM2).
     """
     filled, name = dict(given), given.get("preset")
     losses = filled.get("losses") or {}
     if name is None and verb == "grow" and isinstance(losses, Mapping):
-        weighed = {k: v for k, v in GROWN.items() if k != "scale" or losses.get("balance") != "fixed"}
-        filled["losses"] = weighed | dict(losses)
+        defaults = {k: v for k, v in GROWN.items() if k != "scale" or losses.get("balance") != "fixed"}
+        filled["losses"] = defaults | dict(losses)
     if not isinstance(name, str) or name not in PRESETS:
         return filled
     settings = PRESETS[name][verb]

@@ -1,4 +1,4 @@
-"""The stream that a one-step generator trains on: real pictures, and beside them pictures with their latents."""
+"""The stream that a one-step generator trains on: real images, each with a pair of an image and its latent."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from pixelgrow.rng import seed_of
 
 
 class PairStream:
-    """An endless, exactly resumable stream of `DistillBatch`es: `loader`'s pictures, and a pair for each of them.
+    """An endless, exactly resumable stream of `DistillBatch`es: the images of `loader`, and a pair for each.
 
-    Pairs come in an order of their own, each with its picture at `loader.size`: the same centre crop that was inverted,
-    from the original file, so that a generator is grown on details that the teacher never saw. Pairs whose original is
-    smaller are left out. `side`: of the generator's latents, those of a larger teacher are `reduced` to it.
-    Raises UserError if none is left, or if drawn pairs are asked for at another size than they were drawn at.
+    Pairs have an order of their own. The image of an inverted pair is read from its file again at `loader.size`, with
+    the centre crop that was inverted; so a grown generator learns details that the teacher never saw. Pairs whose
+    file is smaller are left out. `side`: of the generator's latents; those of a larger teacher are `reduced` to it.
+    Raises UserError if no pair is left, or if sampled pairs are of another size.
     """
 
     def __init__(self, loader: Loader, pairs: Pairs, side: int) -> None:
@@ -37,12 +37,12 @@ class PairStream:
         else:
             h, w = pairs.images.shape[-2:]
             raise UserError(
-                f"the pairs were drawn by the teacher at {h}x{w}, this stage needs pictures of "
-                f"{loader.size[0]}x{loader.size[1]}: take pairs that were inverted, or drawn by a teacher of that size"
+                f"the teacher sampled the pairs at {h}x{w}, this stage needs images of "
+                f"{loader.size[0]}x{loader.size[1]}: take inverted pairs, or pairs sampled by a teacher of that size"
             )
         if not len(self.usable):
             raise UserError(
-                f"none of the {len(pairs)} pairs is of an image of at least {loader.size[0]}x{loader.size[1]} pixels: "
+                f"none of the {len(pairs)} pairs has an image of at least {loader.size[0]}x{loader.size[1]} pixels: "
                 "make pairs of larger images (data: in the pairs stage)"
             )
         self.order = Order([len(self.usable)], seed=seed_of(loader.seed, "pairs"))
@@ -68,31 +68,31 @@ class PairStream:
                 )
 
     def target(self, numbers: Sequence[int]) -> Tensor:
-        """The pictures (B, 3, H, W) of some pairs."""
+        """The images (B, 3, H, W) of the pairs of some numbers."""
         if self.pairs.images is not None:
             return self.pairs.images[numbers].float()
-        return to_tensor(np.stack([self._picture(n) for n in numbers]))
+        return to_tensor(np.stack([self._image(n) for n in numbers]))
 
-    def _picture(self, number: int) -> np.ndarray:
+    def _image(self, number: int) -> np.ndarray:
         source, item, mirrored, *_ = (int(v) for v in self.pairs.origins[number])
         try:
-            picture = self.sources[source].image(item, self.loader.size, (0.5, 0.5))
+            image = self.sources[source].image(item, self.loader.size, (0.5, 0.5))
         except BadImage as bad:
             raise UserError(
-                f"{self.sources[source].name}: {self.sources[source].key(item)}, of which a pair was made, cannot be "
-                f"decoded any more ({bad.reason}): put it back, or make the pairs again"
+                f"{self.sources[source].name}: {self.sources[source].key(item)}, the image of a pair, cannot be "
+                f"decoded any more ({bad.reason}): restore the file, or make the pairs again"
             ) from bad
-        return picture[:, ::-1] if mirrored else picture
+        return image[:, ::-1] if mirrored else image
 
 
 def caption(sources: Sequence[Source], origin: Tensor) -> str:
-    """The caption of the pair that has an `origin` (3,), or (4,) with the number of the caption."""
+    """The caption of the pair with an `origin` (3,), or (4,) with the number of the caption."""
     source, item, _, *number = (int(v) for v in origin)
     return wordings_of(sources[source], item)[number[0]].text if number else sources[source].text(item)
 
 
 def _fits(origins: Tensor, sources: Sequence[Source], size: tuple[int, int]) -> np.ndarray:
-    """Which pairs (N,) are of originals of at least `size`."""
+    """Which pairs (N,) have an original image of at least `size`."""
     fits = np.zeros(len(origins), bool)
     for number, source in enumerate(sources):
         mine = (origins[:, 0] == number).numpy()

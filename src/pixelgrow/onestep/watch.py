@@ -1,4 +1,4 @@
-"""What is looked at while a one-step generator trains: pictures in rows, reconstruction, prior holes, drift."""
+"""Validation of a one-step generator while it trains: sample grids, reconstruction, prior holes, drift."""
 
 from __future__ import annotations
 
@@ -18,9 +18,13 @@ from pixelgrow.onestep.pairs import psnr
 
 @dataclass(frozen=True)
 class Watched:
-    """Held-out pictures `images` (N, 3, H, W) under `cond` with their latents (N, 3, h, w), as many `prior` latents,
-    and what the teacher draws from those, `solved` (n, 3, h, w), for the first n. Latents and solutions are made with
-    the guidance weight of the pairs; `guidance`: the same weight, where the generator is told it."""
+    """What a generator is validated on.
+
+    images: (N, 3, H, W) held out. cond: their N conditions. latents: (N, 3, h, w), the teacher's latents of them.
+    prior: (N, 3, h, w) prior samples. solved: (n, 3, h, w), the teacher's images from the first n of those.
+    Latents and solutions are made with the guidance weight of the pairs. guidance: that weight, for a generator that is
+    conditioned on it; else None.
+    """
 
     images: Tensor
     cond: Cond
@@ -31,40 +35,47 @@ class Watched:
 
 
 class Watch:
-    """Looks at a generator; each look is a pure function of its weights."""
+    """Validates a generator; grids and numbers are pure functions of its weights."""
 
     def __init__(self, generator: Generator, features: TeacherFeatures, watched: Watched, batch: int) -> None:
         self.generator, self.features, self.watched, self.batch = generator, features, watched, batch
         self.data = self._pooled(watched.images)
 
     def grid(self, columns: int = 8) -> Tensor:
-        """Four rows of `columns` pictures: the teacher's solution, the prior sample from the same latent, a
-        reconstruction, and the held-out picture that it reconstructs."""
+        """Four rows of `columns` images: the teacher's image from a prior latent, the generator's from the same one,
+        the generator's reconstruction of a held-out image, and that image."""
         w, n, k = self.watched, columns, self.generator.resolution // self.watched.solved.shape[-1]
         solved = w.solved[:n].repeat_interleave(k, 2).repeat_interleave(k, 3)
-        return torch.cat([solved, self._draw(w.prior[:n]), self._draw(w.latents[:n]), w.images[:n]])
+        return torch.cat([solved, self._generate(w.prior[:n]), self._generate(w.latents[:n]), w.images[:n]])
 
     def numbers(self, _: int = 0) -> Mapping[str, float]:
-        """`rec_psnr` of held-out pictures; `solved_psnr` of prior samples against the teacher's solutions, box-downed;
-        `prior_distance` and `rec_distance`: energy distances to held-out pictures in the teacher's features, of prior
-        samples and of reconstructions (a prior hole is where the first is much the larger); `drift_psnr`: of a grown
-        generator's box-downed prior samples against what its base draws."""
+        """Metrics by name.
+
+        rec_psnr         of reconstructions of held-out images
+        solved_psnr      of prior samples, box-downed, against the teacher's images from the same latents
+        prior_distance   energy distance of prior samples to held-out images, in the teacher's features
+        rec_distance     the same of reconstructions; far less than `prior_distance` means a prior hole
+        drift_psnr       of a grown generator: see `drift`
+
+        Distances need two held-out images or more.
+        """
         w = self.watched
-        rec, prior = self._draw(w.latents), self._draw(w.prior)
+        rec, prior = self._generate(w.latents), self._generate(w.prior)
         k = self.generator.resolution // w.solved.shape[-1]
         found = {
             "rec_psnr": psnr(rec, w.images),
             "solved_psnr": psnr(box_down(prior[: len(w.solved)], k), w.solved),
-            "prior_distance": energy_distance(self._pooled(prior), self.data),
-            "rec_distance": energy_distance(self._pooled(rec), self.data),
         }
+        if len(self.data) > 1:
+            found["prior_distance"] = energy_distance(self._pooled(prior), self.data)
+            found["rec_distance"] = energy_distance(self._pooled(rec), self.data)
         if self.generator.resolution > self.generator.latent_resolution:
             found["drift_psnr"] = self.drift()
         return found
 
     @torch.no_grad()
     def drift(self) -> float:
-        """PSNR of box_down(G_high(z)) against G_low(z), of one and the same evaluation's rungs, in dB."""
+        """PSNR in dB of box_down(G_high(z)) against G_low(z), rungs of the same evaluation, for prior samples z."""
         high, low = [], []
         for rows in self._rows(self.watched.prior):
             z = self.watched.prior[rows]
@@ -74,16 +85,16 @@ class Watch:
         return psnr(torch.cat(high), torch.cat(low))
 
     @torch.no_grad()
-    def _draw(self, latents: Tensor) -> Tensor:
-        drawn = []
+    def _generate(self, latents: Tensor) -> Tensor:
+        images = []
         for rows in self._rows(latents):
             z = latents[rows]
-            drawn.append(self.generator(z, self.watched.cond[rows], weights_like(z, self.watched.guidance)))
-        return self.generator.space.bound(torch.cat(drawn).float())
+            images.append(self.generator(z, self.watched.cond[rows], weights_like(z, self.watched.guidance)))
+        return self.generator.space.bound(torch.cat(images).float())
 
     @torch.no_grad()
     def _pooled(self, images: Tensor) -> Tensor:
-        """The teacher's last tokens of each picture as a whole, averaged: (N, C)."""
+        """The teacher's last tokens of each whole image, averaged: (N, C)."""
         found = []
         for rows in self._rows(images):
             middle = images.new_full((len(images[rows]), 2), 0.5)
@@ -96,8 +107,11 @@ class Watch:
 
 
 def energy_distance(a: Tensor, b: Tensor) -> float:
-    """Energy distance of two samples (N, C): 2 E|a - b| - E|a - a'| - E|b - b'| (Szekely & Rizzo, 2013), each mean over
-    rows of different numbers, since rows of one number share a caption; about 0 for samples of one distribution."""
+    """Energy distance of two samples (N, C), N > 1: 2 E|a - b| - E|a - a'| - E|b - b'| (Szekely & Rizzo, 2013).
+
+    It is about 0 for samples of one distribution. Rows of the same number share a caption, so all three means are over
+    pairs of rows with different numbers.
+    """
     a, b = a.double(), b.double()
     off = ~torch.eye(len(a), dtype=torch.bool, device=a.device)
     across, *within = (torch.cdist(x, y)[off].mean() for x, y in ((a, b), (a, a), (b, b)))

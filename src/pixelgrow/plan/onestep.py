@@ -26,7 +26,7 @@ from pixelgrow.models.layers import box_down
 from pixelgrow.models.uvit import UViT
 from pixelgrow.onestep.distill import GENERATOR, DistillBatch, DistillObjective
 from pixelgrow.onestep.estimator import Labels, described
-from pixelgrow.onestep.features import FeatureDistance, Seen, TeacherFeatures
+from pixelgrow.onestep.features import FeatureDistance, FeatureOutput, TeacherFeatures
 from pixelgrow.onestep.losses import GuidanceDistribution
 from pixelgrow.onestep.networks import networks_named
 from pixelgrow.onestep.pairs import Ode
@@ -204,5 +204,5 @@ class _Elsewhere:
     def vec(self, cond: Cond) -> Tensor:
         return self.teacher.vec(cond)
 
-    def __call__(self, images: Tensor, cond: Cond, crop: Tensor) -> Seen:
-        return Seen([images.mean((2, 3))[:, None]], self.vec(cond))
+    def __call__(self, images: Tensor, cond: Cond, crop: Tensor) -> FeatureOutput:
+        return FeatureOutput([images.mean((2, 3))[:, None]], self.vec(cond))

@@ -100,5 +100,5 @@ def estimate_stage(stage: EstimateStage, parent: Parent, folder: Path, materials
         "seconds": round(result.seconds, 1),
         "images_per_second": result.images_per_second,
         "heldout_rmse": rmse,
-        "law_deviation": deviation,
+        "guidance_deviation": deviation,
     }
