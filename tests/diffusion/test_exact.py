@@ -29,6 +29,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "guided": {"guidance": 4.0},
     "interval": {"guidance": 4.0, "interval": (1.0, 40.0)},
     "threshold": {"guidance": 4.0, "threshold": 0.9},
+    "core alone": {"guidance": 4.0, "guide_details": False},
 }
 
 
@@ -134,6 +135,24 @@ def test_so_does_a_generators_image() -> None:
     made = high(z, conditions())
     assert high.exact_factors == [2, 2] and details(made, 2).abs().mean() > 1e-2
     assert (box_down(made, 4) - base(z, conditions())).abs().max() < 1e-10
+
+
+@torch.no_grad()
+def test_guiding_the_core_alone_leaves_details_to_the_condition(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its average is the guided core's, its rungs are evaluated on the rows of the condition alone."""
+    high, x, rows = grown(), 3 * NOISES[0], dict[int, int]()
+    real = UViT.rung
+    monkeypatch.setattr(UViT, "rung", lambda net, r, v, *a: rows.update({r.resolution: len(v)}) or real(net, r, v, *a))
+    made = Guided(high, conditions(), guidance=3.0, guide_details=False)(x, 2.0)
+    assert rows == {8: 4, 16: 2, 32: 2}
+    core = Guided(high.lower(1), conditions(), guidance=3.0)(box_down(x, 4), 0.5)
+    assert (box_down(made, 4) - core).abs().max() < 1e-12
+    weak, whole = (
+        high(x, torch.full((2,), 2.0, dtype=torch.float64), c) for c in (conditions().dropped(), conditions())
+    )
+    assert (details(made, 2) - details(weak + 3.0 * (whole - weak), 2)).abs().max() > 1e-3
+    with pytest.raises(UserError, match="guide_details=False guides the core"):
+        Guided(high, conditions(), guidance=3.0, guide=high.base, guide_details=False)
 
 
 # --- gates and progressive sampling -------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ al., arXiv 2206.00364, Table 1).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from typing import Literal
@@ -163,22 +163,41 @@ class Denoiser(nn.Module):
 
         Without gradients, rungs whose gate is closed for the whole batch are left out.
         """
+        made = self._start(x, sigma, cond, guidance)
+        yield made
+        yield from self._rest(x, sigma, made)
+
+    def guided_core(self, x: Tensor, sigma: Tensor, both: Cond, mix: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """The denoised image where the first rung alone is guided.
+
+        It is evaluated under `both`, B conditions and then B weaker ones; `mix(weak, image)` joins its images, and the
+        other rungs see the conditions alone.
+        """
+        first = self._start(torch.cat([x, x]), torch.cat([sigma, sigma]), both)
+        image, weak = first.image.chunk(2)
+        made = RungOutput(mix(weak, image), first.features[: len(x)], first.ctx[: len(x)])
+        *_, last = made, *self._rest(x, sigma, made)
+        return up_nearest(last.image, x.shape[-1] // last.image.shape[-1])
+
+    def _start(self, x: Tensor, sigma: Tensor, cond: Cond, guidance: Tensor | None = None) -> RungOutput:
+        """The first rung's output."""
         self.net.config.check_size((x.shape[-2], x.shape[-1]), self.resolution)
-        # Noise level as the core knows it; the same number for every rung. c_noise: arXiv 2206.00364, Table 1.
+        # Noise level of the averaged image; the same number for every rung. c_noise: arXiv 2206.00364, Table 1.
         ctx = self.net.embed(torch.log(sigma.float() / self.noise_scale) / 4, cond, guidance)
-        made: RungOutput | None = None
-        for rung in self.rung_configs:
+        rung = self.rung_configs[0]
+        k = self.resolution // rung.resolution
+        return self._first(rung, box_down(x, k), sigma / k, ctx)
+
+    def _rest(self, x: Tensor, sigma: Tensor, made: RungOutput) -> Iterator[RungOutput]:
+        """The outputs of the rungs above the first."""
+        for rung in self.rung_configs[1:]:
             if rung.decodes:
                 break
             open_ = self.open(rung, sigma)
             if open_ is not None and not torch.is_grad_enabled() and not bool(open_.any()):
                 break
             k = self.resolution // rung.resolution
-            x_k = box_down(x, k)
-            if made is None:
-                made = self._first(rung, x_k, sigma / k, ctx)
-            else:
-                made = self._refine(rung, x_k, sigma / k, made, open_)
+            made = self._refine(rung, box_down(x, k), sigma / k, made, open_)
             yield made
 
     def open(self, rung: RungConfig, sigma: Tensor) -> Tensor | None:

@@ -65,6 +65,7 @@ def floors_of(denoise: Denoise) -> list[Floor]:
             guidance=1.0 if own else denoise.guidance,
             interval=None if interval is None else (interval[0] / scale, interval[1] / scale),
             threshold=denoise.threshold,
+            guide_details=denoise.guide_details,
         )
         floors.insert(0, Floor(lower, scale, math.inf))
     return floors

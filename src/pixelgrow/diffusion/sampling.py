@@ -153,6 +153,7 @@ def sample(
     interval: tuple[float, float] | None = None,
     guide: Network | None = None,
     threshold: float | None = None,
+    guide_details: bool = True,
     batch: int = 64,
     device: torch.device | str | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -169,7 +170,7 @@ def sample(
     steps     solver steps; `heun` evaluates 2*steps - 1 times, the others `steps` times; guidance doubles that
     sampler   "dpm++2m", "heun", "ddim" or "ddpm"
     grid      "karras"; a training schedule (see `native_grid`); or sigmas that fall to 0, in place of `steps`
-    guidance, interval, guide, threshold   see `guidance.Guided`
+    guidance, interval, guide, threshold, guide_details   see `guidance.Guided`
     batch     images at a time; classifier-free guidance evaluates twice as many rows in one call
     device    where the denoiser is; that of `cond` if None
     progress  called with (steps done, steps in all) after each step of each batch
@@ -199,6 +200,7 @@ def sample(
             interval=interval,
             guide=guide,
             threshold=threshold,
+            guide_details=guide_details,
         )
         floors = floors_of(guided)
         if preview and len(floors) == 1:

@@ -28,6 +28,10 @@ class Context:
     text: Tensor
     bias: Tensor
 
+    def __getitem__(self, rows: slice) -> Context:
+        """The context of some rows."""
+        return Context(self.vec[rows], self.modulation[rows], self.text[rows], self.bias[rows])
+
 
 class Block(nn.Module):
     """Self-attention, cross-attention to the text, MLP; noise level and pooled text modulate the first and last.
