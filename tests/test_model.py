@@ -263,7 +263,7 @@ def test_the_grid_of_the_training_noise_is_a_setting(monkeypatch: pytest.MonkeyP
     seen: list[Any] = []
     monkeypatch.setattr("pixelgrow.model.sample", lambda *_, **k: seen.append(k) or Samples(torch.zeros(1, 3, 8, 8), 1))
     model = untrained()
-    with pytest.raises(UserError, match="does not say what noise"):
+    with pytest.raises(UserError, match="does not hold the noise"):
         model.sample(["1"], grid="native")
     with pytest.raises(UserError, match="'linear' does not exist; expected 'karras'"):
         model.sample(["1"], grid="linear")

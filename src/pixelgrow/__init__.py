@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    """`load`, `Model` and `edit` bring torch with them, so they are imported when first asked for."""
+    """Import `load`, `Model` and `edit` at first use: they import torch."""
     if name in ("Model", "load"):
         import pixelgrow.model
 

@@ -1,4 +1,4 @@
-"""A checkpoint: a folder of `model.safetensors`, `config.json` and a model card. Written whole or not at all."""
+"""A checkpoint: a folder of `model.safetensors`, `config.json` and a model card, written atomically."""
 
 from __future__ import annotations
 
@@ -28,18 +28,23 @@ from pixelgrow.writing import fault_of, flush, writing
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 _UNCHECKED = '"sha256": ""'
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # that weights may be stored in; they are float32 once loaded
-
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of stored weights; loading casts them to float32
 
 Objective = Literal["denoise", "generate"]
 KINDS: dict[Objective, str] = {"denoise": "a multi-step denoiser", "generate": "a one-step generator"}
 
 
 class CheckpointConfig(BaseModel):
-    """What `config.json` holds. `objective` says what the weights are for; `text` how captions are encoded; `latent`
-    the autoencoder whose latents are drawn, empty for pixels; `sampling` the defaults of the `sample` verb; `noise` the
-    noise levels of its last training, None where nobody noted them; `lineage` the stages that made the checkpoint,
-    oldest first."""
+    """The content of `config.json`.
+
+    objective   what the weights are: a denoiser or a one-step generator
+    noise       distribution of sigma in its last training; None if unknown
+    text        the text encoder: name, `max_tokens`, fingerprint, or the names of the classes
+    latent      the autoencoder whose latents the model generates; empty for pixels
+    sampling    default sampling settings, a `SamplingSpec`
+    lineage     the stages that made the checkpoint, oldest first
+    sha256      hash of the weights; they are not checked if it is empty
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -65,15 +70,15 @@ class CheckpointConfig(BaseModel):
 
 
 def _reason(error: ValidationError) -> str:
-    """The first mistake of a configuration, in one line that names the field."""
+    """The first mistake in a configuration, as one line that names the field."""
     first = error.errors(include_url=False)[0]
     where = ".".join(map(str, first["loc"]))
     return f"{where}: {first['msg']}".removeprefix(": ").replace("Value error, ", "")
 
 
 def check_target(folder: Path) -> None:
-    """Raise UserError unless a checkpoint may be written to `folder`: whatever else it held would be deleted."""
-    remedy = "name a new or empty folder, or one that holds a checkpoint alone"
+    """Raise UserError unless a checkpoint may be written to `folder`: other files in it would be deleted."""
+    remedy = "name a new or empty folder, or one that holds only a checkpoint"
     if folder.name in ("", ".."):
         raise UserError(f"a checkpoint cannot be written to {str(folder)!r}: expected a folder with a name; {remedy}")
     with writing(folder):
@@ -92,8 +97,8 @@ def check_target(folder: Path) -> None:
 def _temporary(folder: Path, wait: bool = False) -> Iterator[Path]:
     """An empty folder `.NAME.part` beside a checkpoint's, locked by this process; removed at the end if still there.
 
-    The lock is the folder's own, so it ends with the process: what an unlocked one holds was left by a killed save.
-    Raises UserError if another process holds it, unless it is to `wait`.
+    The lock ends with the process: files in an unlocked folder are left over from a killed save. If another process
+    holds the lock, raises UserError, or waits with `wait`.
     """
     part = folder.with_name(f".{folder.name}.part")
     while True:
@@ -129,10 +134,10 @@ def _is(descriptor: int, path: Path) -> bool:
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its place when the block ends well, and is removed when it fails.
+    """A temporary folder beside `folder` that replaces it when the block succeeds, and is removed when it fails.
 
-    A kill or a full disk at any moment leaves the previous folder usable. Raises UserError if that is no checkpoint's,
-    or if another process is writing it.
+    After a kill or a full disk at any moment the previous folder is usable. Raises UserError if that holds anything but
+    a checkpoint, or if another process is writing it.
     """
     check_target(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -156,7 +161,7 @@ def recover(folder: Path) -> None:
     """Put the previous folder back if a kill fell between the two renames of `replacing`."""
     old = folder.with_name(f".{folder.name}.old")
     if old.exists() and not folder.exists():
-        with writing(folder), _temporary(folder, wait=True):  # a save that goes on renames its own now
+        with writing(folder), _temporary(folder, wait=True):  # a save in progress finishes its renames first
             if old.exists() and not folder.exists():
                 old.rename(folder)
 
@@ -223,7 +228,7 @@ def _cast(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def read_config(folder: Path) -> CheckpointConfig:
-    """The validated `config.json` of a checkpoint folder; UserError naming the file where it is missing or not ours."""
+    """The validated `config.json` of a checkpoint folder. Raises UserError if it is missing or invalid."""
     recover(folder)
     path = folder / CONFIG
     try:
@@ -238,7 +243,7 @@ def read_config(folder: Path) -> CheckpointConfig:
 
 
 def read_tensors(folder: Path, digest: str = "") -> dict[str, Tensor]:
-    """The weights of a checkpoint folder, checked against `digest` if one is given."""
+    """The weights of a checkpoint folder. Raises UserError if they are missing, damaged, or differ from `digest`."""
     path = folder / WEIGHTS
     if fault := fault_of(path, "copy the checkpoint again"):
         raise UserError(f"{path} {fault}")
@@ -300,7 +305,7 @@ def _load(folder: Path, objective: Objective) -> tuple[UViT, CheckpointConfig]:
 
 
 def model_card(config: CheckpointConfig) -> str:
-    """A model card in the hub's form: what the model is and the stages that made it; the licence is its maker's."""
+    """A model card in the hub's format: the model and its lineage. It states no licence; that is up to the author."""
     rungs = ", ".join(f"{r.resolution} px ({r.attach})" for r in config.network.rungs)
     lines = [
         "---", "library_name: pixelgrow", "pipeline_tag: text-to-image", "---", "",

@@ -1,16 +1,16 @@
-"""The one exception that means "you can fix this", and which of the others mean that memory ran out."""
+"""The exception for users' mistakes, and a test of other exceptions for out-of-memory."""
 
 
 class UserError(ValueError):
-    """A user's mistake, told in one line: what was got, what was expected, what to do.
+    """A user's mistake in one line: what was got, what was expected, what to do.
 
-    The command line prints the message alone and exits with status 2.
+    The command line prints only the message and exits with status 2.
     """
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether torch, on any device, or Python could not get the memory that was asked for."""
-    words = ("can't allocate memory", "not enough memory")  # of torch's allocator on a CPU, which has no class for it
+    """Whether an error means that torch, on any device, or Python could not allocate memory."""
+    words = ("can't allocate memory", "not enough memory")  # torch's CPU allocator raises a plain RuntimeError
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"

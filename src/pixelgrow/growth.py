@@ -1,9 +1,9 @@
-"""Growth: a checkpoint and a target resolution make a larger checkpoint, and a report of what became of every tensor.
+"""Growth: from a model and a target resolution to a larger model, with a report of every tensor's origin.
 
-One mechanism for two papers. A denoiser grows by levels: `init: random` is Greedy Growing's (arXiv 2405.16759), where
-the core stays, the outer ends are thrown away, and new levels around the core start at random. A one-step generator
-grows by decoder halves alone: `init: random` is PaGoDA's (arXiv 2405.14822), from the features to a new output layer.
-`init: preserve` (ours), of both, puts a rung on the finished network that adds nothing at the start.
+One mechanism for two papers. A denoiser grows by levels: with `init: random` (Greedy Growing, arXiv 2405.16759) the
+core stays, the outer ends are removed, and new levels around the core start at random. A one-step generator grows by
+decoder halves only: with `init: random` (PaGoDA, arXiv 2405.14822) from the features to a new output layer. For both,
+`init: preserve` (ours) puts a rung on the finished network that adds nothing at the start.
 """
 
 from __future__ import annotations
@@ -35,10 +35,12 @@ GATE = 2.0  # sigma at the resolution of a rung's lowest level, up to which it i
 class GrowthReport:
     """Names of the grown model's tensors by origin, and held-out error by noise level before and after.
 
-    `exact`: the image averages down to the parent's for every weight of what is new; `until`: the gate of the last
-    rung, as the core sees it. `loaded` come from the parent, `new` start fresh, `dropped` are the parent's that have no
-    place any more. `before` is the parent on the pooled image, its answer up-sampled; `after` the grown model before
-    its first step; both {sigma at the core: mean squared error} on the same held-out images and noise.
+    loaded, new, dropped   tensors from the parent; tensors with new values; tensors of the parent that are removed
+    exact   whether the average of the image is the parent's for all weights of the new tensors
+    until   the gate of the last rung, in core units
+    before  error of the parent on the averaged image, its prediction up-sampled: {sigma in core units: mean squared
+            error}
+    after   the same of the grown model before its first step, on the same held-out images and noise
     """
 
     init: Init
@@ -57,10 +59,10 @@ class GrowthReport:
 
 
 def kept_in(lineage: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Hashes of the models that are contained, latest first, in the model that a lineage ends in.
+    """Hashes of the models that the model at the end of a lineage contains, latest first.
 
-    Those are the parents of its last `preserve` growths, as long as they stayed frozen in training, and what it was
-    before its weights were `cast` to another precision, which rounds them.
+    Those are the parents of its last `preserve` growths, as long as they stayed frozen in training, and the model
+    before its weights were `cast` to another precision, which only rounds them.
     """
     found = []
     for entry in reversed(lineage):
@@ -75,7 +77,7 @@ def kept_in(lineage: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def ungrown(denoiser: Denoiser) -> Denoiser:
-    """The model that the last `preserve` growth stands on, with copies of its weights."""
+    """The model before the last `preserve` growth, with copies of its weights."""
     config = denoiser.net.config
     net = UViT(config.model_copy(update={"rungs": config.rungs[:-1]}).checked())
     kept = denoiser.net.state_dict()
@@ -95,16 +97,19 @@ def grown_config(
     exact: bool = True,
     until: float | None = None,
 ) -> NetConfig:
-    """The network that `config` grows into at `to` pixels, any power of two above its resolution.
+    """The network that `config` grows into at `to` pixels, its resolution times any power of two.
 
-    `patch`: pixels per cell of the new top map; default the core's stride for `random` levels around a core, half of
-    it where details alone are drawn. Nobody says; ours. `generator`: of a one-step generator, decoder halves alone.
-    `exact`: with `preserve`, a rung that keeps the image from below for all weights. `until`: the gate of an exact rung
-    of a denoiser, as the core sees it; default `GATE` at its lowest level's resolution, inf for none.
+    patch      pixels per cell of the new top map; default (ours) the core's stride for `random` levels around a core,
+               half of it for rungs that only add details
+    generator  the growth of a one-step generator: decoder halves only
+    exact      with `preserve`: a rung whose averaged image is the image from below for all weights
+    until      gate of an exact rung of a denoiser, in core units; default `GATE` at the resolution of its lowest level,
+               inf for none
+
     Raises UserError if `to`, `patch` or `init` do not fit.
     """
     if generator and init == "scratch":
-        raise UserError("init: scratch is no growth of a one-step generator; expected preserve or random")
+        raise UserError("init: scratch is not for one-step generators; expected preserve or random")
     factor = to // config.resolution if config.resolution else 0
     if to % config.resolution or factor < 2 or factor & (factor - 1):
         ways = ", ".join(str(config.resolution * 2**i) for i in (1, 2, 3))
@@ -123,7 +128,7 @@ def grown_config(
         patch = first.patch if kept else patch or config.core_stride
     else:
         patch = patch or min(max(1, config.core_stride // 2), 2 * config.rungs[-1].patch)
-    coarsest = 2 * (config.core_stride if around else config.rungs[-1].patch)  # the map that it stands on
+    coarsest = 2 * (config.core_stride if around else config.rungs[-1].patch)  # twice the cells of the map below
     if patch & (patch - 1) or patch > coarsest:
         raise UserError(f"patch {patch} does not fit a growth to {to} px: choose a power of two up to {coarsest}")
     sides = [below * 2**i for i in range(1, (to // below).bit_length())]
@@ -143,16 +148,16 @@ def grown_config(
 
 
 def check_gate(until: float | None, config: DiffusionConfig) -> None:
-    """Raise UserError for a gate outside of a model's noise levels, both as the core sees them."""
+    """Raise UserError for a gate outside of a model's noise levels, both in core units."""
     if until is not None and until != math.inf and not config.sigma_min < until < config.sigma_max:
         raise UserError(
             f"until: got {until:g}, expected a sigma between the model's sigma_min {config.sigma_min:g} and sigma_max "
-            f"{config.sigma_max:g}, as the core sees them; or .inf for no gate"
+            f"{config.sigma_max:g}, in core units (sigma at the core's resolution); or .inf for no gate"
         )
 
 
 def detail_std(images: Tensor, k: int) -> float:
-    """Deviation of x - up(box_down(x)) over images (N, 3, H, W): what a growth by k has to add."""
+    """Standard deviation of x - up(box_down(x)) over images (N, 3, H, W): of the details that a growth by k adds."""
     return max(1e-3, (images - up_nearest(box_down(images, k), k)).std().item())
 
 
@@ -172,10 +177,10 @@ def grow(
 ) -> tuple[Denoiser, GrowthReport]:
     """Grow `parent` to `to` pixels, at once or over several resolutions in turn.
 
-    `images` (N, 3, to, to) and `cond`: the held-out batch that both are measured on, `batch` images at a time.
-    `scratch` has the shape of `random` and loads no weight: the baseline. New tensors are a function of `seed`. The
-    rest is as in `grown_config`. Raises UserError if `to` is no power of two above the parent's resolution, or `until`
-    is none of its noise levels.
+    `images` (N, 3, to, to) and `cond`: the held-out images that both models are measured on, `batch` at a time.
+    `scratch`, the baseline, has the shape of `random` and loads no weights. New tensors are a function of `seed`. For
+    the other arguments see `grown_config`. Raises UserError if `to` is not the parent's resolution times a power of
+    two, or if `until` is outside of its noise levels.
     """
     config = parent.net.config
     check_gate(until, parent.config)
@@ -197,16 +202,16 @@ def grow(
 
 
 def with_detail(config: NetConfig, std: float) -> NetConfig:
-    """`config` with the deviation of what its last rung adds."""
+    """`config` with the standard deviation of its last rung's details."""
     return config.model_copy(
         update={"rungs": (*config.rungs[:-1], config.rungs[-1].model_copy(update={"detail_std": std}))}
     )
 
 
 def inherited(names: Iterable[str], config: NetConfig, old: NetConfig) -> list[str]:
-    """Which of the tensors of a network of `config` come from the network of `old` that it grew out of.
+    """The tensors of a network of `config` that come from its parent, a network of `old`.
 
-    All of it where the growth stands on it; else the core, and the levels of the UViT that it was.
+    All of the parent's if the new rung is on top of it; else the core's, and the levels' if the parent was a UViT.
     """
     on_top = config.rungs[: len(old.rungs)] == old.rungs
     shallow = old.rungs[0].resolution == old.core_resolution
@@ -222,14 +227,14 @@ def inherited(names: Iterable[str], config: NetConfig, old: NetConfig) -> list[s
 
 
 def grow_network(old: UViT, config: NetConfig, init: Init, seed: int = 0) -> tuple[UViT, GrowthReport]:
-    """The network of a `grown_config`, with what it has of `old`; and what became of every tensor. New ones are a
-    function of `seed`."""
+    """The network of a `grown_config`, with the tensors that it inherits from `old`, and a report without errors. New
+    tensors are a function of `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.seed_of(seed, "growth", config.resolution))
         net = UViT(config).to(next(old.parameters()))
     kept, fresh = old.state_dict(), net.state_dict()
     loaded = inherited(fresh, config, old.config)
-    if init == "scratch":  # what is known of the text is no weight
+    if init == "scratch":  # the text's statistics, which are buffers, are loaded all the same
         loaded = [n for n, _ in net.named_buffers() if n in loaded]
     net.load_state_dict(fresh | {n: kept[n] for n in loaded}, strict=True)
     new = [n for n in fresh if n not in set(loaded)]
@@ -246,18 +251,18 @@ def grow_network(old: UViT, config: NetConfig, init: Init, seed: int = 0) -> tup
 
 
 def freeze(net: UViT, names: list[str]) -> None:
-    """Stop the gradient of the named tensors of a network: no memory for it, no optimizer state, equal to the bit."""
+    """Exclude the named tensors of a network from training: no gradients, no optimizer state, never changed."""
     frozen = set(names)
     for name, parameter in net.named_parameters():
         parameter.requires_grad_(name not in frozen)
 
 
 def last_blocks(config: NetConfig, count: int) -> tuple[str, ...]:
-    """Prefixes of the last `count` residual blocks of a network: what PaGoDA trains of a base that is frozen below.
+    """Name prefixes of the last `count` residual blocks of a network, which PaGoDA trains in an otherwise frozen base.
 
     Raises UserError if its last half level has fewer.
     """
     top = config.rungs[-1].levels[-1]
     if count > top.blocks:
-        raise UserError(f"base_blocks: got {count}, the base's last half level has {top.blocks}; expected no more")
+        raise UserError(f"base_blocks: got {count}, expected at most {top.blocks}, the blocks of the base's last level")
     return tuple(f"decoder.{top.resolution}.blocks.{i}." for i in range(top.blocks - count, top.blocks))

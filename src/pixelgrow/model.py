@@ -1,4 +1,4 @@
-"""A trained model as people use it: load it, ask for pictures, save it, share it."""
+"""A trained model with its text encoder: load it, sample images, save it, share it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from pixelgrow.writing import read_json, reading
 logger = logging.getLogger(__name__)
 WEIGHTS = Path(__file__).parent / "weights"
 RECORD = "stage.json"  # in the folder of a stage
-# What `sample` does where neither the caller nor the checkpoint says.
+# Sampling settings that neither the caller nor the checkpoint gives.
 DEFAULTS: dict[str, Any] = {"steps": 32, "sampler": "dpm++2m", "guidance": 2.0}
 
 
@@ -104,7 +104,7 @@ class Model:
 
     @property
     def resolution(self) -> int:
-        """Image side, in pixels or latents, that the model was made for."""
+        """Image side of the network, in pixels or latents."""
         return self.denoiser.resolution
 
     @property
@@ -114,9 +114,9 @@ class Model:
 
     @property
     def autoencoder(self) -> Autoencoder | None:
-        """What decodes the latents that the model draws; None if it draws pixels.
+        """Decodes the latents that the model generates; None for a model of pixels.
 
-        Raises UserError if it is not there, or is another than the model was trained with.
+        Raises UserError if it is missing, or is not the one that the model was trained with.
         """
         latent = self.config.latent
         if self._autoencoder is None and latent:
@@ -124,18 +124,18 @@ class Model:
             if latent.get("fingerprint", made.fingerprint) != made.fingerprint:
                 raise UserError(
                     f"the autoencoder {made.name} is not the one that the model was trained with: got fingerprint "
-                    f"{made.fingerprint}, expected {latent['fingerprint']}; put the folder of then in its place"
+                    f"{made.fingerprint}, expected {latent['fingerprint']}; restore the version used in training"
                 )
             self._autoencoder = made
         return self._autoencoder
 
-    def pictures(self, images: Tensor) -> Tensor:
-        """What the model draws (B, C, h, w) as pictures (B, 3, H, W) in [-1, 1]."""
+    def decode(self, images: Tensor) -> Tensor:
+        """The network's images or latents (B, C, h, w) as images (B, 3, H, W) in [-1, 1]."""
         return images if self.autoencoder is None else self.autoencoder.decode(images)
 
     def _size(self, size: tuple[int, int] | None) -> tuple[int, int]:
-        """Size of what the network draws for pictures of `size` in pixels; its own if None. Raises UserError if it does
-        not fit."""
+        """Size of the network's images or latents for images of `size` in pixels; its own if None. Raises UserError if
+        it does not fit the network's grid."""
         if size is None:
             return self.resolution, self.resolution
         factor = 1 if self.autoencoder is None else self.autoencoder.factor
@@ -145,7 +145,7 @@ class Model:
     def encode(self, prompts: Sequence[str]) -> Cond:
         """Prompts (or class labels as text) as conditions on the model's device.
 
-        Raises UserError if the checkpoint names no text encoder, or was trained with another than its name now means.
+        Raises UserError if the checkpoint names no text encoder, or if the encoder is another than in training.
         """
         if self._encoder is None:
             self._encoder = self._load_encoder()
@@ -160,13 +160,13 @@ class Model:
         if not {"encoder", "max_tokens"} <= text.keys():
             raise UserError(
                 f"the checkpoint names no text encoder: its {checkpoint.CONFIG} says text: {text}, expected encoder "
-                "and max_tokens; call the denoiser itself, or write in what it was trained with"
+                "and max_tokens; call the denoiser itself, or add the encoder that it was trained with"
             )
         encoder = load_encoder(text["encoder"], max_tokens=text["max_tokens"], device=self.device)
         if text.get("fingerprint", encoder.fingerprint) != encoder.fingerprint:
             raise UserError(
                 f"the text encoder {text['encoder']!r} is not the one that the model was trained with: got fingerprint "
-                f"{encoder.fingerprint}, expected {text['fingerprint']}; put the folder or package of then in its place"
+                f"{encoder.fingerprint}, expected {text['fingerprint']}; restore the version used in training"
             )
         return encoder
 
@@ -191,7 +191,7 @@ class Model:
         batch: int = 64,
         progress: Callable[[int, int], None] | None = None,
     ) -> Iterator[Image.Image]:
-        """An image for each prompt, one after the other; see `sampling.sample` for the settings. Left out, they are the
+        """An image for each prompt, one after the other; see `sampling.sample` for the settings. Those left out are the
         checkpoint's own. The model's device holds one batch of images at a time.
 
         `size` is (h, w) in pixels; `grid` "karras" or "native" (to the training's noise, see `noise_grid`); `guide`
@@ -218,7 +218,7 @@ class Model:
                     "same text encoder"
                 )
             if guide.config.latent != self.config.latent:
-                raise UserError("the guide draws in another space (latent): name a model of the same autoencoder")
+                raise UserError("the guide works in another latent space: name a model of the same autoencoder")
             guide = guide.denoiser
         size = self._size(size)
 
@@ -246,7 +246,7 @@ class Model:
 
         def pixels(rows: slice, note: Callable[[int, int], None] | None) -> np.ndarray:
             samples = one_batch(self.encode(words[rows]), numbers[rows], note)
-            return to_uint8(self.pictures(samples.images))
+            return to_uint8(self.decode(samples.images))
 
         def made() -> Iterator[Image.Image]:
             for part, rows in enumerate(parts):
@@ -260,14 +260,14 @@ class Model:
         return self.encode(self._words(prompts))
 
     def _words(self, prompts: Sequence[str]) -> list[str]:
-        """Prompts as the text encoder takes them: captions as they are, classes as numbers. Raises UserError."""
+        """Prompts as the text encoder receives them: captions as they are, classes as numbers. Raises UserError."""
         head, _, count = str(self.config.text.get("encoder")).partition(":")
         if head != "labels":
             return list(prompts)
         return as_labels(prompts, self.config.text.get("classes", []), int(count))
 
     def settings(self, **given: Any) -> dict[str, Any]:
-        """Sampling settings: what is given, else the checkpoint's, else the library's."""
+        """Sampling settings: those given, else the checkpoint's, else `DEFAULTS`."""
         return DEFAULTS | self.config.sampling | {k: v for k, v in given.items() if v is not None}
 
     def save_pretrained(self, folder: Path | str, *, dtype: torch.dtype | None = None) -> None:
@@ -301,7 +301,7 @@ def _listed(prompts: Sequence[str] | str) -> list[str]:
 
 
 def _later(progress: Callable[[int, int], None], part: int, parts: int) -> Callable[[int, int], None]:
-    """The progress of one part of several, as that of the whole."""
+    """The progress callback of one part of several, in steps of all parts."""
     return lambda done, total: progress(part * total + done, parts * total)
 
 
@@ -312,8 +312,8 @@ def _text(config: CheckpointConfig) -> str:
 
 
 class OneStepModel(Model):
-    """A one-step generator with its text encoder: each picture takes one network evaluation, and no setting but the
-    guidance weight of a generator that was distilled with it as a condition."""
+    """A one-step generator with its text encoder: one network evaluation for each image. The only sampling setting is
+    `guidance`, for a generator that is conditioned on it."""
 
     def __init__(self, generator: Generator, config: CheckpointConfig) -> None:
         super().__init__(generator.denoiser, config)
@@ -338,8 +338,8 @@ class OneStepModel(Model):
         progress: Callable[[int, int], None] | None = None,
         **settings: Any,
     ) -> Iterator[Image.Image]:
-        """An image for each prompt, one after the other. A guided generator takes `guidance`, or has the checkpoint's;
-        UserError for settings of multi-step sampling."""
+        """An image for each prompt, one after the other. A guided generator takes `guidance`, the checkpoint's if left
+        out. Raises UserError for settings of multi-step sampling."""
         prompts = _listed(prompts)
         own = self.settings(**settings)
         size = self._size(size)
@@ -353,23 +353,23 @@ class OneStepModel(Model):
         return self._images(one_batch, prompts, index, batch, progress)
 
     def settings(self, **given: Any) -> dict[str, Any]:
-        """Of a guided generator its `guidance`, else none: what else is given is refused."""
+        """`guidance` for a guided generator, else nothing; other settings are refused."""
         return one_step_settings(self.config, given)
 
 
 def one_step_settings(config: CheckpointConfig, given: Mapping[str, Any]) -> dict[str, Any]:
-    """What a generator is told: `guidance` if it is guided, given or else the checkpoint's own.
+    """Sampling settings of a generator: `guidance` if it is guided, as given or else the checkpoint's own.
 
-    Raises UserError for whatever else is given, and for a weight that means nothing.
+    Raises UserError for other settings, and for an invalid weight.
     """
     own = {"guidance": config.sampling.get("guidance", DEFAULTS["guidance"])} if config.network.guided else {}
-    told = own | {k: v for k, v in given.items() if v is not None}
-    check_one_step(told, guided=config.network.guided)
-    return {k: float(v) for k, v in told.items()}
+    chosen = own | {k: v for k, v in given.items() if v is not None}
+    check_one_step(chosen, guided=config.network.guided)
+    return {k: float(v) for k, v in chosen.items()}
 
 
 def noise_grid(name: str, denoiser: Denoiser, config: CheckpointConfig) -> str | Schedule:
-    """The `grid` that `sampling.sample` is to be given for a name: "karras", or "native" for the training's schedule.
+    """The `grid` argument of `sampling.sample` for a name: "karras", or "native" for the training's schedule.
 
     Raises UserError for another name, and for "native" where the checkpoint does not hold its training noise.
     """
@@ -379,7 +379,7 @@ def noise_grid(name: str, denoiser: Denoiser, config: CheckpointConfig) -> str |
         return name
     if config.noise is None:
         raise UserError(
-            "grid (--schedule) 'native': the checkpoint does not say what noise it was trained with; use 'karras'"
+            "grid (--schedule) 'native': the checkpoint does not hold the noise of its training; use 'karras'"
         )
     return NoiseSchedule(config.noise, denoiser)
 

@@ -11,19 +11,19 @@ from PIL import Image
 from torch import Tensor
 
 GAP = 2  # white pixels between the images of a grid
-ELONGATED = 4  # columns to rows, or rows to columns, from which on a grid is no longer pleasant to look at
+ELONGATED = 4  # the largest ratio of columns to rows, or of rows to columns, of a grid
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
-    """(N, 3, H, W) in [-1, 1], what is outside cut off -> (N, H, W, 3) of uint8."""
+    """(N, 3, H, W), clamped to [-1, 1] -> (N, H, W, 3) uint8."""
     pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().byte()
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 
 def columns_of(prompts: int, each: int) -> int:
-    """Columns of a grid of `each` images of each of several prompts: a row for each prompt unless that is a strip.
+    """Columns of a grid of `each` images of each of several prompts: one row per prompt if that is not too elongated.
 
-    Otherwise nearly square, where possible with every prompt at the start of a row or a row of whole prompts.
+    Otherwise nearly square: if possible each prompt begins a row, or each row holds all images of its prompts.
     """
     count = prompts * each
     square = math.ceil(math.sqrt(count))
@@ -44,7 +44,7 @@ def grid_size(size: tuple[int, int], columns: int, count: int) -> tuple[int, int
 
 
 def grid(images: Iterable[np.ndarray], columns: int, count: int) -> Image.Image:
-    """One image of `count` >= 1 images (H, W, 3) of uint8 and of one size, row by row. They may come one at a time."""
+    """One image of `count` >= 1 images (H, W, 3) uint8 of one size, row by row. `images` may be a generator."""
     rest = iter(images)
     first = next(rest)
     h, w, _ = first.shape

@@ -1,4 +1,4 @@
-"""Randomness as a pure function of its keys: (seed, what it is for, sample index)."""
+"""Randomness as a pure function of its keys: (seed, purpose, sample index)."""
 
 import hashlib
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Files that cannot be written or read, in one line; files written whole; what is wrong with a file of weights."""
+"""One-line errors for files that cannot be written or read; atomic writes; what is wrong with a file of weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from pixelgrow.errors import UserError
 
 logger = logging.getLogger(__name__)
-# What the user can mend, by the system's number of the error.
+# Errors that the user can mend, by the system's number.
 _FORBIDDEN = (errno.EACCES, errno.EPERM)
 REMEDIES = (
     dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room there")
@@ -28,10 +28,10 @@ REMEDIES = (
 
 @contextmanager
 def writing(what: Path) -> Iterator[None]:
-    """Turn a full disk, or a place that cannot be written, into one line that names the file."""
+    """Raise UserError, naming the file, if the disk is full or the place cannot be written."""
     try:
         yield
-    except SafetensorError as error:  # the library words the system's error: "... (os error 28)"
+    except SafetensorError as error:  # the library gives the system's error as text: "... (os error 28)"
         for number in REMEDIES:
             if f"(os error {number})" in str(error):
                 raise UserError(_cannot(what, str(error), number)) from error
@@ -44,7 +44,7 @@ def writing(what: Path) -> Iterator[None]:
 
 @contextmanager
 def reading(what: str | Path) -> Iterator[None]:
-    """Turn a path that one may not look at, or that cannot be one (too long a name), into one line that names it."""
+    """Raise UserError, naming the path, if it may not be read or cannot be a path (too long a name)."""
     try:
         yield
     except OSError as error:
@@ -54,10 +54,10 @@ def reading(what: str | Path) -> Iterator[None]:
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path`, to be written in the block, that then takes its place.
+    """A temporary file beside `path`, to be written in the block; it replaces `path` at the end.
 
-    After a crash at any moment, of the machine too, `path` is either as it was or whole. Raises UserError if the disk
-    is full or the place cannot be written.
+    After a crash at any moment, of the machine too, `path` is either as before or complete. Raises UserError if the
+    disk is full or the place cannot be written.
     """
     part = path.with_name(f".{path.name}.part")
     with writing(path):
@@ -88,7 +88,7 @@ def write_json(path: Path, values: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """The mapping in a JSON file; None if there is no file, or if it is damaged, which a warning says."""
+    """The mapping in a JSON file; None if there is no file, or, with a warning, if it is damaged."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -106,7 +106,7 @@ def _cannot(what: Path, reason: str, number: int) -> str:
 
 
 _POINTER = b"version https://git-lfs"
-_OTHERS = {  # how files of other kinds begin
+_OTHERS = {  # the first bytes of other kinds of files
     b"PK\x03\x04": "is a pickle or an archive, not safetensors",
     b"\x80": "is a pickle, not safetensors",
     b"<": "is a web page, not the weights",
@@ -114,7 +114,7 @@ _OTHERS = {  # how files of other kinds begin
 
 
 def is_pointer(path: Path) -> bool:
-    """Whether a file is a Git LFS pointer in the place of the file that it stands for."""
+    """Whether a file is a Git LFS pointer instead of the file itself."""
     with path.open("rb") as file:
         return file.read(len(_POINTER)) == _POINTER
 
@@ -122,7 +122,7 @@ def is_pointer(path: Path) -> bool:
 def fault_of(path: Path, remedy: str = "copy it again") -> str:
     """What is wrong with a safetensors file, and what to do: "is cut off (5 of 9 bytes): copy it again".
 
-    To be put after the file's name. Looks at the file's size and header alone; "" if they are sound.
+    The text goes after the file's name; "" if nothing is wrong. Only the file's size and header are checked.
     """
     try:
         size = path.stat().st_size

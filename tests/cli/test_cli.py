@@ -111,7 +111,7 @@ def test_help_is_quick_and_leaves_torch_alone() -> None:
         (["sample", "MODEL", "1", "-o", "folder", "--grid"], "a grid is one PNG"),
         (["sample", "MODEL", "1", "-o", "picture.jpg"], "expected a name that ends in .png, or a folder"),
         (["sample", "MODEL", "1", "--guide", "base"], "has no base path"),
-        (["sample", "MODEL", "1", "--schedule", "native"], "does not say what noise"),
+        (["sample", "MODEL", "1", "--schedule", "native"], "does not hold the noise"),
         (["sample", "MODEL", "1", "--interval", "3", "1"], "expected (lo, hi) with 0 <= lo < hi"),
         (["sample", "MODEL", "--prompts", "nowhere.txt"], "--prompts nowhere.txt: cannot be read"),
         (["sample", "MODEL", "--prompts", "FILE"], "--prompts FILE: no prompt in it; expected one a line"),

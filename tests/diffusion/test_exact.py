@@ -225,7 +225,7 @@ def test_training_noise_is_cut_to_what_a_rung_will_be_evaluated_at() -> None:
         below = below[below <= 1.6]
         for q in (0.1, 0.5, 0.9):
             assert cut.sigma(torch.tensor([q])).item() == pytest.approx(below.quantile(q).item(), rel=1e-3)
-    with pytest.raises(UserError, match=r"until: 0\.003 lies below 99\.9% of the training noise"):
+    with pytest.raises(UserError, match=r"until: 0\.003 is below 99\.9% of the training noise"):
         NoiseSchedule(NoiseConfig(mean=2.0, std=0.5), high, 0.003)
 
 

@@ -65,7 +65,7 @@ def test_the_papers_growth_of_a_generator_draws_from_the_features_with_a_new_out
     images = [r.image for r in high.rungs(z, c)]
     assert torch.equal(images[0], low(z, c))  # the base's own picture is still there
     assert not [n for n in high.net.state_dict() if n.startswith(("encoder.32", "encoder.64", "entry.64"))]
-    with pytest.raises(UserError, match="no growth of a one-step generator"):
+    with pytest.raises(UserError, match="is not for one-step generators"):
         grown_config(low.net.config, 64, "scratch", generator=True)
 
 

@@ -76,7 +76,7 @@ def test_without_a_preset_a_growth_weighs_pixels_more() -> None:
         ({"losses": {"features": 0, "pixels": 0}}, {}, "losses: features: 0 and pixels: 0 leave no reconstruction"),
         ({}, {"losses": {"features": 0, "pixels": 0, "balance": "fixed", "adversarial": False}}, "write adversarial:"),
         ({}, {"base_blocks": 1, "core": "finetune"}, "base_blocks is for a frozen base"),
-        ({}, {"base_blocks": 2}, "base_blocks: got 2, the base's last half level has 1"),
+        ({}, {"base_blocks": 2}, "base_blocks: got 2, expected at most 1, the blocks of"),
         ({}, {"pairs": None, "from": "core", "preset": "paper"}, "preset is for the growth of a one-step generator"),
     ],
 )

@@ -27,12 +27,13 @@ from pixelgrow.models.uvit import UViT
 Prediction = Literal["edm", "v", "x"]
 Weighting = Literal["edm", "v", "eps", "sigmoid"]
 SIGMOID_BIAS = -3.0  # ours
-MAX_WEIGHT = 1e4  # ours: bounds the loss weight towards clean inputs, where 1/sigma^2 would grow without end
+MAX_WEIGHT = 1e4  # ours: bounds the loss weight at low noise, where 1/sigma^2 grows without limit
 
 
 class DiffusionConfig(Frozen):
-    """Preconditioning and range of a denoiser. `sigma_min` and `sigma_max` are as the core sees them: a model grown k
-    times works from k*sigma_min to k*sigma_max at its own resolution (arXiv 2301.11093: log-SNR shifts by 2 log k)."""
+    """Preconditioning and noise range of a denoiser. `sigma_min` and `sigma_max` are in core units, sigma at the core's
+    resolution: a model grown k times denoises k*sigma_min to k*sigma_max at its own resolution (arXiv 2301.11093:
+    log-SNR shifts by 2 log k)."""
 
     prediction: Prediction = "edm"
     sigma_data: float = Field(0.5, gt=0)
@@ -68,9 +69,9 @@ def coefficients(prediction: Prediction, sigma: Tensor, std: float) -> tuple[Ten
 
 
 @dataclass(frozen=True)
-class RungOutput:
-    """What a rung made: `image` (B, 3, H, W) and the `features` (B, C, h, w) that it was drawn from, at its resolution;
-    `ctx`: what every rung of the evaluation sees."""
+class RungImage:
+    """What a rung predicts: `image` (B, 3, H, W) at its resolution, the `features` (B, C, h, w) that the image was made
+    from, and `ctx`, the context that all rungs of an evaluation share."""
 
     image: Tensor
     features: Tensor
@@ -86,10 +87,10 @@ class Denoiser(nn.Module):
 
     (ours). Averaging k x k pixels of x + sigma*eps gives box_down(x) + (sigma/k)*eps', so D_low receives sigma/k. F and
     the gain start at zero, hence box_down(D_high(x, sigma)) == D_low(box_down(x), sigma/k) before the first step. An
-    `exact` rung has P F in the place of F, P = 1 - up(box_down(.)), and the identity holds for every weight. Above its
-    gate `until` an exact rung adds nothing: D_high is up(D_low), and without gradients it is not evaluated.
+    `exact` rung adds P F instead of F, with P = 1 - up(box_down(.)), and the identity holds for all weights. Above its
+    gate `until` an exact rung adds nothing: D_high is up(D_low), and without gradients the rung is not evaluated.
 
-    `height`: use this many rungs alone, innermost first; all of them if None (see `lower`).
+    `height`: use only this many rungs, innermost first; all of them if None (see `lower`).
     """
 
     def __init__(self, net: UViT, config: DiffusionConfig | None = None, height: int | None = None) -> None:
@@ -97,11 +98,11 @@ class Denoiser(nn.Module):
         self.net = net
         self.config = config or DiffusionConfig()
         self.height = len(net.config.rungs) if height is None else height
-        self.gated = True  # whether gates are heeded; a one-step generator, which knows one noise level, does not
+        self.gated = True  # whether rungs close above their gate; False in a one-step generator, which has one sigma
 
     @property
     def resolution(self) -> int:
-        """Image side that it denoises; a generator's decoder halves, which see no noisy image, do not count."""
+        """Image side of its input and output; a generator's decoder halves, which see no noisy image, do not count."""
         return max(r.resolution for r in self.rung_configs if not r.decodes)
 
     @property
@@ -111,23 +112,23 @@ class Denoiser(nn.Module):
 
     @property
     def exact_factors(self) -> list[int]:
-        """The growths, innermost first, that its image averages down over exactly: how many times each enlarges."""
+        """Factors k, innermost first, of the growths over which box_down(D_high) is exactly D_low."""
         return [b // a for a, b in pairwise(exact_sides([r for r in self.rung_configs if not r.decodes]))]
 
     def lower(self, height: int) -> Denoiser:
-        """The model of the lowest `height` rungs, with the same weights: what this one was before it grew."""
+        """The model of the lowest `height` rungs, which shares the weights: this model before its last growths."""
         made = Denoiser(self.net, self.config, height).train(self.training)
         made.gated = self.gated
         return made
 
     @property
     def space(self) -> Space:
-        """What its images are."""
+        """Channels and range of its images."""
         return self.net.config.space
 
     @property
     def noise_scale(self) -> float:
-        """sigma at this resolution over sigma as the core sees it."""
+        """sigma at this resolution over sigma in core units."""
         return self.resolution / self.net.config.core_resolution
 
     @property
@@ -150,7 +151,7 @@ class Denoiser(nn.Module):
         return up_nearest(last.image, x.shape[-1] // last.image.shape[-1])
 
     def base(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
-        """What the model said before its last `preserve` growth, up-sampled: a weaker guide (autoguidance)."""
+        """The prediction of the model before its last `preserve` growth, up-sampled: a weaker guide (autoguidance)."""
         if self.height < 2:
             raise UserError(
                 "this model has no base path: it was not grown with init: preserve; give a checkpoint as the guide"
@@ -158,38 +159,38 @@ class Denoiser(nn.Module):
         *_, last = islice(self.rungs(x, sigma, cond), self.height - 1)
         return up_nearest(last.image, x.shape[-1] // last.image.shape[-1])
 
-    def rungs(self, x: Tensor, sigma: Tensor, cond: Cond, guidance: Tensor | None = None) -> Iterator[RungOutput]:
-        """What each rung makes of the noisy image, innermost first; the last image, enlarged, is the denoiser's.
+    def rungs(self, x: Tensor, sigma: Tensor, cond: Cond, guidance: Tensor | None = None) -> Iterator[RungImage]:
+        """The prediction of each rung, innermost first; the last image, up-sampled, is the denoiser's.
 
-        Without gradients, rungs whose gate is closed for the whole batch are left out.
+        Without gradients, rungs whose gate is closed for the whole batch are not evaluated.
         """
         made = self._start(x, sigma, cond, guidance)
         yield made
         yield from self._rest(x, sigma, made)
 
     def guided_core(self, x: Tensor, sigma: Tensor, both: Cond, mix: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """The denoised image where the first rung alone is guided.
+        """The denoised image with guidance of the first rung only.
 
-        It is evaluated under `both`, B conditions and then B weaker ones; `mix(weak, image)` joins its images, and the
-        other rungs see the conditions alone.
+        `both`: B conditions, then B weaker ones, for the first rung; `mix(weak, image)` combines its images. The other
+        rungs are evaluated once, under the B conditions.
         """
         first = self._start(torch.cat([x, x]), torch.cat([sigma, sigma]), both)
         image, weak = first.image.chunk(2)
-        made = RungOutput(mix(weak, image), first.features[: len(x)], first.ctx[: len(x)])
+        made = RungImage(mix(weak, image), first.features[: len(x)], first.ctx[: len(x)])
         *_, last = made, *self._rest(x, sigma, made)
         return up_nearest(last.image, x.shape[-1] // last.image.shape[-1])
 
-    def _start(self, x: Tensor, sigma: Tensor, cond: Cond, guidance: Tensor | None = None) -> RungOutput:
-        """The first rung's output."""
+    def _start(self, x: Tensor, sigma: Tensor, cond: Cond, guidance: Tensor | None = None) -> RungImage:
+        """The prediction of the first rung."""
         self.net.config.check_size((x.shape[-2], x.shape[-1]), self.resolution)
-        # Noise level of the averaged image; the same number for every rung. c_noise: arXiv 2206.00364, Table 1.
+        # All rungs are conditioned on sigma in core units. c_noise: arXiv 2206.00364, Table 1.
         ctx = self.net.embed(torch.log(sigma.float() / self.noise_scale) / 4, cond, guidance)
         rung = self.rung_configs[0]
         k = self.resolution // rung.resolution
         return self._first(rung, box_down(x, k), sigma / k, ctx)
 
-    def _rest(self, x: Tensor, sigma: Tensor, made: RungOutput) -> Iterator[RungOutput]:
-        """The outputs of the rungs above the first."""
+    def _rest(self, x: Tensor, sigma: Tensor, made: RungImage) -> Iterator[RungImage]:
+        """The predictions of the rungs above the first."""
         for rung in self.rung_configs[1:]:
             if rung.decodes:
                 break
@@ -201,46 +202,46 @@ class Denoiser(nn.Module):
             yield made
 
     def open(self, rung: RungConfig, sigma: Tensor) -> Tensor | None:
-        """Where sigma (B,), of this resolution, is not above a rung's gate: (B,) bool; None for a rung without one."""
+        """Whether a rung is open at each sigma (B,) of this resolution: (B,) bool, or None if it has no gate."""
         if rung.until is None or not self.gated:
             return None
         return sigma <= self.gate(rung)
 
     @property
     def trained_until(self) -> float:
-        """Sigma, as the core sees it, above which no tensor that trains has an effect."""
+        """Sigma in core units above which no trainable tensor has an effect."""
         gates = {str(lv.resolution): r.until or math.inf for r in self.rung_configs for lv in r.levels}
         names = [name.split(".")[1] for name, p in self.net.named_parameters() if p.requires_grad]
         return max((gates.get(side, math.inf) for side in names), default=math.inf)
 
     def gate(self, rung: RungConfig) -> float:
-        """Sigma of this resolution up to which a rung is open."""
-        return math.inf if rung.until is None else rung.until * self.noise_scale * (1 + 1e-6)  # beyond rounding
+        """Sigma at this resolution up to which a rung is open."""
+        return math.inf if rung.until is None else rung.until * self.noise_scale * (1 + 1e-6)  # tolerates rounding
 
-    def _first(self, rung: RungConfig, x: Tensor, sigma: Tensor, ctx: Context) -> RungOutput:
+    def _first(self, rung: RungConfig, x: Tensor, sigma: Tensor, ctx: Context) -> RungImage:
         c_skip, c_out, c_in = map(column, coefficients(self.config.prediction, sigma, self.config.sigma_data))
         out = self.net.rung(rung, c_in * x, ctx)
-        return RungOutput(c_skip * x + c_out * out.image, out.features, ctx)
+        return RungImage(c_skip * x + c_out * out.image, out.features, ctx)
 
     def _refine(
-        self, rung: RungConfig, x: Tensor, sigma: Tensor, below: RungOutput, open_: Tensor | None = None
-    ) -> RungOutput:
+        self, rung: RungConfig, x: Tensor, sigma: Tensor, below: RungImage, open_: Tensor | None = None
+    ) -> RungImage:
         low, ctx = below.image, below.ctx
         _, _, c_in = map(column, coefficients("edm", sigma, self.config.sigma_data))
         c_skip, c_out, _ = map(column, coefficients("edm", sigma, rung.detail_std))
         k = x.shape[-1] // low.shape[-1]
         image = up_nearest(low, k)
         detail = details(x, k)
-        # Two views of the input, each of about unit variance: the noisy image, and the image from below.
+        # Two inputs, each of about unit variance: the noisy image, and the image from below.
         out = self.net.rung(rung, torch.cat([c_in * x, image / self.config.sigma_data], 1), ctx, below.features)
         assert out.gain is not None
         f = out.image.to(x.dtype)
         added = (out.gain * c_skip) * detail + c_out * (details(f, k) if rung.exact else f)
-        return RungOutput(image + (added if open_ is None else column(open_) * added), out.features, ctx)
+        return RungImage(image + (added if open_ is None else column(open_) * added), out.features, ctx)
 
 
 class NoiseConfig(Frozen):
-    """Distribution of sigma in training, as the core sees it (a grown model multiplies it by its growth).
+    """Distribution of sigma in training, in core units (a grown model multiplies sigma by its growth).
 
     `lognormal`: ln sigma ~ N(mean, std^2) (arXiv 2206.00364). `cosine`: log-SNR = -2 log tan(pi t / 2), t uniform; for
     a grown model that is the *shifted* cosine schedule (arXiv 2301.11093, eq. 4). `interpolated`: between the shifted
@@ -264,7 +265,7 @@ class NoiseConfig(Frozen):
 class NoiseSchedule:
     """`sigma(u)`: the noise level at quantile u in [0, 1) of the training distribution, at the model's resolution.
 
-    `until`, as the core sees it: the distribution is cut off above it. Raises UserError if nothing is left.
+    `until`, in core units: the distribution is truncated above it. Raises UserError if nothing is left.
     """
 
     def __init__(self, config: NoiseConfig, denoiser: Denoiser, until: float = math.inf) -> None:
@@ -276,8 +277,8 @@ class NoiseSchedule:
             self.share = self._quantile(until * self.scale)
             if self.share < 1e-3:
                 raise UserError(
-                    f"until: {until:g} lies below 99.9% of the training noise, and a rung trains on what is below it: "
-                    "lower noise.mean, or raise until"
+                    f"until: {until:g} is below 99.9% of the training noise, and a rung trains only below it: lower "
+                    "noise.mean, or raise until"
                 )
 
     def sigma(self, u: Tensor) -> Tensor:
@@ -380,8 +381,8 @@ def loss(
 ) -> Tensor:
     """Weighted squared error of the denoised image, (B,): mean over pixels, times `weights` (B,).
 
-    `multiscale` > 0 adds the error of box-downed images at so many halvings, each as heavy as the full one (simple
-    diffusion, arXiv 2301.11093, section 3.4, weights ours).
+    `multiscale` > 0 adds the errors of that many successively halved images, each weighted like the full one (simple
+    diffusion, arXiv 2301.11093, section 3.4; the weights are ours).
     """
     error = denoiser(x0 + column(sigma) * eps, sigma, cond).float() - x0
     total = error.square().mean(dim=(1, 2, 3))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pixelgrow import rng
-from pixelgrow.diffusion.denoiser import Denoiser, DiffusionConfig, RungOutput
+from pixelgrow.diffusion.denoiser import Denoiser, DiffusionConfig, RungImage
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.config import Space, exact_sides
 from pixelgrow.models.layers import details, up_nearest
@@ -18,14 +18,14 @@ from pixelgrow.models.uvit import UViT
 
 
 class Generator(nn.Module):
-    """A denoiser asked once, at its highest noise level, with decoder halves on top where it was grown.
+    """A denoiser evaluated once, at its highest noise level, with decoder halves on top if it was grown.
 
         G(z, c) = D(sigma_max * z, sigma_max, c)
 
-    It starts as a copy of its teacher (section 3.1 of the paper). A rung that it was grown by draws on the features of
-    the rung below: with `attach: image` it adds to the image from there, zero at the start, so that
-    G_high(z) == up(G_low(z)), and where it is `exact` box_down(G_high(z)) == G_low(z) for every weight (`preserve`,
-    ours); with `attach: features` it is the image (`random`, the paper's).
+    It starts as a copy of its teacher (section 3.1 of the paper). A rung of its growth receives the features of the
+    rung below. With `attach: image` (`preserve`, ours) it adds to the image from below, zero at the start, so
+    G_high(z) == up(G_low(z)); if it is `exact`, box_down(G_high(z)) == G_low(z) for all weights. With
+    `attach: features` (`random`, the paper's) its output is the image.
 
     Latents z (B, 3, h, w) are standard normal, at `latent_resolution`.
     """
@@ -45,32 +45,32 @@ class Generator(nn.Module):
 
     @property
     def space(self) -> Space:
-        """What its images are, and the channels of its latents."""
+        """Channels and range of its images; its latents have as many channels."""
         return self.net.config.space
 
     @property
     def resolution(self) -> int:
-        """Image side that it draws at."""
+        """Image side."""
         return self.net.config.resolution
 
     @property
     def exact_factors(self) -> list[int]:
-        """The growths, innermost first, that its image averages down over exactly: how many times each enlarges."""
+        """Factors k, innermost first, of the growths over which box_down(G_high) is exactly G_low."""
         return [b // a for a, b in pairwise(exact_sides(self.net.config.rungs))]
 
     @property
     def latent_resolution(self) -> int:
-        """Side of its latents: of the teacher that it was distilled from."""
+        """Side of its latents: the resolution of the teacher that it was distilled from."""
         return self.net.config.latent_resolution
 
     @property
     def guided(self) -> bool:
-        """Whether it is told a guidance weight."""
+        """Whether it is conditioned on a guidance weight."""
         return self.net.config.guided
 
     @property
     def last_layer(self) -> nn.Parameter:
-        """The weight of the output layer, which the two losses are balanced by."""
+        """The weight of the output layer: the two losses are balanced by their gradients in it."""
         weight = self.net.get_parameter(f"exit.{self.resolution}.conv.weight")
         assert isinstance(weight, nn.Parameter)
         return weight
@@ -88,7 +88,7 @@ class Generator(nn.Module):
                 module.compile(*args, **kwargs)
 
     def latent_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Size (h, w) of the latents for pictures of `size`. Raises UserError if it does not fit the grid."""
+        """Size (h, w) of the latents for images of `size`. Raises UserError if it does not fit the grid."""
         self.net.config.check_size(size)
         k = self.resolution // self.latent_resolution
         return size[0] // k, size[1] // k
@@ -99,12 +99,12 @@ class Generator(nn.Module):
         return last.image
 
     def preview(self, z: Tensor, cond: Cond, guidance: Tensor | None = None) -> Tensor:
-        """The image of the lowest resolution that the generator is exact over: what `forward`'s averages down to."""
+        """The image at the lowest resolution that the generator is exact over: the average of `forward`'s image."""
         below = len(self.net.config.rungs) - 1 - len(self.exact_factors)
         return next(islice(self.rungs(z, cond, guidance), below, None)).image
 
-    def rungs(self, z: Tensor, cond: Cond, guidance: Tensor | None = None) -> Iterator[RungOutput]:
-        """What each rung draws at its own resolution, innermost first; the last is the generator's."""
+    def rungs(self, z: Tensor, cond: Cond, guidance: Tensor | None = None) -> Iterator[RungImage]:
+        """The prediction of each rung at its own resolution, innermost first; the last image is the generator's."""
         sigma = z.new_full((len(z),), self.denoiser.sigma_max)
         for below in self.denoiser.rungs(z * self.denoiser.sigma_max, sigma, cond, guidance):
             yield below
@@ -119,13 +119,13 @@ class Generator(nn.Module):
                 image = up_nearest(below.image, k) + rung.detail_std * added
             else:
                 image = self.config.sigma_data * out.image.to(z.dtype)
-            below, low = RungOutput(image, out.features, below.ctx), rung.resolution
+            below, low = RungImage(image, out.features, below.ctx), rung.resolution
             yield below
 
 
 def with_guidance(net: UViT, seed: int) -> UViT:
-    """`net` as a network that is told the guidance weight too (PaGoDA). Its embedding ends in zeros, so that nothing
-    changes at the start; what is new is a function of `seed`."""
+    """`net` with the guidance weight as a further condition (PaGoDA). The last layer of its embedding is zero, so the
+    output is unchanged at the start; new tensors are a function of `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.seed_of(seed, "guidance"))
         made = UViT(net.config.model_copy(update={"guided": True})).to(next(net.parameters()))

@@ -22,19 +22,19 @@ class Guided:
 
         D = D_weak + guidance * (D_cond - D_weak)
 
-    `guidance` = 1 is no guidance and costs one evaluation; a tensor (B,) gives each image a weight of its own, and each
-    two evaluations. The weak prediction is
+    `guidance` = 1 is no guidance and costs one evaluation. A tensor (B,) gives each image its own weight and always
+    costs two. The weak prediction is
     - the same denoiser under the null condition (classifier-free guidance, Ho & Salimans, arXiv 2207.12598), evaluated
       with the conditional one in a single call of 2B rows; or
     - `guide` under the same condition (autoguidance, Karras et al., arXiv 2406.02507): a smaller or earlier denoiser
-      of the same resolution, or a `preserve`-grown denoiser's own `base`.
+      of the same resolution, or the `base` of a `preserve`-grown denoiser.
     `interval` (lo, hi), in sigma: guide only where lo < sigma <= hi, one evaluation elsewhere (Kynkaanniemi et al.,
-    arXiv 2404.07724). `guide_details` False: guide the core alone and evaluate the rungs above it once (ours); half of
-    their cost, and weaker details. `threshold`: percentile in (0, 1] of `dynamic_threshold`, applied to every
-    prediction; of an exact model, to the image of the lowest resolution alone.
+    arXiv 2404.07724). `guide_details` False: guide only the core and evaluate the rungs above it once (ours); this
+    halves their cost and weakens details. `threshold`: percentile in (0, 1] of `dynamic_threshold`, applied to every
+    prediction; in an exact model, to the image at the lowest resolution only.
     `nfe` counts the network evaluations per image so far, the guide's included.
 
-    Raises UserError for a weight, interval or percentile that means nothing, and for a guide that goes unused.
+    Raises UserError for an invalid weight, interval or percentile, and for a guide that would not be used.
     """
 
     def __init__(
@@ -99,8 +99,8 @@ class Guided:
         return x0 if self.threshold is None else self._thresholded(x0, self.threshold)
 
     def _thresholded(self, x0: Tensor, percentile: float) -> Tensor:
-        """`x0` with its lowest exact average thresholded and its details as they are: thresholding is not linear, so
-        anywhere else it would break exactness."""
+        """`x0` with its average over all exact growths thresholded, and its details unchanged. Thresholding is not
+        linear: applied to the whole image it would break exactness."""
         if self._factor == 1:
             return dynamic_threshold(x0, percentile)
         low = box_down(x0, self._factor)

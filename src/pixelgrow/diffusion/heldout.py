@@ -1,4 +1,4 @@
-"""Held-out denoising error by noise level: the number that stages and growth are compared by."""
+"""Held-out denoising error by noise level: the number that compares stages and growths."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pixelgrow import rng
 from pixelgrow.models.cond import Cond
 from pixelgrow.precision import tf32
 
-# Noise levels as the core sees them; a model grown k times is asked at k times these.
+# Noise levels in core units; a model grown k times is evaluated at k times these.
 SIGMAS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 20.0)
 
 

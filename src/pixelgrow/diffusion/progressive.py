@@ -1,9 +1,8 @@
-"""Sampling an exact model at the lowest resolution that is enough (ours; docs/exact-growth.md).
+"""Sampling an exact model at the lowest sufficient resolution (ours; docs/exact-growth.md).
 
-Above its gate an exact rung adds nothing: D_high(x) = up(D_low(down(x))). So x splits into its average, which follows
-the lower model, and its details P x = x - up(down(x)), which follow a denoiser that is zero. Every solver step is
-linear in x and D: the average is stepped at the lower resolution, the details beside it, and both are joined when the
-gate opens.
+Above its gate an exact rung adds nothing: D_high(x) = up(D_low(down(x))). So x splits into its average, for which the
+denoiser is D_low, and its details P x = x - up(down(x)), for which the denoiser is zero. Every solver step is linear in
+x and D: the average is stepped at the lower resolution, the details beside it, and both are added when the gate opens.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ logger = logging.getLogger(__name__)
 class Floor:
     """One resolution of an exact model.
 
-    `denoise`: the guided model up to there, in sigma of this resolution; `scale`: side of the whole model's image over
-    its own; `gate`: sigma of the whole model's image up to which the floor is needed.
+    `denoise`: the guided model up to this resolution, in sigma at it; `scale`: side of the full image over the side
+    here; `gate`: sigma at the full image up to which the floor is needed.
     """
 
     denoise: Denoise
@@ -41,11 +40,10 @@ class Floor:
 
 
 def floors_of(denoise: Denoise) -> list[Floor]:
-    """The resolutions that a guided model is exact over, lowest first; one floor alone where it is exact over none.
+    """The resolutions that a guided model is exact over, lowest first; a single floor if it is exact over none.
 
-    Where the guide is the model's own `base`, the floors below the last rung are not guided: there the base is the
-    model. A guide from elsewhere has details of its own at every noise level, so the model is sampled at full
-    resolution throughout.
+    If the guide is the model's own `base`, the floors below the last rung are not guided: there the base is the model.
+    Another model as the guide predicts details at every noise level, so sampling stays at full resolution throughout.
     """
     top = Floor(denoise, 1, math.inf)
     if not isinstance(denoise, Guided) or not isinstance(denoise.denoiser, Denoiser):
@@ -72,7 +70,7 @@ def floors_of(denoise: Denoise) -> list[Floor]:
 
 
 def evaluations(floors: Sequence[Floor]) -> int:
-    """Network evaluations per image so far, those of lower floors counted like any."""
+    """Network evaluations per image so far; one at a lower floor counts as one."""
     return sum(floor.denoise.nfe for floor in floors if isinstance(floor.denoise, Guided))
 
 
@@ -91,20 +89,20 @@ def climb(
     method: str = "dpm++2m",
     noise: Noise | None = None,
 ) -> Iterator[Tensor]:
-    """x (B, C, h, w) after each step of `method` along `sigmas`, each at the resolution where it was made.
+    """x (B, C, h, w) after each step of `method` along `sigmas`, at the resolution of that step.
 
-    floors: lowest first; x ends at the last one's resolution. `x`, `sigmas` and `noise(step)` are the whole model's;
-    where the last floor is lower, they are averaged down to it. Rising sigmas invert. Equal to `solvers.trajectory`
-    with the last floor's `denoise`, up to rounding. Raises as it does.
+    floors: lowest first; x ends at the last one's resolution. `x`, `sigmas` and `noise(step)` are those of the full
+    image; if the last floor is lower, they are averaged down to it. Rising sigmas invert. Up to rounding this equals
+    `solvers.trajectory` with the last floor's `denoise`, and it raises the same errors.
     """
     levels, step = checked(sigmas, method, noise)
     top = at = len(floors) - 1
     x = box_down(x, floors[top].scale)
-    # What is stepped: x at floor `at`, then the details of each floor above it.
+    # The parts that are stepped: x at floor `at`, then the details of each floor above it.
     parts: list[tuple[Tensor, Past | None]] = [(x, None)]
     for n, (s0, s1) in enumerate(pairwise(levels)):
-        asked = min(s0, s1) if method == "heun" and s1 > 0 else s0
-        needed = needed_floor(floors, asked)
+        lowest = min(s0, s1) if method == "heun" and s1 > 0 else s0  # sigma at which the step evaluates the denoiser
+        needed = needed_floor(floors, lowest)
         while at > needed:
             parts[:1], at = _split(*parts[0], floors[at - 1].scale // floors[at].scale), at - 1
         while at < needed:
@@ -124,14 +122,14 @@ def climb(
 
 
 def _share(noise: Tensor | None, scale: int, below: int) -> Tensor:
-    """Unit noise of the whole image as unit noise `scale` times smaller; of it the details over `below` pixels."""
+    """Unit noise of the full image as unit noise of an image `scale` times smaller; its details over `below` pixels."""
     assert noise is not None
     here = scale * box_down(noise, scale)
     return details(here, below) if below > 1 else here
 
 
 def needed_floor(floors: Sequence[Floor], sigma: float) -> int:
-    """The highest floor whose rung is open at sigma of the whole model's image."""
+    """The highest floor whose rung is open at sigma of the full image."""
     return max(i for i, floor in enumerate(floors) if i == 0 or sigma <= floor.gate)
 
 
@@ -140,7 +138,7 @@ def _nothing(x: Tensor, sigma: float) -> Tensor:
 
 
 def _split(x: Tensor, past: Past | None, k: int) -> list[tuple[Tensor, Past | None]]:
-    """A state as that of the resolution below and its details."""
+    """A state split into that of the resolution below and its details."""
     low = None if past is None else Past(box_down(past.x0, k), past.h)
     rest = None if past is None else Past(details(past.x0, k), past.h)
     return [(box_down(x, k), low), (details(x, k), rest)]

@@ -23,11 +23,11 @@ from pixelgrow.precision import tf32
 from pixelgrow.rng import normal
 
 NO_PREVIEW = "no preview: the model was not grown by exact rungs, so no smaller image is the same image; drop it"
-MAX_STEPS, MAX_SIDE = 10_000, 8192  # more is a slip of the finger
+MAX_STEPS, MAX_SIDE = 10_000, 8192  # more is a typing error
 
 
 class DenoiserLike(Protocol):
-    """All that a sampler knows of a denoiser."""
+    """What sampling needs of a denoiser."""
 
     @property
     def sigma_min(self) -> float: ...
@@ -37,7 +37,7 @@ class DenoiserLike(Protocol):
 
 
 class OneStep(Protocol):
-    """All that sampling knows of a one-step generator."""
+    """What sampling needs of a one-step generator."""
 
     def preview(self, z: Tensor, cond: Cond, guidance: Tensor | None, /) -> Tensor: ...
     def latent_size(self, size: tuple[int, int], /) -> tuple[int, int]: ...
@@ -73,8 +73,8 @@ def native_grid(schedule: Schedule, steps: int, sigma_min: float, sigma_max: flo
     """Quantiles of the training noise within [sigma_min, sigma_max]: u = 1, 1 - 1/steps, ..., 1/steps, then sigma 0.
 
     For a (shifted) cosine schedule u is its time, so these are the evenly spaced times of ancestral DDPM; for a
-    log-normal one, steps are dense where training was. The distribution is cut at both limits before it is divided,
-    so no two levels coincide however much of it lies outside, or was clamped to the limits already.
+    log-normal one, steps are dense where training was. The distribution is truncated at both limits before it is
+    divided, so no two levels coincide, however much of it lies outside or was clamped to the limits.
     """
     _check_grid(steps, sigma_min, sigma_max)
     low = _crossing(lambda u: schedule.sigma(u) <= sigma_min)
@@ -86,7 +86,7 @@ def native_grid(schedule: Schedule, steps: int, sigma_min: float, sigma_max: flo
 
 
 def _crossing(below: Callable[[Tensor], Tensor]) -> float:
-    """The u in [0, 1) up to which below(u) is true, both (N,): a search by N-section."""
+    """The u in [0, 1) up to which below(u) is true, both (N,): repeated search among 4097 points."""
     low, high = 0.0, 1 - 2**-53
     for _ in range(5):  # 4096^5 = 2^60 cells
         u = torch.linspace(low, high, 4097, dtype=torch.float64)
@@ -105,18 +105,18 @@ def _check_grid(steps: int, sigma_min: float, sigma_max: float) -> None:
         )
 
 
-# --- the whole of it --------------------------------------------------------------------------------------------------
+# --- images -----------------------------------------------------------------------------------------------------------
 
 
 def space_of(model: object) -> Space:
-    """What a denoiser's or a generator's images are: what it says, else pixels."""
+    """Channels and range of a denoiser's or a generator's images: its `space` if it has one, else pixels."""
     space = getattr(model, "space", PIXELS)
     assert isinstance(space, Space)
     return space
 
 
 def exact_factors(model: object) -> Sequence[int]:
-    """The growths that a denoiser's or a generator's image averages down over exactly, innermost first."""
+    """The `exact_factors` of a denoiser or a generator; none if it has no such attribute."""
     factors = getattr(model, "exact_factors", ())
     assert isinstance(factors, Sequence)
     return factors
@@ -128,9 +128,9 @@ def initial_noise(size: tuple[int, int], seed: int, index: Sequence[int], channe
 
 
 def slices(count: int, batch: int) -> list[slice]:
-    """0 .. count-1 in slices of at most `batch`, for a caller that samples many images and holds one batch of them.
+    """0 .. count-1 in slices of at most `batch`, for a caller that samples many images and holds one batch at a time.
 
-    Each slice is a call of `sample` or `generate` with that slice's conditions and sample numbers.
+    It calls `sample` or `generate` once for each slice, with that slice's conditions and sample numbers.
     """
     if batch < 1:
         raise UserError(f"batch={batch}: expected 1 or more images at a time")
@@ -162,24 +162,24 @@ def sample(
 ) -> Samples:
     """One image for each of the N conditions.
 
-    An image is a function of (seed, its index, its condition, the settings): neither `batch` nor the order matters,
-    beyond rounding. All noise is drawn on the CPU.
+    An image is a function of (seed, its index, its condition, the settings). Up to rounding it depends on neither
+    `batch` nor the order. All noise is drawn on the CPU.
 
-    size      (h, w) in pixels; one that the denoiser's grid divides
+    size      (h, w) in pixels, multiples of the denoiser's stride
     index     N sample numbers, the key of each image's noise; 0 .. N-1 if None
     steps     solver steps; `heun` evaluates 2*steps - 1 times, the others `steps` times; guidance doubles that
     sampler   "dpm++2m", "heun", "ddim" or "ddpm"
-    grid      "karras"; a training schedule (see `native_grid`); or sigmas that fall to 0, in place of `steps`
+    grid      "karras"; a training schedule (see `native_grid`); or sigmas that fall to 0, instead of `steps`
     guidance, interval, guide, threshold, guide_details   see `guidance.Guided`
     batch     images at a time; classifier-free guidance evaluates twice as many rows in one call
-    device    where the denoiser is; that of `cond` if None
+    device    the denoiser's device; that of `cond` if None
     progress  called with (steps done, steps in all) after each step of each batch
-    progressive   step an exact model at the lowest resolution that is enough (see progressive.py): the same images
-    preview   of an exact model, the images of the lowest resolution that it is exact over, by the rungs up to there
-              alone: what the whole image averages down to
+    progressive   step an exact model at the lowest sufficient resolution (see progressive.py): the same images
+    preview   of an exact model: the images at the lowest resolution that it is exact over, from the rungs up to there;
+              the full images averaged down are the same
 
     Returns all images at once, on `device`: for more than a few batches, call it for each of `slices`. Raises UserError
-    for settings that mean nothing, and for a denoiser that is not finite.
+    for invalid settings, and for predictions that are not finite.
     """
     n = len(cond)
     numbers = _numbers(n, index, size, batch)
@@ -238,9 +238,8 @@ def generate(
     """One image of `size` (h, w) for each of the N conditions, in one evaluation of a one-step generator.
 
     Image i is a function of (seed, its index, its condition), as in `sample`, and starts from the same noise.
-    `preview`: the image of the lowest resolution that the generator is exact over.
-    `guidance`: the weight that a guided generator is told; None for any other. Raises UserError for a size, a batch or
-    indices that mean nothing.
+    `preview`: the image at the lowest resolution that the generator is exact over. `guidance`: the weight that a guided
+    generator is conditioned on; None for any other. Raises UserError for an invalid size, batch or index.
     """
     numbers = _numbers(len(cond), index, size, batch)
     latent, device, images = generator.latent_size(size), cond.null.device, []
@@ -257,7 +256,7 @@ def generate(
 
 
 def _numbers(count: int, index: Sequence[int] | Tensor | None, size: tuple[int, int], batch: int) -> list[int]:
-    """The sample numbers of `count` conditions; UserError where they, the size or the batch mean nothing."""
+    """The sample numbers of `count` conditions. Raises UserError if they, the size or the batch are invalid."""
     numbers = list(range(count)) if index is None else [int(i) for i in index]
     if count < 1 or len(numbers) != count:
         raise UserError(
@@ -272,7 +271,7 @@ def _numbers(count: int, index: Sequence[int] | Tensor | None, size: tuple[int, 
 
 
 def weights_like(z: Tensor, guidance: float | None) -> Tensor | None:
-    """A guidance weight as the tensor (B,) that goes with latents z (B, ...)."""
+    """A guidance weight as a tensor (B,) for latents z (B, ...); None for None."""
     return None if guidance is None else z.new_full((len(z),), guidance)
 
 
@@ -291,5 +290,5 @@ def grid_of(grid: str | Schedule | Tensor | Sequence[float], steps: int, denoise
 
 
 def ancestral_noise(shape: tuple[int, ...], seed: int, index: Sequence[int], device: torch.device) -> Noise:
-    """What `ddpm` adds to images of `shape` (C, H, W) at each step, a function of (seed, step, index[b], shape)."""
+    """The noise of `ddpm` for images of `shape` (C, H, W), a function of (seed, step, index[b], shape)."""
     return lambda step: normal(shape, seed, f"ancestral {step}", index).to(device)

@@ -1,8 +1,8 @@
-"""Solvers of the reverse process: one step each, and their trajectory over a grid of noise levels, in either direction.
+"""Solvers of the reverse process: single steps, and trajectories over a grid of noise levels in either direction.
 
 Everything is in the VE convention: x_sigma = x + sigma*eps, and the probability-flow ODE is
     dx/dsigma = (x - D(x, sigma)) / sigma        (Karras et al., arXiv 2206.00364, eq. 3 with eq. 1)
-A solver knows only `denoise(x, sigma) -> x0`; conditions and guidance are inside that closure (see guidance.py).
+A solver receives `denoise(x, sigma) -> x0`, a closure over conditions and guidance (see guidance.py).
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from pixelgrow.errors import UserError
 Denoise = Callable[[Tensor, float], Tensor]
 """`(x (B,...), sigma) -> x0 (B,...)` in x's dtype."""
 Noise = Callable[[int], Tensor]
-"""Step number -> standard normal noise in the shape of x, for the samplers that add some."""
+"""Step number -> standard normal noise in the shape of x, for `ddpm`, which adds noise in each step."""
 Solver = Callable[[Denoise, Tensor, float, float, Callable[[], Tensor], "Past | None"], "tuple[Tensor, Past | None]"]
-"""One step: (denoise, x, s0, s1, noise, past) -> x at s1, and what the next step needs to know of this one."""
+"""One step: (denoise, x, s0, s1, noise, past) -> x at s1, and the state for the next step."""
 
 
 # One step from noise level s0 > 0 to s1.
 # The first-order step is D + (s1/s0) (x - D): an Euler step of the ODE, exact where D is constant. A step to sigma 0 is
-# of first order in all of them and gives D itself; `trajectory` leaves x where it is *from* sigma 0, since the slope is
-# -sigma * score(x).
+# of first order in all solvers and gives D. From sigma 0, `trajectory` leaves x unchanged: the slope -sigma * score(x)
+# is 0 there.
 
 
 @dataclass(frozen=True)
 class Past:
-    """What a multi-step solver remembers of its last step: the denoised image, and the step's length in -log sigma."""
+    """State of a multi-step solver: the denoised image of its last step, and that step's length in -log sigma."""
 
     x0: Tensor
     h: float
@@ -53,7 +53,7 @@ def ddpm(
 ) -> tuple[Tensor, Past | None]:
     """Ancestral DDPM, which is DDIM with eta = 1 (Ho et al., arXiv 2006.11239, eq. 6-7): one evaluation.
 
-    Draws from q(x_s1 | x_s0, x0 = D), in VE terms: mean D + (s1/s0)^2 (x - D), variance s1^2 (1 - (s1/s0)^2).
+    A draw from q(x_s1 | x_s0, x0 = D), in VE terms: mean D + (s1/s0)^2 (x - D), variance s1^2 (1 - (s1/s0)^2).
     """
     x = torch.lerp(denoise(x, s0), x, (s1 / s0) ** 2)
     return (x + s1 * math.sqrt(1 - (s1 / s0) ** 2) * noise() if s1 > 0 else x), None
@@ -92,7 +92,7 @@ def trajectory(
 ) -> Iterator[Tensor]:
     """x after each step of `method` along `sigmas`, starting from x (B,...) at sigmas[0].
 
-    `sigmas` is any strictly monotone grid: falling it samples, rising it inverts. Only `ddpm` needs `noise(step)`.
+    `sigmas` is any strictly monotone grid: a falling one samples, a rising one inverts. Only `ddpm` uses `noise`.
     Raises UserError for an unknown method, a grid that is not monotone, finite and >= 0, or `ddpm` on a rising one.
     """
     levels, step = checked(sigmas, method, noise)

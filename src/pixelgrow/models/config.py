@@ -1,4 +1,4 @@
-"""What a network looks like: plain, validated, written into every checkpoint's `config.json`."""
+"""The configuration of a network: validated, and written into every checkpoint's `config.json`."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
 
 
 class Frozen(BaseModel):
-    """Base of the configurations: immutable, unknown keys refused."""
+    """Base of the configurations: immutable; unknown keys are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Space(Frozen):
-    """What a network's images are: `channels` of them, within [-1, 1] where `bounded`. RGB unless a network draws an
-    autoencoder's latents."""
+    """Channels and range of a network's images, within [-1, 1] if `bounded`. RGB, unless a network generates latents of
+    an autoencoder."""
 
     channels: int = Field(3, ge=1)
     bounded: bool = True
 
     def bound(self, images: Tensor, factors: Sequence[int] = ()) -> Tensor:
         """Images within the limits; see `layers.bounded` for `factors`."""
-        from pixelgrow.models.layers import bounded  # torch is there already: images are tensors
+        from pixelgrow.models.layers import bounded  # late: this module is read without torch
 
         return bounded(images, factors) if self.bounded else images
 
@@ -39,7 +39,7 @@ PIXELS = Space()
 
 
 class CoreConfig(Frozen):
-    """The text-conditioned transformer. `classes` > 0 replaces the text encoder by learned class tokens."""
+    """The text-conditioned transformer. `classes` > 0 replaces the text encoder with learned class tokens."""
 
     width: int = Field(ge=1)
     depth: int = Field(ge=1)
@@ -65,20 +65,20 @@ class LevelConfig(Frozen):
 
 
 class RungConfig(Frozen):
-    """What one training stage added: levels in ascending resolution, the last one at the rung's own resolution.
+    """The levels that one training stage added, in ascending resolution; the last is at the rung's own resolution.
 
-    The top level works on a map of `resolution / patch`, each lower level on half of the one above.
-    `attach` says what stands below the lowest level, and what the rung sees of its own resolution:
-    - `core`: the core's grid (Shallow-UViT; UViT as the paper grows it); sees the noisy image.
+    The top level has a map of side `resolution / patch`; each lower level has a map of half the side.
+    `attach`: what is below the lowest level, and what the rung receives at its own resolution:
+    - `core`: the core's grid (Shallow-UViT; UViT as the paper grows it); receives the noisy image.
     - `base`: the finished lower-resolution network (`preserve` growth of a denoiser), whose image and features it
-      refines; sees the noisy image.
-    - `image`, `features`: the features of a one-step generator; decoder halves alone, which see nothing else. Its
-      image is added to the one from below (`preserve`, ours) or takes its place (PaGoDA, arXiv 2405.14822).
-    `detail_std` is the deviation of the held-out images' details, x - up(box_down(x)), in units of the data range
-    [-1, 1]; it scales what a `base` or `image` rung adds and is measured when the rung is grown.
-    `exact`, of `base` and `image` rungs: the rung adds details alone, P F with P = 1 - up(down(.)), so that its image
-    averages down to the image from below for every weight (ours; docs/exact-growth.md). `until`, of exact `base` rungs:
-    the gate, a sigma as the core sees it; above it the rung adds nothing and is not evaluated.
+      refines; receives the noisy image.
+    - `image`, `features`: the features of a one-step generator; decoder halves only, which receive nothing else. The
+      image is added to the one from below (`preserve`, ours) or replaces it (PaGoDA, arXiv 2405.14822).
+    `detail_std`: standard deviation of the held-out images' details, x - up(box_down(x)), in units of the data range
+    [-1, 1]; measured when the rung is grown. It scales the output of a `base` or `image` rung.
+    `exact`, of `base` and `image` rungs: the rung adds only details, P F with P = 1 - up(down(.)), and the average of
+    its image is the image from below for all weights (ours; docs/exact-growth.md). `until`, of exact `base` rungs: the
+    gate, a sigma in core units; above it the rung adds nothing and is not evaluated.
     """
 
     levels: tuple[LevelConfig, ...] = Field(min_length=1)
@@ -94,12 +94,12 @@ class RungConfig(Frozen):
 
     @property
     def decodes(self) -> bool:
-        """Whether it has decoder halves alone: a grown generator's."""
+        """Whether it has decoder halves only, as in a grown generator."""
         return self.attach in ("image", "features")
 
 
 def exact_sides(rungs: Sequence[RungConfig]) -> list[int]:
-    """Resolutions that the image of the last rung averages down to exactly, lowest first; the last is its own."""
+    """Resolutions at which the averaged image of the last rung is exactly that of a lower rung; its own is the last."""
     sides = [rungs[-1].resolution]
     for lower, upper in reversed(list(pairwise(rungs))):
         if not upper.exact:
@@ -111,10 +111,10 @@ def exact_sides(rungs: Sequence[RungConfig]) -> list[int]:
 class NetConfig(Frozen):
     """A core with rungs around it, innermost first.
 
-    `core_resolution` is the image side that the core was trained at: a level of noise is told to the core as it would
-    look at that resolution (sigma * core_resolution / resolution). `core_stride` is pixels per core token there.
-    `size` is the row of the size ladder that gives new levels their widths. `guided`: the guidance weight is one of
-    its conditions, embedded like a noise level (a one-step generator's; PaGoDA).
+    `core_resolution`: the image side that the core was trained at; the core is conditioned on sigma at that resolution,
+    sigma * core_resolution / resolution ("core units"). `core_stride`: pixels per core token there. `size`: the row of
+    the size ladder with the widths of new levels. `guided`: the network is conditioned on the guidance weight too,
+    embedded like a noise level (a one-step generator; PaGoDA).
     """
 
     size: str
@@ -134,9 +134,9 @@ class NetConfig(Frozen):
         below = 0
         for i, rung in enumerate(self.rungs):
             if (rung.attach == "core") != (i == 0):
-                raise ValueError("the first rung, and it alone, attaches to the core")
+                raise ValueError("only the first rung attaches to the core, and it does so always")
             if rung.attach == "base" and self.rungs[i - 1].decodes:
-                raise ValueError("a rung that sees the noisy image cannot stand on one that does not")
+                raise ValueError("a rung that receives the noisy image cannot be on top of one that does not")
             sides = [level.resolution for level in rung.levels]
             if any(b != 2 * a for a, b in pairwise(sides)) or sides[0] <= below:
                 raise ValueError(f"levels {sides} are not doublings above {below}")
@@ -158,22 +158,22 @@ class NetConfig(Frozen):
         return self
 
     def checked(self) -> NetConfig:
-        """The same, validated anew (a copy with other fields is not)."""
+        """The same configuration, validated; pydantic does not validate copies with changed fields."""
         return NetConfig.model_validate(self.model_dump())
 
     @property
     def resolution(self) -> int:
-        """Image side that the whole network was made for."""
+        """Image side of the whole network."""
         return self.rungs[-1].resolution
 
     @property
     def latent_resolution(self) -> int:
-        """Image side of the highest rung that sees the noisy image: of a generator's latents."""
+        """Image side of the highest rung that receives the noisy image; in a generator, of its latents."""
         return max(r.resolution for r in self.rungs if not r.decodes)
 
     @property
     def stride(self) -> int:
-        """Pixels of the final image per core token: image sides are multiples of it."""
+        """Pixels of the final image per core token; image sides are multiples of it."""
         return self.core_stride * self.resolution // self.core_resolution
 
     def stride_of(self, rung: RungConfig) -> int:
@@ -182,7 +182,7 @@ class NetConfig(Frozen):
 
     @property
     def patches(self) -> list[int]:
-        """Sides of the rungs' patches, in pixels of the final image: where seams would show."""
+        """Sides of the rungs' patches in pixels of the final image; seams would appear at these periods."""
         return sorted({r.patch * self.resolution // r.resolution for r in self.rungs})
 
     @staticmethod
@@ -196,8 +196,11 @@ class NetConfig(Frozen):
         return below.patch * rung.resolution // below.resolution
 
     def check_size(self, size: tuple[int, int], resolution: int | None = None, *, factor: int = 1) -> None:
-        """Raise UserError unless images of `size` (h, w) fit the grid, at `resolution` or the network's own; `factor`:
-        pixels of `size` to a pixel or latent of the network."""
+        """Raise UserError unless images of `size` (h, w) fit the core's grid.
+
+        `resolution`: of the rung that makes the images; the network's own if None. `factor`: pixels of `size` per pixel
+        or latent of the network.
+        """
         h, w = size
         s = factor * (self.stride if resolution is None else self.core_stride * resolution // self.core_resolution)
         if h <= 0 or w <= 0 or h % s or w % s:

@@ -17,7 +17,7 @@ from pixelgrow.models.layers import CrossAttention, NoiseEmbedding, SelfAttentio
 
 @dataclass(frozen=True)
 class Context:
-    """What every layer of one evaluation sees.
+    """The inputs that all layers of one evaluation share.
 
     `vec` (B, width): noise level and pooled text; `modulation` (B, 6, width) shared by the core's blocks;
     `text` (B, L, text_dim) whitened tokens; `bias` (B, 1, 1, L) additive attention mask.
@@ -34,10 +34,10 @@ class Context:
 
 
 class Block(nn.Module):
-    """Self-attention, cross-attention to the text, MLP; noise level and pooled text modulate the first and last.
+    """Self-attention, cross-attention to the text, MLP; noise level and pooled text modulate the first and the last.
 
-    One modulation is shared by all blocks and shifted by a table of each block's own (PixArt-alpha, arXiv 2310.00426,
-    "adaLN-single"; our choice: the paper does not say).
+    All blocks share one modulation, to which each block adds a table of its own (PixArt-alpha, arXiv 2310.00426,
+    "adaLN-single"; our choice, the paper does not say).
     """
 
     def __init__(self, config: CoreConfig) -> None:
@@ -88,10 +88,12 @@ class Core(nn.Module):
 
     @torch.no_grad()
     def whiten(self, tokens: Iterable[Tensor]) -> None:
-        """Have text tokens arrive with mean 0 and covariance 1, as measured on an encoder's, (N, text_dim) at a time.
+        """Measure mean and covariance of an encoder's tokens, given as (N, text_dim) at a time; `embed` then whitens
+        tokens to mean 0 and covariance 1.
 
-        Ours. What tells apart the words of a caption that stand for different objects varies far less than what tells
-        words apart; with both at one scale, "a left of b" is learnt sooner.
+        Ours. In an encoder's output, directions that distinguish occurrences of a word ("the left one", "the right
+        one") have far less variance than those that distinguish words. Whitening gives both the same scale, and "a left
+        of b" is learnt sooner.
         """
         assert not self.config.classes, "class labels have no text tokens"
         total = self.text_mean.double() * 0
@@ -101,13 +103,14 @@ class Core(nn.Module):
             total, squares, count = total + t.sum(0), squares + t.T @ t, count + len(t)
         mean = total / count
         values, vectors = torch.linalg.eigh(squares / count - mean[:, None] * mean)
-        least = 0.01 * values.mean().clamp(min=1e-6)  # directions without variance are not blown up
+        least = 0.01 * values.mean().clamp(min=1e-6)  # directions without variance are not amplified
         scale = vectors * (values.clamp(min=0) + least).rsqrt() @ vectors.T
         self.text_mean.copy_(mean)
         self.text_scale.copy_(scale)
 
     def embed(self, c_noise: Tensor, cond: Cond, extra: Tensor | float = 0.0) -> Context:
-        """Noise level c_noise (B,) and condition -> what the blocks and levels see. `extra` (B, width) joins them."""
+        """Noise level c_noise (B,) and condition -> the context of blocks and levels. `extra` (B, width) is added to
+        the embedding of the noise level."""
         dtype = self.null_token.dtype
         tokens, weights, pooled = (self._classes if self.config.classes else self._text)(cond)
         null = cond.null
@@ -151,7 +154,7 @@ class Core(nn.Module):
 
     def layers(self, x: Tensor, size: tuple[int, int], ctx: Context) -> Iterator[Tensor]:
         """The tokens (B, h*w, width) after each block."""
-        # Tokens of pure noise hide their own positions: the noise level scales them before positions are added.
+        # A gain that depends on the noise level scales the tokens first: strong noise would hide the positions.
         x = x * (1 + self.gain(ctx.vec)[:, None]) + sincos_positions(size, x.shape[-1], x.device, x.dtype)
         for block in self.blocks:
             x = block(x, ctx)

@@ -1,4 +1,4 @@
-"""A discriminator on the tokens of a frozen network: a head for each layer of features, a verdict for each token."""
+"""A discriminator on the tokens of a frozen network: a head for each layer of features, a logit for each token."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pixelgrow.models.layers import GuidanceEmbedding
 class Head(nn.Module):
     """Tokens (B, N, width) and condition (B, cond_dim) -> logits (B, N): spectral norm, projection of the condition.
 
-    Projection: Miyato & Koyama, arXiv 1802.05637; per-token verdicts and spectral norm: PaGoDA, arXiv 2405.14822.
+    Projection: Miyato & Koyama, arXiv 1802.05637; per-token logits and spectral norm: PaGoDA, arXiv 2405.14822.
     """
 
     def __init__(self, width: int, cond_dim: int, hidden: int) -> None:
@@ -27,14 +27,14 @@ class Head(nn.Module):
     def forward(self, tokens: Tensor, vec: Tensor) -> Tensor:
         h = F.leaky_relu(self.down(F.layer_norm(tokens, tokens.shape[-1:])), 0.2)
         h = F.leaky_relu(h + self.mix(h), 0.2)  # (B, N, hidden)
-        told = self.cond(F.layer_norm(vec, vec.shape[-1:]))[:, :, None]  # (B, hidden, 1)
-        return (self.out(h) + h @ told / h.shape[-1] ** 0.5)[..., 0]
+        cond = self.cond(F.layer_norm(vec, vec.shape[-1:]))[:, :, None]  # (B, hidden, 1)
+        return (self.out(h) + h @ cond / h.shape[-1] ** 0.5)[..., 0]
 
 
 class Discriminator(nn.Module):
     """A head for each of `widths`: tokens (B, N_i, width_i) of several layers, and a condition -> logits (B, N_i).
 
-    `guided`: the guidance weight of each image (B,) is a condition too, beside the pooled text (PaGoDA).
+    `guided`: the guidance weight of each image (B,) is a condition besides the pooled text (PaGoDA).
     """
 
     def __init__(self, widths: Sequence[int], cond_dim: int, hidden: int = 64, guided: bool = False) -> None:

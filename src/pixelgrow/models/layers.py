@@ -1,6 +1,6 @@
 """Building blocks: attention, residual convolution, embeddings. Written for few passes over memory.
 
-Token tensors are (B, N, C); maps are (B, C, H, W) in channels-last memory, so that the one is a free view of the other.
+Token tensors are (B, N, C); maps are (B, C, H, W) in channels-last memory, so either is a view of the other.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 def box_down(x: Tensor, k: int) -> Tensor:
     """Average k x k pixels, k a power of two: (B, C, H, W) -> (B, C, H/k, W/k).
 
-    Halved again and again, so that equal pixels give exactly their value (growth's identity holds bit for bit).
+    Halved repeatedly: the average of equal pixels is exactly their value, and growth's identity holds bit for bit.
     """
     while k > 1:
         x = ((x[..., ::2, ::2] + x[..., 1::2, 1::2]) + (x[..., ::2, 1::2] + x[..., 1::2, ::2])) * 0.25
@@ -30,16 +30,16 @@ def up_nearest(x: Tensor, k: int) -> Tensor:
 
 
 def details(x: Tensor, k: int) -> Tensor:
-    """What averaging over k x k pixels takes away: P x = x - up(down(x)), a projection of (B, C, H, W)."""
+    """What averaging over k x k pixels removes: P x = x - up(down(x)), a projection of (B, C, H, W)."""
     return x - up_nearest(box_down(x, k), k)
 
 
 def bounded(x: Tensor, factors: Sequence[int] = ()) -> Tensor:
     """Images x (B, C, H, W) within [-1, 1], whose averages over blocks are the bounded averages (ours).
 
-    `factors`, innermost first: of the growths that the images are exact over. The smallest image is clamped; then,
-    growth by growth, the details of each block and channel shrink by one factor until they fit, which leaves the mean.
-    A clamp of the whole image would not: where an edge overshoots, it would darken the block.
+    `factors`, innermost first: of the growths that the images are exact over. The smallest image is clamped. Then,
+    growth by growth, the details of each block and channel are scaled down until they fit, which keeps the mean. A
+    clamp of the whole image would change it: where an edge overshoots, the block would become darker.
     """
     if not factors:
         return x.clamp(-1, 1)
@@ -47,8 +47,8 @@ def bounded(x: Tensor, factors: Sequence[int] = ()) -> Tensor:
     mean = box_down(x, k)
     detail, low = x - up_nearest(mean, k), up_nearest(bounded(mean, inner), k)
     room = torch.where(detail > 0, 1 - low, 1 + low) / detail.abs().clamp_min(torch.finfo(x.dtype).tiny)
-    least = -F.max_pool2d(-room, k) if k > 1 else room  # of each block
-    return (low + up_nearest(least.clamp(max=1), k) * detail).clamp(-1, 1)  # the clamp: rounding alone
+    least = -F.max_pool2d(-room, k) if k > 1 else room  # in each block
+    return (low + up_nearest(least.clamp(max=1), k) * detail).clamp(-1, 1)  # this clamp removes rounding errors
 
 
 def to_tokens(x: Tensor) -> Tensor:
@@ -62,17 +62,17 @@ def to_map(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def zero_(layer: nn.Linear | nn.Conv2d) -> None:
-    """Set a layer to zero: what it feeds starts as if it were not there."""
+    """Set a layer to zero, so its branch contributes nothing at the start."""
     nn.init.zeros_(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
 
 
 def sincos_positions(size: tuple[int, int], dim: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Fixed sine-cosine positions (H*W, dim), counted from the centre, so that any (h, w) has them.
+    """Fixed sine-cosine positions (H*W, dim), counted from the centre, for any (h, w).
 
-    Wavelengths from 4 to 64 tokens (ours): longer ones would be all but equal over a core's grid, and positions that
-    are nearly alike are bound to words late.
+    Wavelengths from 4 to 64 tokens (ours): longer ones are nearly constant over a core's grid, and a network learns
+    late to tell nearly equal positions apart.
     """
     omega = torch.arange(dim // 4, device=device, dtype=torch.float32) / (dim // 4)
     omega = math.pi / 2 / 16.0**omega
@@ -127,7 +127,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention from image tokens to text tokens (B, L, text_dim), masked where the text ends."""
+    """Attention from image tokens (B, N, width) to text tokens (B, L, text_dim), with an additive mask (B, 1, 1, L)."""
 
     def __init__(self, width: int, heads: int, text_dim: int) -> None:
         super().__init__()
@@ -149,10 +149,10 @@ class CrossAttention(nn.Module):
 
 
 class Modulation(nn.Linear):
-    """The condition (B, cond_dim) as a scale and a shift of each channel of a map; neither at the start.
+    """Scale and shift of each channel of a map by the condition (B, cond_dim); the identity at the start.
 
-    The network's output is of unit size at every noise level while what it is told apart by shrinks with sigma, so that
-    gains which depend on sigma must be cheap to learn: this is what denoises small noise early in training.
+    F's target has unit variance, but at low sigma its signal in the input is O(sigma); a sigma-dependent gain rescales
+    it. With modulation such a gain is quick to learn, and small noise is denoised early in training.
     """
 
     def __init__(self, cond_dim: int, channels: int) -> None:
@@ -166,7 +166,7 @@ class Modulation(nn.Linear):
 
 
 class ResBlock(nn.Module):
-    """Convolutional residual block: norm over channels, two 3x3 convolutions, the condition modulating between them.
+    """Convolutional residual block: norm over channels, two 3x3 convolutions with modulation by the condition between.
 
     The second convolution starts at zero. No dropout (the papers use none at high resolution).
     """

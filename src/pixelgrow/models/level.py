@@ -1,4 +1,4 @@
-"""A level: one doubling of resolution, as an encoder half and a decoder half. Also the ends that touch pixels."""
+"""A level: one doubling of resolution, as an encoder half and a decoder half. Also the entry and the exit."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pixelgrow.models.layers import Modulation, ResBlock, up_nearest, zero_
 
 
 class EncoderHalf(nn.Module):
-    """Residual blocks at one resolution, then a step down to the `below` channels of what comes next.
+    """Residual blocks at one resolution, then a strided convolution to the `below` channels of the next part.
 
-    `factor` is 2 to the next level, 1 onto a core of the same grid, 0 where nothing is fed (a `base` rung's lowest).
+    `factor`: 2 to the next level, 1 to a core of the same grid, 0 for no further part (a `base` rung's lowest level).
     """
 
     def __init__(self, channels: int, blocks: int, cond_dim: int, below: int, factor: int) -> None:
@@ -20,14 +20,14 @@ class EncoderHalf(nn.Module):
         self.down = nn.Conv2d(channels, below, factor, stride=factor) if factor else None
 
     def forward(self, x: Tensor, vec: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, H, W) -> the same for the skip, and what goes down (itself where nothing is fed)."""
+        """(B, C, H, W) -> (B, C, H, W) for the skip, and the input of the next part (the same if there is none)."""
         for block in self.blocks:
             x = block(x, vec)
         return x, x if self.down is None else self.down(x)
 
 
 class DecoderHalf(nn.Module):
-    """What comes from below, brought to this level's channels and map, plus the skip if any; then residual blocks."""
+    """The map from below, brought to this level's channels and size, plus the skip if any; then residual blocks."""
 
     def __init__(self, channels: int, blocks: int, cond_dim: int, below: int) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class DecoderHalf(nn.Module):
         self.blocks = nn.ModuleList(ResBlock(channels, cond_dim) for _ in range(blocks))
 
     def forward(self, below: Tensor, skip: Tensor | int, vec: Tensor) -> Tensor:
-        """(B, C_below, h, w) and skip (B, C, H, W), or the factor H / h alone -> (B, C, H, W)."""
+        """(B, C_below, h, w) and the skip (B, C, H, W), or only the factor H / h -> (B, C, H, W)."""
         if isinstance(skip, Tensor):
             x = up_nearest(self.up(below), skip.shape[-1] // below.shape[-1]) + skip
         else:
@@ -46,16 +46,16 @@ class DecoderHalf(nn.Module):
 
 
 class Entry(nn.Conv2d):
-    """Pixels to the top map: a convolution as wide as its stride, so that the image shrinks at once."""
+    """Pixels to the top map: a convolution as wide as its stride, which reduces the image at once."""
 
     def __init__(self, in_channels: int, channels: int, patch: int) -> None:
         super().__init__(in_channels, channels, patch, stride=patch)
 
 
 class Exit(nn.Module):
-    """The top map to pixels, mirrored: norm, modulation, 1x1 convolution started at zero, channels to pixels.
+    """The top map to pixels: norm, modulation, 1x1 convolution initialised to zero, channels to pixels.
 
-    Linear after the norm (as DiT, arXiv 2212.09748): behind a non-linearity a map would need two channels for every
+    Linear after the norm (as in DiT, arXiv 2212.09748): after a non-linearity a map would need two channels for every
     pixel value that must pass through, and denoising small noise would be learnt late.
     """
 

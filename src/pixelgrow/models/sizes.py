@@ -1,7 +1,7 @@
-"""The size ladder: one table from `tiny` to `huge`, and the networks it stands for.
+"""The size ladder: one table from `tiny` to `huge`, and the networks of each size.
 
 The papers give the largest (8B) and one shape of the 2B class (core width 2048, levels 128/256/512); the rest is our
-choice. A name's figure is the parameter count of its Shallow-UViT with the reference text encoder of that size.
+choice. `parameters` counts the Shallow-UViT of a size with that size's reference text encoder.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pixelgrow.models.config import PIXELS, CoreConfig, LevelConfig, NetConfig, 
 
 @dataclass(frozen=True)
 class Size:
-    """`channels[j]`: width of a level whose map is 2^j times the core's grid; further levels keep the last."""
+    """`channels[j]`: width of a level whose map is 2^j times the core's grid; higher levels have the last width."""
 
     parameters: float
     width: int
@@ -77,8 +77,8 @@ def shallow_uvit(
 ) -> NetConfig:
     """Shallow-UViT: entry convolution of the core's stride, a residual block, the core, a block, the mirrored exit.
 
-    `patch` (ours): the entry shrinks by that much alone, the blocks work on the finer map, and a second convolution
-    goes on to the core's grid; it draws edges better for a little more compute. Default: the stride, as in the paper.
+    `patch` (ours): the entry reduces only by this factor, the blocks work on the finer map, and a second convolution
+    leads to the core's grid. Edges are better for a little more compute. Default: the stride, as in the paper.
     """
     patch = patch or stride
     if resolution % stride:

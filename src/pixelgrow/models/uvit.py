@@ -1,9 +1,9 @@
-"""Shallow-UViT, UViT, and what growth makes of them: one network of a core and rungs of levels.
+"""Shallow-UViT, UViT and the networks that they grow into: a core and rungs of levels.
 
 A Shallow-UViT is a rung of one level whose map is the core's grid. A UViT is a rung whose levels go down to that grid
-(arXiv 2405.16759; UViT: arXiv 2301.11093). A rung that is attached to `base` refines a finished, smaller network. A
-rung of decoder halves alone draws on the features of a one-step generator (PaGoDA, arXiv 2405.14822).
-Modules are keyed by absolute resolution, so that growth never renames a weight.
+(arXiv 2405.16759; UViT: arXiv 2301.11093). A rung with `attach: base` refines the image of a finished, smaller network.
+A rung of decoder halves only receives the features of a one-step generator (PaGoDA, arXiv 2405.14822).
+Modules are keyed by absolute resolution, so growth never renames a weight.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from pixelgrow.models.level import DecoderHalf, EncoderHalf, Entry, Exit
 
 @dataclass(frozen=True)
 class RungOutput:
-    """`image` (B, 3, H, W): the raw network output F at the rung's resolution; `features` (B, C, h, w): the map before
-    the exit, for the next rung; `gain` (B, 1, 1, 1): how much of the noisy details passes (`base` rungs; else None)."""
+    """`image` (B, 3, H, W): the network output F at the rung's resolution, not yet scaled by c_out; `features`
+    (B, C, h, w): the map before the exit, for the next rung; `gain` (B, 1, 1, 1): the share of the noisy details that
+    passes (`base` rungs; else None)."""
 
     image: Tensor
     features: Tensor
@@ -73,17 +74,17 @@ class UViT(nn.Module):
             features = top.channels
 
     def embed(self, c_noise: Tensor, cond: Cond, guidance: Tensor | None = None) -> Context:
-        """Noise level (B,), as the core is told it, and condition -> the context of one evaluation.
+        """c_noise (B,), from sigma in core units, and condition -> the context of one evaluation.
 
-        `guidance` (B,): the weight omega, which a network with `guided` is told and no other.
+        `guidance` (B,): the weight omega, for a `guided` network; None for any other.
         """
         assert (guidance is not None) == self.config.guided
         extra = 0.0 if guidance is None else self.guidance(guidance)
         return self.core.embed(c_noise, cond, extra)
 
     def rung(self, rung: RungConfig, x: Tensor, ctx: Context, features: Tensor | None = None) -> RungOutput:
-        """Run one rung on its preconditioned input (B, 3 or 6, H, W), 4 or 8 and the like for latents; `features` are
-        those of the rung below."""
+        """Run one rung on its preconditioned input (B, C, H, W), the image or, for `base` rungs, two images; `features`
+        are those of the rung below."""
         key = str(rung.resolution)
         h, skips = self.encode(rung, x, ctx)
         if features is None:
@@ -97,7 +98,8 @@ class UViT(nn.Module):
         return RungOutput(self.exit[key](h, ctx.vec), h, gain)
 
     def encode(self, rung: RungConfig, x: Tensor, ctx: Context) -> tuple[Tensor, list[Tensor]]:
-        """A rung's entry and encoder halves: preconditioned input -> what goes down, and the skips, highest first."""
+        """A rung's entry and encoder halves: preconditioned input -> the map for the next part down, and the skips,
+        highest first."""
         h = self.entry[str(rung.resolution)](x.contiguous(memory_format=torch.channels_last))
         skips = []
         for level in reversed(rung.levels):
