@@ -283,7 +283,7 @@ def test_grow_writes_a_checkpoint(model: Path, run_cli: RunCli, tmp_path: Path) 
     assert guided.code == 0, guided.err
     facts = json.loads(Image.open(tmp_path / "guided.png").text["pixelgrow"])  # type: ignore[attr-defined]
     assert (facts["guide"], facts["interval"]) == ("base", [0.1, 5.0])
-    assert "grown from 16 to 32 px (preserve)" in result.out
+    assert "grown from 16 to 32 px (preserve, exact)" in result.out
     assert "0 dropped" in result.out
     assert checkpoint.read_config(tmp_path / "big").lineage[-1]["to"] == 32
     report = json.loads((tmp_path / "big-growth" / "growth.json").read_text(encoding="utf-8"))
