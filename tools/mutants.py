@@ -23,6 +23,7 @@ import difflib
 import hashlib
 import importlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -122,7 +123,7 @@ def _left_out(node: cst.CSTNode) -> bool:
         | m.If(m.Name("TYPE_CHECKING"))
         | m.Call(m.Name("len") | m.Name("isinstance"))  # mutmut's: fail at once
         | m.Call(m.Attribute(m.Name("logger")))
-        | m.Call(m.Attribute(m.Name("logging")))
+        | m.Assign(targets=[m.AssignTarget(m.Name("logger"))])
         | m.Arg(keyword=m.Name("description"))
         | m.Assign(value=m.Subscript(value=m.OneOf(*map(m.Name, TYPES))))
         | m.AnnAssign(value=m.Call(m.Name("get_args"))),
@@ -184,15 +185,15 @@ def _head(statement: cst.CSTNode) -> cst.CSTNode | None:
     return None
 
 
+def files_of(room: str) -> list[Path]:
+    """The files of a room that are mutated."""
+    places = [Path("src/pixelgrow") / place for place in ROOMS[room][0]]
+    return [file for path in places for file in (sorted(path.glob("*.py")) if path.is_dir() else [path])]
+
+
 def sources() -> dict[str, Source]:
     """All that is mutated, by path."""
-    found = {}
-    for room, (places, _) in ROOMS.items():
-        for place in places:
-            path = Path("src/pixelgrow") / place
-            for file in sorted(path.glob("*.py")) if path.is_dir() else [path]:
-                found[str(file)] = Source(room, file)
-    return found
+    return {str(file): Source(room, file) for room in ROOMS for file in files_of(room)}
 
 
 def sample(all_mutants: list[Mutant], count: int, seed: int) -> list[Mutant]:
@@ -306,7 +307,7 @@ def baseline(room: str, store: Path) -> dict[str, Any]:
     """
     known = json.loads(store.read_text(encoding="utf-8")) if store.exists() else {}
     whole: dict[str, Any] = {"tests": {}, "modules": {}, "imported": {}}
-    code = hashlib.sha256(b"".join(p.read_bytes() for p in sorted(Path("src").rglob("*.py"))))
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in files_of(room)))
     for file in [f for p in map(Path, ROOMS[room][1]) for f in (sorted(p.glob("test_*.py")) if p.is_dir() else [p])]:
         version = code.copy()
         version.update(file.read_bytes())
@@ -360,8 +361,9 @@ def sources_room(path: str) -> str:
     return next((room for room, (places, _) in ROOMS.items() if any(inside.is_relative_to(p) for p in places)), "")
 
 
-def tests_for(mutant: Mutant, facts: dict[str, Any]) -> dict[str, float]:
-    """Tests that execute a mutant's statement, cheapest first, with their limits of CPU time in seconds."""
+def tests_for(mutant: Mutant, facts: dict[str, Any], within: float) -> dict[str, float]:
+    """Tests that execute a mutant's statement and take at most `within` seconds, cheapest first, with their limits of
+    CPU time in seconds."""
     lines = set(range(mutant.lines[0], mutant.lines[1] + 1))
     whole = bool(lines & set(facts["imported"].get(mutant.file, [])))  # of a statement that an import executes
     chosen = {
@@ -374,15 +376,16 @@ def tests_for(mutant: Mutant, facts: dict[str, Any]) -> dict[str, float]:
         shared = sum(s for s in chosen[name]["fixtures"].values() if s > 0.3)
         return shared, name.partition("::")[0] if shared else "", chosen[name]["seconds"]
 
-    return {name: 10 + 5 * chosen[name]["seconds"] for name in sorted(chosen, key=cost)}
+    quick = [name for name in chosen if cost(name)[0] + cost(name)[2] <= within]
+    return {name: 10 + 5 * chosen[name]["seconds"] for name in sorted(quick, key=cost)}
 
 
-def run_one(source: Source, mutant: Mutant, facts: dict[str, Any]) -> dict[str, Any]:
+def run_one(source: Source, mutant: Mutant, facts: dict[str, Any], within: float) -> dict[str, Any]:
     """Run the tests on one mutant: {"status": killed | survived, "by": ..., "seconds": ...}."""
-    tests = tests_for(mutant, facts)
+    tests = tests_for(mutant, facts, within)
     began = time.perf_counter()
     if not tests:
-        return {"status": "survived", "by": "no test of the room runs it", "seconds": 0.0}
+        return {"status": "survived", "by": "no test", "seconds": 0.0}
 
     def work() -> dict[str, Any]:
         chosen = Chosen(tests)
@@ -398,7 +401,7 @@ def run_one(source: Source, mutant: Mutant, facts: dict[str, Any]) -> dict[str, 
         path.write_text(source.text, encoding="utf-8")
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # what was compiled of it is good again
     if found.get("status") == "survived":
-        found["by"] = f"{len(tests)} tests"
+        found["by"] = f"{len(tests)} tests" + (f" of at most {within:g} s" if within < math.inf else "")
     found = found or {"status": "killed", "by": "time limit, or the process died"}
     return found | {"seconds": round(time.perf_counter() - began, 1)}
 
@@ -461,6 +464,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=ROOT / "runs" / "bench" / "mutants.json")
+    parser.add_argument("--within", type=float, default=math.inf, help="leave out tests that take more seconds")
     parser.add_argument("--again", choices=["survived", "all"], help="run these again, though their result is known")
     parser.add_argument("--only", nargs="*", metavar="KEY", help="these mutants alone")
     parser.add_argument("--list", action="store_true", help="print the sample and what is known of it; run nothing")
@@ -500,7 +504,7 @@ def main() -> None:
                 f"{mutant.room}: {len(facts[mutant.room]['tests'])} tests, failing and left out: {failed}", flush=True
             )
             preload(facts[mutant.room]["modules"])
-        result = run_one(found[mutant.file], mutant, facts[mutant.room])
+        result = run_one(found[mutant.file], mutant, facts[mutant.room], args.within)
         results[mutant.key] = asdict(mutant) | {"diff": found[mutant.file].diff(mutant.key)} | result
         print(
             f"{mutant.key} {result['status']:<9} {result['seconds']:>6} s  {mutant.file}:{mutant.lines[0]}", flush=True
