@@ -14,13 +14,15 @@ from pixelgrow.onestep.pairs import FORMAT, INDEX, Pairs, shard_path, write_shar
 STATUS = Path("/proc/self/status")
 
 
-def written(folder: Path, sizes: list[int], side: int, **facts: object) -> dict[str, torch.Tensor]:
+def written(
+    folder: Path, sizes: list[int], side: int, origin: torch.Tensor | None = None, **facts: object
+) -> dict[str, torch.Tensor]:
     """A folder of sampled pairs in shards of `sizes`; returns all of their rows."""
     n = sum(sizes)
     whole = {
         "latent": torch.randn(n, 3, side, side).half(),
         "image": torch.rand(n, 3, side, side).half(),
-        "origin": torch.arange(3 * n).view(n, 3),
+        "origin": torch.arange(3 * n).view(n, 3) if origin is None else origin,
         "guidance": torch.rand(n),
     }
     parts = {name: rows.split(sizes) for name, rows in whole.items()}
