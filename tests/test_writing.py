@@ -65,7 +65,9 @@ def test_every_loader_names_a_pointer(tmp_path: Path) -> None:
         describe_vision(str(vision))
     latent = tmp_path / "latent"
     latent.mkdir()
-    (latent / "config.json").write_text('{"_class_name": "AutoencoderKL"}', encoding="utf-8")
+    (latent / "config.json").write_text(
+        '{"_class_name": "AutoencoderKL", "block_out_channels": [4], "latent_channels": 4}'
+    )
     (latent / "diffusion_pytorch_model.safetensors").write_bytes(POINTER)
     with pytest.raises(UserError, match=IS_POINTER):
         Autoencoder(str(latent))

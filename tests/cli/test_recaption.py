@@ -257,7 +257,7 @@ def test_mistakes_are_one_line(tmp_path: Path, captioner: Path, run_cli: Any) ->
     save_file(tensors, cut_off / "model.safetensors", metadata={"format": "pt"})
     for args, words in (
         (("scenes", "--model", captioner), "scenes: got drawn scenes, expected a folder"),
-        ((folder, "--model", tmp_path / "nothing"), "is no folder here"),
+        ((folder, "--model", tmp_path / "nothing"), "is not a folder here"),
         ((folder, "--model", folder), "cannot be loaded"),
         ((folder, "--model", cut_off), "lack 'decoder.transformer.h.0.attn.c_attn.weight' and 0 more"),
         ((folder, "--model", captioner, "--prompt", "what is this?"), "which takes none; drop it"),

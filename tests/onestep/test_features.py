@@ -284,9 +284,9 @@ def test_similarity_pulls_prior_samples_to_their_captions(tmp_path: Path, advers
     ("files", "words"),
     [
         ({"preprocessor_config.json": None}, "no preprocessor_config.json in"),
-        ({"preprocessor_config.json": "[]"}, "cannot be read (no mapping)"),
-        ({"preprocessor_config.json": '{"size": 8}'}, "are no image processor's (KeyError: 'image_mean')"),
-        ({"preprocessor_config.json": json.dumps(PROCESSOR | {"size": "large"})}, "are no image processor's"),
+        ({"preprocessor_config.json": "[]"}, "cannot be read (not a mapping)"),
+        ({"preprocessor_config.json": '{"size": 8}'}, "are not an image processor's (KeyError: 'image_mean')"),
+        ({"preprocessor_config.json": json.dumps(PROCESSOR | {"size": "large"})}, "are not an image processor's"),
         ({"config.json": "{"}, "config.json cannot be read"),
         ({"model.safetensors": None}, "no model.safetensors in"),
         ({"model.safetensors": "cut"}, "model.safetensors is cut off"),
@@ -305,7 +305,7 @@ def test_names_that_mean_no_judge_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"vision model 'nobody/has-this' is not on this machine and cannot be fetched"):
         describe("nobody/has-this")
     with pytest.raises(
-        UserError, match=r"vision model './nope' is no folder here; expected a folder or a model's name"
+        UserError, match=r"vision model './nope' is not a folder here; expected a folder or a model's name"
     ):
         describe("./nope")
     save_vision(tmp_path, "ViT")

@@ -107,6 +107,10 @@ def test_an_autoencoder_is_told_from_another_and_travels_without_its_weights(fol
         (lambda p: (p / "diffusion_pytorch_model.safetensors").unlink(), "is not there: expected a folder of a diffus"),
         (lambda p: (p / "config.json").write_text("{"), "its config.json cannot be read"),
         (lambda p: (p / "config.json").write_text('{"_class_name": "VQModel"}'), "got a VQModel, expected a diffusers"),
+        (
+            lambda p: (p / "config.json").write_text('{"_class_name": "AutoencoderKL"}'),
+            "KeyError: 'block_out_channels'",
+        ),
         (lambda p: (p / "diffusion_pytorch_model.safetensors").write_bytes(b"no"), "is cut off"),
     ],
 )

@@ -277,7 +277,7 @@ def _index(text: str) -> Callable[[Path], None]:
         (_cut, "model.safetensors is cut off"),
         (_lacking, "lack 'encoder.block.0"),
         (_no_tokenizer, "no tokenizer"),
-        (_other_tokenizer, "tokenizer .* knows"),
+        (_other_tokenizer, "tokenizer .* has"),
     ],
 )
 def test_a_damaged_folder_is_one_line(tmp_path: Path, damage: Callable[[Path], None], message: str) -> None:
@@ -293,7 +293,7 @@ def test_a_damaged_folder_is_one_line(tmp_path: Path, damage: Callable[[Path], N
     ("name", "max_tokens", "message"),
     [
         ("nobody/has-this", 16, "cannot be fetched"),
-        ("./no/such/folder", 16, "no folder here"),
+        ("./no/such/folder", 16, "not a folder here"),
         ("labels:0", 16, "labels:N"),
         ("labels:ten", 16, "labels:N"),
         ("minilm", 0, "at least 1"),

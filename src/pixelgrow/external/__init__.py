@@ -1,5 +1,5 @@
-"""Models made elsewhere: looked up in a folder or on the hub, loaded from safetensors, known by a fingerprint. Vision
-networks, CLIP, LPIPS, diffusers' autoencoders.
+"""Models made elsewhere: vision networks, CLIP, LPIPS and diffusers' autoencoders.
 
-The only room that talks to a hub. Text encoders, features and stages stand on it.
+They are found in a folder or on the hub, loaded from safetensors and identified by a fingerprint. This is the only room
+that talks to the hub. Text encoders, feature networks and stages stand on it.
 """

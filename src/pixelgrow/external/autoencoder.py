@@ -1,6 +1,6 @@
 """The latent variant: an autoencoder in front of the data and behind the samples.
 
-PaGoDA (arXiv 2405.14822) says that its stages carry over to latents and never ran it; how they do is ours.
+PaGoDA (arXiv 2405.14822) claims that its stages carry over to latents, without an experiment; the method is ours.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ from pixelgrow.checkpoint import file_hash
 from pixelgrow.errors import UserError
 from pixelgrow.external import hub
 from pixelgrow.models.config import Space
+from pixelgrow.writing import reading
 
-STD = 0.5  # of latents: what `sigma_data` and the noise levels of recipes are made for, as of pixels in [-1, 1]
-BATCH = 4  # pictures at a time: a result does not depend on how many are asked for, beyond rounding
+STD = 0.5  # standard deviation of latents, as of pixels in [-1, 1]: `sigma_data` and recipes' noise levels suit it
+BATCH = 4  # images at a time; the result depends on it by rounding alone
 
 
 class Autoencoder:
-    """A frozen diffusers `AutoencoderKL`: pictures (B, 3, H, W) in [-1, 1] <-> latents (B, C, H/factor, W/factor).
+    """A frozen diffusers `AutoencoderKL`: images (B, 3, H, W) in [-1, 1] <-> latents (B, C, H/factor, W/factor).
 
-    A picture's latents are the mean that the encoder gives (no noise is drawn, so that they can be kept), shifted and
-    scaled to a deviation of about 1 as its configuration says, and from there to `STD`.
+    Latents are the mean that the encoder gives, without noise, so they can be stored. They are shifted and scaled to a
+    deviation of about 1 by the autoencoder's configuration, and from there to `STD`.
 
-    `name`: a folder with its config.json and safetensors, one with such a folder `vae` inside, or a repository of the
-    hub that is either. The weights are read when first needed. Raises UserError if it is none.
+    name: a folder with config.json and safetensors, a folder with such a folder `vae`, or a repository of the hub that
+    is either. Weights are read when first needed. Raises UserError if no AutoencoderKL is found.
     """
 
     def __init__(self, name: str, device: torch.device | str = "cpu") -> None:
@@ -39,10 +40,13 @@ class Autoencoder:
         try:
             self.config: dict[str, Any] = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
             kind = self.config["_class_name"]
+            if kind == "AutoencoderKL":
+                self._factor = 2 ** (len(self.config["block_out_channels"]) - 1)
+                self._channels = int(self.config["latent_channels"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"autoencoder {name}: its config.json cannot be read ({type(error).__name__}); expected a diffusers "
-                "AutoencoderKL"
+                f"autoencoder {name}: its config.json cannot be read ({type(error).__name__}: {error}); expected that "
+                "of a diffusers AutoencoderKL; copy it again"
             ) from error
         if kind != "AutoencoderKL":
             raise UserError(f"autoencoder {name}: got a {kind}, expected a diffusers AutoencoderKL; name another")
@@ -51,17 +55,17 @@ class Autoencoder:
 
     @property
     def factor(self) -> int:
-        """Pixels of a picture's side for each of its latents'."""
-        return int(2 ** (len(self.config["block_out_channels"]) - 1))
+        """Side of an image over that of its latents."""
+        return self._factor
 
     @property
     def space(self) -> Space:
-        """Of its latents."""
-        return Space(channels=self.config["latent_channels"], bounded=False)
+        """The space of its latents."""
+        return Space(channels=self._channels, bounded=False)
 
     @cached_property
     def fingerprint(self) -> str:
-        """A hash of its configuration and weights."""
+        """A hash of configuration and weights."""
         files = [self.folder / "config.json", *sorted(self.folder.glob("*.safetensors"))]
         return hashlib.sha256("".join(file_hash(f) for f in files).encode()).hexdigest()[:32]
 
@@ -85,31 +89,33 @@ class Autoencoder:
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1], sides multiples of `factor` -> latents (B, C, h, w), on their device."""
+        """Images (B, 3, H, W) in [-1, 1], with sides that `factor` divides -> latents (B, C, h, w), on their device."""
         shift, scale = self._scale()
         means = [self._model.encode(some.to(self.device)).latent_dist.mode() for some in images.split(BATCH)]
         return ((torch.cat(means) - shift) * scale).to(images)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) -> pictures (B, 3, H, W) in [-1, 1], on their device."""
+        """Latents (B, C, h, w) -> images (B, 3, H, W) in [-1, 1], on their device."""
         shift, scale = self._scale()
-        drawn = [self._model.decode(some.to(self.device) / scale + shift).sample for some in latents.split(BATCH)]
-        return torch.cat(drawn).clamp(-1, 1).to(latents)
+        images = [self._model.decode(some.to(self.device) / scale + shift).sample for some in latents.split(BATCH)]
+        return torch.cat(images).clamp(-1, 1).to(latents)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the weights: a process that needs them reads them."""
+        """Without the weights; a process that needs them reads them from disk."""
         return {k: v for k, v in self.__dict__.items() if k != "_model"}
 
 
 def _find(name: str) -> Path:
-    folder = Path(name).expanduser()
-    if not folder.exists() and name.count("/") == 1:
-        files = ["config.json", "diffusion_pytorch_model.safetensors"]
-        folder = hub.fetch(name, [*files, *(f"vae/{f}" for f in files)], "autoencoder")
-    for candidate in (folder, folder / "vae"):
-        if (candidate / "config.json").is_file() and any(candidate.glob("*.safetensors")):
-            return candidate
+    with reading(name):
+        folder = Path(name).expanduser()
+        if not folder.exists() and name.count("/") == 1:
+            files = ["config.json", "diffusion_pytorch_model.safetensors"]
+            folder = hub.fetch(name, [*files, *(f"vae/{f}" for f in files)], "autoencoder")
+        for candidate in (folder, folder / "vae"):
+            if (candidate / "config.json").is_file() and any(candidate.glob("*.safetensors")):
+                return candidate
     raise UserError(
-        f"autoencoder {name} is not there: expected a folder of a diffusers AutoencoderKL (config.json, *.safetensors)"
+        f"autoencoder {name} is not there: expected a folder of a diffusers AutoencoderKL (config.json, "
+        "*.safetensors); check the name"
     )

@@ -1,4 +1,4 @@
-"""Models from outside, by name: a folder or one of the hub, its safetensors, and a hash of what it is."""
+"""Models from outside by name: a folder or a repository of the hub, its weights, and a fingerprint of both."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from pixelgrow.errors import UserError
 from pixelgrow.writing import fault_of, is_pointer, reading
 
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
-_WHOLE = 256 << 20  # files up to this many bytes are hashed whole, larger ones in _BLOCKS samples of _BLOCK bytes
+_WHOLE = 256 << 20  # bytes; larger files are hashed by _BLOCKS samples of _BLOCK bytes
 _BLOCK, _BLOCKS = 64 << 10, 1024
 
 
 def find(kind: str, name: str, builtin: str = "", offline: str = "") -> Path:
-    """The folder of the model `name`: a local folder, or one of the hub, "@revision" allowed after it.
+    """The folder of the model `name`: a local folder, or a repository of the hub, with "@revision" after it or not.
 
-    A hub model that is not on this machine is downloaded, unless HF_HUB_OFFLINE is set. For messages: `kind` of model
-    ("text encoder"), names that come with the package (`builtin`), what else to do without a network (`offline`).
-    Raises UserError if it cannot be had.
+    A hub model that is not on this machine is downloaded, unless HF_HUB_OFFLINE is set. Raises UserError if it is not
+    found; for that message: the `kind` of model ("text encoder"), names that come with the package (`builtin`), and
+    what to do without a network (`offline`).
     """
     path = Path(expanduser(name))
     with reading(name):
@@ -35,15 +35,17 @@ def find(kind: str, name: str, builtin: str = "", offline: str = "") -> Path:
     repo, _, revision = name.partition("@")
     if exists or not _HUB_NAME.fullmatch(repo):
         raise UserError(
-            f"{kind} {name!r} is no folder here; expected {builtin}a folder or a model's name on the hub; check the "
-            "path"
+            f"{kind} {name!r} is not a folder here; expected {builtin}a folder or a model's name on the hub; check "
+            "the path"
         )
     return _from_hub(kind, repo, revision or None, offline)
 
 
 def fetch(name: str, wanted: Sequence[str], kind: str = "") -> Path:
-    """The files `wanted` (patterns) of a repository of the hub, "@revision" allowed after its name, or of its copy on
-    this machine. Raises UserError if it is neither; `kind` of model, for the message."""
+    """A folder with the files `wanted` (patterns) of a repository of the hub, with "@revision" after its name or not.
+
+    Raises UserError if they can neither be fetched nor found on this machine; `kind` of model, for the message.
+    """
     from huggingface_hub import snapshot_download
 
     repo, _, revision = name.partition("@")
@@ -52,20 +54,20 @@ def fetch(name: str, wanted: Sequence[str], kind: str = "") -> Path:
     except _refusals() as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(
-            f"{f'{kind} ' if kind else ''}{name} is no folder here and cannot be fetched from the hub ({reason}); "
+            f"{f'{kind} ' if kind else ''}{name} is not a folder here and cannot be fetched from the hub ({reason}); "
             "check the name"
         ) from None
 
 
 def _refusals() -> tuple[type[Exception], ...]:
-    """What a download may raise: of files, of names, and of the library that the hub's own talks through."""
+    """What a download may raise: errors of files, of names, and of the HTTP library below huggingface_hub."""
     from huggingface_hub.errors import HfHubHTTPError
 
     return (OSError, ValueError, *HfHubHTTPError.__bases__)
 
 
 def _from_hub(kind: str, repo: str, revision: str | None, offline: str) -> Path:
-    """The snapshot on this machine if it is complete, else a download."""
+    """The folder of a repository's snapshot on this machine if it is complete, else of a download."""
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "*.txt", "*.model", "model*.safetensors"]
@@ -73,7 +75,7 @@ def _from_hub(kind: str, repo: str, revision: str | None, offline: str) -> Path:
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, local_files_only=True))
         if all(file.exists() for file in weights(f"{kind} {repo!r}", folder)):
             return folder
-    except (OSError, ValueError):  # absent or cut off: fetch it; UserError is a ValueError
+    except (OSError, ValueError):  # absent or incomplete: fetch it; UserError is a ValueError
         pass
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
@@ -85,8 +87,10 @@ def _from_hub(kind: str, repo: str, revision: str | None, offline: str) -> Path:
 
 
 def weights(label: str, folder: Path) -> list[Path]:
-    """The files of a model's weights, in order; `label` names the model in messages. Raises UserError if none is
-    safetensors."""
+    """The files of a model's weights, in order; `label` names the model in messages.
+
+    Raises UserError if there is no safetensors file.
+    """
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:
@@ -94,8 +98,8 @@ def weights(label: str, folder: Path) -> list[Path]:
             return [folder / shard for shard in sorted(shards)]
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(
-                f"{label}: {index} is damaged ({type(error).__name__}); expected the list of weights "
-                "that transformers' save_pretrained wrote; fetch the folder again"
+                f"{label}: {index} is damaged ({type(error).__name__}); expected the index of weights "
+                "that transformers' save_pretrained writes; fetch the folder again"
             ) from error
     single = folder / "model.safetensors"
     if not single.exists():
@@ -107,7 +111,7 @@ def weights(label: str, folder: Path) -> list[Path]:
 
 
 def fingerprint(label: str, folder: Path, files: Iterable[str], salt: str) -> str:
-    """A hash of a model's weights, of what there is of some smaller `files`, and of `salt`; not of its path."""
+    """A hash of a model's weights, of those of the smaller `files` that exist, and of `salt`; not of the path."""
     digest = hashlib.blake2b(salt.encode(), digest_size=16)
     heavy = weights(label, folder)
     for file in heavy:
@@ -148,7 +152,7 @@ def _blocks(file: Path, size: int) -> Iterator[bytes]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """transformers without a progress bar and without a report on the weights of other heads."""
+    """transformers without progress bars and without reports on weights that are not used."""
     from transformers.utils import logging as hf
 
     verbosity, bar = hf.get_verbosity(), hf.is_progress_bar_enabled()
@@ -164,7 +168,7 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def loading(label: str, folder: Path) -> Iterator[None]:
-    """Turn what transformers raises over a folder that does not fit into one line, and keep it `quiet`."""
+    """Turn what transformers raises over a folder that it cannot load into one line, and keep it `quiet`."""
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
@@ -177,14 +181,17 @@ def loading(label: str, folder: Path) -> Iterator[None]:
     ) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"{label}: {folder} cannot be loaded ({reason}); expected a model, and a tokenizer where it reads text, "
-            "that transformers' save_pretrained wrote; fetch or save it again"
+            f"{label}: {folder} cannot be loaded ({reason}); expected a model that transformers' save_pretrained "
+            "wrote, with its tokenizer if it reads text; fetch or save it again"
         ) from error
 
 
 def pretrained(label: str, folder: Path, model_class: Any, unused: str = "", **extra: Any) -> Any:
-    """A model of transformers in float32, from its folder. Raises UserError if the weights do not fit it, or if some
-    are missing whose names do not hold the word `unused`."""
+    """A model of transformers in float32, from its folder.
+
+    Raises UserError if the weights do not fit, or if some are missing; missing names that contain the word `unused` are
+    allowed.
+    """
     import torch
 
     with loading(label, folder):
@@ -194,7 +201,7 @@ def pretrained(label: str, folder: Path, model_class: Any, unused: str = "", **e
     missing = [n for n in info["missing_keys"] if not (unused and unused in n)]
     if missing:
         raise UserError(
-            f"{label}: the weights in {folder} lack {min(missing)!r} and {len(missing) - 1} more; expected all of its "
-            "own; fetch or save it again"
+            f"{label}: the weights in {folder} lack {min(missing)!r} and {len(missing) - 1} more; expected all of the "
+            "model's; fetch or save it again"
         )
     return model

@@ -1,4 +1,4 @@
-"""Frozen networks from outside that look at pictures: transformers' vision models, CLIP with its text half, LPIPS."""
+"""Frozen networks for images: transformers' vision models, CLIP with its text half, LPIPS."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from torch import Tensor
 from pixelgrow.errors import UserError
 from pixelgrow.external import hub
 
-DEPTHS = (1 / 3, 2 / 3, 1.0)  # of a network's layers, whose outputs are features
-LPIPS_SIDE = 224  # px; smaller pictures are brought to it: LPIPS' networks halve a picture four times. Ours
-_PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # of an image processor; of a whole processor
+DEPTHS = (1 / 3, 2 / 3, 1.0)  # parts of a network's depth after which hidden states are features
+LPIPS_SIDE = 224  # px; smaller images are enlarged to it, as VGG halves an image four times. Ours
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # of an image processor, of a processor with one
 _FILES = (
     "config.json", *_PROCESSORS,
     "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json",
@@ -27,8 +27,11 @@ _FILES = (
 
 @dataclass(frozen=True)
 class VisionSpec:
-    """A vision model, described: `side` of the square pictures that it was trained on, `mean` and `std` of RGB in
-    [0, 1] that it expects to be taken off, `fingerprint` of its weights and settings."""
+    """A vision model, not loaded.
+
+    side: of the square images that it was trained on. mean, std: of RGB in [0, 1], to normalise its input.
+    fingerprint: of its weights and settings.
+    """
 
     name: str
     folder: Path
@@ -40,11 +43,11 @@ class VisionSpec:
 
     @property
     def label(self) -> str:
-        """What messages call it."""
+        """Its name in messages."""
         return f"vision model {self.name!r}"
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> (B, 3, side, side) as the model wants them, differentiably; antialiased."""
+        """Images (B, 3, H, W) in [-1, 1] -> the model's input (B, 3, side, side), antialiased and differentiable."""
         x = images.float()
         if x.shape[-2:] != (self.side, self.side):
             x = F.interpolate(x, (self.side, self.side), mode="bicubic", antialias=True)
@@ -53,14 +56,14 @@ class VisionSpec:
 
 
 def layers_of(depth: int) -> list[int]:
-    """Which of a network's `depth` layers, counted from 1, are features."""
+    """The layers, counted from 1 to `depth`, whose outputs are features."""
     return sorted({max(1, round(part * depth)) for part in DEPTHS})
 
 
 def describe(name: str) -> VisionSpec:
-    """Find the vision model `name`, a folder or one of the hub, without loading a weight.
+    """Find the vision model `name`, a folder or a name on the hub, without loading its weights.
 
-    Raises UserError if it cannot be had, is not in safetensors, or does not say how it wants pictures.
+    Raises UserError if it is not found, is not in safetensors, or has no settings of an image processor.
     """
     label = f"vision model {name!r}"
     folder = hub.find("vision model", name)
@@ -68,8 +71,8 @@ def describe(name: str) -> VisionSpec:
     given = next((_json(label, folder / f) for f in _PROCESSORS if (folder / f).exists()), None)
     if given is None:
         raise UserError(
-            f"{label}: no {_PROCESSORS[0]} in {folder}; expected what tells how it wants pictures; save the model's "
-            "image processor into its folder"
+            f"{label}: no {_PROCESSORS[0]} in {folder}; expected the settings of its image processor; save the "
+            "processor into the folder"
         )
     given = given.get("image_processor", given)
     try:
@@ -80,11 +83,11 @@ def describe(name: str) -> VisionSpec:
         mean, std = tuple(map(float, mean)), tuple(map(float, std))
         model_type = str(config["model_type"])
         if len(mean) != 3 or len(std) != 3 or side < 1 or min(std) <= 0:
-            raise ValueError("not of RGB pictures")
+            raise ValueError("not for RGB images")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(
-            f"{label}: its settings in {folder} are no image processor's ({type(error).__name__}: {error}); expected "
-            "size, image_mean and image_std of RGB pictures; choose another model"
+            f"{label}: its settings in {folder} are not an image processor's ({type(error).__name__}: {error}); "
+            "expected size, image_mean and image_std for RGB images; choose another model"
         ) from error
     return VisionSpec(
         name, folder, model_type, side, mean, std, hub.fingerprint(label, folder, _FILES, "pixelgrow vision 1")
@@ -102,18 +105,20 @@ def _json(label: str, path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(found, dict):
             return found
-        reason = "no mapping"
+        reason = "not a mapping"
     except (OSError, ValueError, RecursionError) as error:
         reason = type(error).__name__
-    raise UserError(f"{label}: {path} cannot be read ({reason}); expected a folder that transformers' save_pretrained "
-                    "wrote; fetch it again")  # fmt: skip
+    raise UserError(
+        f"{label}: {path} cannot be read ({reason}); expected a folder that transformers' save_pretrained wrote; fetch "
+        "it again"
+    )
 
 
 class Vision:
-    """A frozen vision model: images -> the hidden states of some of its layers as tokens.
+    """A frozen vision model: images -> the hidden states of some of its layers, as tokens.
 
-    `widths`: channels of each. Class and register tokens are tokens as others; maps (B, C, h, w) of convolutional
-    networks are flattened.
+    widths: channels of each. Class and register tokens are kept; maps (B, C, h, w) of convolutional networks are
+    flattened to tokens.
     """
 
     def __init__(self, spec: VisionSpec, model: Any) -> None:
@@ -122,26 +127,26 @@ class Vision:
             self.widths = [t.shape[-1] for t in self(torch.zeros(1, 3, spec.side, spec.side, device=model.device))]
 
     def __call__(self, images: Tensor) -> list[Tensor]:
-        """images (B, 3, H, W) in [-1, 1] -> (B, N, C) of each layer, differentiable in the images."""
+        """Images (B, 3, H, W) in [-1, 1] -> (B, N, C) for each layer, differentiable in the images."""
         states = self.model(pixel_values=self.spec.prepare(images), output_hidden_states=True).hidden_states
         chosen = [states[n] for n in layers_of(len(states) - 1)]
         return [h.flatten(2).transpose(1, 2) if h.ndim == 4 else h for h in chosen]
 
 
 class Clip:
-    """A frozen CLIP: embeddings of images and captions in one space."""
+    """A frozen CLIP: images and captions -> embeddings in one space."""
 
     def __init__(self, spec: VisionSpec, model: Any, tokenizer: Any) -> None:
         self.spec, self.model, self.tokenizer = spec, model.eval().requires_grad_(False), tokenizer
         self.longest = model.config.text_config.max_position_embeddings
 
     def images(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) in [-1, 1] -> (B, C), differentiable in the images."""
+        """Images (B, 3, H, W) in [-1, 1] -> (B, C), differentiable in the images."""
         return self.model.visual_projection(self.model.vision_model(self.spec.prepare(images)).pooler_output)
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """Captions -> (B, C); a caption is cut after as many tokens as CLIP reads."""
+        """Captions -> (B, C); captions longer than CLIP reads are truncated."""
         batch = self.tokenizer(
             list(texts), padding=True, truncation=True, max_length=self.longest, return_tensors="pt"
         ).to(self.model.device)
@@ -150,18 +155,18 @@ class Clip:
 
 
 def load_vision(name: str, device: torch.device | str = "cpu") -> Vision:
-    """Load a vision model, of CLIP and the like the image half alone. Raises UserError."""
+    """Load a vision model; of CLIP and the like, only the image half. Raises UserError."""
     import transformers
 
     spec = describe(name)
     model = hub.pretrained(spec.label, spec.folder, transformers.AutoModel, unused="pooler")
     half = getattr(model, "vision_model", model).to(device)
-    with hub.loading(spec.label, spec.folder):  # it is asked once, and may be no vision model
+    with hub.loading(spec.label, spec.folder):  # it is evaluated once, and may not be a vision model
         return Vision(spec, half)
 
 
 def load_clip(name: str, device: torch.device | str = "cpu") -> Clip:
-    """Load both halves of a CLIP. Raises UserError if it is none."""
+    """Load a CLIP with both halves. Raises UserError if it is another model."""
     import transformers
 
     spec = describe_clip(name)
@@ -172,10 +177,10 @@ def load_clip(name: str, device: torch.device | str = "cpu") -> Clip:
 
 
 def describe_clip(name: str) -> VisionSpec:
-    """`describe` for a model that must be a CLIP with both halves; UserError if it is not."""
+    """`describe`, for a CLIP with both halves; UserError if it is another model."""
     spec = describe(name)
     if spec.model_type != "clip":
-        raise UserError(f"{spec.label} is of type {spec.model_type!r}, expected 'clip': a CLIP with both its halves")
+        raise UserError(f"{spec.label} is of type {spec.model_type!r}, expected 'clip', with both halves; name a CLIP")
     return spec
 
 
@@ -183,7 +188,7 @@ def describe_clip(name: str) -> VisionSpec:
 
 
 class Lpips:
-    """LPIPS (Zhang et al., arXiv 1801.03924) with its VGG-16, as the package `lpips` has it."""
+    """LPIPS (Zhang et al., arXiv 1801.03924) with VGG-16, from the package `lpips`."""
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
         package = _lpips()
@@ -191,8 +196,8 @@ class Lpips:
             model = package.LPIPS(net="vgg", verbose=False)
         except OSError as error:
             raise UserError(
-                f"distance: lpips: its VGG-16 cannot be fetched ({error}); torchvision keeps it in torch's hub folder: "
-                "check the network, or copy it there"
+                f"distance: lpips: its VGG-16 cannot be fetched ({error}); check the network, or copy it to torch's "
+                "hub folder, where torchvision looks for it"
             ) from error
         self.model = model.eval().requires_grad_(False).to(device)
 
@@ -206,7 +211,7 @@ class Lpips:
 
 
 def describe_lpips() -> str:
-    """Which LPIPS there is; UserError where there is none."""
+    """The version of LPIPS, for records. Raises UserError if it is not installed."""
     _lpips()
     return f"lpips {version('lpips')}"
 
@@ -216,7 +221,7 @@ def _lpips() -> Any:
         import lpips
     except ImportError as error:
         raise UserError(
-            f"distance: lpips is not to be had here ({error}); expected the packages lpips and torchvision: install "
-            "pixelgrow[lpips], or write distance: teacher"
+            f"distance: lpips needs the packages lpips and torchvision ({error}): install pixelgrow[lpips], or write "
+            "distance: teacher"
         ) from error
     return lpips

@@ -1,9 +1,9 @@
 """Each distinct caption encoded once, in a memory map that runs and stages share.
 
-A folder per encoder fingerprint holds `records.f16` (per caption: the pooled vector, then its tokens), `index.bin` (per
-caption: hash of the text, where its record starts, its number of tokens) and `encoder.json` (for people). Records and
-index only grow, the records first, so a kill at any moment leaves a usable cache: what the index does not name does not
-exist.
+A folder per encoder fingerprint holds `records.f16` (for each caption the pooled vector, then its tokens), `index.bin`
+(for each caption the hash of its text, the start of its record and its number of tokens) and `encoder.json` (for
+people). Both files only grow, the records first. So a kill at any moment leaves a usable cache: records that are not in
+the index are ignored.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _log = logging.getLogger(__name__)
 
 
 class TextCache:
-    """Encodings of captions by the encoder `encoder_name`, on disk under `folder`.
+    """Encodings of captions by the encoder `encoder_name`, on disk in `folder`.
 
-    The encoder is in memory only while `ensure` finds something missing. Several processes may use one folder: they
-    write one after the other. With "labels:N" there is nothing to store and captions are decimal labels.
+    The encoder is loaded only while `ensure` encodes captions that are missing. Several processes may use one folder;
+    they write in turn. With "labels:N", captions are decimal labels and nothing is stored.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class TextCache:
         max_tokens: int = 32,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Raises UserError if the encoder cannot be found; reads no weight of it. `device` is where it would run."""
+        """Raises UserError if the encoder cannot be found; its weights are not loaded. `device`: to encode on."""
         self.spec = describe(encoder_name, max_tokens)
         self.folder = Path(folder) / self.spec.fingerprint[:16]
         self._device = device
@@ -76,10 +76,10 @@ class TextCache:
         return bool(self._find([text])[0] >= 0)
 
     def ensure(self, texts: Iterable[str], progress: Callable[[int, int], None] | None = None) -> int:
-        """Encode and store what is missing of `texts`; returns how many captions that was.
+        """Encode and store those of `texts` that are missing; returns their number.
 
         `progress(done, total)` is called after each batch, in captions. Batches are a function of `texts` alone, not of
-        what is there already, so an interrupted call that is repeated leaves the same bytes for each caption.
+        what is stored already, so repeating an interrupted call gives the same bytes for each caption.
         Raises UserError if the folder cannot be written, or if an encoding is not finite.
         """
         wanted = list(dict.fromkeys(texts))
@@ -103,7 +103,7 @@ class TextCache:
     def cond(self, texts: Sequence[str]) -> Cond:
         """The stored conditions of `texts`, float32 on the CPU; tokens (B, L, dim), L the longest's rounded up to 8.
 
-        KeyError names a caption that `ensure` was not given.
+        Raises KeyError with the caption that is not stored.
         """
         if self.spec.classes is not None:
             return label_cond(texts, self.spec)
@@ -136,7 +136,7 @@ class TextCache:
     # Reading
 
     def _reload(self) -> None:
-        """Read the index, and drop from its end what a kill or a power cut left unfinished."""
+        """Read the index, without entries at its end that a kill or a power cut left unfinished."""
         index, records = self.folder / "index.bin", self.folder / "records.f16"
         entries = np.empty(0, _ENTRY)
         if index.exists() and records.exists():
@@ -144,7 +144,7 @@ class TextCache:
             good = (entries["check"] == _check(entries)) & (self._ends(entries) * 2 <= records.stat().st_size)
             entries = entries[: len(good) if good.all() else int(good.argmin())]
         self._entries = entries
-        # As many fp16 numbers as the index vouches for.
+        # The fp16 numbers that the index covers.
         self._stored = int(self._ends(entries[-1:])[0]) if len(entries) else 0
         self._records: NDArray[np.float16] = np.empty(0, np.float16)
         if self._stored:
@@ -156,12 +156,12 @@ class TextCache:
         return entries["start"] + np.uint64(self.pooled_dim) + entries["length"].astype(np.uint64) * np.uint64(self.dim)
 
     def _find(self, texts: Sequence[str]) -> NDArray[np.int64]:
-        """The entry of each text, -1 where there is none."""
+        """The number of each text's entry, -1 if there is none."""
         keys = _keys(texts)
         found = np.full(len(texts), -1, np.int64)
         at = np.searchsorted(self._sorted, keys["hi"])
         rows = np.arange(len(texts))
-        while len(rows):  # once, unless two captions share the upper 64 bits of their hash
+        while len(rows):  # one pass, unless two captions share the upper 64 bits of their hashes
             rows = rows[at[rows] < len(self._sorted)]
             rows = rows[self._sorted[at[rows]] == keys["hi"][rows]]
             entry = self._order[at[rows]]
@@ -207,7 +207,7 @@ class TextCache:
                 writer.flush()
         finally:
             encoder = None
-            gc.collect()  # a module's hooks may hold cycles
+            gc.collect()  # modules with hooks may be in reference cycles
             self._reload()
         return done
 
@@ -219,8 +219,8 @@ class TextCache:
         if not finite.all():
             text = texts[batch.rows[int(finite.int().argmin())]]
             raise UserError(
-                f"text encoder {encoder.name!r} gives numbers beyond float16 for {text!r}; expected finite ones; "
-                "check the encoder's weights or drop that caption"
+                f"text encoder {encoder.name!r} gives numbers beyond float16 for {text!r}, expected finite ones: check "
+                "the encoder's weights, or drop that caption"
             )
         return rows.numpy()
 
@@ -233,14 +233,14 @@ class TextCache:
 
 def _open(path: Path) -> io.FileIO:
     path.touch()
-    return path.open("r+b", buffering=0)  # a buffer would try again at close after the disk was full
+    return path.open("r+b", buffering=0)  # a buffer would be written again at close after the disk was full
 
 
 class _Writer:
-    """Appends to both files, the records first and through to the disk."""
+    """Appends to both files, the records first, and syncs them to the disk."""
 
     def __init__(self, records: io.FileIO, index: io.FileIO, stored: int, count: int) -> None:
-        """Cuts off what lies behind `stored` fp16 numbers and `count` entries: an earlier call left it unfinished."""
+        """Truncates the files to `stored` fp16 numbers and `count` entries: the rest is of an unfinished call."""
         self._records, self._index, self._end = records, index, stored
         self._rows: list[NDArray[np.float16]] = []
         self._entries: list[NDArray[Any]] = []
@@ -260,7 +260,7 @@ class _Writer:
             self.flush()
 
     def flush(self) -> None:
-        """Write what was taken."""
+        """Write what `add` took."""
         for stream, arrays in ((self._records, self._rows), (self._index, self._entries)):
             for array in arrays:
                 rest = memoryview(np.ascontiguousarray(array).tobytes())
@@ -281,6 +281,6 @@ def _keys(texts: Sequence[str]) -> NDArray[Any]:
 
 
 def _check(entries: NDArray[Any]) -> NDArray[np.uint32]:
-    """A checksum that zeros, as a power cut may leave them, do not pass."""
+    """A checksum that entries of zeros, which a power cut may leave, do not match."""
     mixed = entries["hi"] ^ (entries["lo"] * np.uint64(3)) ^ (entries["start"] * np.uint64(5)) ^ entries["length"]
     return ((mixed >> np.uint64(32)) ^ mixed ^ np.uint64(0x70697867)).astype(np.uint32)

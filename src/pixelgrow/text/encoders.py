@@ -1,7 +1,7 @@
-"""Frozen text encoders: captions in, tokens and a pooled vector out.
+"""Frozen text encoders: captions -> tokens and a pooled vector.
 
-T5 and BERT sentence encoders pool by the mean over real tokens, CLIP by its own rule (the state at the end-of-text
-token).
+For T5 and BERT sentence encoders the pooled vector is the mean of the tokens, for CLIP its own (the state at the
+end-of-text token).
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from pixelgrow.models.cond import Cond
 from pixelgrow.text.cut import Cut, clean, cut_in
 from pixelgrow.text.spec import EncoderSpec, describe
 
-_CPU_TOKENS = 512  # tokens per pass; more is slower, as they leave the core's caches
+_CPU_TOKENS = 512  # tokens per pass; more would not fit into the CPU's caches and be slower
 _GPU_TOKENS = 16384
-_ROUND = 8  # the token axis of a batch is a multiple of this, so that few shapes occur
+_ROUND = 8  # the length of a batch's token axis is a multiple of this, so few shapes occur
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Captions of equal length in tokens: `rows` are their positions in the list planned, `ids` is (B, L) int64."""
+    """Captions of equal length in tokens: `rows` are their positions in the list of `plan`, `ids` (B, L) int64."""
 
     rows: list[int]
     ids: Tensor
@@ -46,8 +46,10 @@ class Encoding:
 
 
 class TextEncoder:
-    """A frozen encoder in memory. Captions are run in batches of equal length, so none is padded and no mask is needed:
-    an encoding does not depend on what else is encoded, but for rounding.
+    """A frozen encoder in memory.
+
+    Captions are encoded in batches of equal length, without padding and masks. So, beyond rounding, an encoding does
+    not depend on the other captions of the batch.
     """
 
     def __init__(self, spec: EncoderSpec, model: nn.Module, tokenizer: Any, device: torch.device | str = "cpu") -> None:
@@ -77,7 +79,7 @@ class TextEncoder:
         return self.spec.fingerprint
 
     def plan(self, texts: Sequence[str]) -> list[TokenBatch]:
-        """Cut `texts` into batches of equal length, shortest first; a function of `texts` alone."""
+        """Divide `texts` into batches of equal length, shortest first; a function of `texts` alone."""
         if not texts:
             return []
         ids = self._tokenizer(
@@ -89,8 +91,8 @@ class TextEncoder:
         if 0 in by_length:
             empty = texts[by_length[0][0]]
             raise UserError(
-                f"text encoder {self.name!r} makes no token of {empty!r}; expected at least one; "
-                "use a tokenizer that adds an end-of-text token, or drop that caption"
+                f"text encoder {self.name!r} makes no token of {empty!r}, expected at least one: use a tokenizer that "
+                "adds an end-of-text token, or drop that caption"
             )
         batches, budget = [], _CPU_TOKENS if self._device.type == "cpu" else _GPU_TOKENS
         for length in sorted(by_length):
@@ -114,7 +116,7 @@ class TextEncoder:
         return Encoding(tokens.cpu(), pooled.cpu())
 
     def encode(self, texts: Sequence[str]) -> Cond:
-        """The conditions of `texts`, (B, L, dim), float32 on the CPU; L is the longest caption's, rounded up to 8."""
+        """The conditions of `texts`, float32 on the CPU; tokens (B, L, dim), L the longest's, rounded up to 8."""
         found: list[tuple[NDArray[Any], NDArray[Any]]] = [(np.empty(0), np.empty(0))] * len(texts)
         for batch in self.plan(texts):
             out = self.run(batch)
@@ -124,7 +126,7 @@ class TextEncoder:
 
 
 class LabelEncoder:
-    """Class labels in the place of captions: nothing is loaded, the network learns one token per class."""
+    """Class labels instead of captions: nothing is loaded, the network learns a token per class."""
 
     def __init__(self, spec: EncoderSpec) -> None:
         self.spec = spec
@@ -132,7 +134,7 @@ class LabelEncoder:
         self.max_tokens, self.fingerprint = spec.max_tokens, spec.fingerprint
 
     def encode(self, texts: Sequence[str]) -> Cond:
-        """`Cond.labels` (B,) from decimal labels; UserError if one is no number or out of range."""
+        """`Cond.labels` (B,) from decimal labels; UserError for other texts, and for numbers out of range."""
         return label_cond(texts, self.spec)
 
     def cut(self, texts: Sequence[str]) -> Cut:
@@ -143,7 +145,7 @@ class LabelEncoder:
 def load_encoder(
     name: str = "minilm", max_tokens: int = 32, device: torch.device | str = "cpu"
 ) -> TextEncoder | LabelEncoder:
-    """Load the frozen encoder `name` (see `text_spec.describe`) in float32; captions are cut after `max_tokens`.
+    """Load the frozen encoder `name` (see `text.spec.describe`) in float32; it reads `max_tokens` of a caption.
 
     Raises UserError if it cannot be found or loaded, or if its weights do not fit its configuration.
     """
@@ -169,8 +171,8 @@ def load_spec(spec: EncoderSpec, device: torch.device | str = "cpu") -> TextEnco
     model = hub.pretrained(label, spec.folder, classes[spec.model_type], **extra)
     if len(tokenizer) > model.config.vocab_size:
         raise UserError(
-            f"text encoder {spec.name!r}: the tokenizer in {spec.folder} knows {len(tokenizer)} tokens, the model "
-            f"{model.config.vocab_size}; expected no more than the model's; use the tokenizer that belongs to it"
+            f"text encoder {spec.name!r}: the tokenizer in {spec.folder} has {len(tokenizer)} tokens, the model "
+            f"{model.config.vocab_size}; expected no more than the model's; use the model's own tokenizer"
         )
     _log.debug("text encoder %s: %d parameters", spec.name, sum(p.numel() for p in model.parameters()))
     return TextEncoder(spec, model, tokenizer, device)
@@ -186,7 +188,7 @@ def load_tokenizer(spec: EncoderSpec) -> Any:
 
 
 def assemble(items: Sequence[tuple[NDArray[Any], NDArray[Any]]], dim: int, pooled_dim: int) -> Cond:
-    """A padded batch from rows of (tokens (l, dim), pooled (pooled_dim,)); padding is zero and masked out; float32."""
+    """A padded float32 batch from rows of tokens (l, dim) and pooled (pooled_dim,); padding is zero and masked."""
     count = len(items)
     longest = max((len(tokens) for tokens, _ in items), default=0)
     width = max(_ROUND, -(-longest // _ROUND) * _ROUND)
@@ -203,12 +205,12 @@ def assemble(items: Sequence[tuple[NDArray[Any], NDArray[Any]]], dim: int, poole
 
 
 def label_cond(texts: Sequence[str], spec: EncoderSpec) -> Cond:
-    """`Cond.labels` (B,) int64 from decimal labels; UserError if one is no number in [0, classes)."""
+    """`Cond.labels` (B,) int64 from decimal labels; UserError for texts that are not numbers in [0, classes)."""
     assert spec.classes is not None
     for text in texts:
         if not (text.isascii() and text.isdecimal() and int(text) < spec.classes):
             raise UserError(
-                f"class {text!r} is unknown; expected a whole number from 0 to {spec.classes - 1}: name data of class "
+                f"class {text!r} is unknown; expected a whole number from 0 to {spec.classes - 1}: give data in class "
                 "folders, or a model that reads captions"
             )
     labels = torch.tensor([int(text) for text in texts], dtype=torch.int64)
@@ -216,9 +218,9 @@ def label_cond(texts: Sequence[str], spec: EncoderSpec) -> Cond:
 
 
 def as_labels(prompts: Sequence[str], names: Sequence[str], classes: int) -> list[str]:
-    """Class names, or numbers below `classes`, as decimal labels; a name that is a number is taken as a name first.
+    """Class names, or numbers below `classes`, as decimal labels; a prompt that is both is taken as a name.
 
-    Raises UserError for a class that is neither.
+    Raises UserError for a prompt that is neither.
     """
     labels = []
     for prompt in prompts:

@@ -1,4 +1,4 @@
-"""Which text encoder a name means: its folder, widths and fingerprint, found without loading a weight."""
+"""The text encoder that a name means: its folder, widths and fingerprint, found without loading its weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pixelgrow.writing import reading
 
 @dataclass(frozen=True)
 class _Kind:
-    """Where config.json tells the width and the longest text, and what transformers assumes where it does not."""
+    """The keys of config.json for width and longest text, with transformers' defaults."""
 
     width_key: str
     width: int
@@ -38,11 +38,11 @@ _SMALL_FILES = (
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """A frozen text encoder, described; or, with `classes` set, class labels, which need no encoder.
+    """A frozen text encoder, not loaded; or, with `classes`, class labels, which need no encoder.
 
-    `dim` and `pooled_dim` are the widths of the tokens and of the pooled vector (0 for labels). `fingerprint` is a hash
-    of what decides an encoding: weights, configuration, tokenizer, `max_tokens`. It does not hold the path or the name,
-    so a folder may be moved.
+    dim, pooled_dim: widths of the tokens and of the pooled vector, 0 for labels.
+    fingerprint: a hash of what decides an encoding: weights, configuration, tokenizer and `max_tokens`. Path and name
+    are not part of it, so a folder may be moved.
     """
 
     name: str
@@ -56,10 +56,10 @@ class EncoderSpec:
 
 
 def describe(name: str = "minilm", max_tokens: int = 32) -> EncoderSpec:
-    """Find the encoder `name`: "minilm", "labels:N", a local folder, or a hub name, "@revision" allowed after it.
+    """Find the encoder `name`: "minilm", "labels:N", a local folder, or a name on the hub, "@revision" allowed.
 
     A hub model that is not on this machine is downloaded, unless HF_HUB_OFFLINE is set.
-    Raises UserError if it cannot be had, or is no T5, CLIP text or BERT model in safetensors.
+    Raises UserError if it is not found, or is not a T5, CLIP text or BERT model in safetensors.
     """
     if max_tokens < 1:
         raise UserError(f"text.max_tokens is {max_tokens}; expected at least 1; 32 suits short captions")
@@ -72,10 +72,10 @@ def describe(name: str = "minilm", max_tokens: int = 32) -> EncoderSpec:
 
 def _describe(name: str, folder: Path, max_tokens: int) -> EncoderSpec:
     model_type, config = _config(name, folder)
-    if not any((folder / file).exists() for file in _TOKENIZERS):  # transformers would make up an empty one
+    if not any((folder / file).exists() for file in _TOKENIZERS):  # transformers would make an empty one
         raise UserError(
             f"text encoder {name!r}: no tokenizer in {folder}; expected one of {', '.join(_TOKENIZERS)}; "
-            "save the tokenizer into the model's folder"
+            "save the tokenizer into that folder"
         )
     kind = _KINDS[model_type]
     if kind.limit_key is not None:
@@ -110,10 +110,10 @@ def _config(name: str, folder: Path) -> tuple[str, dict[str, Any]]:
         model_type = str(config["model_type"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"text encoder {name!r}: no readable config.json with a model_type in {folder}; expected a folder that "
-            "transformers' save_pretrained wrote; point at that folder"
+            f"text encoder {name!r}: {folder} has no readable config.json with a model_type; expected a folder that "
+            "transformers' save_pretrained wrote; name such a folder"
         ) from error
-    if model_type == "clip":  # both towers: the text one is taken
+    if model_type == "clip":  # a whole CLIP: its text tower is used
         model_type, config = "clip_text_model", config.get("text_config", {})
         if not isinstance(config, dict):
             raise UserError(
