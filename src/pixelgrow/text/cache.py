@@ -121,9 +121,9 @@ class TextCache:
         return assemble(items, dim, pooled_dim)
 
     def cut(self, texts: Sequence[str]) -> Cut:
-        """Which of some distinct, stored `texts` are longer than `max_tokens`.
+        """Count those of some distinct, stored `texts` that are longer than `max_tokens`.
 
-        Those that fill all of `max_tokens` are tokenized once more; the encoder is not loaded.
+        Only texts that fill `max_tokens` are tokenized again; the encoder is not loaded.
         """
         if self.spec.classes is not None:
             return Cut(total=len(texts))

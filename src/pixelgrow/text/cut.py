@@ -1,4 +1,4 @@
-"""Captions longer than an encoder reads: how many are cut, and which words it does not see."""
+"""Captions longer than an encoder reads: how many are cut, and which words are lost."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ _SHOWN = 8  # words of an example
 
 @dataclass(frozen=True)
 class Cut:
-    """`captions` of `total` distinct ones have more than `max_tokens` tokens; `unseen`: the words of the first that its
-    encoder does not see."""
+    """`captions` of `total` distinct captions have more than `max_tokens` tokens; `unseen`: the words that the encoder
+    does not see of the first of them."""
 
     captions: int = 0
     total: int = 0
@@ -20,7 +20,7 @@ class Cut:
     unseen: str = ""
 
     def line(self, what: str = "caption") -> str:
-        """The cut in words, where there is one; `what` the captions are."""
+        """A message about captions that are cut, if there are any; `what` they are called."""
         words = self.unseen.split()
         some = " ".join(words[:_SHOWN]) + (" ..." if len(words) > _SHOWN else "")
         some = some if len(some) <= 100 else f"{some[:97]}..."
@@ -33,10 +33,9 @@ class Cut:
 
 
 def cut_in(tokenizer: Any, texts: Sequence[str], max_tokens: int, total: int | None = None) -> Cut:
-    """Which of some distinct `texts` a tokenizer of transformers cuts after `max_tokens`, its special tokens among
-    them.
+    """Count the distinct `texts` of more than `max_tokens` tokens, special tokens included.
 
-    `total`: the number of captions that `texts` were picked from, if others are known to be short.
+    tokenizer: of transformers. total: the number of captions that `texts` were picked from, if the others are short.
     """
     total = len(texts) if total is None else total
     rows = [row for row, length in enumerate(_lengths(tokenizer, texts)) if length > max_tokens]
@@ -44,7 +43,7 @@ def cut_in(tokenizer: Any, texts: Sequence[str], max_tokens: int, total: int | N
 
 
 def clean(text: str) -> str:
-    """A caption as tokenizers take it: a lone surrogate, as a badly decoded file leaves them, would stop them."""
+    """A caption without lone surrogates, which badly decoded files leave and tokenizers refuse."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -56,10 +55,10 @@ def _lengths(tokenizer: Any, texts: Sequence[str]) -> list[int]:
 
 
 def _unseen(tokenizer: Any, text: str, max_tokens: int) -> str:
-    """The words of a long text from the first that does not fit whole; the letters, of a text without spaces."""
+    """The words of a long text that do not fit, or its last letters if it has no spaces."""
     words = text.split()
     parts, space = (words, " ") if len(words) > 1 else (list(text), "")
-    low, high = 0, len(parts)  # so many parts fit; so many do not
+    low, high = 0, len(parts)  # `low` parts fit, `high` do not
     while high - low > 1:
         middle = (low + high) // 2
         if _lengths(tokenizer, [space.join(parts[:middle])])[0] > max_tokens:

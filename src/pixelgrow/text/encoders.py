@@ -103,7 +103,7 @@ class TextEncoder:
         return batches
 
     def cut(self, texts: Sequence[str]) -> Cut:
-        """Which of some distinct `texts` are longer than `max_tokens`."""
+        """Count those of some distinct `texts` that are longer than `max_tokens`."""
         return cut_in(self._tokenizer, texts, self.max_tokens)
 
     @torch.inference_mode()
