@@ -174,6 +174,13 @@ class Model:
         """An image for each prompt, all at once; `settings` and errors as in `stream`."""
         return list(self.stream(prompts, **settings))
 
+    def preview(self, prompts: Sequence[str] | str, **settings: Any) -> list[Image.Image]:
+        """A thumbnail for each prompt: what `sample` with the same settings averages down to, by the core alone.
+
+        Raises UserError as `stream` does, and for a model that was not grown by exact rungs.
+        """
+        return list(self.stream(prompts, preview=True, **settings))
+
     def stream(
         self,
         prompts: Sequence[str] | str,
@@ -187,7 +194,9 @@ class Model:
         grid: str | None = None,
         interval: tuple[float, float] | None = None,
         threshold: float | None = None,
+        guide_details: bool | None = None,
         guide: Network | Model | None = None,
+        preview: bool = False,
         batch: int = 64,
         progress: Callable[[int, int], None] | None = None,
     ) -> Iterator[Image.Image]:
@@ -197,11 +206,18 @@ class Model:
         `size` is (h, w) in pixels; `grid` "karras" or "native" (to the training's noise, see `noise_grid`); `guide`
         another model or `model.denoiser.base`, the model before its last `preserve` growth; `interval` in sigma at the
         model's resolution. The same (seed, index, prompt, settings) give the same image at any batch size.
+        `preview`: thumbnails of the lowest resolution that the model is exact over.
         A prompt for a model of classes is the name of a class, or its number. Raises UserError.
         """
         prompts = _listed(prompts)
         settings = self.settings(
-            steps=steps, guidance=guidance, sampler=sampler, grid=grid, interval=interval, threshold=threshold
+            steps=steps,
+            guidance=guidance,
+            sampler=sampler,
+            grid=grid,
+            interval=interval,
+            threshold=threshold,
+            guide_details=guide_details,
         )
         settings["grid"] = noise_grid(settings.get("grid", "karras"), self.denoiser, self.config)
         if isinstance(guide, OneStepModel):
@@ -225,7 +241,7 @@ class Model:
         def one_batch(cond: Cond, numbers: Sequence[int], progress: Callable[[int, int], None] | None) -> Samples:
             return sample(
                 self.denoiser, cond, size=size, seed=seed, index=numbers, guide=guide, batch=batch, progress=progress,
-                **settings,
+                preview=preview, **settings,
             )  # fmt: skip
 
         return self._images(one_batch, prompts, index, batch, progress)
@@ -334,6 +350,7 @@ class OneStepModel(Model):
         seed: int = 0,
         index: Sequence[int] | None = None,
         size: tuple[int, int] | None = None,
+        preview: bool = False,
         batch: int = 64,
         progress: Callable[[int, int], None] | None = None,
         **settings: Any,
@@ -345,7 +362,9 @@ class OneStepModel(Model):
         size = self._size(size)
 
         def one_batch(cond: Cond, numbers: Sequence[int], progress: Callable[[int, int], None] | None) -> Samples:
-            samples = generate(self.generator, cond, size=size, seed=seed, index=numbers, batch=batch, **own)
+            samples = generate(
+                self.generator, cond, size=size, seed=seed, index=numbers, batch=batch, preview=preview, **own
+            )
             if progress is not None:
                 progress(1, 1)
             return samples
