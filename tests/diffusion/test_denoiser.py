@@ -173,6 +173,16 @@ def test_a_rung_adds_to_the_image_from_below(exact: bool) -> None:
         low.base(x, sigma, c)
 
 
+def test_a_gate_is_open_at_its_own_level_however_that_is_rounded() -> None:
+    _, high = grown(exact=True, until=0.7)
+    rung = high.net.config.rungs[1]
+    levels = torch.tensor([0.1, 2 * 0.7, 2 * 0.7 * (1 + 1e-7), 2 * 0.7 * 1.001, 80.0])
+    assert high.gate(rung) == pytest.approx(1.4) and high.gate(high.net.config.rungs[0]) == math.inf
+    for dtype in (torch.float32, torch.float64):
+        open_ = high.open(rung, levels.to(dtype))
+        assert open_ is not None and open_.tolist() == [True, True, True, False, False]
+
+
 def test_every_rung_sees_the_noise_level_at_the_core() -> None:
     """c_noise = ln(sigma) / 4 (arXiv 2206.00364, Table 1) of the sigma that the core was trained with."""
     _, high = grown(exact=True)

@@ -11,7 +11,7 @@ from pixelgrow.diffusion.generator import Generator
 from pixelgrow.diffusion.sampling import generate, initial_noise
 from pixelgrow.errors import UserError
 from pixelgrow.growth import grow_network, grown_config
-from pixelgrow.models.layers import up_nearest
+from pixelgrow.models.layers import box_down, up_nearest
 from pixelgrow.models.sizes import shallow_uvit
 from pixelgrow.models.uvit import UViT
 from test_growth import CORE, cond, shallow
@@ -78,3 +78,23 @@ def test_a_denoiser_that_was_grown_is_a_teacher_too() -> None:
     z = torch.randn(1, 3, 32, 32)
     assert high(z, cond(1)).shape == (1, 3, 64, 64)
     assert high.latent_size((64, 128)) == (32, 64)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("init", ["preserve", "random"])
+def test_a_rung_of_a_generator_adds_to_the_image_from_below_or_takes_its_place(init: Any, exact: bool) -> None:
+    """`preserve`: up(G_low(z)) + detail_std F, with P F, P = 1 - up(box_down(.)), if exact; `random`: F in units
+    of the data's deviation."""
+    low = generator()
+    config = grown_config(low.net.config, 32, init, generator=True, exact=exact, detail_std=0.3)
+    net, _ = grow_network(low.net, config, init)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    z, c = torch.randn(2, 3, 16, 16), cond(2)
+    below, made = Generator(net).rungs(z, c)
+    f = net.decode(net.config.rungs[1], below.ctx, below.features).image
+    assert f.abs().mean() > 1e-3
+    want = 0.5 * f
+    if init == "preserve":
+        want = up_nearest(below.image, 2) + 0.3 * (f - up_nearest(box_down(f, 2), 2) if exact else f)
+    torch.testing.assert_close(made.image, want)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pixelgrow.diffusion.denoiser import RungOutput
+from pixelgrow.diffusion.denoiser import RungImage
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.config import PIXELS
 from pixelgrow.models.layers import box_down, up_nearest
@@ -29,16 +29,16 @@ class Doubling:
         self.rows: list[int] = []
         self.weights: list[Tensor | None] = []
 
-    def rungs(self, z: Tensor, cond: Cond, guidance: Tensor | None) -> Iterator[RungOutput]:
+    def rungs(self, z: Tensor, cond: Cond, guidance: Tensor | None) -> Iterator[RungImage]:
         assert len(z) == len(cond)
         self.rows.append(len(z))
         self.weights.append(guidance)
         low = 2 * z + cond.labels[:, None, None, None]
         nothing: Any = None
-        yield RungOutput(low, low, nothing)
+        yield RungImage(low, low, nothing)
         high = up_nearest(low, 2).clone()
         high[:, :, :4] += 0.125
-        yield RungOutput(high, high, nothing)
+        yield RungImage(high, high, nothing)
 
     def __call__(self, z: Tensor, cond: Cond, guidance: Tensor | None = None) -> Tensor:
         return list(self.rungs(z, cond, guidance))[-1].image
