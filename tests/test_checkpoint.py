@@ -1,4 +1,4 @@
-"""Checkpoints: strict, whole or not at all, and one line for what is damaged."""
+"""Checkpoints: atomic writes, strict loads, and one line for any damage."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def damage_dtype(folder: Path) -> str:
 
 
 def unhashed(folder: Path) -> None:
-    """Have a checkpoint's weights go unchecked, as after a conversion by other tools."""
+    """Remove the hash of a checkpoint's weights, as for a conversion by other tools."""
     raw = json.loads((folder / checkpoint.CONFIG).read_text())
     (folder / checkpoint.CONFIG).write_text(json.dumps(raw | {"sha256": ""}))
 
@@ -178,7 +178,7 @@ def test_damage_is_one_line_that_names_the_file(saved: Path, damage) -> None:  #
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_weights_load_as_float32(saved: Path, dtype: torch.dtype) -> None:
-    """Whoever converted them: all tensors, or one."""
+    """All tensors converted, or one of them."""
     path = saved / checkpoint.WEIGHTS
     before = load_file(path)
     for names in (before.keys(), ["core.null_token"]):
@@ -194,7 +194,7 @@ def test_half_precision_weights_load_as_float32(saved: Path, dtype: torch.dtype)
 
 
 def test_saving_in_half_precision_rounds_parameters_and_says_so(saved: Path) -> None:
-    """Buffers stay: whitening by a rounded matrix lets large directions leak into small ones."""
+    """Buffers are not rounded: whitening by a rounded matrix would mix directions of large variance into small ones."""
     d, config = checkpoint.load(saved)
     torch.nn.init.normal_(d.net.core.text_scale)
     half = saved.parent / "half"
@@ -209,7 +209,7 @@ def test_saving_in_half_precision_rounds_parameters_and_says_so(saved: Path) -> 
         assert torch.equal(back.net.state_dict()[name], want.float()), name
     assert converted.lineage == [{"verb": "cast", "dtype": "float16", "parent": config.sha256}]
     assert converted.sha256 == checkpoint.file_hash(half / checkpoint.WEIGHTS) != config.sha256
-    checkpoint.save(saved, d, config, dtype=torch.float32)  # as it is: nothing to say
+    checkpoint.save(saved, d, config, dtype=torch.float32)  # not a cast
     assert checkpoint.read_config(saved).lineage == []
 
 
@@ -264,7 +264,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(saved: Path, monkeypatch: py
     assert sorted(p.name for p in saved.parent.iterdir()) == ["c"]
 
 
-def test_what_a_killed_save_left_is_swept(saved: Path) -> None:
+def test_the_files_of_a_killed_save_are_removed(saved: Path) -> None:
     left = saved.parent / ".c.part"
     left.mkdir()
     (left / checkpoint.WEIGHTS).write_bytes(b"half")
@@ -292,7 +292,7 @@ def test_a_save_leaves_those_of_others_alone(saved: Path) -> None:
 
 
 def test_reading_waits_for_a_save_between_its_renames(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put back then, the previous folder would be in the way of the new one."""
+    """If it put the previous folder back at that moment, the save could not finish."""
     real, readers = Path.rename, []
 
     def rename(self: Path, target: Path) -> Path:
@@ -314,7 +314,7 @@ def test_reading_waits_for_a_save_between_its_renames(saved: Path, monkeypatch: 
 
 @pytest.mark.parametrize("at", [0, 1])
 def test_a_kill_between_the_renames_is_recovered(saved: Path, monkeypatch: pytest.MonkeyPatch, at: int) -> None:
-    """Die before the at-th rename of replacing a checkpoint: the folder still loads, old or new, never a mixture."""
+    """Killed before the at-th rename of replacing a checkpoint: the folder still loads, as before or as saved."""
     real, seen = Path.rename, []
 
     def rename(self: Path, target: Path) -> Path:

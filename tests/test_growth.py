@@ -1,4 +1,4 @@
-"""Growth: the identity of `preserve`, what `random` keeps, what the core is told."""
+"""Growth: the identity of `preserve`, what `random` keeps, the noise level that the core receives."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def cond(n: int, dtype: torch.dtype = torch.float32) -> Cond:
 
 
 def shallow(resolution: int = 16, dtype: torch.dtype = torch.float32) -> Denoiser:
-    """A denoiser whose every parameter is random, zero-started ones too, so that nothing passes by being zero."""
+    """A denoiser with random parameters, those initialised to zero too: no test passes because a branch is zero."""
     torch.manual_seed(3)
     net = UViT(shallow_uvit("tiny", resolution, core=CORE))
     for p in net.parameters():
@@ -86,7 +86,7 @@ def test_a_grown_model_grows_again_and_stays_an_identity() -> None:
     ]
 
 
-def test_random_keeps_the_core_and_throws_the_shallow_ends_away() -> None:
+def test_random_keeps_the_core_and_removes_the_shallow_ends() -> None:
     low = shallow()
     x, c = held_out(2, 64), cond(2)
     high, report = grow(low, 64, "random", images=x, cond=c)
@@ -103,7 +103,7 @@ def test_random_keeps_the_core_and_throws_the_shallow_ends_away() -> None:
     assert again(held_out(2, 128), torch.ones(2), c).shape == (2, 3, 128, 128)
 
 
-def test_random_throws_away_what_preserve_had_added_even_where_a_level_of_the_same_shape_comes() -> None:
+def test_random_removes_what_preserve_had_added_even_if_a_level_of_the_same_shape_is_new() -> None:
     low = shallow()
     mid = grow(low, 64, images=held_out(2, 64), cond=cond(2))[0]  # levels 32 and 64 on the finished network
     high, report = grow(mid, 128, "random", images=held_out(2, 128), cond=cond(2))
@@ -140,20 +140,20 @@ def test_scratch_has_the_shape_of_random_and_loads_no_weight() -> None:
 
 
 @pytest.mark.parametrize("init", ["random", "preserve"])
-def test_the_core_is_told_the_noise_level_it_was_trained_with(init: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pooling k x k pixels divides the noise by k: measured on noise itself, then on what the core is told."""
+def test_the_core_receives_the_noise_level_that_it_was_trained_with(init: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Averaging k x k pixels divides the noise by k: measured on noise, then on the core's input."""
     k, sigma = 4, 3.0
     noise = sigma * torch.randn(64, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     assert box_down(noise, k).std().item() == pytest.approx(sigma / k, rel=0.01)
     low = shallow()
     x, c = held_out(2, 64), cond(2)
     high, _ = grow(low, 64, init, images=x, cond=c)  # type: ignore[arg-type]
-    told = []
+    received = []
     real = UViT.embed
-    monkeypatch.setattr(UViT, "embed", lambda self, level, *rest: (told.append(level), real(self, level, *rest))[1])
+    monkeypatch.setattr(UViT, "embed", lambda self, level, *rest: (received.append(level), real(self, level, *rest))[1])
     high(x, torch.full((2,), sigma), c)
     low(box_down(x, k), torch.full((2,), sigma / k), c)
-    torch.testing.assert_close(told[0], told[1])
+    torch.testing.assert_close(received[0], received[1])
 
 
 def test_frozen_means_no_gradient() -> None:
@@ -260,18 +260,18 @@ def test_what_is_new_is_a_function_of_the_seed_alone() -> None:
         torch.manual_seed(mess)
         before = torch.get_rng_state()
         net, report = grow_network(low, config, "random", seed)
-        assert torch.equal(torch.get_rng_state(), before)  # no draw of the caller's is spent
+        assert torch.equal(torch.get_rng_state(), before)  # the caller's random numbers are not used
         made.append({name: net.state_dict()[name] for name in report.new})
     assert all(torch.equal(made[0][name], t) for name, t in made[1].items())
     assert not torch.equal(made[0]["entry.32.weight"], made[2]["entry.32.weight"])
 
 
 def test_both_errors_are_on_the_held_out_images_at_the_cores_noise_levels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`before`: the parent on the pooled noisy image, up-sampled. A black denoiser is off by the image itself."""
-    asked: list[tuple[int, int, float]] = []
+    """`before`: the parent on the averaged noisy image, up-sampled. The error of a black image is the image itself."""
+    calls: list[tuple[int, int, float]] = []
 
     def black(self: Denoiser, x: Tensor, sigma: Tensor, c: Cond) -> Tensor:
-        asked.append((x.shape[-1], len(x), float(sigma[0])))
+        calls.append((x.shape[-1], len(x), float(sigma[0])))
         return 0 * x
 
     monkeypatch.setattr(Denoiser, "forward", black)
@@ -282,7 +282,7 @@ def test_both_errors_are_on_the_held_out_images_at_the_cores_noise_levels(monkey
     for side, scale in ((16, 1), (32, 2)):  # in batches of at most 2, at the level that each has at its own resolution
         rows = [2, 2, 1] * len(SIGMAS)
         levels = [scale * sigma for sigma in SIGMAS for _ in range(3)]
-        mine = [(n, sigma) for s, n, sigma in asked if s == side]
+        mine = [(n, sigma) for s, n, sigma in calls if s == side]
         assert [n for n, _ in mine] == rows and [sigma for _, sigma in mine] == pytest.approx(levels)
 
 
@@ -330,7 +330,7 @@ def entry(parent: str, **more: Any) -> dict[str, Any]:
         ([{"verb": "grow", "init": "preserve"}], []),
     ],
 )
-def test_what_stands_unchanged_inside_a_model(lineage: list[dict[str, Any]], kept: list[str]) -> None:
+def test_the_models_that_a_model_contains(lineage: list[dict[str, Any]], kept: list[str]) -> None:
     assert kept_in(lineage) == kept
 
 

@@ -1,4 +1,4 @@
-"""The model as people use it: the shipped one draws, models are saved and shared, mistakes are one line."""
+"""The model as people use it: the shipped models sample, models are saved and shared, mistakes are one line."""
 
 from __future__ import annotations
 
@@ -94,7 +94,8 @@ def test_what_ships_is_small() -> None:
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-onestep"])
 def test_images_are_the_same_in_half_precision(name: str, tmp_path: Path) -> None:
-    """The shipped weights plus what float16 cannot hold, saved in float16: no pixel differs by more than 1 of 255."""
+    """The shipped weights with differences below float16's precision, saved in float16: no pixel differs by more than
+    one of 255 grey levels."""
     exact = pixelgrow.load(name, device="cpu")
     generator = torch.Generator().manual_seed(0)
     for p in exact.network.net.parameters():  # float16 has 11 bits of precision
@@ -108,29 +109,29 @@ def test_images_are_the_same_in_half_precision(name: str, tmp_path: Path) -> Non
 
 
 def test_a_teacher_is_known_by_what_it_was_before_it_was_cast() -> None:
-    """tiny-onestep was distilled from the core that tiny grew from; both were cast when they were done."""
+    """tiny-onestep was distilled from the core that tiny grew from; both were cast at the end."""
     tiny, onestep = (checkpoint.read_config(find(name)) for name in ("tiny", "tiny-onestep"))
     (distilled,) = (entry["parent"] for entry in onestep.lineage if entry["verb"] == "distill")
     assert kept_in(tiny.lineage) == [tiny.lineage[-1]["parent"], distilled]
 
 
 def test_the_shipped_model_follows_held_out_captions(tiny: Model) -> None:
-    """A few pictures with few steps: far above chance on what the model is good at, and no claim beyond that."""
+    """A few images with few steps: far above chance on what the model is good at, and no claim beyond that."""
     scenes = [Scenes(n=64, captions=64, split="heldout").scene(i) for i in range(12)]
-    pictures = tiny.sample([s.caption for s in scenes], seed=1, steps=10)
-    result = score([np.asarray(p) for p in pictures], [s.questions for s in scenes])
+    images = tiny.sample([s.caption for s in scenes], seed=1, steps=10)
+    result = score([np.asarray(i) for i in images], [s.questions for s in scenes])
     assert result["background"] >= 0.8 and result["colour"] >= 0.6, result
 
 
 def test_the_shipped_one_step_model_follows_held_out_captions() -> None:
     scenes = [Scenes(n=64, captions=64, split="heldout").scene(i) for i in range(64)]
-    pictures = pixelgrow.load("tiny-onestep").sample([s.caption for s in scenes], seed=1)
-    result = score([np.asarray(p) for p in pictures], [s.questions for s in scenes])
+    images = pixelgrow.load("tiny-onestep").sample([s.caption for s in scenes], seed=1)
+    result = score([np.asarray(i) for i in images], [s.questions for s in scenes])
     assert result["background"] >= 0.95 and result["colour"] >= 0.9 and result["relation"] >= 0.9, result
     assert result["shape"] >= 0.6, result
 
 
-def test_a_picture_does_not_depend_on_its_company(tiny: Model) -> None:
+def test_an_image_does_not_depend_on_the_others_of_its_batch(tiny: Model) -> None:
     prompts = ["a red circle above two blue stars", "three green squares"]
     both = tiny.sample(prompts, seed=3, steps=3)
     alone = tiny.sample(prompts[1], seed=3, steps=3, index=[1])
@@ -141,7 +142,7 @@ def test_a_picture_does_not_depend_on_its_company(tiny: Model) -> None:
 
 
 def test_many_images_are_streamed_batch_by_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each batch's images are gone before the next are made; what comes is what one call of the sampler gives."""
+    """Each batch's images are freed before the next are made; the images are those of one call of the sampler."""
     live: list[weakref.ref[torch.Tensor]] = []
     sizes, steps, model, prompts = [], [], untrained(), ["0", "1", "2", "1", "0"]
     whole = sample(model.denoiser, model.conditions(prompts), size=(16, 16), seed=2, steps=2, guidance=2.0)
@@ -171,7 +172,7 @@ def test_settings_come_from_the_call_then_the_checkpoint_then_the_library() -> N
     assert model.settings(guidance=3.0, steps=None) == {"steps": 5, "guidance": 3.0, "sampler": "dpm++2m"}
 
 
-def test_saved_and_loaded_it_draws_the_same(tmp_path: Path) -> None:
+def test_a_saved_and_loaded_model_samples_the_same(tmp_path: Path) -> None:
     model = untrained()
     model.save_pretrained(tmp_path / "m")
     back = Model.from_pretrained(tmp_path / "m", device="cpu")
@@ -201,22 +202,22 @@ def test_pushing_uploads_a_whole_checkpoint(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_repository_of_the_hub_is_loaded_from_its_local_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     untrained().save_pretrained(tmp_path / "copy")
-    asked = []
+    requests = []
 
     def snapshot(repo: str, revision: str | None, allow_patterns: list[str]) -> str:
-        asked.append((repo, revision))
+        requests.append((repo, revision))
         return str(tmp_path / "copy")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     assert pixelgrow.load("somebody/model", device="cpu").resolution == 16
     assert pixelgrow.load("somebody/model@v2", device="cpu").resolution == 16
-    assert asked == [("somebody/model", None), ("somebody/model", "v2")]
+    assert requests == [("somebody/model", None), ("somebody/model", "v2")]
 
 
 @pytest.mark.parametrize("kind", ["text", "no text", "the hub's own"])
 def test_a_download_that_breaks_off_is_one_line(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Broken(HfHubHTTPError.__bases__[0]):  # type: ignore[misc]
-        """As a time-out of the library that the hub's talks through."""
+        """Like a time-out of the HTTP library that the hub's library uses."""
 
     error = {"text": OSError("broken\npipe"), "no text": OSError(), "the hub's own": Broken("timed out")}[kind]
 
@@ -234,7 +235,7 @@ def test_a_download_that_breaks_off_is_one_line(kind: str, monkeypatch: pytest.M
         load_encoder("somebody/t5", max_tokens=8)
 
 
-def test_names_that_mean_nothing_are_one_line(tmp_path: Path) -> None:
+def test_unknown_names_are_one_line(tmp_path: Path) -> None:
     for name in ("nothing", str(tmp_path / "none"), "nobody/nothing-here"):
         with pytest.raises(UserError) as caught:
             Model.from_pretrained(name)
@@ -250,12 +251,12 @@ def test_another_text_encoder_than_in_training_is_one_line() -> None:
         ({}, "names no text encoder"),
         ({"encoder": "labels:3"}, "names no text encoder"),
     ):
-        told = Model(model.denoiser, model.config.model_copy(update={"text": given}))
+        other = Model(model.denoiser, model.config.model_copy(update={"text": given}))
         if words is None:
-            assert len(told.encode(["1"])) == 1
+            assert len(other.encode(["1"])) == 1
             continue
         with pytest.raises(UserError, match=words) as caught:
-            told.sample(["1"], steps=1)
+            other.sample(["1"], steps=1)
         assert "\n" not in str(caught.value)
 
 
@@ -285,7 +286,7 @@ def test_the_training_noise_is_kept_and_may_be_absent(tmp_path: Path) -> None:
     path = tmp_path / "m" / checkpoint.CONFIG
     assert checkpoint.read_config(path.parent).noise == model.config.noise
     raw = json.loads(path.read_text())
-    del raw["noise"]  # as checkpoints were written before
+    del raw["noise"]  # as in checkpoints of earlier versions
     path.write_text(json.dumps(raw))
     assert checkpoint.read_config(path.parent).noise is None
 

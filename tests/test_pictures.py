@@ -1,4 +1,4 @@
-"""8-bit pictures of tensors, and many in one."""
+"""8-bit images of tensors, and grids of images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pixelgrow.pictures import columns_of, grid, grid_size, to_uint8
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_the_range_is_rounded_and_cut_off(dtype: torch.dtype) -> None:
+def test_values_are_clamped_and_rounded(dtype: torch.dtype) -> None:
     values = torch.tensor([-3.0, -1, -0.5, 0, 1, 3], dtype=dtype)
     pixels = to_uint8(values.reshape(2, 1, 1, 3).expand(2, 3, 1, 3))
     assert pixels.shape == (2, 1, 3, 3) and pixels.dtype == np.uint8

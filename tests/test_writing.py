@@ -1,4 +1,4 @@
-"""What is wrong with a file of weights, in words that say what to do."""
+"""What is wrong with a file of weights, and what to do."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ class Model:
         self.denoiser, self.config = denoiser, config
         self._encoder: TextEncoder | LabelEncoder | None = None
         self._autoencoder: Autoencoder | None = None
-        self._prompts: set[str] = set()  # encoded so far, and said to be cut where they are
+        self._prompts: set[str] = set()  # encoded so far; those that are cut were reported
 
     @classmethod
     def from_pretrained(cls, name: str | Path, device: torch.device | str | None = None) -> Model:
@@ -95,7 +95,7 @@ class Model:
 
     @property
     def network(self) -> Denoiser | Generator:
-        """What a checkpoint of this model holds."""
+        """The module that a checkpoint of this model stores."""
         return self.denoiser
 
     @property

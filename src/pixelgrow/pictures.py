@@ -1,4 +1,4 @@
-"""From tensors to 8-bit images, alone or many in a grid."""
+"""From tensors to 8-bit images, single or in a grid."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def test_weights_are_the_losses_they_are_named_after() -> None:
 
 
 def seen_by_first_rung(d: Denoiser, sigma: torch.Tensor) -> torch.Tensor:
-    """The sigma that the preconditioning of a denoiser's first rung takes, read off its input: c_in = F's input over
+    """The sigma that the preconditioning of a denoiser's first rung takes, from its input: c_in is F's input divided by
     the noisy image, which is 1 everywhere."""
     taken = []
     hook = d.net.entry[str(d.net.config.rungs[0].resolution)].register_forward_pre_hook(
@@ -147,7 +147,7 @@ def grown(exact: bool, until: float = math.inf) -> tuple[Denoiser, Denoiser]:
 
 
 def spread_out(x: torch.Tensor) -> torch.Tensor:
-    """The mean of every 2 x 2 pixels in the place of each."""
+    """Each pixel replaced by the mean of its block of 2 x 2 pixels."""
     return torch.nn.functional.avg_pool2d(x, 2).repeat_interleave(2, 2).repeat_interleave(2, 3)
 
 
@@ -224,7 +224,7 @@ def test_lognormal_quantiles_and_range() -> None:
 
 @pytest.mark.parametrize("kind", ["cosine", "interpolated"])
 def test_cosine_schedules(kind: str) -> None:
-    """log-SNR = -2 log tan(pi t/2) at the core; interpolated is one doubling cleaner at the clean end alone."""
+    """log-SNR = -2 log tan(pi t/2) in core units; interpolated is one doubling cleaner, only at the clean end."""
     d = denoiser()
     schedule = NoiseSchedule(NoiseConfig(kind=kind), d)  # type: ignore[arg-type]
     u = torch.linspace(0.02, 0.98, 25, dtype=torch.float64)
@@ -242,14 +242,15 @@ SCHEDULES = [
 ]
 
 
+@pytest.mark.parametrize("until", [math.inf, 0.7])
 @pytest.mark.parametrize("init", [None, "preserve"])
 @pytest.mark.parametrize("noise", SCHEDULES, ids=lambda noise: noise.kind)
-def test_density_of_log_snr(noise: NoiseConfig, init: Init | None) -> None:
-    """Against a histogram of many quantiles, within the limits; infinite where sigma is clamped to one."""
+def test_density_of_log_snr(noise: NoiseConfig, init: Init | None, until: float) -> None:
+    """Against a histogram of many quantiles; infinite where sigma is clamped to a limit."""
     d = denoiser()
     if init:
         d = Denoiser(UViT(grown_config(d.net.config, 64, init)))
-    schedule = NoiseSchedule(noise, d)
+    schedule = NoiseSchedule(noise, d, until)
     u = (torch.arange(2_000_000, dtype=torch.float64) + 0.5) / 2_000_000
     sigma, density = schedule.sigma(u), schedule.density(u)
     clamped = (sigma == d.sigma_min) | (sigma == d.sigma_max)

@@ -1,4 +1,4 @@
-"""Exact growth: for every weight of the rungs, an image averages down to the one that the model below makes."""
+"""Exact growth: for all weights of the rungs, the average of an image is the image of the model below."""
 
 from __future__ import annotations
 
@@ -138,8 +138,8 @@ def test_so_does_a_generators_image() -> None:
 
 
 @torch.no_grad()
-def test_guiding_the_core_alone_leaves_details_to_the_condition(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its average is the guided core's, its rungs are evaluated on the rows of the condition alone."""
+def test_guiding_only_the_core_leaves_details_to_the_condition(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The average is the guided core's; the rungs are evaluated only on the rows of the condition."""
     high, x, rows = grown(), 3 * NOISES[0], dict[int, int]()
     real = UViT.rung
     monkeypatch.setattr(UViT, "rung", lambda net, r, v, *a: rows.update({r.resolution: len(v)}) or real(net, r, v, *a))
@@ -220,7 +220,7 @@ def test_training_noise_is_cut_to_what_a_rung_will_be_evaluated_at() -> None:
     for config in (NoiseConfig(mean=0.0, std=1.5), NoiseConfig(kind="cosine")):
         cut, whole = NoiseSchedule(config, high, 0.4), NoiseSchedule(config, high)
         assert cut.sigma(u).max() <= 0.4 * 4 * (1 + 1e-6)
-        # The distribution below the gate, and nothing else: quantiles of the whole, conditioned on being below.
+        # The distribution below the gate: quantiles of the full one, conditioned on being below.
         below = whole.sigma(torch.linspace(0, 1, 200_001, dtype=torch.float64))
         below = below[below <= 1.6]
         for q in (0.1, 0.5, 0.9):

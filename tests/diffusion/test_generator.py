@@ -26,7 +26,7 @@ def grown(low: Generator, to: int, init: Any) -> tuple[Generator, list[str]]:
     return Generator(net, low.config), report.loaded
 
 
-def test_a_generator_is_its_teacher_asked_once_at_the_highest_noise() -> None:
+def test_a_generator_is_its_teacher_evaluated_once_at_the_highest_noise() -> None:
     teacher = shallow()
     z, c = torch.randn(3, 3, 16, 16), cond(3)
     want = teacher(80 * z, torch.full((3,), 80.0), c)
@@ -55,7 +55,7 @@ def test_preserve_growth_of_a_generator_is_an_identity(to: int) -> None:
     assert torch.equal(twice(z, c), up_nearest(high(z, c), 2))
 
 
-def test_the_papers_growth_of_a_generator_draws_from_the_features_with_a_new_output_layer() -> None:
+def test_the_papers_growth_of_a_generator_decodes_the_features_with_a_new_output_layer() -> None:
     low = generator()
     z, c = torch.randn(2, 3, 16, 24), cond(2)  # not square
     high, loaded = grown(low, 64, "random")
@@ -63,7 +63,7 @@ def test_the_papers_growth_of_a_generator_draws_from_the_features_with_a_new_out
     assert high(z, c).shape == (2, 3, 64, 96)
     assert high.last_layer is high.net.exit["64"].conv.weight
     images = [r.image for r in high.rungs(z, c)]
-    assert torch.equal(images[0], low(z, c))  # the base's own picture is still there
+    assert torch.equal(images[0], low(z, c))  # the image of the base
     assert not [n for n in high.net.state_dict() if n.startswith(("encoder.32", "encoder.64", "entry.64"))]
     with pytest.raises(UserError, match="is not for one-step generators"):
         grown_config(low.net.config, 64, "scratch", generator=True)

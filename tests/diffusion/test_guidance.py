@@ -182,6 +182,6 @@ def test_threshold_holds_with_and_without_guidance(x: Tensor, guidance: float) -
         ({"threshold": 99.5}, "percentile"),
     ],
 )
-def test_settings_that_mean_nothing(settings: dict[str, object], word: str) -> None:
+def test_invalid_settings_are_refused(settings: dict[str, object], word: str) -> None:
     with pytest.raises(UserError, match=word):
         Guided(GaussianPair(), labels(2), **settings)  # type: ignore[arg-type]

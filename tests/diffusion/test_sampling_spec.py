@@ -1,4 +1,4 @@
-"""Default sampling settings: what recipes and checkpoints may say of them."""
+"""Default sampling settings, as recipes and checkpoints hold them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_what_is_left_out_is_the_librarys_own() -> None:
         ({"step": 8}, "not permitted"),
     ],
 )
-def test_settings_that_mean_nothing_are_refused(given: dict[str, Any], words: str) -> None:
+def test_invalid_settings_are_refused(given: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         SamplingSpec(**given)
 

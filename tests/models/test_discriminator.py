@@ -35,7 +35,7 @@ def test_a_head_is_a_projection_discriminator_of_unit_spectral_norms() -> None:
     torch.testing.assert_close(head(tokens, vec), want, rtol=1e-6, atol=1e-8)
 
 
-def test_a_condition_and_a_guidance_weight_change_every_verdict() -> None:
+def test_a_condition_and_a_guidance_weight_change_every_logit() -> None:
     made = Discriminator([6, 4], 10, hidden=8, guided=True).double().eval()
     features = [torch.randn(2, 3, 6).double(), torch.randn(2, 5, 4).double()]
     vec, omega = torch.randn(2, 10).double(), torch.tensor([2.0, 2.0]).double()

@@ -93,7 +93,7 @@ def test_a_finer_entry_keeps_the_cores_grid(patch: int) -> None:
         shallow_uvit("tiny", 16, patch=3, core=CORE)
 
 
-def test_masked_tokens_are_not_seen_and_rows_are_independent() -> None:
+def test_masked_tokens_have_no_effect_and_rows_are_independent() -> None:
     d, c = net(), cond(3)
     assert c.tokens is not None and c.mask is not None
     x, s = torch.randn(3, 3, 16, 16), torch.tensor([0.1, 1.0, 10.0])
@@ -130,7 +130,7 @@ def test_text_tokens_arrive_white() -> None:
     seen = (few - core.text_mean) @ core.text_scale
     assert seen.mean(0).abs().max() < 1e-3
     spread = torch.linalg.eigvalsh(seen.T.cov().double())
-    assert spread[:2].max() < 1e-3  # what does not vary is not blown up
+    assert spread[:2].max() < 1e-3  # directions without variance are not amplified
     assert spread[-3:].min() > 0.9
     torch.testing.assert_close(core.embed(torch.zeros(8), c).text, seen[:64].view(8, 8, 8))
     null = core.embed(torch.zeros(8), c.dropped()).text

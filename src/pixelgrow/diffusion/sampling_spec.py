@@ -29,7 +29,9 @@ class SamplingSpec(Spec):
     grid: Literal["karras", "native"] | None = None
     interval: tuple[float, float] | None = Field(None, description="guide from lo to hi only, in sigma of the image")
 
-    guide_details: bool | None = Field(None, description="false: guide the core alone, the rungs above it once")
+    guide_details: bool | None = Field(
+        None, description="false: guide only the core; the rungs above are evaluated once"
+    )
 
     @field_validator("sampler")
     @classmethod

@@ -1,4 +1,4 @@
-"""The core: a deep text-conditioned transformer at a fixed grid. It knows nothing of pixels."""
+"""The core: a deep text-conditioned transformer at a fixed grid. It has no layers that read or write pixels."""
 
 from __future__ import annotations
 
