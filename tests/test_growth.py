@@ -339,7 +339,7 @@ def test_the_last_blocks_of_a_base() -> None:
     assert last_blocks(config, 0) == ()
     assert last_blocks(config, 2) == ("decoder.64.blocks.1.", "decoder.64.blocks.2.")
     assert len(last_blocks(config, 3)) == 3
-    with pytest.raises(UserError, match="base_blocks: got 4, the base's last half level has 3; expected no more"):
+    with pytest.raises(UserError, match="base_blocks: got 4, expected at most 3, the blocks of the base's last level"):
         last_blocks(config, 4)
     names = UViT(config).state_dict()
     assert all(any(name.startswith(prefix) for name in names) for prefix in last_blocks(config, 3))
