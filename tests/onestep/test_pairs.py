@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
 from pixelgrow.errors import UserError
-from pixelgrow.onestep.pairs import FORMAT, INDEX, Pairs, shard_path, write_shard
+from pixelgrow.onestep.pairs import FORMAT, INDEX, Ode, Pairs, psnr, shard_path, spread, write_shard
 
 STATUS = Path("/proc/self/status")
 
@@ -49,6 +50,43 @@ def test_rows_are_read_by_number_across_shards(tmp_path: Path) -> None:
         Pairs(tmp_path)
 
 
+def test_psnr_is_that_of_a_range_of_two() -> None:
+    a = torch.zeros(2, 3, 4, 4)
+    assert psnr(a, a + 0.2) == pytest.approx(20)  # (2 / 0.2)^2 is 20 dB
+    assert psnr(a, torch.cat([a[:1], a[1:] + 0.2])) == pytest.approx(20 + 10 * math.log10(2))
+
+
+def test_moments_of_a_band_are_those_of_its_distribution() -> None:
+    """A uniform one has kurtosis 1.8, a Gaussian one 3; one band, as an image of one pixel has no others."""
+    u = (torch.arange(30_000) + 0.5) / 15_000 - 1
+    (found,) = spread(0.5 + 2 * u.view(-1, 3, 1, 1)).values()
+    assert found == pytest.approx({"mean": 0.5, "std": 2 / 3**0.5, "kurtosis": 1.8}, abs=1e-3)
+
+
+def test_bands_of_latents_are_apart() -> None:
+    """A pattern of one scale is in the band of that scale alone, with the deviation that noise of its power has."""
+    g = torch.Generator().manual_seed(0)
+    signs = (torch.randint(0, 2, (2, 3, 8, 8), generator=g) * 2 - 1).double()
+    detail = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)
+    for k, name in ((1, "1 px"), (2, "2 px"), (4, "4 px")):
+        latents = torch.kron(signs, detail.repeat_interleave(k, 0).repeat_interleave(k, 1))  # of a 2k x 2k pattern
+        bands = spread(latents)
+        assert list(bands) == [f"{2**i} px" for i in range(int(math.log2(16 * k)))] + [f"{16 * k} px and above"]
+        for band, found in bands.items():
+            assert found["std"] == pytest.approx(k * (4 / 3) ** 0.5 if band == name else 0, abs=1e-4)
+
+
+def test_the_round_trip_is_measured_from_several_levels() -> None:
+    """A first-order solver loses more the further it goes; the parts are of the steps above the lowest level."""
+    ode = Ode("ddim", 8, 0.01, 10.0)
+    x = torch.rand(2, 3, 4, 4, dtype=torch.float64)
+    found = ode.round_trip(lambda x, sigma: 0.25 / (0.25 + sigma**2) * x, x, parts=(0.25, 0.5, 1.0))
+    levels, values = [float(s) for s in found], list(found.values())
+    assert levels == pytest.approx([float(ode.sigmas[i]) for i in (5, 4, 0)], rel=5e-3)  # of 7 steps above sigma_min
+    assert values == sorted(values, reverse=True) and values[-1] > 5
+    assert all(v == round(v, 2) for v in values)
+
+
 @pytest.mark.skipif(not STATUS.exists(), reason="memory that is no file's is told by Linux alone")
 def test_pairs_stay_on_disk(tmp_path: Path) -> None:
     def private() -> int:
@@ -83,3 +121,17 @@ def test_pairs_that_another_version_wrote_are_refused(tmp_path: Path, facts: dic
     written(tmp_path, [2], 4, **facts)
     with pytest.raises(UserError, match=words):
         Pairs(tmp_path)
+
+
+def test_pairs_are_of_a_teacher_and_of_data(tmp_path: Path) -> None:
+    data = [{"fingerprint": "1", "source": "a"}, {"fingerprint": "2", "source": "b"}]
+    written(tmp_path, [2], 4, teacher="t" * 64, keeps=["k" * 64], data=data)
+    pairs = Pairs(tmp_path)
+    for teachers in (["t" * 64], ["x", "k" * 64]):
+        pairs.check(teachers, data)
+    for teachers, words in ((["x" * 64], "comes from xxxxxxxxxxxx"), ([], "comes from no")):
+        with pytest.raises(UserError, match=words):
+            pairs.check(teachers, data)
+    for other in (data[::-1], data[:1], [*data[:1], {"fingerprint": "3", "source": "c"}]):
+        with pytest.raises(UserError, match=r"made of other data \(a, b, now "):
+            pairs.check(["t" * 64], other)

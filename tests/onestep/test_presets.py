@@ -42,6 +42,14 @@ def test_a_preset_fills_in_what_is_known_and_no_more(preset: str, norms: str, tr
     assert distilled.training().ema == (0.1,) and distilled.training().optimizer == "radam"
 
 
+@pytest.mark.parametrize(("batch", "want"), [(None, 0.1), (16, 0.025), (640, 0.25)])
+def test_a_presets_average_is_1000_steps_long_whatever_the_batch(batch: int | None, want: float) -> None:
+    """Of 640,000 images, and 0.25 at most."""
+    given = {"preset": "paper"} | ({} if batch is None else {"batch": batch})
+    *_, distilled, _ = stages(given, {}).stages
+    assert distilled.ema == (pytest.approx(want),)
+
+
 def test_where_the_whole_base_trains_a_preset_names_no_blocks_of_it() -> None:
     for whole in ({"core": "finetune"}, {"init": "scratch"}):
         *_, grown = stages({}, {"preset": "paper"} | whole).stages
