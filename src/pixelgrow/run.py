@@ -8,7 +8,6 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,6 @@ from pixelgrow.stages.materials import Materials
 from pixelgrow.stages.pairs import pairs_stage
 from pixelgrow.stages.record import Record
 from pixelgrow.stages.train import Parent, read_parent, train_stage
-from pixelgrow.text.cut import Cut
 from pixelgrow.training import state
 from pixelgrow.training.log import duration
 from pixelgrow.training.monitor import reset_peak
@@ -91,7 +89,7 @@ def run(recipe: Recipe, root: Path = Path("runs")) -> Path:
             reset_peak(materials.device)
             began = time.monotonic()
             before = float(record.values.get("wall_seconds", 0))
-            materials.cut = Cut()
+            materials.note = record.note
             try:
                 result = _execute(stage, parent, folder / stage.name, materials)
             except Exception as error:
@@ -102,8 +100,6 @@ def run(recipe: Recipe, root: Path = Path("runs")) -> Path:
             finally:  # also of a start that is stopped
                 seconds = before + time.monotonic() - began
                 record.write({**record.values, "wall_seconds": round(seconds, 1)})
-            if materials.cut.captions:
-                result["cut"] = asdict(materials.cut)
             record.finish(result=result)
             state.clear(folder / stage.name / "state")
             logger.info("%s: done in %s", where, duration(seconds))

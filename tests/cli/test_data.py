@@ -54,3 +54,28 @@ stages: [{{train: {{name: core, size: tiny, resolution: 16, images: 8}}}}]
     assert (result.code, "captions cut" in result.out) == (0, False)
     classes(tmp_path / "classes")
     assert run_cli("data", tmp_path / "classes", "--recipe", recipe, cwd=tmp_path).code == 0
+
+
+def test_a_dry_run_looks_into_the_data_that_are_there(run_cli: RunCli, tmp_path: Path) -> None:
+    classes(tmp_path / "set", 20)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        """
+name: dry
+text: {classes: 2}
+data: {source: set}
+stages:
+  - train: {name: core, size: tiny, resolution: 16, images: 8}
+  - train: {name: more, from: core, images: 8, data: elsewhere}
+"""
+    )
+    dry = run_cli("run", recipe, "--dry-run", "--rate", "1e9", cwd=tmp_path)
+    assert dry.code == 0, dry.err
+    assert "data: set; held out: 10 of 20 images" in dry.out
+    assert "core: sees 10 of 20 images: 10 held out" in dry.out
+    assert "more: data elsewhere (not there yet)" in dry.out and "more: sees" not in dry.out
+    plan = run_cli("plan", recipe, "--rate", "1e9", cwd=tmp_path)
+    assert "held out: 2% of the data, 16 to 10,000 images of each source and at most half of it" in plan.out
+    mistaken = run_cli("run", recipe, "--dry-run", "--rate", "1e9", "--set", "text={encoder: minilm}", cwd=tmp_path)
+    assert (mistaken.code, "set has class folders, not captions" in mistaken.err) == (2, True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["recipe.yaml", "set"]

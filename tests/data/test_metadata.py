@@ -12,8 +12,8 @@ import pytest
 
 from data.test_sources import as_files, passed, picture, reasons, write_metadata
 from pixelgrow.data import Loader, open_source
-from pixelgrow.data.sources.index import NEITHER
-from pixelgrow.data.sources.metadata import UNNAMED, MetadataFolder
+from pixelgrow.data.sources.index import NEITHER, UNNAMED
+from pixelgrow.data.sources.metadata import MetadataFolder
 from pixelgrow.errors import UserError
 
 Rows = list[dict[str, Any]]

@@ -16,7 +16,8 @@ from data.test_sources import as_files, passed, picture, reasons, write_tar
 from pixelgrow.data import open_source
 from pixelgrow.data.badfiles import BadFiles
 from pixelgrow.data.inspect import inspect_source
-from pixelgrow.data.sources.tars import BELOW, BESIDE, REPEATED, TarShards
+from pixelgrow.data.sources.index import BESIDE
+from pixelgrow.data.sources.tars import BELOW, REPEATED, TarShards
 from pixelgrow.errors import UserError
 
 

@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 
 from data.test_identity import classes, paired
+from data.test_sources import picture
+from pixelgrow.data.account import Account
 from pixelgrow.errors import UserError
 from pixelgrow.recipe.read import read_recipe
 from pixelgrow.recipe.stages import Recipe
 from pixelgrow.run import run
 from pixelgrow.stages.data import StageData
+from pixelgrow.stages.foresight import foreseen
 from pixelgrow.text.cut import Cut
 
 CORE = {"name": "core", "size": "tiny", "resolution": 16, "images": 8, "batch": 8, "sample_every": 0,
@@ -84,6 +87,56 @@ def test_another_held_out_part_is_refused_as_such(copied: Path) -> None:
         run(recipe(copied / "set", heldout={"fraction": 0.4}), copied / "runs")
 
 
+def small_ones(folder: Path) -> Path:
+    """Class folders with 60 images: 20 of them of 8 px, one of them cut off in its header."""
+    classes(folder, 60)
+    for i in range(20):
+        (folder / "ab"[i % 2] / f"{i}.png").write_bytes(picture(8, 8, i))
+    (folder / "b" / "59.png").write_bytes(b"")
+    return folder
+
+
+def test_every_stage_says_what_it_sees(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    core = CORE | {"bad_limit": 0.1}
+    pairs = {"name": "pairs", "from": "core", "n": 12, "sampler": "ddim", "steps": 2, "batch": 4, "shard": 4,
+             "direction": "sample", "guidance": "captions", "bad_limit": 0.1}  # fmt: skip
+    distil = {k: v for k, v in core.items() if k not in ("size", "resolution")}
+    stages = (
+        {"train": core},
+        {"pairs": pairs},
+        {"estimate": {"name": "omega", "from": "core", "pairs": "pairs", "images": 8, "batch": 4}},
+        {
+            "distill": distil
+            | {"name": "onestep", "from": "core", "pairs": "pairs", "fraction": 0.5, "estimator": "omega"}
+        },
+        {"evaluate": {"name": "eval", "from": "core", "prompts": 4, "steps": 1}},
+    )
+    caplog.set_level("INFO", "pixelgrow")
+    planned = recipe(small_ones(tmp_path / "set"), *stages, heldout={"fraction": 0.3})
+    run(planned, tmp_path)
+    said = [r.getMessage() for r in caplog.records if " sees " in r.getMessage()]
+    assert len(said) == len(set(said)) == 6
+    foresight = foreseen(planned)
+    images = "27 of 60 images: 14 too small, 18 held out, 1 bad"
+    expected = {
+        "core": [images],
+        "pairs": [f"12{images[2:]}, 15 beyond n"],
+        "omega": ["11 of 12 pairs: 1 held out"],
+        "onestep": [images, "6 of 12 pairs: 6 beyond fraction"],
+        "eval": ["4 of 18 held-out images: 6 too small, 8 beyond prompts"],
+    }
+    page = (tmp_path / "r" / "report.html").read_text(encoding="utf-8")
+    for stage, lines in expected.items():
+        stored = json.loads((tmp_path / "r" / stage / "stage.json").read_text(encoding="utf-8"))["sees"]
+        accounts = [Account(a["total"], a["others"], a["things"]).line() for a in stored]
+        assert accounts == [f"sees {line}" for line in lines]
+        assert [line.removeprefix(f"{stage}: ") for line in said if line.startswith(f"{stage}: ")] == accounts
+        assert all(f"<p>S{line[1:]}.</p>" in page for line in accounts)
+        assert stage == "omega" or foresight.accounts[stage].line() == accounts[0]
+    assert foresight.held_out == "18 of 59 images"
+    assert "<td>27 of 60</td>" in page and "<td>27 of 60<br>6 of 12 pairs</td>" in page
+
+
 def test_held_out_images_stand_in_one_order_at_every_size(tmp_path: Path) -> None:
     data = StageData(recipe(classes(tmp_path / "set", 80), heldout={"fraction": 0.3}))  # 40 to 119 wide, 30 high
     orders = {w: [s.key(i) for s, i in data.heldout_order((30, w))] for w in (1, 60, 90)}
@@ -93,19 +146,20 @@ def test_held_out_images_stand_in_one_order_at_every_size(tmp_path: Path) -> Non
 
 
 def test_captions_that_are_cut_are_said_and_recorded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = paired(tmp_path / "set")
-    (folder / "2.txt").write_text("a caption of more words than so few tokens hold")
+    folder, held = paired(tmp_path / "set"), paired(tmp_path / "held" / "out")
+    for one in (folder, held):
+        (one / "2.txt").write_text("a caption of more words than so few tokens hold")
     unseen = "more words than so few tokens hold"
     evaluate = {"name": "eval", "prompts": 4, "steps": 1}
     stages = {"train": CORE}, {"evaluate": evaluate}
     caplog.set_level("INFO", "pixelgrow")
-    head = {"text": {"encoder": "minilm", "max_tokens": 6}, "heldout": {"source": str(folder / "..")}}
+    head = {"text": {"encoder": "minilm", "max_tokens": 6}, "heldout": {"source": str(held.parent)}}
     run(recipe(folder, *stages, **head), tmp_path)
     for stage in ("core", "eval"):
-        result = json.loads((tmp_path / "r" / stage / "stage.json").read_text(encoding="utf-8"))["result"]
-        assert result["cut"] == {"captions": 1, "total": 4, "max_tokens": 6, "unseen": unseen}
+        cut = json.loads((tmp_path / "r" / stage / "stage.json").read_text(encoding="utf-8"))["cut"]
+        assert cut == {"captions": 1, "total": 4, "max_tokens": 6, "unseen": unseen}
     said = [r.getMessage() for r in caplog.records if "does not see" in r.getMessage()]
-    assert said == [Cut(**result["cut"]).line()] * 2
+    assert said == [Cut(**cut).line()] * 2
     assert (tmp_path / "r" / "report.html").read_text(encoding="utf-8").count(
         "1 of 4 captions is longer than 6 tokens"
     ) == 2

@@ -58,7 +58,7 @@ def run(
 ) -> None:
     """Run a recipe: do what is missing, go on with what was cut off."""
     if dry_run:
-        _plan_recipe(recipe, settings, rate, runs)
+        _plan_recipe(recipe, settings, rate, runs, look=True)
     else:
         _run(recipe, settings, runs)
 
@@ -196,15 +196,20 @@ def plan(
     show(plan_tables(plan_recipe(sized), *_rate(rate)))
 
 
-def _plan_recipe(recipe: str, settings: list[str] | None, rate: float | None, runs: Path) -> None:
+def _plan_recipe(
+    recipe: str, settings: list[str] | None, rate: float | None, runs: Path, *, look: bool = False
+) -> None:
+    """Print the plan of a recipe; `look`: into its data too, where they are there."""
     from pixelgrow.plan.recipe import plan_recipe
     from pixelgrow.recipe.read import load_recipe
     from pixelgrow.report.tables import plan_tables, recipe_heading, show
+    from pixelgrow.stages.foresight import foreseen
     from pixelgrow.stages.record import done_before
 
     read = load_recipe(recipe, settings or [])
     done = done_before(read, runs / read.name)
-    show(recipe_heading(read, runs / read.name, done), plan_tables(plan_recipe(read), *_rate(rate)))
+    seen = foreseen(read) if look else None
+    show(recipe_heading(read, runs / read.name, done, seen), plan_tables(plan_recipe(read), *_rate(rate)))
 
 
 def _rate(given: float | None) -> tuple[float, str]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from pixelgrow import __version__
+from pixelgrow.data.account import Account
 from pixelgrow.recipe.stages import (
     DistillStage,
     EstimateStage,
@@ -115,6 +116,7 @@ def _overview(recipe: Recipe, records: dict[str, Record]) -> str:
                 f'<a href="#{escape(stage.name)}">{escape(stage.name)}</a>',
                 escape(_what(stage)),
                 f"{result['images']:,}" if "images" in result else "",
+                "<br>".join(escape(_seen(account)) for account in values.get("sees", [])),
                 count(parameters["all"]) if parameters else "",
                 count(parameters["training"]) if parameters else "",
                 f"{speed:.3g}" if speed else "",
@@ -124,8 +126,8 @@ def _overview(recipe: Recipe, records: dict[str, Record]) -> str:
                 _number_of(result.get("bad_files", "")),
             ]
         )
-    head = ["stage", "what", "images", "parameters", "training", "images/s", "of matmul rate", "time", "peak memory",
-            "bad files"]  # fmt: skip
+    head = ["stage", "what", "images", "sees", "parameters", "training", "images/s", "of matmul rate", "time",
+            "peak memory", "bad files"]  # fmt: skip
     return f"<section><h2>Stages</h2>{_table(head, rows, named=True)}</section>"
 
 
@@ -186,7 +188,8 @@ def _stage(stage: Stage, folder: Path, values: dict[str, Any]) -> str:
                 title = "Frozen phase" if phase != folder else ""
                 parts.append(_training(phase, title, ONE_STEP_ROWS if makes_generator(stage) else ""))
     result = values.get("result", {})
-    notes = [result.get("bad_report", ""), _skipped(result.get("skipped_steps", 0)), _cut(result.get("cut"))]
+    notes = [Account(a["total"], a["others"], a["things"]).line() for a in values.get("sees", [])]
+    notes += [result.get("bad_report", ""), _skipped(result.get("skipped_steps", 0)), _cut(values.get("cut"))]
     parts += [f"<p>{escape(n[0].upper() + n[1:])}.</p>" for n in notes if n]
     return "\n".join(parts) + "</section>"
 
@@ -196,7 +199,12 @@ def _skipped(steps: int) -> str:
 
 
 def _cut(found: dict[str, Any] | None) -> str:
-    return Cut(**found).line() if found else ""
+    return Cut(**found).line() if found and found["captions"] else ""
+
+
+def _seen(found: dict[str, Any]) -> str:
+    things = "" if found["things"] == "images" else f" {found['things']}"
+    return f"{found['seen']:,} of {found['total']:,}{things}"
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------

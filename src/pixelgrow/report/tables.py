@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from pixelgrow.checkpoint import CheckpointConfig
     from pixelgrow.data.inspect import Inspection, Lengths
     from pixelgrow.plan.recipe import StagePlan
-    from pixelgrow.recipe.data import DataSpec
+    from pixelgrow.recipe.data import DataSpec, HeldoutSpec
     from pixelgrow.recipe.stages import Recipe
+    from pixelgrow.stages.foresight import Foresight
     from pixelgrow.text.cut import Cut
 
 YEAR = 365.25 * 86400
@@ -56,9 +57,12 @@ def _table(*columns: str, title: str = "") -> Table:
     return table
 
 
-def recipe_heading(recipe: Recipe, folder: Path, done: Sequence[str] = ()) -> RenderableType:
-    """Name, data, text, which stages are `done`, and what the table of stages does not say."""
-    held = _data(recipe.heldout) if recipe.heldout.source else f"{100 * recipe.heldout.fraction:g}% of the data"
+def recipe_heading(
+    recipe: Recipe, folder: Path, done: Sequence[str] = (), seen: Foresight | None = None
+) -> RenderableType:
+    """Name, data, text, which stages are `done`, what they see of their data if that is known, and what the table of
+    stages does not say."""
+    accounts, held_out = (seen.accounts, seen.held_out) if seen else ({}, "")
     from pixelgrow.plan.shapes import is_here
     from pixelgrow.recipe.stages import DistillStage, EstimateStage, EvaluateStage, GrowStage, ModelStage, PairsStage
 
@@ -69,7 +73,7 @@ def recipe_heading(recipe: Recipe, folder: Path, done: Sequence[str] = ()) -> Re
     )
     lines = [
         f"recipe {recipe.name}, seed {recipe.seed}, in {folder}",
-        f"data: {', '.join(_data(d) for d in recipe.data)}; held out: {held}",
+        f"data: {', '.join(_data(d) for d in recipe.data)}; held out: {_held_out(recipe.heldout, held_out)}",
         f"text: {recipe.text.encoder}, {recipe.text.max_tokens} tokens{assumed}",
     ]
     if done:
@@ -88,7 +92,16 @@ def recipe_heading(recipe: Recipe, folder: Path, done: Sequence[str] = ()) -> Re
             lines.append(f"{s.name}: distil {s.parent} on {s.pairs}, {s.images:,} images")
         elif isinstance(s, GrowStage) and s.pairs is not None:
             lines.append(f"{s.name}: grow generator {s.parent} to {s.to[-1]} px, {s.images:,} images")
+        if s.name in accounts:
+            lines.append(f"{s.name}: {accounts[s.name].line()}")
     return Text("\n".join(lines))
+
+
+def _held_out(spec: HeldoutSpec, images: str) -> str:
+    if spec.source:
+        return f"{_data(spec)}{images and f' ({images})'}"
+    share = f"{100 * spec.fraction:g}% of the data"
+    return images or f"{share}, 16 to {spec.at_most:,} images of each source and at most half of it"
 
 
 def _data(spec: DataSpec) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain, product
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from pixelgrow.data.account import Account, account_of
 from pixelgrow.data.order import shuffled
 from pixelgrow.data.scenes.source import Scenes
 from pixelgrow.data.sources.base import Source, Subset, heldout_split, large_enough
@@ -49,13 +50,17 @@ class StageData:
     classes: tuple[str, ...] = field(default=(), init=False)  # of the class folders opened so far, in order of labels
     _opened: dict[tuple[DataSpec, ...], tuple[Mixture, list[Source]]] = field(default_factory=dict, init=False)
 
-    def mixture(self, stage: ModelStage | PairsStage) -> Mixture:
-        """What a stage trains on: its pairs' data, if it has pairs, else its own, or the recipe's."""
+    def specs(self, stage: ModelStage | PairsStage) -> tuple[DataSpec, ...]:
+        """The data of a stage: those of its pairs, if it has pairs, else its own, or the recipe's."""
         if isinstance(stage, DistillStage | GrowStage) and stage.pairs is not None:
             made = self.recipe.stage(stage.pairs)
             assert isinstance(made, PairsStage)
             stage = made
-        return self._open(stage.data if stage.data is not None else self.recipe.data)[0]
+        return stage.data if stage.data is not None else self.recipe.data
+
+    def mixture(self, stage: ModelStage | PairsStage) -> Mixture:
+        """What a stage trains on, opened."""
+        return self._open(self.specs(stage))[0]
 
     @cached_property
     def heldout_sources(self) -> list[Source]:
@@ -66,6 +71,28 @@ class StageData:
         sources, _ = open_mixture(spec.opening)
         self._check_classes(sources)
         return sources
+
+    def images(self, stage: ModelStage | PairsStage, size: tuple[int, int]) -> Account:
+        """What a stage of `size` (h, w) pixels sees of the images that it trains on, or makes pairs of."""
+        mixture = self.mixture(stage)
+        account = account_of(mixture.sources, size)
+        if isinstance(stage, PairsStage) and mixture.weights is None:
+            account = account.but("beyond n", max(0, account.seen - stage.n))
+        return account
+
+    def prompts(self, count: int, size: tuple[int, int], unreadable: int = 0) -> Account:
+        """What an evaluation on `count` prompts at `size` (h, w) pixels sees of the images that are held out.
+
+        `unreadable`: bad ones among those that it came to.
+        """
+        held = self.heldout_sources
+        if self.recipe.heldout.source:
+            account = account_of(held, size)
+        else:  # the rest of their sources is in the account of the stages that train
+            small = sum(len(source) - len(large_enough(source, size)) for source in held)
+            account = Account(sum(map(len, held)), {"too small": small})
+        account = replace(account.but("bad", unreadable), things="held-out images")
+        return account.but("beyond prompts", max(0, account.seen - count))
 
     def heldout_order(self, size: tuple[int, int]) -> Iterator[tuple[Source, int]]:
         """Held-out samples of `size` (h, w) pixels and above, one of each source in turn.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pixelgrow import checkpoint, rng
+from pixelgrow.data.account import Account
 from pixelgrow.diffusion.generator import Generator, with_guidance
 from pixelgrow.diffusion.guidance import Guided
 from pixelgrow.diffusion.sampling import initial_noise, sample
@@ -111,6 +112,9 @@ def _fit(
     stream = PairStream(loader, pairs, generator.latent_resolution)
     held = materials.heldout(WATCHED, loader.size)
     materials.account(held, mixture, loader.bad)
+    unread = {"beyond fraction": int(pairs.facts["pairs"]) - len(pairs), "too small": len(pairs) - len(stream.usable)}
+    paired = Account(int(pairs.facts["pairs"]), unread, "pairs")
+    materials.sees(stage.name, materials.images(stage, generator.resolution), paired)
     materials.encode(chain(loader.texts(), stream.texts(), held.captions))
     cond = materials.cond(held.captions)
     features = TeacherFeatures(teacher)

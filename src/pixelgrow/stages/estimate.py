@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pixelgrow import checkpoint, rng
+from pixelgrow.data.account import Account
 from pixelgrow.errors import UserError
 from pixelgrow.onestep.estimator import (
     FACTS,
@@ -45,6 +46,8 @@ def estimate_stage(stage: EstimateStage, parent: Parent, folder: Path, materials
     )  # seen to by the recipe
     if len(pairs) < 2:
         raise UserError(f"stage {stage.name!r}: {stage.pairs} has {len(pairs)} pair, expected 2 or more; raise its n:")
+    kept = len(pairs) - max(1, len(pairs) // HELD)
+    materials.sees(stage.name, Account(len(pairs), {"held out": len(pairs) - kept}, "pairs"))
     texts = [caption(mixture.sources, origin) for origin in pairs.origins]
     materials.encode(texts)
     features = TeacherFeatures(checkpoint.load(parent.folder, materials.device)[0])
@@ -60,7 +63,7 @@ def estimate_stage(stage: EstimateStage, parent: Parent, folder: Path, materials
             for rows in [range(start, min(start + settings.micro_batch, len(pairs)))]
         ]
     )
-    seed, kept = rng.seed_of(materials.recipe.seed, "stage", stage.name), len(pairs) - max(1, len(pairs) // HELD)
+    seed = rng.seed_of(materials.recipe.seed, "stage", stage.name)
     known, held = pairs.guidance[:kept], pairs.guidance[kept:]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(rng.seed_of(seed, "weights"))

@@ -45,6 +45,8 @@ def evaluate_stage(stage: EvaluateStage, parent: Parent, folder: Path, materials
     held = materials.heldout(stage.prompts, (side, side))
     if len(held.captions) < stage.prompts:
         logger.warning("%s: %d held-out prompts, of %d asked for", stage.name, len(held.captions), stage.prompts)
+    size = (materials.factor * side, materials.factor * side)
+    materials.sees(stage.name, materials.data.prompts(stage.prompts, size, len(held.bad)))
     materials.encode(held.captions)
     seed = materials.recipe.seed
     keywords: dict[str, Any] = {"size": (side, side), "seed": seed, "batch": stage.batch}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pixelgrow.data.account import Account
 from pixelgrow.data.badfiles import BadFiles, check_share
 from pixelgrow.data.images import BadImage
 from pixelgrow.data.loader import Loader, has_several, mirrored, to_tensor, usable
@@ -38,7 +39,6 @@ from pixelgrow.recipe.stages import (
 )
 from pixelgrow.stages.data import Mixture, StageData, whole
 from pixelgrow.text.cache import TextCache
-from pixelgrow.text.cut import Cut
 from pixelgrow.training.loop import CHECKPOINT
 from pixelgrow.training.settings import TrainSettings
 
@@ -87,7 +87,7 @@ class Materials:
     folder: Path
     device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
-    cut: Cut = field(default=Cut(), init=False)  # of the captions of the stage that runs
+    note: Callable[[str, Any], None] = field(default=lambda name, value: None, init=False)  # into a stage's record
 
     @cached_property
     def data(self) -> StageData:
@@ -148,6 +148,16 @@ class Materials:
     def checkpoint(self, parent: str) -> Path:
         """The checkpoint folder that a `from` means: of a stage of this run, or of its own."""
         return find(parent) if is_folder(parent) else self.folder / parent / CHECKPOINT
+
+    def sees(self, stage: str, *accounts: Account) -> None:
+        """Say, and write into a stage's record, what it sees of its data."""
+        for account in accounts:
+            logger.info("%s: %s", stage, account.line())
+        self.note("sees", [account.stored() for account in accounts])
+
+    def images(self, stage: ModelStage | PairsStage, side: int) -> Account:
+        """What a stage that works at `side` sees of the images that it trains on."""
+        return self.data.images(stage, (self.factor * side, self.factor * side))
 
     def loader(self, mixture: Mixture, side: int, settings: TrainSettings, seed: int, bad_path: Path) -> Loader:
         """The stream of training images of `side` pixels; `bad_path`: where bad files are listed."""
@@ -238,9 +248,10 @@ class Materials:
         distinct = list(dict.fromkeys(captions))
         if done := self.text.ensure(distinct):
             logger.info("encoded %s captions", f"{done:,}")
-        self.cut = self.text.cut(distinct)
-        if self.cut.captions:
-            logger.warning("%s", self.cut.line())
+        cut = self.text.cut(distinct)
+        if cut.captions:
+            logger.warning("%s", cut.line())
+        self.note("cut", asdict(cut))
 
     def cond(self, captions: Sequence[str]) -> Cond:
         """The conditions of captions, encoded first where they are not yet."""

@@ -80,6 +80,10 @@ class Record:
         """Write down what the stage is about to do, before any of its work."""
         self.write({**self.values, "settings": dict(settings), "parents": dict(parents), "done": False})
 
+    def note(self, name: str, value: Any) -> None:
+        """Write down one thing about the run that goes on."""
+        self.write({**self.values, name: value})
+
     def finish(self, **numbers: Any) -> None:
         """Write down that the stage is done, and the numbers of its run."""
         self.write({**self.values, **numbers, "done": True})

@@ -125,6 +125,7 @@ def fit(
     loader = materials.loader(mixture, side, settings, seed, bad_path)
     held = materials.heldout(WATCHED, (side, side))
     materials.account(held, mixture, loader.bad)
+    materials.sees(stage.name, materials.images(stage, side))
     texts = list(loader.texts())
     materials.encode(chain(texts, held.captions))  # at once: the encoder is loaded and dropped once
     if fresh and not materials.recipe.text.classes:

@@ -65,11 +65,12 @@ class BadFile:
 
 @dataclass(frozen=True)
 class PassedOver:
-    """`count` files that are no samples and no faults, for one `reason`; `example` is the first."""
+    """`count` files that are no samples and no faults, for one `reason`; `example` is the first. `images`: they are."""
 
     reason: str
     count: int
     example: str
+    images: bool = False
 
 
 class Subset:
@@ -145,6 +146,11 @@ def lost_in_shards(source: Source) -> int:
 def passed_of(source: Source) -> Sequence[PassedOver]:
     """The files that the source's index passed over: no samples, and no faults."""
     return getattr(source, "passed", ())
+
+
+def passed_images(source: Source) -> int:
+    """How many images the source's index passed over."""
+    return sum(passed.count for passed in passed_of(source) if passed.images)
 
 
 def files_of(source: Source) -> int:

@@ -5,6 +5,7 @@ import logging
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable
+from dataclasses import replace
 from typing import BinaryIO
 
 import numpy as np
@@ -18,6 +19,9 @@ from pixelgrow.errors import UserError
 log = logging.getLogger(__name__)
 NEITHER = "neither image nor caption"
 FURTHER = "further images of captioned samples"
+UNNAMED = "images without a line in the metadata"
+BESIDE = "images beside the shards"
+IMAGES = {FURTHER, UNNAMED, BESIDE}
 LINES = "caption files of several lines, each a caption"
 LANGUAGES = "lines in other languages in them, left out"
 CLEAR = "images with transparency, shown on white"
@@ -140,8 +144,8 @@ class FileSource(ABC):
 
     def _pass_over(self, reason: str, key: str, count: int = 1) -> None:
         """Count files that are no samples and no faults; `key` is the first."""
-        before = self._passed.get(reason, PassedOver(reason, 0, key))
-        self._passed[reason] = PassedOver(reason, before.count + count, before.example)
+        before = self._passed.get(reason, PassedOver(reason, 0, key, reason in IMAGES))
+        self._passed[reason] = replace(before, count=before.count + count)
 
     def _count(self, note: str, count: int = 1) -> None:
         """Count what `notes` says."""

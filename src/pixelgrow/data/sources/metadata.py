@@ -12,12 +12,11 @@ from pixelgrow.data.sources.base import Wording
 from pixelgrow.data.sources.captions import Captions, captions_in, flat, wordings_from
 from pixelgrow.data.sources.files import Missing, is_image, key_of, open_regular, read_regular, walk
 from pixelgrow.data.sources.identity import hash_of
-from pixelgrow.data.sources.index import NEITHER, FileSource
+from pixelgrow.data.sources.index import NEITHER, UNNAMED, FileSource
 from pixelgrow.data.sources.names import bytes_of, folded_form, form, loose_form, text_of
 from pixelgrow.data.sources.tables import FILE_NAME, open_table, table_in
 from pixelgrow.errors import UserError
 
-UNNAMED = "images without a line in the metadata"
 _LISTED = 16  # folders whose names are kept
 T = TypeVar("T")
 

@@ -12,13 +12,12 @@ from pixelgrow.data.images import ARCHIVES, DECODED, HEAD, BadImage, format_of
 from pixelgrow.data.sources.base import Wording
 from pixelgrow.data.sources.captions import MAX_CAPTION, MAX_JSON, Captions, flat, from_json, from_text, wordings_from
 from pixelgrow.data.sources.files import in_order, is_image, key_of, open_regular, read_regular, walk
-from pixelgrow.data.sources.index import FURTHER, NEITHER, FileSource, Strings
+from pixelgrow.data.sources.index import BESIDE, FURTHER, NEITHER, FileSource, Strings
 from pixelgrow.data.sources.names import JSON, claims_image, form, is_hidden, match, suffix_of, text_of
 from pixelgrow.errors import UserError
 
 ARCHIVE_SUFFIXES = (".gz", ".tgz", ".zst", ".bz2", ".tbz2", ".xz", ".txz", ".lz4", ".zip", ".7z", ".rar")
 BELOW = "shards in folders below"
-BESIDE = "images beside the shards"
 REPEATED = "members that a later one of their name replaces"
 _MAX_HEADER = 1 << 20  # bytes; of a long name, say
 _BLOCK = 512
