@@ -448,7 +448,7 @@ def test_a_stage_that_bad_steps_stopped_can_be_gone_on_from(tmp_path: Path, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(DenoiseObjective, "loss", loss)
-        with pytest.raises(UserError, match="put a train stage of another name in this one's place") as error:
+        with pytest.raises(UserError, match="replace this stage by a train stage of another name") as error:
             run(class_recipe(tmp_path, {"classes": 2}, images=32, max_bad_steps=2, sample_every=0, **LONG), tmp_path)
     checkpoint = tmp_path / "c" / "core" / "checkpoint"
     kept, saved = (

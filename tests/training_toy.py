@@ -1,4 +1,4 @@
-"""A small real training: a two-layer convolution that denoises patterns. Run as a script, it trains in a folder."""
+"""A small real training: two convolutions that denoise noise patterns. As a script, it trains in a folder."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def weights(toy: Toy, result: TrainResult) -> dict[str, Tensor]:
 
 
 def finish(folder: Path, images: int) -> int:
-    """A whole run of its own process; returns its exit status."""
+    """A whole run, of a process of its own; returns the exit status."""
     toy = Toy()
     try:
         result = run(folder, toy, images=images, save_every=max(8, images // 40), log_every=8, snapshot_every=0)
@@ -117,7 +117,7 @@ def finish(folder: Path, images: int) -> int:
 
 
 def fork(folder: Path, images: int) -> int:
-    """Start a run in a child (nothing has computed here yet, so a fork is safe); returns its process number."""
+    """Start a run in a child process; returns its number. Nothing has computed yet, so forking is safe."""
     child = os.fork()
     if not child:
         os._exit(finish(folder, images))

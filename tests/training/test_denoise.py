@@ -1,4 +1,4 @@
-"""The denoising objective on small real denoisers: it learns, resumes to the same bytes, leaves a frozen core alone."""
+"""The denoising objective on small real denoisers: it learns, resumes to the same bytes, changes no frozen core."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def core() -> Denoiser:
 
 
 def awake() -> Denoiser:
-    """A core whose zero-started tensors are random too: nothing passes by being zero."""
+    """A core whose tensors that start at zero are random too: no test passes because something is zero."""
     denoiser = core()
     for p in denoiser.parameters():
         torch.nn.init.normal_(p, std=0.1)
@@ -224,8 +224,8 @@ def test_dropping_and_noise_have_their_own_streams() -> None:
 
 @pytest.mark.parametrize(("side", "scales"), [(16, 1), (32, 1), (64, 2), (128, 3)])
 def test_the_multiscale_loss_goes_down_to_32_px(side: int, scales: int) -> None:
-    """simple diffusion, arXiv 2301.11093, section 3.4. A checkerboard of single pixels is no error at the scales below
-    its own, each as heavy as the first; an even error is one at all of them."""
+    """simple diffusion, arXiv 2301.11093, section 3.4. All scales weigh alike. A checkerboard of single pixels is an error
+    at the first scale alone, a constant error at all of them."""
 
     class Black(Denoiser):
         def forward(self, x: torch.Tensor, sigma: torch.Tensor, cond: Cond) -> torch.Tensor:

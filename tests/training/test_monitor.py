@@ -1,4 +1,4 @@
-"""Log, progress display, grids, seams, speeds, and the CPU's settings."""
+"""Log, progress display, grids, seams, speeds and memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pixelgrow.training.monitor import Hook, Meter
 from pixelgrow.training.objective import Terms
 
 
-def test_the_log_keeps_what_a_state_knows_of(tmp_path: Path) -> None:
+def test_the_log_keeps_the_lines_before_the_state(tmp_path: Path) -> None:
     log = Log(tmp_path)
     for i in range(5):
         log.write(i, {"loss": i / 3, "bad": float("nan")})
@@ -111,7 +111,7 @@ def brute_seams(images: np.ndarray, patch: int) -> float:
     return float(np.mean(across) / np.mean(inside))
 
 
-def test_seam_ratio_by_brute_force_and_by_sight() -> None:
+def test_seam_ratios_by_brute_force_and_on_plain_cases() -> None:
     noise = torch.randn(3, 3, 24, 16)
     assert monitor.seams(noise, [8])["seams_8"] == pytest.approx(brute_seams(noise.double().numpy(), 8))
     assert monitor.seams(torch.randn(8, 3, 64, 64), [8])["seams_8"] == pytest.approx(1, abs=0.05)
@@ -131,7 +131,7 @@ def test_a_grid_is_written_and_its_seams_logged(tmp_path: Path) -> None:
     hook = monitor.grid_hook(lambda: images, tmp_path, 10, columns=3, patches=(2, 8))
     assert hook.run(640) == {"seams_2": 1.0, "seams_8": 1.0}
     some = torch.cat([torch.rand(2, 3, 16, 16), torch.zeros(1, 3, 16, 16)])
-    alone = monitor.grid_hook(lambda: some, tmp_path / "some", 10, patches=(8,), drawn=slice(2, 3))
+    alone = monitor.grid_hook(lambda: some, tmp_path / "some", 10, patches=(8,), generated=slice(2, 3))
     assert alone.run(0) == {"seams_8": 1.0}
     assert monitor.grid_hook(lambda: some, tmp_path / "some", 10, patches=(8,)).run(0) != {"seams_8": 1.0}
     sheet = np.asarray(Image.open(tmp_path / "samples" / "000000640.png"))
@@ -143,7 +143,7 @@ def test_a_grid_is_written_and_its_seams_logged(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "samples").iterdir()] == ["000000640.png"]
 
 
-def test_a_grid_that_cannot_be_drawn_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_grid_that_cannot_be_sampled_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     def fails() -> torch.Tensor:
         raise UserError("sampling gave non-finite pixels")
 

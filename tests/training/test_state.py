@@ -1,4 +1,4 @@
-"""State on disk: whole or not at all, and a damaged file is told in one line that names it."""
+"""State on disk: written whole or not at all; a damaged file is one line that names it."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_damaged_tensors_are_named_in_one_line(tmp_path: Path, damage: Callable[
     text = str(error.value)
     assert str(file) in text
     assert "\n" not in text
-    assert f"delete the folder {file.parent} to go on from 1 images" in text
+    assert f"delete the folder {file.parent} to resume from 1 images" in text
     file.with_name("state.json").unlink(missing_ok=True)
     file.unlink(missing_ok=True)
     file.parent.rmdir()

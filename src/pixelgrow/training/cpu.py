@@ -1,4 +1,4 @@
-"""Making the processor's memory and arithmetic fit for training."""
+"""Settings of a CPU's memory allocator and arithmetic that make training faster."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def tune_allocator() -> bool:
     processor's time when training `tiny` at 32 px, a quarter at 64 px. The peak of memory grows by a few per cent.
     Returns whether the allocator took the settings (False where there is no glibc).
 
-    It holds until the process ends: glibc cannot go back to the thresholds that it adapted itself. So only a process
-    of our own calls this (the command line), never a function of the library.
+    They hold until the process ends: glibc cannot return to the thresholds that it had adapted itself. So the command
+    line calls this for its own process, and no function of the library does.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -30,7 +30,7 @@ def tune_allocator() -> bool:
 
 
 def trim() -> None:
-    """Hand freed memory back to the kernel after all: between stages, so that the next one's peak is its own."""
+    """Return freed memory to the kernel. Called between stages: the next one's peak is then its own."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -38,8 +38,8 @@ def trim() -> None:
 def flush_denormals(on: bool = True) -> int:
     """Flush denormal numbers to zero, or not, in every thread that computes; returns the number of threads set.
 
-    `torch.set_flush_denormal` sets the calling thread alone. Threads of a pool that has started keep what they had, and
-    results would depend on what ran before. So each thread of torch's OpenMP pool sets itself.
+    `torch.set_flush_denormal` sets the calling thread alone. The threads of a pool that has started keep their mode,
+    and results would depend on what ran before. So each thread of torch's OpenMP pool sets its own.
     """
     done = [torch.set_flush_denormal(on)]
     library = next(iter(sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*"))), None)
@@ -52,7 +52,7 @@ def flush_denormals(on: bool = True) -> int:
 
 @contextmanager
 def denormals_flushed() -> Iterator[None]:
-    """Denormal numbers count as zero in every thread that computes; afterwards as they did before.
+    """Within, denormal numbers are zero in every thread that computes; afterwards they are handled as before.
 
     Weights and gradients that decay towards zero become denormal, and arithmetic on them is many times slower.
     """

@@ -1,4 +1,4 @@
-"""The denoising objective: noise an image, ask for it back."""
+"""The denoising objective: add noise to an image, predict the image."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Conditions(Protocol):
-    """Where captions' encodings come from: `text_cache.TextCache`."""
+    """Gives the encodings of captions; `text.cache.TextCache` does."""
 
     def cond(self, texts: Sequence[str]) -> Cond:
         """The conditions of captions, on the CPU."""
@@ -36,9 +36,8 @@ class Conditions(Protocol):
 class DenoiseObjective:
     """Weighted squared error of the denoised image; noise level, noise and dropped conditions keyed by (seed, index).
 
-    What trains is the denoiser's `requires_grad` tensors, part "denoiser"; noise above the gates of all of them is cut
-    off its distribution. Logs the loss of each third of the training
-    distribution of noise levels as `loss_low`, `loss_middle`, `loss_high`.
+    The one part is "denoiser": its tensors with `requires_grad` train. Noise levels above the gates of all of them are
+    cut off the training distribution. Logs the loss of each third of it as `loss_low`, `loss_middle`, `loss_high`.
     """
 
     def __init__(self, denoiser: Denoiser, text: Conditions, settings: TrainSettings, seed: int) -> None:
@@ -80,7 +79,8 @@ class DenoiseObjective:
 
 
 def recompute_blocks(net: UViT) -> None:
-    """Keep of each transformer block and level half its input alone, and compute the rest again going backward."""
+    """Checkpoint activations: keep the input of each transformer block and level half, and compute the rest again in
+    the backward pass."""
     for block in (*net.core.blocks, *net.encoder.values(), *net.decoder.values()):
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
@@ -90,7 +90,7 @@ def validation_hook(
 ) -> Hook:
     """Log the error of held-out images (N, 3, H, W) by noise level at the core (`validation/0.5`), and its mean.
 
-    The same images, noise levels and noise each time: `heldout.denoising_error`. Also before the first step.
+    Images, noise levels and noise are the same each time (`heldout.denoising_error`). Also runs before the first step.
     """
     device = next(denoiser.parameters()).device
     images, cond = images.to(device), cond.to(device)

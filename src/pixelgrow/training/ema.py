@@ -1,8 +1,8 @@
 """Power-function averages of weights (Karras et al. 2024, EDM2, arXiv 2312.02696, section 3), counted in images.
 
 The average of exponent gamma at time t weighs the weights at time tau by tau^gamma (eq. 1). The relative standard
-deviation of that profile, sigma_rel, is its length and names it. Averages of other lengths are put together afterwards
-from stored ones (section 3.2).
+deviation of that profile, sigma_rel, is called its length. Averages of other lengths are combined afterwards from
+stored ones (section 3.2).
 """
 
 from __future__ import annotations
@@ -50,22 +50,22 @@ class Ema:
 
     @torch.no_grad()
     def update(self, before: int, now: int) -> None:
-        """Take in the weights as they are after the step from `before` to `now` images.
+        """Add the current weights, those after the step from `before` to `now` images.
 
-        They stand for all of (before, now], which makes beta = (before / now)^(gamma + 1), eq. 2 with 1 / t in images.
+        They stand for all of (before, now], which makes beta = (before / now)^(gamma + 1): eq. 2 with times in images.
         """
         new = [p.detach() for p in self.parameters.values()]
         if new:
             torch._foreach_lerp_(list(self.tensors.values()), new, 1 - (before / now) ** (self.gamma + 1))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The module's state dict with the averages in the place of what trains; the rest is shared, not copied."""
+        """The module's state dict with averages in place of trainable tensors; the others are shared, not copied."""
         state = self.module.state_dict()
         return {n: self.tensors.get(n, t) for n, t in state.items()}
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Lend the averages to the module: tensors are exchanged, nothing is copied, and all is put back."""
+        """Within, the module's trainable tensors are the averages. Tensors are exchanged, not copied, and put back."""
         mine = {n: p.data for n, p in self.parameters.items()}
         try:
             for n, p in self.parameters.items():
@@ -88,7 +88,7 @@ def _dot(t_a: np.ndarray, gamma_a: np.ndarray, t_b: np.ndarray, gamma_b: np.ndar
 
 @dataclass(frozen=True)
 class Mixture:
-    """Weights (N,) float64 of N stored averages, and the relative error of the profile they add up to."""
+    """Weights (N,) float64 of N stored averages, and the relative error of the profile that they add up to."""
 
     weights: np.ndarray
     error: float
@@ -98,7 +98,7 @@ def solve_weights(images: Sequence[int], lengths: Sequence[float], at: int, leng
     """The mixture of stored averages closest to a wanted one, in least squares of their profiles (section 3.2).
 
     images, lengths: when each was stored and its sigma_rel. at, length: the same of the wanted average.
-    Times are taken relative to `at`; profiles that nearly depend on each other are resolved by the pseudo-inverse.
+    Times are relative to `at`; the pseudo-inverse handles profiles that are nearly linearly dependent.
     """
     t, gamma = np.asarray(images, dtype=np.float64) / at, np.array([gamma_of(s) for s in lengths])
     one, wanted = np.ones(1), np.array([gamma_of(length)])
@@ -110,13 +110,13 @@ def solve_weights(images: Sequence[int], lengths: Sequence[float], at: int, leng
 
 
 def reconstruct(folder: Path, length: float, images: int | None = None) -> dict[str, Tensor]:
-    """The average of another length after a run, by parameter name, float32, from the snapshots it left in `folder`.
+    """The average of another length after a run, by parameter name, float32, from the snapshots in `folder`.
 
-    `module.load_state_dict(module.state_dict() | reconstruct(folder, 0.07))` puts it in a module.
+    `module.load_state_dict(module.state_dict() | reconstruct(folder, 0.07))` loads it into a module.
 
-    images: when it is taken, the last snapshot by default. Averages of half the shortest stored length and less, or
-    between snapshots, have profiles that the stored ones do not span: a warning tells by how much.
-    Raises UserError if there are no snapshots, or the length is out of range.
+    images: the time of the average, by default that of the last snapshot. The stored profiles do not span those of
+    averages of half the shortest stored length and less, or between snapshots: a warning gives the error.
+    Raises UserError if there are no snapshots, one is damaged, or the length is out of range.
     """
     if not 0 < length < MAX_EMA_LENGTH:
         raise UserError(f"ema length: got {length:g}, expected a number between 0 and {MAX_EMA_LENGTH:.3f}")
@@ -134,13 +134,13 @@ def reconstruct(folder: Path, length: float, images: int | None = None) -> dict[
     mixture = solve_weights([t for t, _ in stored], [s for _, s in stored], at, length)
     if mixture.error > 0.05:
         logger.warning(
-            "the average of length %g is met with an error of %.0f%%: snapshots are too few or too far from it; a "
-            "stage's snapshot_every and ema say what is stored",
+            "the average of length %g is approximated with an error of %.0f%%: snapshots are too few or too far from "
+            "it; a stage's snapshot_every and ema decide what is stored",
             length,
             100 * mixture.error,
         )
     total: dict[str, Tensor] = {}
-    weights = mixture.weights / mixture.weights.sum()  # a wanted profile that is met in part is no smaller network
+    weights = mixture.weights / mixture.weights.sum()  # a profile that is only approximated must not scale the network
     for (t, s), w in zip(stored, weights.tolist(), strict=True):
         with safe_open(files[t], framework="pt") as file:
             for key in file.keys():  # noqa: SIM118

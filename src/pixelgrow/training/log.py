@@ -1,4 +1,4 @@
-"""What a run says while it goes: a JSONL file, TensorBoard, and a line or a live bar for whoever watches."""
+"""What a run reports as it trains: a JSONL file, TensorBoard, and a live bar or lines on the terminal."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ logger = logging.getLogger(__name__)
 
 
 class Averages:
-    """Running means of named numbers; tensors stay on their device until they are read."""
+    """Running means of named numbers. Tensors stay on their device until the means are read."""
 
     def __init__(self, stored: Mapping[str, tuple[float, int]] | None = None) -> None:
         self.sums: dict[str, Tensor | float] = {n: total for n, (total, _) in (stored or {}).items()}
         self.counts: dict[str, int] = {n: count for n, (_, count) in (stored or {}).items()}
 
     def add(self, values: Mapping[str, Tensor | float]) -> None:
-        """Take in one set of numbers; a tensor of several counts as its mean."""
+        """Add one set of numbers; a tensor of several elements counts as its mean."""
         for name, value in values.items():
             number = value.detach().double().mean() if isinstance(value, Tensor) else float(value)
             self.sums[name] = self.sums[name] + number if name in self.sums else number
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def copy(self) -> Averages:
-        """The same sums, apart from what is added from now on."""
+        """A copy: what is added to one later is not in the other."""
         twin = Averages()
         twin.sums, twin.counts = dict(self.sums), dict(self.counts)
         return twin
 
     def stored(self) -> dict[str, tuple[float, int]]:
-        """Sums and counts since the last reading, in one transfer."""
+        """Sums and counts since the last `read`, in one transfer from the device."""
         tensors = {n: v for n, v in self.sums.items() if isinstance(v, Tensor)}
         moved: dict[str, float] = dict(
             zip(tensors, torch.stack(list(tensors.values())).tolist() if tensors else [], strict=True)
@@ -54,17 +54,17 @@ class Averages:
         return {n: (numbers[n], self.counts[n]) for n in self.sums}
 
     def read(self) -> dict[str, float]:
-        """The means since the last reading, and start again."""
+        """The means since the last `read`; starts anew."""
         means = {n: total / count for n, (total, count) in self.stored().items()}
         self.sums, self.counts = {}, {}
         return means
 
 
 class Log:
-    """`log.jsonl`, one line a record, `images` first; and the same numbers in TensorBoard's files if it is installed.
+    """`log.jsonl`, one record a line, `images` first; and the same numbers in TensorBoard's files if it is installed.
 
-    keep: how many lines to keep of what is there, those of the state that is gone on from; the rest, written after it
-    by a run that was cut off, is dropped.
+    keep: number of lines to keep of an existing file: those written before the state that the run resumes from. Later
+    ones, of a run that was cut off, are dropped.
     """
 
     def __init__(self, folder: Path, keep: int = 0, images: int = 0, tensorboard: bool = True) -> None:
@@ -88,7 +88,7 @@ class Log:
                 raise
 
     def write(self, images: int, values: Mapping[str, float]) -> None:
-        """One record; a number that is not finite is written as null."""
+        """Write one record; a number that is not finite becomes null."""
         record: dict[str, float | None] = {"images": images, "time": round(time.time(), 3)}
         record |= {n: float(f"{v:.6g}") if math.isfinite(v) else None for n, v in values.items()}
         with writing(self.path):
@@ -116,7 +116,7 @@ class Log:
 
 
 class Display:
-    """Progress for whoever watches: a live bar on a terminal, else a line every `pause` seconds through logging."""
+    """Progress: a live bar on a terminal, else a line every `pause` seconds through logging."""
 
     def __init__(self, name: str, images: int, start: int, console: Console | None = None, pause: float = 15.0) -> None:
         from rich.console import Console
@@ -141,7 +141,7 @@ class Display:
             self.task = self.bar.add_task(name, total=images, completed=start, note="")
 
     def update(self, images: int, note: str = "") -> None:
-        """Show where the run is; `note` is a short text such as the loss."""
+        """Show how far the run is; `note` is a short text such as the loss."""
         if self.bar is not None:
             self.bar.update(self.task, completed=images, note=note)
             return
@@ -166,7 +166,7 @@ class Display:
 
 
 def duration(seconds: float) -> str:
-    """A length of time for people: 42 s, 3 min 5 s, 2 h 10 min."""
+    """A length of time as text: 42 s, 3 min 5 s, 2 h 10 min."""
     s = round(seconds)
     if s < 60:
         return f"{s} s"

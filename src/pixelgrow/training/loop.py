@@ -1,7 +1,7 @@
 """One training loop for every objective: steps, averages, hooks, saving, exact resume.
 
-All progress is in images. What a step does is a function of the weights, the batch and (seed, images); so a run that is
-stopped anywhere and started again ends with the bytes of one that never stopped (on a CPU, with as many threads).
+Progress is counted in images. A step is a function of the state, the batch and (seed, images). So a run that is stopped
+anywhere and resumed ends with the same bytes as one that was never stopped (on a CPU, with the same number of threads).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,13 +28,13 @@ from pixelgrow.training.monitor import Hook
 from pixelgrow.training.objective import Objective, Terms, noise_levels
 from pixelgrow.training.periods import SaveClock, crossed
 from pixelgrow.training.settings import TrainSettings
-from pixelgrow.training.stopping import Interrupted, asked_to_stop
+from pixelgrow.training.stopping import Interrupted, stop_signals
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 logger = logging.getLogger(__name__)
-CHECKPOINT = "checkpoint"  # where in a run's folder its result is
+CHECKPOINT = "checkpoint"  # the result, in a run's folder
 Keep = Callable[[Path, int], None]
 
 
@@ -52,7 +51,8 @@ class Counters:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A finished run. averages: by part, one per length of the settings. Speed and share: since the last start."""
+    """A finished run. averages: by part, one per length of the settings. images_per_second and matmul_share: since the
+    run was last started or resumed; peak_memory: bytes."""
 
     images: int
     steps: int
@@ -79,21 +79,21 @@ def train(
     until: int | None = None,
     after: Path | None = None,
 ) -> TrainResult:
-    """Train until `settings.images` have been seen, going on from `folder/state` if there is one.
+    """Train until `settings.images` have been seen; resumes from `folder/state` if there is one.
 
-    A run in phases, each with other frozen tensors, is several calls with the same settings, so that one schedule runs
-    through them: the first ends at `until` images, the second goes on `after` the first's folder.
+    A run in phases with different frozen tensors takes one call for each phase, with the same settings: one schedule
+    runs through them all. The first phase ends at `until` images; the second names the first's folder in `after`.
 
-    batches: the stream of micro-batches (`settings.micro_batch` images each) from a stream position on.
+    batches: position in the stream -> the micro-batches from there on, of `settings.micro_batch` images each.
     folder: gets `state/`, `log.jsonl`, `tensorboard/`, `snapshots/`. The modules hold the last weights at the end.
     flops: per image, forward and backward; counted on the first batch if None.
-    keep: called as keep(folder / "checkpoint", images seen) if bad data or steps that are not finite stop the run after
-    it has learnt something: writes the modules, which then hold the first averages, as a result to use.
+    keep: writes a checkpoint of the modules. If bad data or non-finite steps stop the run, it is called as
+    keep(folder / "checkpoint", images seen) while the modules hold the first averages. Not called before any good step.
     until: images of the whole run after which this phase ends; `settings.images` if None.
-    after: folder of the phase before, used while `folder` has no state. Its counters, weights, averages and optimizer
-    state are carried on. Tensors that were frozen in it start from the module's weights, with averages equal to them
+    after: folder of the phase before, read if `folder` has no state. Counters, weights, averages and optimizer state
+    are taken from there. Tensors that were frozen in it start from the module's weights, with averages equal to them
     and an empty optimizer state.
-    Raises UserError (damaged state, full disk, bad data, too many steps that are not finite) and Interrupted.
+    Raises UserError (damaged state, full disk, bad data, too many non-finite steps) and Interrupted.
     """
     run = Training(objective, settings, Path(folder), seed, keep, until, after)
     return run.run(batches, hooks, name, flops, console)
@@ -124,7 +124,7 @@ class Training:
         self.averages = {part: [Ema(m, s) for s in settings.ema] for part, m in objective.modules.items()}
         self.counters = Counters()
         self.means = Averages()
-        self.bad = 0  # steps in a row that were not finite; never saved, as what is saved is before them
+        self.bad = 0  # steps in a row that were not finite; not saved, as a state is that before them
         self.saved, self.clock = -1, SaveClock()
         self.resume(after)
         self.good = self._now(self.counters.lines)
@@ -132,7 +132,7 @@ class Training:
     # --- state -----------------------------------------------------------------------------------------------------
 
     def tensors(self) -> dict[str, Tensor]:
-        """The live tensors of the state by name. Frozen parameters are not among them: they are the parent's."""
+        """The tensors of the state by name, not copied. Frozen parameters are left out: they are those of the start."""
         named: dict[str, Tensor] = {}
         for part, module in self.objective.modules.items():
             kept = module.state_dict().keys()
@@ -149,13 +149,13 @@ class Training:
         return replace(self.counters, lines=lines), self.means.copy(), self._writes()
 
     def _writes(self) -> list[int]:
-        """How often each buffer was written."""
+        """The number of writes to each buffer so far."""
         return [b._version for m in self.objective.modules.values() for b in m.buffers()]
 
     def save(self, log: Log) -> None:
-        """Write the state after the last good step, unless it was, or the tensors have moved since."""
+        """Write the state after the last good step, unless it is written already, or the tensors have changed since."""
         c, means, writes = self.good
-        # A skipped step leaves the tensors as they were, unless another part was updated in it, or buffers.
+        # A skipped step changes no tensor, except that it may update another part, or buffers.
         if self.saved == c.images or (self.bad and (len(self.parameters) > 1 or writes != self._writes())):
             return
         began = self.clock.clock()
@@ -165,20 +165,20 @@ class Training:
         self.clock.saved(began)
 
     def _rescue(self, log: Log) -> None:
-        """Before a mistake stops the run: save what was done since the last time, keep a result that can be used."""
+        """Before a UserError stops the run: save the state, and write a checkpoint that can be used."""
         if not self.good[0].images:
             return
         try:
             self.save(log)
             if self.keep is not None:
-                with self.averaged():
+                with monitor.averaged(self.objective, self.averages, self.device, self.dtype):
                     self.keep(self.folder / CHECKPOINT, self.good[0].images)
-        except UserError as error:  # the mistake itself is what the user has to know
+        except UserError as error:  # what is raised is the error that stopped the run
             logger.warning("%s", error)
 
     @torch.no_grad()
     def resume(self, after: Path | None = None) -> None:
-        """Load the newest state, if there is one; else the last one of the phase before, whose folder is `after`."""
+        """Load the newest state, if there is one; else the last one of the phase before, in the folder `after`."""
         folder = self.folder
         found = state.load(folder / "state")
         if found is None and after is not None:
@@ -199,7 +199,7 @@ class Training:
             if p is not None:
                 slots.setdefault(p, {})[slot] = stored.pop(key)
         live = {n: t for n, t in self.tensors().items() if not n.startswith("optimizer/")}
-        if folder == after:  # what was frozen there has no state
+        if folder == after:  # tensors that were frozen there are not in its state
             live = {n: t for n, t in live.items() if n in stored}
         odd = sorted(live.keys() ^ stored.keys())
         odd += [
@@ -231,7 +231,7 @@ class Training:
             optim.set_rate(self.optimizers[part], s.lr * self.objective.rates[part] * optim.rate(middle, s))
             terms = self._gradients(micro, part)
             grads = [p.grad for p in self.parameters[part].values() if p.grad is not None]
-            # the only values a step waits for: whether it is sound, and by how much to clip
+            # The only values that a step waits for: whether it is finite, and by how much to clip.
             loss, norm = torch.stack(
                 [torch.stack([t.loss.detach() for t in terms]).double().sum(), get_total_norm(grads, foreach=True)]
             ).tolist()
@@ -248,7 +248,7 @@ class Training:
                     self.means.add({prefix + n: v for n, v in t.logs.items()})
             else:
                 good = False
-                self._stumbled(part, loss, norm, terms)
+                self._skip(part, loss, norm, terms)
             for m in self.objective.modules.values():
                 m.zero_grad(set_to_none=True)
         c.images += s.batch
@@ -265,7 +265,8 @@ class Training:
             terms.append(one)
         return terms
 
-    def _stumbled(self, part: str, loss: float, norm: float, terms: Sequence[Terms]) -> None:
+    def _skip(self, part: str, loss: float, norm: float, terms: Sequence[Terms]) -> None:
+        """Log a step that is not finite; UserError if there were too many in a row."""
         c, limit = self.counters, self.settings.max_bad_steps
         where = f"step {c.steps + 1} ({c.images:,} images) of {part}: loss {loss:.3g}, gradient norm {norm:.3g}"
         where += noise_levels(terms)
@@ -275,14 +276,14 @@ class Training:
         logger.warning("skipped %s", where)
 
     def _remedy(self) -> str:
-        other = "a lower lr, or precision: fp32"
+        other = "a lower lr" + (", or precision: fp32" if self.dtype == torch.bfloat16 else "")
         if not self.good[0].images:
-            return f"nothing was learnt before: delete {self.folder} and begin again with {other}"
+            return f"no step before was good: delete {self.folder} and begin again with {other}"
         if self.keep is None:
             return f"the last good state is kept in {self.folder / 'state'}: begin a new run with {other}"
         return (
-            f"what was learnt before is kept in {self.folder / CHECKPOINT}: put a train stage of another name in this "
-            f"one's place, with that folder as its from: and {other}"
+            f"the result so far is kept in {self.folder / CHECKPOINT}: replace this stage by a train stage of another "
+            f"name, with from: that folder, and {other}"
         )
 
     # --- the loop --------------------------------------------------------------------------------------------------
@@ -306,7 +307,7 @@ class Training:
         try:
             with (
                 process.settings(self.device, s.compile),
-                asked_to_stop() as stop,
+                stop_signals() as stop,
                 Display(name, self.until, c.images, console) as display,
             ):
                 while True:
@@ -335,7 +336,7 @@ class Training:
                         before = c.images
                         self.step(micro)
                         worked = time.perf_counter() - began
-                    except UserError:  # bad data, a worker that died, or steps that are not finite
+                    except UserError:  # bad data, a worker that died, or too many non-finite steps
                         self._rescue(log)
                         raise
                     meter.add(s.batch, worked, waited)
@@ -353,7 +354,7 @@ class Training:
     def _compile(self) -> None:
         if self.settings.compile:
             for module in self.objective.modules.values():
-                module.compile(dynamic=False)  # few shapes; the dynamic ones fail on a CPU (torch 2.13)
+                module.compile(dynamic=False)  # there are few shapes; dynamic ones fail on a CPU (torch 2.13)
 
     def _report(self, log: Log, meter: monitor.Meter) -> None:
         first = next(iter(self.optimizers))
@@ -363,7 +364,7 @@ class Training:
         log.write(self.counters.images, values | meter.values)
 
     def _look(self, hooks: Sequence[Hook], before: int, log: Log) -> None:
-        """Call the hooks that are due and keep a snapshot of the averages if one is."""
+        """Write a snapshot of the averages and run hooks, if due."""
         c, s = self.counters, self.settings
         if s.snapshot_every and c.images and (crossed(s.snapshot_every, before, c.images) or c.images >= self.until):
             for part, emas in self.averages.items():
@@ -371,31 +372,10 @@ class Training:
                 state.write_tensors(self.folder / "snapshots" / part / f"{c.images:012d}.safetensors", kept)
         for hook in hooks:
             if hook.due(before, c.images, self.until):
-                with self.averaged():
+                with monitor.averaged(self.objective, self.averages, self.device, self.dtype):
                     values = hook.run(c.images)
                 if values:
                     log.write(c.images, {f"{hook.name}/{n}": v for n, v in values.items()})
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """The modules with the first averages as weights, in eval mode, without gradients, randomness set aside."""
-        modules = self.objective.modules
-        training = [m for module in modules.values() for m in module.modules() if m.training]
-
-        def back() -> None:
-            for m in training:
-                m.training = True
-
-        with ExitStack() as stack:
-            for emas in self.averages.values():
-                if emas:
-                    stack.enter_context(emas[0].applied())
-            stack.enter_context(torch.random.fork_rng([self.device] if self.device.type == "cuda" else []))
-            stack.callback(back)
-            for module in modules.values():
-                module.eval()
-            with torch.no_grad(), precision.autocast(self.device, self.dtype):
-                yield
 
 
 def _next(stream: Iterator[Any], images: int) -> Any:

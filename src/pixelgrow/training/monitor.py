@@ -1,4 +1,4 @@
-"""What is looked at while a network trains: held-out error by noise level, sample grids, seams, speed, memory."""
+"""What is measured while a network trains: hooks, sample grids, seams, FLOPs, speed, memory."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pixelgrow import precision
 from pixelgrow.errors import UserError
 from pixelgrow.models.flops import counted
 from pixelgrow.pictures import grid, to_uint8
 from pixelgrow.training import cpu
+from pixelgrow.training.ema import Ema
 from pixelgrow.training.objective import Objective
 from pixelgrow.training.periods import crossed
 from pixelgrow.writing import atomic
@@ -31,11 +33,11 @@ UNSEEN = 1e-8  # squared difference of pixels in [-1, 1]; an 8-bit step is 6e-5
 
 @dataclass(frozen=True)
 class Hook:
-    """Something to do at certain image counts, with the averaged weights, in eval mode, without gradients.
+    """Something to run at certain image counts, with the averaged weights, in eval mode, without gradients.
 
-    run: called with the images seen; returns numbers to log under `name/`. It is a pure function of them and of the
-    weights: it may be called again after a resume, and must not touch what trains.
-    every: in images, 0 for never; it is also called at the end, and before the first step if `at_start`.
+    run: called with the images seen; returns numbers to log under `name/`. Must be a function of the images and the
+    weights alone, as it may run again after resuming, and must not change the networks.
+    every: period in images, 0 for never. The hook also runs at the end, and before the first step if `at_start`.
     """
 
     name: str
@@ -44,10 +46,37 @@ class Hook:
     at_start: bool = False
 
     def due(self, before: int, now: int, end: int) -> bool:
-        """Whether `every` was crossed by the step from `before` to `now` images."""
+        """Whether the hook runs after the step from `before` to `now` images of a training of `end`."""
         if not self.every:
             return False
         return now >= end or (now == 0 and self.at_start) or crossed(self.every, before, now)
+
+
+@contextmanager
+def averaged(
+    objective: Objective, averages: Mapping[str, Sequence[Ema]], device: torch.device, dtype: torch.dtype
+) -> Iterator[None]:
+    """Within, the parts hold their first averages, in eval mode, without gradients; random numbers are restored.
+
+    averages: of each part. dtype: what its forward passes compute in.
+    """
+    modules = objective.modules.values()
+    training = [m for module in modules for m in module.modules() if m.training]
+
+    def back() -> None:
+        for m in training:
+            m.training = True
+
+    with ExitStack() as stack:
+        for emas in averages.values():
+            if emas:
+                stack.enter_context(emas[0].applied())
+        stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
+        stack.callback(back)
+        for module in modules:
+            module.eval()
+        with torch.no_grad(), precision.autocast(device, dtype):
+            yield
 
 
 def grid_hook(
@@ -56,23 +85,23 @@ def grid_hook(
     every: int,
     columns: int = 8,
     patches: Sequence[int] = (8,),
-    drawn: slice = slice(None),
+    generated: slice = slice(None),
 ) -> Hook:
-    """Write `samples/<images>.png` of `sample() -> (B, 3, H, W)` in [-1, 1] and log the energy ratios at its seams.
+    """Write `samples/<images>.png` of `sample() -> (B, 3, H, W)` in [-1, 1] and log the energy ratios at seams.
 
-    sample: draws the same pictures of the same noise each time. patches: sides of the network's patches in pixels, each
-    logged as `seams_<side>`, over the pictures `drawn` by the network. Pictures that cannot be drawn are no reason to
-    stop: a warning says why.
+    sample: generates images from the same noise and conditions each time. patches: sides of the network's patches in
+    pixels; the ratio at each is logged as `seams_<side>`. generated: the rows that the network made; seams are measured
+    on these. If sampling fails, training goes on, and a warning says why.
     """
 
     def run(images: int) -> Mapping[str, float]:
         try:
-            pictures = sample().float().cpu()
+            made = sample().float().cpu()
         except UserError as error:
             logger.warning("no sample grid at %s images: %s", f"{images:,}", error)
             return {}
-        save_grid(pictures, folder / "samples" / f"{images:09d}.png", columns)
-        return seams(pictures[drawn], patches)
+        save_grid(made, folder / "samples" / f"{images:09d}.png", columns)
+        return seams(made[generated], patches)
 
     return Hook("samples", every, run)
 
@@ -84,7 +113,7 @@ def save_grid(images: Tensor, path: Path, columns: int = 8) -> None:
 
 
 class Seams:
-    """Energy of the differences across patch boundaries over that inside patches, of images that come in batches.
+    """Ratio of the energy of differences across patch boundaries to that inside patches, of images added in batches.
 
     patches: sides of patches in pixels. The energy is the mean squared difference of neighbouring pixels: of each pair
     of rows and of columns, then of all pairs.
@@ -128,7 +157,7 @@ def seams(images: Tensor, patches: Sequence[int]) -> dict[str, float]:
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """The machine's rate of matrix products in FLOP/s: the best of repeated square products."""
+    """The device's rate of matrix products in FLOP/s: the best of repeated square products."""
     n = 1536 if device.type == "cpu" else 8192
     a, b = (torch.ones(n, n, device=device, dtype=dtype) for _ in range(2))
     out, best, began = a @ b, float("inf"), time.perf_counter()
@@ -144,8 +173,8 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) 
 def flops_per_image(objective: Objective, batch: Any) -> float:
     """FLOPs of matrix products, convolutions and attention per image, forward and backward, of all parts.
 
-    batch: a frozen dataclass of tensors and tuples over images, or None. Its first two are run through; no gradient is
-    left.
+    batch: a frozen dataclass whose fields are tensors or tuples over images, or None. Its first two images are used.
+    Gradients and buffers are left as they were.
     """
     few = dataclasses.replace(
         batch, **{f.name: v[:2] for f in dataclasses.fields(batch) if (v := getattr(batch, f.name)) is not None}
@@ -158,7 +187,7 @@ def flops_per_image(objective: Objective, batch: Any) -> float:
     buffers = [b for module in objective.modules.values() for b in module.buffers()]
     kept = [b.clone() for b in buffers]
     total = counted(work)
-    for b, was in zip(buffers, kept, strict=True):  # a look is no step: a run that goes on looks again
+    for b, was in zip(buffers, kept, strict=True):  # counting is no step, and a run that resumes counts again
         b.copy_(was)
     for module in objective.modules.values():
         module.zero_grad(set_to_none=True)
@@ -166,22 +195,22 @@ def flops_per_image(objective: Objective, batch: Any) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device, so that a clock can be read."""
+    """Wait until the device is idle; for reading a clock."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def reset_peak(device: torch.device) -> None:
-    """Let `peak_memory` count from now on; on a CPU where the system can (Linux, proc(5))."""
+    """Start `peak_memory` anew; for a CPU only where the system can (Linux, proc(5))."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     cpu.trim()
-    with suppress(OSError):  # no such file elsewhere, or not ours to write in a sandbox
+    with suppress(OSError):  # elsewhere there is no such file; in a sandbox it may not be writable
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes in use since `reset_peak`: of tensors on a GPU, of the process on a CPU."""
+    """The most bytes in use since `reset_peak`: by tensors on a GPU, by the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with suppress(OSError):
@@ -192,7 +221,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 class Meter:
-    """Images a second, the share of the time spent waiting for data, the share of the matrix-product rate."""
+    """Images per second, the share of time spent waiting for data, the share of the matrix-product rate achieved."""
 
     def __init__(self, flops: float | None, rate: float) -> None:
         self.flops, self.rate = flops, rate
@@ -202,12 +231,12 @@ class Meter:
         self.note = ""
 
     def add(self, images: int, seconds: float, waited: float) -> None:
-        """One step's images, its time and the time before it that no batch was there."""
+        """Add a step: its images, its seconds, and the seconds that it waited for its batch."""
         self.window = [self.window[0] + images, self.window[1] + seconds, self.window[2] + waited]
         self.total = [self.total[0] + images, self.total[1] + seconds + waited]
 
     def read(self, loss: float | None) -> None:
-        """Numbers of the time since the last reading."""
+        """Compute `values` and `note` of the time since the last `read`."""
         images, seconds, waited = self.window
         speed = images / (seconds + waited)
         self.values = {"images_per_second": speed, "waited": waited / (seconds + waited)}
@@ -218,10 +247,10 @@ class Meter:
 
     @property
     def speed(self) -> float:
-        """Images a second since the start."""
+        """Images per second since the start."""
         return self.total[0] / self.total[1] if self.total[0] else 0.0
 
     @property
     def share(self) -> float | None:
-        """Share of the matrix-product rate since the start, waiting included."""
+        """Share of the matrix-product rate achieved since the start, waiting included."""
         return self.flops * self.speed / self.rate if self.flops else None

@@ -1,4 +1,4 @@
-"""What a training loop optimises: networks and a loss, nothing else."""
+"""What the training loop optimises: networks and a loss."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Terms:
-    """One micro-batch's loss and what to log of it.
+    """The loss of one micro-batch and what to log.
 
-    loss: scalar, what is differentiated; a mean over the micro-batch.
+    loss: scalar to differentiate, a mean over the micro-batch.
     logs: more numbers, averaged over steps; tensors stay on their device until they are written.
-    sigma, losses: (B,) noise levels and losses of the micro-batch's samples; a step that is not finite is told by the
-    noise levels of those that are not.
+    sigma, losses: (B,) noise levels and losses of the samples; the message on a step that is not finite names the noise
+    levels of the samples at fault.
     """
 
     loss: Tensor
@@ -27,7 +27,7 @@ class Terms:
 
 
 def noise_levels(terms: Sequence[Terms]) -> str:
-    """`, noise level 0.0123`: of the samples whose losses are not finite; of all where only the gradient is not."""
+    """`, noise level 0.0123`: that of the samples whose losses are not finite; of all if only the gradient is not."""
     found = [t.sigma.detach().float().cpu() for t in terms if t.sigma is not None]
     wrong = [t.sigma[~t.losses.isfinite()].float().cpu() for t in terms if t.sigma is not None and t.losses is not None]
     levels = torch.cat(wrong if any(map(len, wrong)) else found) if found else torch.empty(0)
@@ -38,16 +38,16 @@ def noise_levels(terms: Sequence[Terms]) -> str:
 
 
 class Objective(Protocol):
-    """What trains and how well it does.
+    """Networks and their losses.
 
-    modules: what trains, by name, `requires_grad` already set; each has its own optimizer and averages, and they are
-    updated in turn within a step. rates: a factor on the learning rate of each.
+    modules: the networks that train (parts), by name, with `requires_grad` set. Each has its own optimizer and
+    averages; a step updates them in turn. rates: a factor on the learning rate of each.
     """
 
     modules: dict[str, nn.Module]
     rates: Mapping[str, float]
 
     def loss(self, batch: Any, part: str) -> Terms:
-        """The loss that `modules[part]` descends on a batch of the stage's stream, a frozen dataclass of tensors and
-        tuples over images. All randomness is keyed by `batch.index` (B,)."""
+        """The loss of `modules[part]` on a batch of the stage's stream, a frozen dataclass of tensors and tuples over
+        images. All randomness is keyed by `batch.index` (B,)."""
         ...

@@ -14,7 +14,7 @@ FUSED = ("cpu", "cuda", "xpu", "mps")  # devices with a fused AdamW (torch.optim
 
 
 def rate(images: float, settings: TrainSettings) -> float:
-    """Factor in (0, 1] on the learning rate when `images` have been seen: linear warm-up, then decay.
+    """Factor in [0, 1] on the learning rate when `images` have been seen: linear warm-up, then decay.
 
     cosine falls to 0 at the end of the run, inverse_sqrt as 1 / sqrt(images) from the end of the warm-up.
     """
@@ -29,15 +29,15 @@ def rate(images: float, settings: TrainSettings) -> float:
 
 
 def trainable(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that train, by name, a tied one once."""
+    """The parameters with `requires_grad`, by name; a tied one appears once."""
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 def optimizers(module: nn.Module, settings: TrainSettings) -> list[torch.optim.Optimizer]:
-    """AdamW over what trains in `module`, or RAdam; with `muon`, Muon over its matrices and AdamW over the rest.
+    """AdamW or RAdam over the trainable tensors of `module`; or Muon over its matrices and AdamW over the rest.
 
-    Frozen tensors get no state. Tensors of one dimension (biases, gains) are not decayed. Muon's updates are scaled to
-    the root mean square of AdamW's, so that one learning rate serves both. Its matrices are those of linear layers.
+    Frozen tensors get no state. Tensors of one dimension (biases, gains) are not decayed. Muon's matrices are those of
+    linear layers; its updates are scaled to the root mean square of AdamW's, so that one learning rate serves both.
     """
     parameters = trainable(module)
     linear = {id(m.weight) for m in module.modules() if isinstance(m, nn.Linear)}

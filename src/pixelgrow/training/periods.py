@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from time import monotonic
 
-SAVE_SECONDS = 900.0  # without a save, at most: that much work a run that is killed may lose
-SAVE_SHARE = 0.05  # of the time, at most, goes to saves that only the clock asks for
+SAVE_SECONDS = 900.0  # between saves; a run that is killed loses no more work than that
+SAVE_SHARE = 0.05  # of the time at most is spent on saves that are due by wall time alone
 
 
 def crossed(every: int | None, before: int, now: int) -> bool:
@@ -15,9 +15,9 @@ def crossed(every: int | None, before: int, now: int) -> bool:
 
 
 class SaveClock:
-    """Asks for a save when the last one is SAVE_SECONDS ago, or longer where saving itself is slow (SAVE_SHARE).
+    """Says when a save is due by wall time: SAVE_SECONDS after the last one, or later if saving is slow (SAVE_SHARE).
 
-    A state holds all that later steps depend on, so when it is saved changes no result.
+    A state holds all that later steps depend on, so the times of saves change no result.
     """
 
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:

@@ -1,4 +1,4 @@
-"""Settings of the whole process that training needs, for as long as it runs."""
+"""Settings of the whole process that hold while training runs."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ import torch
 from pixelgrow import precision
 from pixelgrow.training import cpu
 
-RECOMPILES = 64  # shapes of captions, in training and in sampling, that `compile` may meet
+RECOMPILES = 64  # one for each shape of a batch of captions, in training and in sampling
 
 
 @contextmanager
 def settings(device: torch.device, compiled: bool = False) -> Iterator[None]:
-    """Random numbers set aside; on a GPU, TF32; on a CPU, denormal numbers count as zero; `compiled`: room for
-    recompilations.
+    """Within: TF32 on a GPU, no denormal numbers on a CPU, and with `compiled` a higher limit of recompilations.
 
-    Afterwards the process is as it was: it may be the user's own, and go on with other work.
+    Afterwards these are as before, and so are torch's random numbers: the process may be a user's own.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))

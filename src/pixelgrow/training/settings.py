@@ -1,4 +1,4 @@
-"""What a stage's training is told: one pydantic model, every schedule counted in images."""
+"""Training settings of a recipe's stage: one pydantic model. Schedules and periods are counted in images seen."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pixelgrow.precision import Precision
 
 MAX_EMA_LENGTH = 12**-0.5  # of a plain average over the whole run (gamma = 0; EDM2, arXiv 2312.02696, section 3.1)
 
-Images = int  # a number of images seen, the unit of every schedule
-# Periods that a recipe leaves out: this fraction of the stage's images, or so many steps if these come first.
+Images = int  # a number of images seen
+# Periods that a recipe leaves out: 1/n of the stage's images, but at most so many steps.
 PERIODS = {
     "log_every": (200, 100),
     "save_every": (20, 10_000),
@@ -23,30 +23,73 @@ PERIODS = {
 
 
 class TrainSettings(BaseModel):
-    """Settings shared by every stage that trains.
+    """The settings that every stage that trains shares. The numbers in brackets are the defaults.
 
-    Lengths are in images seen; those left out are filled in from `images` (warmup 5%; log, save, validate, sample,
-    snapshot every 1/200, 1/20, 1/10, 1/10, 1/8 of it), so that what is written to `stage.json` is what was done.
-    Validation, samples and snapshots every 0 images mean never.
+    Length and batch
+        images            length of the training
+        batch             images per optimizer step [64]
+        accumulate        micro-batches per step, each with its own forward and backward pass; divides `batch`. More of
+                          them take less memory; the result is the same up to rounding [1]
+    Optimizer
+        optimizer         adamw; radam (with decoupled weight decay); muon for the matrices of linear layers, with
+                          AdamW for the rest [adamw]
+        lr                peak learning rate [1e-3]
+        warmup            images over which the rate rises from 0, linearly [5% of images]
+        decay             of the rate after the warm-up: cosine, to 0 at the end; inverse_sqrt; constant [cosine]
+        betas             decay rates of the gradient's averages, of AdamW and RAdam [0.9, 0.99]
+        weight_decay      of tensors of two or more dimensions; biases and gains are never decayed [0.01]
+        clip              limit of the gradient's global norm; 0 for none [1]
+    Averages of the weights (EDM2, arXiv 2312.02696)
+        ema               their lengths: the width (sigma_rel) of the averaging profile as a share of the training so
+                          far. The checkpoint holds the first [0.05, 0.10]
+    Objective, of a denoiser
+        cond_dropout      probability that an image's condition is replaced by the null condition, which classifier-free
+                          guidance needs [0.1]
+        noise             distribution of the noise level; see `NoiseConfig` [lognormal, mean -1.2, std 1.2]
+        weighting         weight of the squared error by noise level: edm, v, eps, sigmoid; see `denoiser.weight` [edm]
+        weighting_bias    bias of `weighting: sigmoid` [-3]
+        multiscale        average in the error of the image at 1/2, 1/4, ... of the resolution, down to 32 px (simple
+                          diffusion, arXiv 2301.11093, section 3.4; weights ours) [false]
+    Computation
+        precision         of forward passes: bf16, fp32, or auto, which is bf16 on a GPU that has it [auto]
+        compile           use `torch.compile` [false]
+        activation_checkpointing
+                          keep only the input of each block, and compute the rest again in the backward pass: less
+                          memory, more time, the same result [false]
+    Periods, in images. One that is left out is a share of `images`, but at most so many steps.
+        log_every         of a line in `log.jsonl` [1/200, 100 steps]
+        save_every        of a state to resume from; one is also saved every 15 minutes [1/20, 10,000 steps]
+        validate_every    of the held-out error; 0: never [1/10, 2,000 steps]
+        sample_every      of a grid of samples; 0: never [1/10, 5,000 steps]
+        snapshot_every    of a copy of the averages in half precision; `pixelgrow average` makes averages of other
+                          lengths from them; 0: never [1/8, 100,000 steps]
+    Data
+        flip              mirror half of the images; sources whose captions would become untrue are left as they are
+                          [false]
+        workers           processes that decode images; 0: the training's own process does [0]
+    Faults
+        max_bad_steps     a step whose loss or gradient is not finite is skipped; so many in a row stop the run [20]
+        bad_limit         files that cannot be read are skipped and listed; a larger share of a source's files stops the
+                          run [0.01]
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     images: Images = Field(ge=1)
-    batch: int = Field(64, ge=1, description="images per optimizer step, all micro-batches together")
-    accumulate: int = Field(1, ge=1, description="micro-batches per step; divides batch")
+    batch: int = Field(64, ge=1)
+    accumulate: int = Field(1, ge=1)
     lr: float = Field(1e-3, gt=0)
-    warmup: Images | None = Field(None, ge=0, description="linear warm-up; 5% of images if left out")
+    warmup: Images | None = Field(None, ge=0)
     decay: Literal["cosine", "constant", "inverse_sqrt"] = "cosine"
     optimizer: Literal["adamw", "muon", "radam"] = "adamw"
     betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = Field(0.01, ge=0, description="on tensors of two and more dimensions only")
-    clip: float = Field(1.0, ge=0, description="limit of the gradient's global norm; 0: none")
-    ema: tuple[float, ...] = Field((0.05, 0.10), description="relative lengths (sigma_rel of EDM2); the first is kept")
+    weight_decay: float = Field(0.01, ge=0)
+    clip: float = Field(1.0, ge=0)
+    ema: tuple[float, ...] = (0.05, 0.10)
     cond_dropout: float = Field(0.1, ge=0, le=1)
     noise: NoiseConfig = NoiseConfig()
     weighting: Weighting = "edm"
-    weighting_bias: float | None = Field(None, description="b of weighting: sigmoid; -3 if left out")
+    weighting_bias: float | None = None
     multiscale: bool = False
     precision: Precision = "auto"
     compile: bool = False
@@ -55,17 +98,15 @@ class TrainSettings(BaseModel):
     save_every: Images | None = Field(None, ge=1)
     validate_every: Images | None = Field(None, ge=0)
     sample_every: Images | None = Field(None, ge=0)
-    snapshot_every: Images | None = Field(None, ge=0, description="averages kept (fp16) to choose other lengths later")
-    max_bad_steps: int = Field(
-        20, ge=1, description="steps in a row with a non-finite loss or gradient before stopping"
-    )
+    snapshot_every: Images | None = Field(None, ge=0)
+    max_bad_steps: int = Field(20, ge=1)
     flip: bool = False
     workers: int = Field(0, ge=0)
-    bad_limit: float = Field(0.01, ge=0, le=1, description="share of unreadable images that a run survives")
+    bad_limit: float = Field(0.01, ge=0, le=1)
 
     @property
     def micro_batch(self) -> int:
-        """Images per forward pass: the batch size to ask the loader for."""
+        """Images per forward pass, which is the loader's batch size."""
         return self.batch // self.accumulate
 
     @field_validator("betas")
@@ -95,8 +136,8 @@ class TrainSettings(BaseModel):
     def _complete(self) -> Self:
         if self.batch % self.accumulate:
             raise ValueError(f"batch: got {self.batch}, expected a multiple of accumulate ({self.accumulate})")
-        if self.decay == "inverse_sqrt" and self.warmup == 0:  # it falls from the end of the warm-up on
-            raise ValueError("warmup: got 0 with decay: inverse_sqrt, expected 1 image or more; 5% of them is usual")
+        if self.decay == "inverse_sqrt" and self.warmup == 0:  # its decay begins where the warm-up ends
+            raise ValueError("warmup: got 0 with decay: inverse_sqrt, expected 1 or more; 5% of images is usual")
         if self.warmup is None:
             object.__setattr__(self, "warmup", self.images // 20)
         for name, (parts, steps) in PERIODS.items():

@@ -1,7 +1,7 @@
-"""What a run needs to go on exactly: written whole or not at all, checked when read.
+"""The state that a run resumes from exactly: written whole or not at all, checked when read.
 
-`state/<images>/` holds `state.safetensors` (tensors) and `state.json` (counters, checksum). A state is written beside
-under a temporary name, flushed to the disk, and renamed; the one before it is kept, older ones are deleted.
+`state/<images>/` holds `state.safetensors` (tensors) and `state.json` (counters, checksum). A state is written under a
+temporary name, flushed to the disk, and renamed; the one before it is kept, older ones are deleted.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TENSORS, COUNTERS = "state.safetensors", "state.json"
 
 @dataclass(frozen=True)
 class State:
-    """A state as read: tensors by name, and what was counted."""
+    """A state as read: tensors by name, and counters."""
 
     tensors: dict[str, Tensor]
     counters: dict[str, Any]
@@ -47,7 +47,7 @@ def _store(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def save(folder: Path, images: int, tensors: Mapping[str, Tensor], counters: Mapping[str, Any]) -> None:
     """Save the state after `images` in `folder`; a state of the same count is replaced.
 
-    Raises UserError if the disk is full: what was there stays as it was.
+    Raises UserError if the disk is full; the states saved before are kept.
     """
     temporary, final = folder / f".{images}.part", folder / f"{images:012d}"
     with writing(final):
@@ -90,7 +90,7 @@ def load(folder: Path) -> State | None:
     if not saved:
         return None
     newest = saved[-1]
-    before = f" to go on from {int(saved[-2].name)} images" if len(saved) > 1 else " to start this stage again"
+    before = f" to resume from {int(saved[-2].name)} images" if len(saved) > 1 else " to start this stage again"
     remedy = f"delete the folder {newest}{before}"
     try:
         record = json.loads((newest / COUNTERS).read_text(encoding="utf-8"))
@@ -130,7 +130,7 @@ def _saved(folder: Path) -> list[Path]:
 
 
 def _discard(folder: Path) -> None:
-    """Delete a state so that half of it is never taken for a whole one."""
+    """Delete a state; it is renamed first, so that one half deleted is never read."""
     gone = folder.with_name(f".{folder.name}.old.part")
     folder.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Being asked to stop: a signal is noted, the step is finished, and the run says how to go on."""
+"""Stopping by a signal: it is noted, the step is finished, and the message says how to resume."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class Interrupted(Exception):
-    """The run was asked to stop by a signal, finished its step and saved; `status` is 128 + the signal."""
+    """A signal stopped the run, which finished its step and saved; `status` is 128 + the signal."""
 
     def __init__(self, signum: int, images: int) -> None:
         name = signal.Signals(signum).name
@@ -20,26 +20,26 @@ class Interrupted(Exception):
 
 
 @contextmanager
-def asked_to_stop() -> Iterator[list[int]]:
-    """A list that fills when SIGTERM, SIGINT or SIGHUP arrives; a second signal has its usual effect.
+def stop_signals() -> Iterator[list[int]]:
+    """A list that SIGTERM, SIGINT and SIGHUP are added to as they arrive; the second one has its usual effect.
 
-    A signal that is ignored, as SIGHUP is under nohup, stays so. For the main thread.
+    A signal that the process ignores, as SIGHUP under nohup, stays ignored. Without effect outside the main thread.
     """
-    asked: list[int] = []
+    got: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield asked
+        yield got
         return
     usual: dict[int, Any] = {}
 
     def note(signum: int, frame: FrameType | None) -> None:
-        asked.append(signum)
+        got.append(signum)
         signal.signal(signum, usual[signum])
 
-    for asked_by in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(asked_by) is not signal.SIG_IGN:
-            usual[asked_by] = signal.signal(asked_by, note)
+    for caught in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(caught) not in (signal.SIG_IGN, None):  # None: a handler that is not Python's
+            usual[caught] = signal.signal(caught, note)
     try:
-        yield asked
+        yield got
     finally:
         for signum, handler in usual.items():
             signal.signal(signum, handler)
