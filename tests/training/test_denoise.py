@@ -224,8 +224,8 @@ def test_dropping_and_noise_have_their_own_streams() -> None:
 
 @pytest.mark.parametrize(("side", "scales"), [(16, 1), (32, 1), (64, 2), (128, 3)])
 def test_the_multiscale_loss_goes_down_to_32_px(side: int, scales: int) -> None:
-    """simple diffusion, arXiv 2301.11093, section 3.4. All scales weigh alike. A checkerboard of single pixels is an error
-    at the first scale alone, a constant error at all of them."""
+    """simple diffusion, arXiv 2301.11093, section 3.4. All scales weigh alike. A checkerboard of single pixels is an
+    error at the first scale alone, a constant error at all of them."""
 
     class Black(Denoiser):
         def forward(self, x: torch.Tensor, sigma: torch.Tensor, cond: Cond) -> torch.Tensor:
