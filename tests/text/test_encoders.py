@@ -125,6 +125,7 @@ def test_class_labels() -> None:
 
 def test_class_names_are_labels_too() -> None:
     assert as_labels(["light", "0", "01"], ["dark", "light"], 2) == ["1", "0", "1"]
+    assert as_labels(["e\u0301te\u0301"], ["hiver", "\xe9t\xe9"], 2) == ["1"]  # NFD, as some keyboards send it
     assert as_labels(["10", "2", "0"], ["0", "10", "2"], 3) == ["1", "2", "0"]
     with pytest.raises(UserError, match="class 'cat' is unknown: expected one of dark, light, or a number from 0 to 1"):
         as_labels(["dark", "cat"], ["dark", "light"], 2)

@@ -80,7 +80,10 @@ def recaption(ask: Recaption) -> str:
         whole.replace(ask.out)
         part.unlink()
     new = sum(bool(words_of) for words_of in said)
-    return f"{new} of {len(said)} images have a second caption: {ask.out}, to be the metadata.jsonl of {ask.source}"
+    place = "" if source.kind in ("metadata.jsonl", PairedFolder.kind) else f" in the place of its {source.kind}"
+    return (
+        f"{new} of {len(said)} images have a second caption: {ask.out}, to be the metadata.jsonl of {source.name}{place}"
+    )
 
 
 def _done(part: Path, told: dict[str, Any]) -> tuple[list[str | None], int]:

@@ -7,6 +7,7 @@ end-of-text token).
 from __future__ import annotations
 
 import logging
+import unicodedata
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -224,8 +225,9 @@ def as_labels(prompts: Sequence[str], names: Sequence[str], classes: int) -> lis
     """
     labels = []
     for prompt in prompts:
-        if prompt in names:
-            labels.append(str(names.index(prompt)))
+        name = unicodedata.normalize("NFC", prompt)  # as class folders are named, whatever the keyboard sends
+        if name in names:
+            labels.append(str(names.index(name)))
         elif prompt.isascii() and prompt.isdecimal() and int(prompt) < classes:
             labels.append(str(int(prompt)))
         else:

@@ -116,7 +116,7 @@ class Files:
 
     def __init__(self, root: str) -> None:
         self._root = os.fsencode(root)
-        self._tops = {os.path.abspath(root), os.path.realpath(root)}
+        self._tops = [key_of(os.path.abspath(self._root)) + "/", key_of(os.path.realpath(self._root)) + "/"]
         self._listed: dict[tuple[bytes, Callable[[str], str]], dict[str, list[bytes]]] = {}
 
     def inside(self, name: object) -> str:
@@ -125,8 +125,8 @@ class Files:
             raise BadImage(f"no {FILE_NAME}")
         plain = os.path.normpath(name)
         if os.path.isabs(plain):
-            top = next((top for top in self._tops if plain.startswith(top.rstrip("/") + "/")), None)
-            plain = os.path.relpath(plain, top) if top is not None else ".."
+            top = next((top for top in self._tops if form(plain).startswith(top)), None)
+            plain = form(plain).removeprefix(top) if top is not None else ".."
         if plain == ".." or plain.startswith("../"):
             raise BadImage("path leaves the folder")
         try:
