@@ -82,7 +82,8 @@ def recaption(ask: Recaption) -> str:
     new = sum(bool(words_of) for words_of in said)
     place = "" if source.kind in ("metadata.jsonl", PairedFolder.kind) else f" in the place of its {source.kind}"
     return (
-        f"{new} of {len(said)} images have a second caption: {ask.out}, to be the metadata.jsonl of {source.name}{place}"
+        f"{new} of {len(said)} images have a second caption: {ask.out}, to be the metadata.jsonl of "
+        f"{source.name}{place}"
     )
 
 
