@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from itertools import chain
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 GAP = 2  # white pixels between the images of a grid
+LABEL = 11  # pixels of a number below an image
 ELONGATED = 4  # the largest ratio of columns to rows, or of rows to columns, of a grid
 
 
@@ -43,13 +44,23 @@ def grid_size(size: tuple[int, int], columns: int, count: int) -> tuple[int, int
     return rows * (size[0] + GAP) - GAP, min(columns, count) * (size[1] + GAP) - GAP
 
 
-def grid(images: Iterable[np.ndarray], columns: int, count: int) -> Image.Image:
-    """One image of `count` >= 1 images (H, W, 3) uint8 of one size, row by row. `images` may be a generator."""
+def grid(images: Iterable[np.ndarray], columns: int, count: int, *, numbered: bool = False) -> Image.Image:
+    """One image of `count` >= 1 images (H, W, 3) uint8 of one size, row by row. `images` may be a generator.
+
+    `numbered`: with each image's number, from 0, below it.
+    """
     rest = iter(images)
     first = next(rest)
     h, w, _ = first.shape
-    sheet = np.full((*grid_size((h, w), columns, count), 3), 255, np.uint8)
+    cell = h + (LABEL if numbered else 0)
+    sheet = np.full((*grid_size((cell, w), columns, count), 3), 255, np.uint8)
     for i, image in enumerate(chain([first], rest)):
-        top, left = i // columns * (h + GAP), i % columns * (w + GAP)
+        top, left = i // columns * (cell + GAP), i % columns * (w + GAP)
         sheet[top : top + h, left : left + w] = image
-    return Image.fromarray(sheet)
+    made = Image.fromarray(sheet)
+    if numbered:
+        draw, font = ImageDraw.Draw(made), ImageFont.load_default(LABEL - 1)
+        for i in range(count):
+            place = (i % columns * (w + GAP) + w / 2, i // columns * (cell + GAP) + h)
+            draw.text(place, str(i), fill="black", font=font, anchor="ma")
+    return made

@@ -12,13 +12,13 @@ import pytest
 from PIL import Image
 
 import pixelgrow
+from exact_models import exact_model
 from onestep.test_features import save_both
-from pixelgrow import checkpoint
 from pixelgrow.data.scenes.source import Scenes
 from pixelgrow.diffusion.denoiser import Denoiser
 from pixelgrow.errors import UserError
-from pixelgrow.growth import grow_network, grown_config, ungrown
-from pixelgrow.model import Model, find
+from pixelgrow.growth import ungrown
+from pixelgrow.model import Model
 from pixelgrow.models.uvit import UViT
 from pixelgrow.search import best_of, judge_named
 from pixelgrow.search.judges import checker
@@ -28,14 +28,7 @@ FEW = {"steps": 3, "guidance": 2.0}
 
 @pytest.fixture(scope="module")
 def exact() -> Model:
-    """The shipped core, grown by an exact rung with random weights."""
-    denoiser, config = checkpoint.load(find("tiny"))
-    core = ungrown(denoiser)
-    net, _ = grow_network(core.net, grown_config(core.net.config, 64, "preserve", detail_std=0.1), "preserve")
-    for name, p in net.named_parameters():
-        if name.split(".")[1] == "64":
-            p.data.add_(0.05 * p.data.new_tensor(np.random.default_rng(p.numel()).standard_normal(p.shape)))
-    return Model(Denoiser(net, core.config).eval(), config.model_copy(update={"network": net.config}))
+    return exact_model()
 
 
 def down(image: Image.Image, k: int) -> np.ndarray:

@@ -81,7 +81,19 @@ def sample(
     prompts: Annotated[list[str] | None, typer.Argument(help="What to draw.")] = None,
     file: Annotated[Path | None, typer.Option("--prompts", help="More prompts, one a line.")] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="A PNG (a grid), or a folder (single files).")] = PICTURES,
-    n: Annotated[int, typer.Option("-n", min=1, help="Pictures of each prompt.")] = 1,
+    n: Annotated[
+        int | None, typer.Option("-n", min=1, help="Images of each prompt: 1; with --preview and --pick 64.")
+    ] = None,
+    preview: Annotated[
+        bool, typer.Option("--preview", help="Numbered thumbnails by the core alone: what the images average down to.")
+    ] = False,
+    pick: Annotated[str | None, typer.Option("--pick", help="Numbers of a preview to sample large: 3,17.")] = None,
+    best_of: Annotated[
+        int | None, typer.Option("--best-of", min=1, help="Let a --judge choose among so many thumbnails.")
+    ] = None,
+    judge: Annotated[
+        str | None, typer.Option("--judge", help="checker, a CLIP's folder or hub name, or MODULE:FUNCTION.")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Picture i of a call is a function of the seed and i.")] = 0,
     steps: Annotated[int | None, typer.Option("--steps", min=1)] = None,
     guidance: Annotated[float | None, typer.Option("--guidance", min=0, help="1: none.")] = None,
@@ -99,17 +111,20 @@ def sample(
     schedule: Annotated[
         str | None, typer.Option("--schedule", help="Noise levels: karras, or native, as dense as training was.")
     ] = None,
+    guide_details: Annotated[
+        bool | None, typer.Option("--guide-details/--guide-core", help="Guide the whole image, or the core alone.")
+    ] = None,
     batch: Annotated[int, typer.Option("--batch", min=1)] = 64,
 ) -> None:
-    """Draw pictures of prompts; the settings are in the PNGs' metadata."""
+    """Sample images from prompts; the settings are in the PNGs' metadata."""
     from pixelgrow.cli.sample import Request, sample_images
 
     request = Request(
         checkpoint=checkpoint, prompts=list(prompts or []), file=file, out=out, n=n, seed=seed, size=size, grid=grid,
-        guide=guide, batch=batch,
+        guide=guide, batch=batch, preview=preview, pick=pick, best_of=best_of, judge=judge,
         settings={
             "steps": steps, "guidance": guidance, "sampler": sampler, "threshold": threshold, "interval": interval,
-            "grid": schedule,
+            "grid": schedule, "guide_details": guide_details,
         },
     )  # fmt: skip
     for path in sample_images(request):

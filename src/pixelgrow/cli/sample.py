@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import re
 import sys
 import tempfile
@@ -16,25 +18,37 @@ from PIL import Image, PngImagePlugin
 from pixelgrow import __version__
 from pixelgrow.checkpoint import check_objective
 from pixelgrow.diffusion.guidance import Network
+from pixelgrow.diffusion.sampling import exact_factors
 from pixelgrow.errors import UserError
 from pixelgrow.model import Model, find
 from pixelgrow.pictures import columns_of, grid, grid_size
+from pixelgrow.search import best_of
 from pixelgrow.writing import writing
 
 MAX_IMAGES = 100_000  # of a call
+PREVIEWED = 64  # previews of a prompt, where -n does not say
+logger = logging.getLogger(__name__)
 MAX_GRID = 150_000_000  # pixels; image libraries refuse to open much larger files
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to sample and where to. `settings`: None for the checkpoint's own. `grid`: one file or many; None: a grid if
-    `out` is the name of a PNG."""
+    """What to sample and where to.
+
+    `settings`: None for the checkpoint's own. `grid`: one file or many; None: a grid if `out` is the name of a PNG. `n`
+    images of each prompt; None: 1, or PREVIEWED where thumbnails are made or picked from. `pick`: numbers of previews,
+    with commas. `best_of`: how many previews of each prompt the `judge` chooses its `n` from.
+    """
 
     checkpoint: str
     prompts: list[str]
     out: Path
     file: Path | None = None
-    n: int = 1
+    n: int | None = None
+    preview: bool = False
+    pick: str | None = None
+    best_of: int | None = None
+    judge: str | None = None
     seed: int = 0
     size: str | None = None
     grid: bool | None = None
@@ -46,14 +60,16 @@ class Request:
 def sample_images(request: Request) -> list[Path]:
     """Sample a request's images and write them, single files as they are made; returns the files. Raises UserError."""
     prompts = request.prompts + _read(request.file)
-    count = len(prompts) * request.n
-    if count > MAX_IMAGES:
+    _check_choice(request)
+    n = request.n or (PREVIEWED if request.preview or request.pick else 1)
+    if len(prompts) * max(n, request.best_of or 0) > MAX_IMAGES:
         raise UserError(
-            f"{len(prompts)} prompts with -n {request.n}: expected {MAX_IMAGES} images at most; sample them in "
-            "several calls, each with another --seed"
+            f"{len(prompts)} prompts with -n {n}: expected {MAX_IMAGES} images at most; sample them in several calls, "
+            "each with another --seed"
         )
     if not prompts:
         raise UserError("no prompt was given: write one after the checkpoint, or name a file with --prompts")
+    picked = None if request.pick is None else picked_numbers(request.pick, len(prompts) * n)
     size = None if request.size is None else parse_size(request.size)
     png = request.out.suffix.lower() == ".png"
     if not png and request.out.suffix.lower() in Image.registered_extensions():
@@ -67,35 +83,74 @@ def sample_images(request: Request) -> list[Path]:
     model = Model.from_pretrained(request.checkpoint)
     guide: Model | Network | None = None if request.guide is None else _guide(request.guide, model)
     size = size or (model.side, model.side)
-    columns = columns_of(len(prompts), request.n)
+    each, index = [p for p in prompts for _ in range(n)], list(range(len(prompts) * n))
+    if picked is not None:
+        each, index = [each[i] for i in picked], picked
+    k = math.prod(exact_factors(model.network)) if request.preview else 1
+    columns = columns_of(1, len(picked)) if picked else columns_of(len(prompts), n)
     if not single:
-        check_grid(request.out, size, columns, count)
+        check_grid(request.out, (size[0] // k, size[1] // k), columns, len(each))
     check_writable(request.out, folder, single)  # now, not when images have been made
-    each = [p for p in prompts for _ in range(request.n)]
-    images = model.stream(
-        each, seed=request.seed, size=size, guide=guide, batch=request.batch, progress=show_progress, **request.settings
-    )
+    given: dict[str, Any] = {
+        "seed": request.seed,
+        "size": size,
+        "guide": guide,
+        "batch": request.batch,
+    } | request.settings
+    if request.best_of is not None:
+        winners = best_of(model, prompts, judge=str(request.judge), of=request.best_of, keep=n, **given)
+        index = [i for winner in winners for i in winner.index]
+        for winner in winners:
+            scores = ", ".join(f"{i} ({score:.3g})" for i, score in zip(winner.index, winner.scores, strict=True))
+            logger.info("%s: best of %d by %s: %s", winner.prompt, request.best_of, request.judge, scores)
+    images = model.stream(each, index=index, preview=request.preview, progress=show_progress, **given)
     facts = {
         "checkpoint": str(find(request.checkpoint)),
         "sha256": model.config.sha256,
         "seed": request.seed,
         "size": list(size),
         **({"guide": request.guide} if request.guide else {}),
+        **({"preview": True} if request.preview else {}),
+        **({"best_of": request.best_of, "judge": request.judge} if request.best_of else {}),
         **model.settings(**request.settings),
     }
     if not single:
-        sheet = grid(map(np.asarray, images), columns, count)
+        sheet = grid(map(np.asarray, images), columns, len(each), numbered=request.preview)
         with writing(request.out):
-            save_png(sheet, request.out, facts | {"prompts": each})
+            save_png(sheet, request.out, facts | {"prompts": each, "index": index})
         return [request.out]
     stem = request.out.stem + "-" if png else ""
     paths = []
-    for i, (image, prompt) in enumerate(zip(images, each, strict=True)):
+    for i, image, prompt in zip(index, images, each, strict=True):
         path = folder / f"{stem}{i:04d}-{_slug(prompt)}.png"
         with writing(path):
             save_png(image, path, facts | {"prompt": prompt, "index": i})
         paths.append(path)
     return paths
+
+
+def _check_choice(request: Request) -> None:
+    """UserError for ways of choosing that do not go together."""
+    ways = {"--preview": request.preview, "--pick": request.pick is not None, "--best-of": request.best_of is not None}
+    chosen = [name for name, there in ways.items() if there]
+    if len(chosen) > 1:
+        raise UserError(f"{' and '.join(chosen)}: expected one of them; preview first, then pick")
+    if (request.judge is None) != (request.best_of is None):
+        raise UserError(
+            "--best-of N and --judge NAME go together: got one of them; judges are checker, a CLIP, or MODULE:FUNCTION"
+        )
+
+
+def picked_numbers(text: str, count: int) -> list[int]:
+    """`3,17` as numbers of `count` previews; UserError for anything else."""
+    parts = [part.strip() for part in text.split(",")]
+    wrong = [part for part in parts if not re.fullmatch(r"\d{1,9}", part) or int(part) >= count]
+    if wrong:
+        raise UserError(
+            f"--pick {text}: got {wrong[0]!r}, expected numbers of the preview, 0 to {count - 1}, with commas between; "
+            "give the same prompts, -n and --seed as there"
+        )
+    return [int(part) for part in parts]
 
 
 def check_grid(out: Path, size: tuple[int, int], columns: int, count: int) -> None:
