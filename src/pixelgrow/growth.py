@@ -85,6 +85,32 @@ def ungrown(denoiser: Denoiser) -> Denoiser:
     return type(denoiser)(net, denoiser.config).to(next(denoiser.parameters()).device).eval()
 
 
+def graft(below: UViT, donor: UViT) -> tuple[UViT, int]:
+    """The network of `below`'s rungs and, on them, those of `donor` above; and how many tensors are the donor's.
+
+    Where `below` has as many rungs as the donor or more, its own last ones give way to the donor's last. Raises
+    UserError unless both have the same weights below: a rung refines the image and the features that it was trained on.
+    """
+    ours, theirs = below.config, donor.config
+    height = min(len(ours.rungs), len(theirs.rungs) - 1)
+    if not height:
+        raise UserError("graft: the donor has no rung above its core: name a model that was grown by preserve")
+    shared = theirs.model_copy(update={"rungs": theirs.rungs[:height]})
+    if ours.model_copy(update={"rungs": ours.rungs[:height]}) != shared:
+        raise UserError("graft: the models below the rung have different shapes: expected two models of one core")
+    mine, given = below.state_dict(), donor.state_dict()
+    kept = inherited(given, theirs, shared)
+    odd = [name for name in kept if not torch.equal(mine[name], given[name])]
+    if odd:
+        raise UserError(
+            f"graft: {len(odd)} of {len(kept)} tensors below the rung differ, {odd[0]} the first: a rung fits the weights "
+            "that it was trained on; name models grown from one checkpoint, with core: frozen"
+        )
+    net = UViT(theirs)
+    net.load_state_dict(given | {name: mine[name] for name in kept}, strict=True)
+    return net.to(next(below.parameters()).device).eval(), len(given) - len(kept)
+
+
 def grown_config(
     config: NetConfig,
     to: int,

@@ -168,6 +168,18 @@ def average(
 
 
 @app.command()
+def graft(
+    core: Annotated[str, typer.Argument(help="The checkpoint to keep: a core, or a grown model.")],
+    rung: Annotated[str, typer.Option("--rung", help="The checkpoint whose rungs go on it, grown from the same core.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The new checkpoint's folder.")],
+) -> None:
+    """Put the rungs of one model on the same core of another: other details, the same thumbnails."""
+    from pixelgrow.cli.graft import graft_checkpoint
+
+    typer.echo(graft_checkpoint(core, rung, out))
+
+
+@app.command()
 def info(
     checkpoint: Checkpoint,
 ) -> None:
