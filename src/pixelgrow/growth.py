@@ -103,8 +103,8 @@ def graft(below: UViT, donor: UViT) -> tuple[UViT, int]:
     odd = [name for name in kept if not torch.equal(mine[name], given[name])]
     if odd:
         raise UserError(
-            f"graft: {len(odd)} of {len(kept)} tensors below the rung differ, {odd[0]} the first: a rung fits the weights "
-            "that it was trained on; name models grown from one checkpoint, with core: frozen"
+            f"graft: {len(odd)} of {len(kept)} tensors below the rung differ, {odd[0]} the first: a rung fits the "
+            "weights that it was trained on; name models grown from one checkpoint, with core: frozen"
         )
     net = UViT(theirs)
     net.load_state_dict(given | {name: mine[name] for name in kept}, strict=True)
