@@ -7,7 +7,7 @@ import pytest
 from data.test_sources import picture, write_metadata, write_tar
 from pixelgrow.data import open_mixture, open_source
 from pixelgrow.data.sources.folders import ClassFolder, PairedFolder
-from pixelgrow.data.sources.index import FileSource
+from pixelgrow.data.sources.index import CAPTIONS, FileSource
 from pixelgrow.data.sources.kinds import split_of
 from pixelgrow.data.sources.metadata import MetadataFolder
 from pixelgrow.data.sources.tars import TarShards
@@ -35,7 +35,12 @@ READ: list[tuple[tuple[str, ...], str, type[FileSource], str]] = [
     (("a.png", "a.txt"), "", PairedFolder, ""),
     (("x/a.png", "x/a.txt"), "", PairedFolder, ""),
     (("cat/a.png", "dog/b.png"), "", ClassFolder, "its 2 folders are taken for classes; write kind: classes to say so"),
-    (("cat/a.png", "dog/b.png", "notes.txt", "cover.png"), "", ClassFolder, "its 2 folders are taken for classes"),
+    (
+        ("cat/a.png", "dog/b.png", "notes.txt", "labels.txt", "cover.png"),
+        "",
+        ClassFolder,
+        "its 2 folders are taken for classes",
+    ),
     (("train/a.png", "car/b.png"), "", ClassFolder, "its 2 folders are taken for classes"),
     (("x.tar",), "", TarShards, ""),
     (
@@ -96,7 +101,9 @@ REFUSED: list[tuple[tuple[str, ...], str]] = [
     (("train/c/a.png", "test/c/a.png"), r"ROOT/train: its images are all in one folder, c,"),
     (("images/a.png", "x/metadata.csv"), r"its captions are in ROOT/x/metadata\.csv; name ROOT/x as the source"),
     (("cat/a.png", "dog/b.png", "captions.csv"), r"2 images, and a file captions\.csv that is not read; expected"),
-    (("cat/a.png", "dog/b.png", "labels.txt"), r"a file labels\.txt that is not read"),
+    (("cat/a.png", "dog/b.png", "all captions.txt"), r"a file all captions\.txt that is not read"),
+    (("cat/a.png", "cat/a.caption.txt", "dog/b.png"), r"files like cat/a\.caption\.txt beside cat/a\.png"),
+    (("cat/a.png", "cat/a.png.cap", "dog/b.png"), r"files like cat/a\.png\.cap beside cat/a\.png"),
     (("cat/a.png", "dog/b.png", "data.parquet"), r"a file data\.parquet that is not read"),
     (
         ("10_cat/a.png", "10_cat/a.caption", "5_dog/b.png"),
@@ -167,3 +174,53 @@ def test_a_metadata_file_is_no_source_by_itself(suffix: str, tmp_path: Path) -> 
     (tmp_path / f"metadata{suffix}").write_text("x")
     with pytest.raises(UserError, match=rf"expected the folder of this file; write source: {tmp_path}"):
         open_source(str(tmp_path / f"metadata{suffix}"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "speaks"),
+    [
+        ("x.csv", "filename,class\n", True),
+        ("x.csv", "a.jpg,a cat\n", True),
+        ("x.csv", "epoch,loss\n", False),
+        ("x.jsonl", '{"source": "x", "file": "a.jpg", "reason": "no caption"}\n', False),  # our own list of bad files
+        ("x.jsonl", '{"image": "a.jpg", "words": "a cat"}\n', True),
+        ("x.json", '{"images": [{"id": 3, "caption": "a cat"}]}', True),
+        ("x.json", '{"0": ["n01440764", "tench"], "1": ["n01443537", "goldfish"]}', False),
+        ("captions.txt", "", True),
+        ("classes.txt", "cat\ndog\n", False),
+    ],
+)
+def test_a_file_of_many_captions_speaks_against_classes(name: str, text: str, speaks: bool, tmp_path: Path) -> None:
+    root = fill(tmp_path / "set", "cat/a.png", "dog/b.png")
+    (root / name).write_text(text)
+    if speaks:
+        with pytest.raises(UserError, match=f"a file {name} that is not read"):
+            open_source(str(root))
+    else:
+        assert type(open_source(str(root))) is ClassFolder
+
+
+def test_caption_files_that_are_not_read_are_counted(tmp_path: Path) -> None:
+    root = fill(tmp_path / "m", "a.png", "a.txt", "metadata.csv")
+    assert [(over.reason, over.count) for over in open_source(str(root)).passed] == [(CAPTIONS, 1)]  # type: ignore[attr-defined]
+    root = fill(tmp_path / "c", "cat/a.png", "cat/a.txt")
+    source = open_source({"source": str(root), "kind": "classes"})
+    assert [(over.reason, over.count) for over in source.passed] == [(CAPTIONS, 1)]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("Photos", "no such folder or file: there is photos, in other letters or another Unicode form"),
+        ("E\u0301te\u0301", "no such folder or file: there is \xe9t\xe9, in other letters"),
+        ("sub\\photos", "its name has backslashes, expected / between folders"),
+        ("nowhere/photos", "for there is no folder "),
+        ("pictures", "no such folder or file; expected a folder of images"),
+    ],
+)
+def test_a_source_that_is_not_there(path: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path, "photos/a.png", "été/a.png")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message) as caught:
+        open_source(path)
+    assert str(caught.value).startswith(f"{path}: ")

@@ -7,8 +7,8 @@ from pixelgrow.data.images import BadImage
 from pixelgrow.data.sources.base import Wording
 from pixelgrow.data.sources.captions import MAX_CAPTION, MAX_JSON, Captions, flat, from_json, from_text, wordings_from
 from pixelgrow.data.sources.files import is_image, key_of, open_regular, read_regular, walk
-from pixelgrow.data.sources.index import FURTHER, NEITHER, FileSource, Strings
-from pixelgrow.data.sources.names import JSON, match, suffix_of
+from pixelgrow.data.sources.index import CAPTIONS, FURTHER, NEITHER, FileSource, Strings
+from pixelgrow.data.sources.names import JSON, TEXT, match, suffix_of
 from pixelgrow.errors import UserError
 
 
@@ -103,7 +103,7 @@ class ClassFolder(Folder):
             for name in names:
                 key = folder + name
                 if not is_image(os.path.join(self._root, key)):
-                    self._pass_over(NEITHER, key_of(key))
+                    self._pass_over(CAPTIONS if suffix_of(key_of(key)) == TEXT else NEITHER, key_of(key))
                     continue
                 try:
                     if not top:

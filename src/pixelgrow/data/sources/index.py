@@ -18,6 +18,7 @@ from pixelgrow.errors import UserError
 
 log = logging.getLogger(__name__)
 NEITHER = "neither image nor caption"
+CAPTIONS = "caption files, not read in a source of this kind"
 FURTHER = "further images of captioned samples"
 UNNAMED = "images without a line in the metadata"
 BESIDE = "images beside the shards"

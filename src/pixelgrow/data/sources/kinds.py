@@ -1,6 +1,5 @@
 """What kind of source a path is, if a recipe does not say so. A guess is named as one, or refused."""
 
-import json
 import os
 import re
 from collections import Counter
@@ -12,17 +11,16 @@ from pixelgrow.data.sources.files import format_at, in_order, is_image, key_of, 
 from pixelgrow.data.sources.folders import ClassFolder, PairedFolder
 from pixelgrow.data.sources.index import FileSource
 from pixelgrow.data.sources.metadata import MetadataFolder
-from pixelgrow.data.sources.names import JSON, TEXT, bytes_of, is_hidden, match, suffix_of, text_of
+from pixelgrow.data.sources.names import JSON, TEXT, bytes_of, cuts, is_hidden, match, suffix_of, text_of
 from pixelgrow.data.sources.tables import COLUMNS, KINDS, table_in
 from pixelgrow.data.sources.tars import ARCHIVE_SUFFIXES, TarShards
 from pixelgrow.errors import UserError
 
-TABLES = (".csv", ".tsv", ".jsonl")
+TABLES = (".csv", ".tsv", ".jsonl", JSON)
 OTHER_TABLES = (".parquet", ".xlsx")
-# What the name of a file, or the first line of a table, has in it if it holds the captions of many images.
-SPEAKING = re.compile(
-    r"caption|prompt|metadata|annotation|label|text|description|title|file_?name|image|\.(jpe?g|png|webp)"
-)
+# What stands in the name of a file, or among the columns of a table, if it may hold the captions of many images.
+SPEAKING = re.compile(r"caption|prompt|metadata|annotation|text|description|title|file_?name|image|\.(jpe?g|png|webp)")
+_LOOK = 4096  # bytes of a table that are looked at
 # Folders that Hugging Face's ImageFolder takes for splits (datasets/data_files.py), followed by digits or not.
 SPLITS = {
     "train": ("train", "training"),
@@ -185,15 +183,16 @@ def _images(path: str) -> Kind:
 
 def _take(seen: _Survey, root: bytes, keys: Sequence[str], images: set[int]) -> None:
     """Take a folder's files into account."""
-    stems = {os.path.splitext(keys[i])[0]: keys[i] for i in images}
+    stems = {stem: keys[i] for i in images for stem in cuts(keys[i])}
     for i, key in enumerate(keys):
         top, _, below = key.partition("/")
         if i not in images:
             seen.others[suffix_of(key)] += 1
-            if not seen.table and _may_hold_captions(root, key):
+            beside = next(((key, stems[stem]) for stem in cuts(key) if stem in stems), None)
+            if beside is not None:
+                seen.beside = seen.beside or beside
+            elif not seen.table and _may_hold_captions(root, key):
                 seen.table = key
-            elif os.path.splitext(key)[0] in stems:
-                seen.beside = seen.beside or (key, stems[os.path.splitext(key)[0]])
         elif not below:
             seen.loose += 1
         else:
@@ -203,15 +202,16 @@ def _take(seen: _Survey, root: bytes, keys: Sequence[str], images: set[int]) -> 
 
 def _may_hold_captions(root: bytes, key: str) -> bool:
     """Whether a file may hold the captions of many images: a table by its columns, a text by its name."""
-    end, words = suffix_of(key), os.path.basename(key)
+    end = suffix_of(key)
+    words = os.path.basename(key) if end == TEXT else ""
     if end in TABLES:
         try:
             with open_regular(os.path.join(root, bytes_of(key))) as file:
-                words = file.readline(4096).decode(errors="replace")
-            words = " ".join(json.loads(words)) if end == ".jsonl" else words
-        except (BadImage, ValueError, TypeError):
+                words = file.read(_LOOK).decode(errors="replace")
+        except BadImage:
             return False
-    return end in OTHER_TABLES or (end in (*TABLES, TEXT, JSON) and SPEAKING.search(words.lower()) is not None)
+        words = " ".join(re.findall(r'"([^"]*)"\s*:', words)) if end in (".jsonl", JSON) else words.partition("\n")[0]
+    return end in OTHER_TABLES or SPEAKING.search(words.lower()) is not None
 
 
 def _classes(path: str, seen: _Survey) -> Kind:

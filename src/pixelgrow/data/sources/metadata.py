@@ -12,8 +12,8 @@ from pixelgrow.data.sources.base import Wording
 from pixelgrow.data.sources.captions import Captions, captions_in, flat, wordings_from
 from pixelgrow.data.sources.files import Missing, is_image, key_of, open_regular, read_regular, walk
 from pixelgrow.data.sources.identity import hash_of
-from pixelgrow.data.sources.index import NEITHER, UNNAMED, FileSource
-from pixelgrow.data.sources.names import bytes_of, folded_form, form, loose_form, text_of
+from pixelgrow.data.sources.index import CAPTIONS, NEITHER, UNNAMED, FileSource
+from pixelgrow.data.sources.names import TEXT, bytes_of, folded_form, form, loose_form, suffix_of, text_of
 from pixelgrow.data.sources.tables import FILE_NAME, open_table, table_in
 from pixelgrow.errors import UserError
 
@@ -75,8 +75,9 @@ class MetadataFolder(FileSource):
             hashes = np.fromiter((hash_of(loose_form(key)) for key in keys), np.uint64, len(keys))
             for i in np.flatnonzero(~np.isin(hashes, named)):
                 if keys[i] != table:
+                    other = CAPTIONS if suffix_of(keys[i]) == TEXT else NEITHER
                     path = os.path.join(os.fsencode(self.name), folder, files[i])
-                    self._pass_over(UNNAMED if is_image(path) else NEITHER, keys[i])
+                    self._pass_over(UNNAMED if is_image(path) else other, keys[i])
 
     def _nothing(self) -> str:
         first = self.bad[0]

@@ -101,7 +101,7 @@ def match(names: Sequence[str], is_image: Callable[[int], bool]) -> Matches:
     exact: set[int] = set()
     shared: dict[int, list[int]] = {}  # caption file -> images whose names go on where its name ends
     for i in images:
-        own, *above = _cuts(names[i])
+        own, *above = cuts(names[i])
         own_names = (own, *above[:1])
         caption = _first(captions, own_names)
         if caption is not None:
@@ -126,7 +126,7 @@ def match(names: Sequence[str], is_image: Callable[[int], bool]) -> Matches:
     return found
 
 
-def _cuts(name: str) -> Iterator[str]:
+def cuts(name: str) -> Iterator[str]:
     """A path, and what is left of it when its file name is cut at its dots, the last first."""
     start = name.rfind("/") + 1
     while True:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from pixelgrow.data.sources.base import Source
 from pixelgrow.data.sources.kinds import kind_of
+from pixelgrow.data.sources.names import folded_form, text_of
 from pixelgrow.errors import UserError
 
 Spec = Mapping[str, object]
@@ -37,7 +38,7 @@ def open_source(spec: Spec | str) -> Source:
     if kind not in KINDS:
         raise UserError(f"{path}: kind is {kind!r}, expected one of {', '.join(KINDS)}")
     if not os.path.exists(path):
-        raise UserError(f"{path}: no such folder or file; expected a folder of images, a .tar, or the word scenes")
+        raise UserError(f"{path}: {_not_there(path)}; expected a folder of images, a .tar, or the word scenes")
     try:
         found = kind_of(path, str(kind))
         source = found.source(found.path)
@@ -66,6 +67,19 @@ def open_mixture(specs: Spec | str | Sequence[Spec | str]) -> tuple[list[Source]
         if guess := getattr(source, "guess", ""):
             log.info("%s: %s", source.name, guess)
     return sources, [float(w) for w in weights] or None  # type: ignore[arg-type]
+
+
+def _not_there(path: str) -> str:
+    """Why there is nothing at a path, as far as the names in its folder say."""
+    if "\\" in path:
+        return "no such folder or file: its name has backslashes, expected / between folders"
+    folder, name = os.path.split(os.path.abspath(path))
+    try:
+        others = {folded_form(text_of(other)): text_of(other) for other in os.listdir(os.fsencode(folder))}
+    except OSError:
+        return f"no such folder or file, for there is no folder {folder}"
+    other = others.get(folded_form(text_of(os.fsencode(name))))
+    return "no such folder or file" + (f": there is {other}, in other letters or another Unicode form" if other else "")
 
 
 def _known(settings: Mapping[str, object], allowed: Sequence[str], where: str) -> None:
