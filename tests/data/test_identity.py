@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from data.test_sources import as_files, captioned, picture, write_metadata, write_tar
+from pixelgrow.data.account import account_of
 from pixelgrow.data.badfiles import BadFiles
 from pixelgrow.data.sources.base import BadFile
 from pixelgrow.data.sources.identity import END, differences, write_samples
+from pixelgrow.errors import UserError
 
 
 def paired(folder: Path) -> Path:
@@ -71,6 +73,30 @@ def test_bystanders_make_no_difference(make: Callable[[Path], Path], tmp_path: P
     for name in ("contact-sheet.png", "README.md", "LICENSE", "notes.txt", ".DS_Store", "bad_files.jsonl"):
         (folder / name).write_bytes(picture(500, 500) if name.endswith("png") else b"about")
         assert as_files(folder).fingerprint == first, name
+
+
+@pytest.mark.parametrize("make", [captioned, paired, classes, shards], ids=lambda make: make.__name__)
+def test_bystanders_are_no_bad_files(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    folder = make(tmp_path / "set")
+    for name in ("contact-sheet.png", "stray.JPG", "README.md", "notes.txt", ".DS_Store"):
+        (folder / name).write_bytes(picture(500, 500) if name.lower().endswith(("png", "jpg")) else b"about")
+    listed = tmp_path / "bad.jsonl"
+    for _ in range(2):
+        assert len(BadFiles([as_files(folder)], 0.0, listed)) == 0
+    account = account_of([as_files(folder)], (1, 1))
+    assert (account.seen, account.total, account.line()) == (4, 6, "sees 4 of 6 images: 2 passed over")
+    files = [json.loads(line)["file"] for line in listed.read_text().splitlines()] if listed.exists() else []
+    expected = {paired: ["contact-sheet.png", "notes.txt", "stray.JPG"], classes: ["contact-sheet.png", "stray.JPG"]}
+    assert sorted(files) == expected.get(make, [])
+
+
+def test_a_folder_in_which_most_images_have_no_caption_is_refused(tmp_path: Path) -> None:
+    folder = paired(tmp_path / "set")
+    for i in range(5):
+        assert len(as_files(folder)) == 4
+        (folder / f"x{i}.png").write_bytes(picture())
+    with pytest.raises(UserError, match=r"set: 5 images have no caption \(such as x0.png\) and 4 have one: caption"):
+        as_files(folder)
 
 
 @pytest.mark.parametrize("at", [0, END - 1, END, -END - 1, -END, -1])

@@ -66,7 +66,7 @@ def passed(source: FileSource) -> dict[str, tuple[int, str]]:
 
 
 def reasons(source: FileSource) -> dict[str, str]:
-    return {bad.key: bad.reason for bad in source.bad}
+    return {bad.key: bad.reason for bad in (*source.bad, *source.strays)}
 
 
 def test_metadata_folder(tmp_path: Path) -> None:
@@ -168,8 +168,8 @@ def test_one_line_for_each_mistake(tmp_path: Path) -> None:
         (str(tmp_path / "absent"), "the first: 0.png: no such file"),
         (str(tmp_path / "nometa"), "is a directory"),
         ({"source": str(loose), "kind": "tar"}, "no .tar files in it"),
-        ({"source": str(loose), "kind": "folder"}, "no caption"),
-        ({"source": str(loose), "kind": "classes"}, "not in the folder of a class"),
+        ({"source": str(loose), "kind": "folder"}, "no samples in it (no caption: 1, such as a.png)"),
+        ({"source": str(loose), "kind": "classes"}, "(not in the folder of a class: 1, such as a.png)"),
         ({"source": str(tmp_path / "norows/metadata.jsonl"), "kind": "folder"}, "expected the folder of this file"),
         ({"source": __file__, "kind": "folder"}, "expects a folder"),
         (str(tmp_path / "file.png"), "a single image is no source"),

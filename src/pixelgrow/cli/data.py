@@ -47,6 +47,7 @@ def count(
     """Look into a source of images: counts, sizes, captions, bad files, a contact sheet. Nothing is written into it."""
     from pixelgrow.data.badfiles import write_list
     from pixelgrow.data.inspect import captions_in, inspect_source
+    from pixelgrow.data.sources.base import strays_of
     from pixelgrow.data.sources.opening import open_source
     from pixelgrow.recipe.read import load_recipe
     from pixelgrow.report.tables import inspection_tables, show
@@ -60,7 +61,7 @@ def count(
     sizes = {"stages": _sizes(read)} if read is not None else {}
     found = inspect_source(opened, decode=decode or None, sheet=sheet_path, **sizes)
     if bad is not None:
-        write_list(bad, opened, found.bad)
+        write_list(bad, opened, [*found.bad, *strays_of(opened)])
     cut = None if read is None or found.classes else _cut(read, captions_in(opened))
     show(inspection_tables(found, cut))
     if sheet_path is None:

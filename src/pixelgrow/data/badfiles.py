@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from pixelgrow.data.sources.base import BadFile, Source, bad_of, files_of, lost_in_shards
+from pixelgrow.data.sources.base import BadFile, Source, bad_of, files_of, lost_in_shards, strays_of
 from pixelgrow.errors import UserError
 from pixelgrow.writing import writing
 
@@ -20,9 +20,10 @@ class BadFiles:
     """Counts bad files by source and lists them in a JSONL file, one `{source, file, reason, fingerprint}` a line.
 
     `limit`: the share of a source's samples that may be bad or lost; one more raises `UserError`.
-    `path`: the list; None lists nothing. A run that resumes goes on counting where the list ends, unless the source's
-    samples or the bad files of its index are others since (another fingerprint in the list): what was listed of it is
-    then forgotten, so that a file that was repaired or removed counts no longer.
+    `path`: the list, None for none. Files that were passed over one by one (`strays_of`) are listed too, and count for
+    nothing. A run that resumes goes on counting where the list ends, unless the source's samples or the files that its
+    index could not use are others since (another fingerprint in the list): what was listed of it is then forgotten. So
+    a file that was repaired or removed counts no longer.
     """
 
     def __init__(
@@ -39,8 +40,10 @@ class BadFiles:
         self._read = self._warned = 0
         self._forget_what_changed()
         for number, source in enumerate(self._sources):
+            strays = {stray.key: stray.reason for stray in strays_of(source)}
             rows = (row for row in self._rows() if row["fingerprint"] == self._states[number])
-            listed = [BadFile(row["file"], row["reason"]) for row in rows]
+            listed = [BadFile(row["file"], row["reason"]) for row in rows if row["file"] not in strays]
+            self._list(number, strays, warn=False)
             self.add(number, [*bad_of(source), *listed])
 
     def add(self, source: int, found: Iterable[BadFile]) -> None:
@@ -104,7 +107,7 @@ class BadFiles:
             fresh.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
             fresh.replace(self.path)
 
-    def _list(self, number: int, new: dict[str, str]) -> None:
+    def _list(self, number: int, new: dict[str, str], warn: bool = True) -> None:
         source, state = self._sources[number], self._states[number]
         if self.path is not None:  # another loader (of held-out data, say) may have listed the same source since
             self._listed |= {(row["fingerprint"], row["file"]) for row in self._rows(self._read)}
@@ -112,7 +115,8 @@ class BadFiles:
         rows = {key: reason for key, reason in new.items() if (state, key) not in self._listed}
         if not rows:
             return
-        self._warn(source, rows)
+        if warn:
+            self._warn(source, rows)
         if self.path is None:
             return
         with writing(self.path):
@@ -122,8 +126,8 @@ class BadFiles:
 
 
 def state_of(source: Source) -> str:
-    """A source's fingerprint and a hash of the bad files of its index."""
-    text = "\n".join(f"{bad.key}\0{bad.reason}" for bad in bad_of(source))
+    """A source's fingerprint, and a hash of the files that its index could not use."""
+    text = "\n".join(f"{bad.key}\0{bad.reason}" for bad in (*bad_of(source), *strays_of(source)))
     if not text:
         return source.fingerprint
     return f"{source.fingerprint}-{hashlib.blake2b(text.encode(errors='surrogatepass'), digest_size=8).hexdigest()}"

@@ -84,6 +84,7 @@ class Subset:
         self.fingerprint = f"{parent.fingerprint}-{digest}"
         self.bad: Sequence[BadFile] = bad_of(parent)
         self.passed: Sequence[PassedOver] = passed_of(parent)
+        self.strays: Sequence[BadFile] = strays_of(parent)
         self.files = files_of(parent)
         self.classes: tuple[str, ...] = getattr(parent, "classes", ())
         self.mirror: bool = getattr(parent, "mirror", True)
@@ -136,6 +137,11 @@ def sizes_of(source: Source) -> np.ndarray:
 def bad_of(source: Source) -> Sequence[BadFile]:
     """The files that the source's index left out; nothing for a source without files."""
     return getattr(source, "bad", ())
+
+
+def strays_of(source: Source) -> Sequence[BadFile]:
+    """The files that the source's index passed over one by one: they are listed, and no fault."""
+    return getattr(source, "strays", ())
 
 
 def lost_in_shards(source: Source) -> int:

@@ -7,7 +7,7 @@ from pixelgrow.data.images import BadImage
 from pixelgrow.data.sources.base import Wording
 from pixelgrow.data.sources.captions import MAX_CAPTION, MAX_JSON, Captions, flat, from_json, from_text, wordings_from
 from pixelgrow.data.sources.files import is_image, key_of, open_regular, read_regular, walk
-from pixelgrow.data.sources.index import CAPTIONS, FURTHER, NEITHER, FileSource, Strings
+from pixelgrow.data.sources.index import CAPTIONS, FURTHER, LOOSE, NEITHER, FileSource, Strings
 from pixelgrow.data.sources.names import JSON, TEXT, match, suffix_of
 from pixelgrow.errors import UserError
 
@@ -60,6 +60,8 @@ class PairedFolder(Folder):
             self._captions.append(names[caption])
         for i, reason in found.faults.items():
             self._reject(keys[i], reason)
+        for i, reason in found.strays.items():
+            self._stray(keys[i], reason)
         for i in found.others:
             self._pass_over(NEITHER, keys[i])
         for i in found.further:
@@ -105,9 +107,10 @@ class ClassFolder(Folder):
                 if not is_image(os.path.join(self._root, key)):
                     self._pass_over(CAPTIONS if suffix_of(key_of(key)) == TEXT else NEITHER, key_of(key))
                     continue
+                if not top:
+                    self._stray(key_of(key), LOOSE)
+                    continue
                 try:
-                    if not top:
-                        raise BadImage("not in the folder of a class")
                     label = self._label(top, classes)
                     with open_regular(os.path.join(self._root, key)) as file:
                         self._admit(file, key_of(key).encode(errors="surrogatepass"), str(label).encode())

@@ -14,6 +14,7 @@ from pixelgrow.data.images import OUR_FAULT, BadImage, read_header, read_image
 from pixelgrow.data.sources.base import BadFile, PassedOver, Wording
 from pixelgrow.data.sources.captions import Captions, flat
 from pixelgrow.data.sources.identity import fingerprint_of, hash_of, print_of
+from pixelgrow.data.sources.names import UNCAPTIONED
 from pixelgrow.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -22,7 +23,8 @@ CAPTIONS = "caption files, not read in a source of this kind"
 FURTHER = "further images of captioned samples"
 UNNAMED = "images without a line in the metadata"
 BESIDE = "images beside the shards"
-IMAGES = {FURTHER, UNNAMED, BESIDE}
+LOOSE = "not in the folder of a class"
+IMAGES = {FURTHER, UNNAMED, BESIDE, LOOSE, UNCAPTIONED}
 LINES = "caption files of several lines, each a caption"
 LANGUAGES = "lines in other languages in them, left out"
 CLEAR = "images with transparency, shown on white"
@@ -65,6 +67,7 @@ class FileSource(ABC):
         self.prints = np.zeros(0, np.uint64)  # (N,), a hash of each sample (`identity`)
         self.bad: tuple[BadFile, ...] = ()
         self.passed: tuple[PassedOver, ...] = ()
+        self.strays: tuple[BadFile, ...] = ()  # of those passed over, files that somebody may want to know by name
         self.notes: tuple[tuple[str, int], ...] = ()  # what else to know about its files, and of how many it is true
         self.files = 0  # distinct images, with those that are bad or lost
         self._notes: dict[str, int] = {}
@@ -72,6 +75,7 @@ class FileSource(ABC):
         self._sizes, self._prints = array("i"), array("Q")
         self._noted = array("Q")
         self._bad: dict[str, BadFile] = {}
+        self._strays: list[BadFile] = []
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -148,6 +152,11 @@ class FileSource(ABC):
         before = self._passed.get(reason, PassedOver(reason, 0, key, reason in IMAGES))
         self._passed[reason] = replace(before, count=before.count + count)
 
+    def _stray(self, key: str, reason: str) -> None:
+        """Pass over a file and list it."""
+        self._pass_over(reason, key)
+        self._strays.append(BadFile(key, reason))
+
     def _count(self, note: str, count: int = 1) -> None:
         """Count what `notes` says."""
         self._notes[note] = self._notes.get(note, 0) + count
@@ -156,19 +165,26 @@ class FileSource(ABC):
         """Close the index. `distinct`: the number of distinct good files, if not the number of samples."""
         self.sizes = np.frombuffer(self._sizes, dtype=np.int32).reshape(-1, 2) if self._sizes else self.sizes
         self.bad, self.passed = tuple(self._bad.values()), tuple(self._passed.values())
+        self.strays = tuple(self._strays)
         self.notes = tuple((note, count) for note, count in self._notes.items() if count)
         self.files = (len(self.sizes) if distinct is None else distinct) + sum(bad.samples for bad in self.bad)
         self.prints = np.frombuffer(self._prints, dtype=np.uint64) if self._prints else self.prints
         self.fingerprint = fingerprint_of(self.prints)
-        del self._sizes, self._prints, self._bad, self._passed, self._notes
+        del self._sizes, self._prints, self._bad, self._passed, self._strays, self._notes
         if not len(self.sizes):
             raise UserError(self._nothing())
+        for passed in self.passed:
+            if passed.reason == UNCAPTIONED and passed.count > len(self.sizes):
+                raise UserError(
+                    f"{self.name}: {passed.count:,} images have no caption (such as {passed.example}) and "
+                    f"{len(self.sizes):,} have one: caption them, or move them elsewhere"
+                )
 
     def _nothing(self) -> str:
         if not self.bad:
-            found = ", ".join(f"{p.count} {p.reason}, such as {p.example}" for p in self.passed)
-            found = f" (found {found})" if found else ""
-            return f"{self.name}: no images in it{found}; expected JPEG, PNG or WebP files with captions"
+            found = "; ".join(f"{p.reason}: {p.count:,}, such as {p.example}" for p in self.passed)
+            found = f" ({found})" if found else ""
+            return f"{self.name}: no samples in it{found}; expected JPEG, PNG or WebP files with captions"
         first = self.bad[0]
         return (
             f"{self.name}: none of its {len(self.bad)} files is usable (first: {first.key}: {first.reason}); "

@@ -23,6 +23,7 @@ from pixelgrow.data.sources.base import (
     large_enough,
     passed_of,
     sizes_of,
+    strays_of,
     wordings_of,
 )
 from pixelgrow.writing import writing
@@ -57,6 +58,7 @@ class Latents:
         self.fingerprint = f"{source.fingerprint}-{encoder.fingerprint[:16]}"
         self.bad: Sequence[BadFile] = bad_of(source)
         self.passed: Sequence[PassedOver] = passed_of(source)
+        self.strays: Sequence[BadFile] = strays_of(source)
         self.files = files_of(source)
         self.classes: tuple[str, ...] = getattr(source, "classes", ())
         self.several: bool = getattr(source, "several", False)

@@ -23,6 +23,7 @@ IMAGE_SUFFIXES = {
     *(".ppm", ".pgm", ".tga", ".ico", ".raw", ".dng", ".cr2", ".nef", ".arw", ".exr"),
 }
 TEXT, JSON = ".txt", ".json"
+UNCAPTIONED, UNPAIRED = "no caption", "caption without an image"
 HIDDEN = {"__MACOSX", "@eaDir"}
 
 
@@ -71,12 +72,14 @@ def is_hidden(path: str) -> bool:
 class Matches:
     """What `match` made of a list of names, as their positions in it.
 
-    `pairs`: (image, caption file), in the order of the images. `faults`: what is no sample, and why. `others`: files
-    that are neither image nor caption. `further`: images beside that of a captioned sample.
+    `pairs`: (image, caption file), in the order of the images. `faults`: what is no sample, and why. `strays`: images
+    and caption files without one another, and which. `others`: files that are neither. `further`: images beside that of
+    a captioned sample.
     """
 
     pairs: list[tuple[int, int]] = field(default_factory=list)
     faults: dict[int, str] = field(default_factory=dict)
+    strays: dict[int, str] = field(default_factory=dict)
     others: list[int] = field(default_factory=list)
     further: list[int] = field(default_factory=list)
 
@@ -110,7 +113,7 @@ def match(names: Sequence[str], is_image: Callable[[int], bool]) -> Matches:
         elif (caption := _first(captions, above[1:])) is not None:
             shared.setdefault(caption, []).append(i)
         else:
-            found.faults[i] = "no caption"
+            found.strays[i] = UNCAPTIONED
     for caption, some in shared.items():
         if caption in exact:
             found.further += some
@@ -119,7 +122,7 @@ def match(names: Sequence[str], is_image: Callable[[int], bool]) -> Matches:
         else:
             found.faults |= dict.fromkeys(some, "one caption file for several images, none of which has its name")
     used = exact | shared.keys()
-    found.faults |= {i: "caption without an image" for i in captions[TEXT].values() if i not in used}
+    found.strays |= {i: UNPAIRED for i in captions[TEXT].values() if i not in used}
     stems = {os.path.splitext(names[i])[0] for i in used}
     found.others += [i for stem, i in captions[JSON].items() if i not in used and stem not in stems]
     found.pairs.sort()

@@ -171,6 +171,8 @@ class TarShards(FileSource):
             self._what.extend((places[caption][1], is_json))
         for i, reason in found.faults.items():
             self._reject(self._key_of(shard, names[i]), reason)
+        for i, reason in found.strays.items():
+            self._stray(self._key_of(shard, names[i]), reason)
         for i in found.others:
             self._pass_over(NEITHER, self._key_of(shard, names[i]))
         for i in found.further:
