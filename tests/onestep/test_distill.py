@@ -93,7 +93,7 @@ def test_energy_distance_tells_a_shift_from_none() -> None:
 
 
 def test_energy_distance_is_no_smaller_for_rows_that_share_their_caption() -> None:
-    shared = 5 * torch.randn(16, 4)  # what a caption does to both of its pictures
+    shared = 5 * torch.randn(16, 4)  # what a caption does to both of its images
     found = [energy_distance(shared + torch.randn(16, 4), shared + torch.randn(16, 4)) for _ in range(200)]
     assert abs(sum(found) / len(found)) < 0.05
 
@@ -108,12 +108,12 @@ class Conditions:
 
 def batch(n: int, side: int, latent: int = 16) -> DistillBatch:
     g = torch.Generator().manual_seed(1)
-    picture = torch.rand(2, n, 3, side, side, generator=g) * 2 - 1
+    image = torch.rand(2, n, 3, side, side, generator=g) * 2 - 1
     z = torch.randn(n, 3, latent, latent, generator=g)
-    return DistillBatch(picture[0], ("a",) * n, torch.arange(n), z, picture[1], ("b",) * n)
+    return DistillBatch(image[0], ("a",) * n, torch.arange(n), z, image[1], ("b",) * n)
 
 
-def test_real_pictures_under_anothers_caption_are_refused_and_under_their_own_never() -> None:
+def test_real_images_are_rejected_with_the_caption_of_another_alone() -> None:
     def loss(mismatched: bool, texts: tuple[str, ...]) -> float:
         losses = LossSettings(augment=(), mismatched=mismatched)
         objective = DistillObjective(generator(), TeacherFeatures(shallow()), Conditions(), losses, seed=0)
@@ -125,7 +125,7 @@ def test_real_pictures_under_anothers_caption_are_refused_and_under_their_own_ne
     assert loss(True, other) != loss(False, other)
 
 
-def test_the_teachers_features_see_all_of_a_picture_and_a_part_of_a_large_one() -> None:
+def test_the_teachers_features_have_a_second_view_of_a_large_image() -> None:
     seen = TeacherFeatures(shallow())
     crop = torch.tensor([[0.0, 0.0], [1.0, 0.5]])  # 1 is what rounding to float32 may make of a number below it
     small = seen(torch.rand(2, 3, 16, 16), cond(2), crop)
@@ -184,7 +184,7 @@ def test_a_generator_learns_its_pairs_and_the_teacher_stays(adversarial: bool) -
     assert all(torch.equal(t, kept[n]) for n, t in teacher.net.state_dict().items())
 
 
-def test_the_discriminators_step_leaves_the_generator_alone_and_tells_real_from_drawn() -> None:
+def test_the_discriminators_step_leaves_the_generator_alone_and_tells_real_from_generated() -> None:
     made = generator()
     objective = DistillObjective(made, TeacherFeatures(shallow()), Conditions(), LossSettings(augment=()), seed=0)
     some = batch(8, 16)
@@ -219,7 +219,7 @@ def test_frozen_tensors_of_a_grown_generator_stay_to_the_bit() -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run: a core, its pairs, a one-step generator, grown; looked at with few pictures."""
+    """The folder of a finished run: a core, its pairs, a one-step generator, grown; validated on few images."""
     root = tmp_path_factory.mktemp("runs")
     with pytest.MonkeyPatch.context() as patch:
         for module in (train, distill):
@@ -385,11 +385,11 @@ def test_a_grown_model_draws_what_its_core_draws_from_the_averaged_latent() -> N
     high = Denoiser(net, low.config).double().eval()
     z, c = torch.randn(2, 3, 32, 32, dtype=torch.float64), cond(2, torch.float64)
     with torch.no_grad():
-        drawn = [
+        images = [
             Ode("dpm++2m", 4, d.sigma_min, d.sigma_max).to_image(Guided(d, c, guidance=3.0), noise)
             for d, noise in ((low, reduced(z, 16)), (high, z))
         ]
-    torch.testing.assert_close(box_down(drawn[1], 2), drawn[0], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(box_down(images[1], 2), images[0], rtol=1e-9, atol=1e-9)
     assert 0.9 < float(reduced(torch.randn(8, 3, 64, 64), 16).std()) < 1.1
     assert torch.equal(reduced(z, 32), z)
 
@@ -528,36 +528,36 @@ def test_pairs_of_an_ancestor_of_the_teacher_are_refused_and_a_folder_of_the_oth
         ),
         ({"evaluate": {"name": "e", "steps": 4}}, "stage 'e': steps: a one-step generator samples in one network"),
         ({"evaluate": {"name": "e", "from": "onestep", "guidance": 2}}, "guidance: a one-step generator samples"),
-        ({"evaluate": {"name": "e", "from": "told", "guidance": 0}}, "guidance=0: expected a weight above 0"),
-        ({"evaluate": {"name": "e", "from": "told", "guidance": 2, "sampler": "heun"}}, "stage 'e': sampler: a one"),
+        ({"evaluate": {"name": "e", "from": "guided", "guidance": 0}}, "guidance=0: expected a weight above 0"),
+        ({"evaluate": {"name": "e", "from": "guided", "guidance": 2, "sampler": "heun"}}, "stage 'e': sampler: a one"),
     ],
 )
 def test_what_a_generator_does_not_take_is_refused_when_a_recipe_is_read(stage: dict[str, Any], words: str) -> None:
     drawn = {"pairs": {"name": "drawn", "n": 8, "direction": "sample"}}
     weighed = {"pairs": {"name": "weighed", "n": 8, "guidance": "captions"}}
-    told = {"name": "told", "pairs": "weighed", "losses": {"adversarial": False}}
-    before = [drawn, weighed, {"distill": DISTILL | told}, {"distill": DISTILL}]
+    guided = {"name": "guided", "pairs": "weighed", "losses": {"adversarial": False}}
+    before = [drawn, weighed, {"distill": DISTILL | guided}, {"distill": DISTILL}]
     mistake([*before, stage], words)
-    read([*before, {"evaluate": {"name": "e", "from": "told", "guidance": 2}}])
+    read([*before, {"evaluate": {"name": "e", "from": "guided", "guidance": 2}}])
 
 
 def test_solutions_are_drawn_with_the_weight_of_the_pairs(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Asked(Exception):
+    class Sampled(Exception):
         pass
 
     def note(*_: Any, guidance: float, **__: Any) -> None:
-        raise Asked(guidance)
+        raise Sampled(guidance)
 
     for stage in ("core", "pairs", "text"):
         shutil.copytree(made / stage, tmp_path / "smoke-onestep" / stage)
     monkeypatch.setattr(distill, "WATCHED", 8)
     monkeypatch.setattr(distill, "sample", note)
     recipe = load_recipe("smoke-onestep")
-    with pytest.raises(Asked) as asked:
+    with pytest.raises(Sampled) as sampled:
         run(recipe.model_copy(update={"stages": recipe.stages[:3]}), tmp_path)
-    assert asked.value.args == (1.0,)
+    assert sampled.value.args == (1.0,)
 
 
 def test_a_generator_trains_on_the_data_of_its_pairs(tmp_path: Path) -> None:

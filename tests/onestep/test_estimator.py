@@ -27,13 +27,13 @@ from pixelgrow.onestep.losses import spread_of
 
 
 def test_a_description_is_the_moments_of_each_layer_and_the_condition() -> None:
-    asked: list[Tensor] = []
+    given: list[Tensor] = []
 
     class Layers:
         teacher = SimpleNamespace(resolution=4)
 
         def __call__(self, images: Tensor, cond: Cond, crop: Tensor) -> FeatureOutput:
-            asked.append(images)
+            given.append(images)
             assert torch.equal(crop, torch.full((2, 2), 0.5))
             pixels = images.flatten(2).transpose(1, 2)  # (B, 16, 3)
             return FeatureOutput([pixels, pixels[:, :, :2] ** 2], torch.tensor([[7.0], [8.0]]))
@@ -45,7 +45,7 @@ def test_a_description_is_the_moments_of_each_layer_and_the_condition() -> None:
     squares = small[:, :2] ** 2
     want = [small.mean(2), small.std(2, correction=0), squares.mean(2), squares.std(2, correction=0)]
     torch.testing.assert_close(found, torch.cat([*want, torch.tensor([[7.0], [8.0]])], 1))
-    assert asked[0].shape == (2, 3, 4, 4)
+    assert given[0].shape == (2, 3, 4, 4)
 
 
 def test_it_says_the_mean_until_it_learns_and_keeps_to_the_limits_outside_of_training() -> None:
@@ -100,7 +100,7 @@ def test_a_damaged_record_is_one_line(tmp_path: Path) -> None:
     facts = save_estimator(tmp_path, made, "teacher", 0.5)
     assert (facts["teacher"], facts["distribution"], facts["heldout_rmse"]) == ("teacher", "captions", 0.5)
     path = tmp_path / "estimator.json"
-    for text in ("{", "[]", "{}", json.dumps(facts | {"distribution": "laws"})):
+    for text in ("{", "[]", "{}", json.dumps(facts | {"distribution": "others"})):
         path.write_text(text, encoding="utf-8")
         with pytest.raises(UserError, match=r"estimator\.json is damaged"):
             load_estimator(tmp_path, "teacher", "captions", torch.device("cpu"))

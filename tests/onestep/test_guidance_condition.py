@@ -64,7 +64,7 @@ def test_a_weight_for_each_row_is_each_row_alone(interval: tuple[float, float] |
     ("distribution", "expected"),
     [("captions", stats.uniform(2, 8)), ("recaptions", stats.truncnorm((1 - 2) / 3, (10 - 2) / 3, loc=2, scale=3))],
 )
-def test_the_spread_of_a_law(distribution: Any, expected: Any) -> None:
+def test_the_spread_of_a_distribution(distribution: Any, expected: Any) -> None:
     spread = spread_of(distribution)
     assert (spread.mean, spread.std) == pytest.approx((expected.mean(), expected.std()), rel=1e-5)
     assert (spread.low, spread.high) == pytest.approx(expected.support())
@@ -105,21 +105,21 @@ def test_a_guided_generator_grows_to_a_guided_one() -> None:
 # --- the estimator ----------------------------------------------------------------------------------------------------
 
 
-def drawn(n: int) -> tuple[Tensor, Tensor]:
-    """Pictures of a saturation that rises with their weight, as guidance makes it; and their weights."""
+def saturated(n: int) -> tuple[Tensor, Tensor]:
+    """Images whose saturation rises with their weight, as guidance makes it, and the weights."""
     omega = guidance_weights(rng.uniform(0, "test", range(n)), "captions").float()
     noise = rng.normal((3, 16, 16), 0, "pictures", range(n))
     return (omega[:, None, None, None] / 12 * torch.tensor([1.0, -1.0, 0.5])[:, None, None] + 0.2 * noise), omega
 
 
-def test_the_estimator_learns_what_pictures_were_drawn_with(tmp_path: Path) -> None:
+def test_the_estimator_learns_the_weights_of_images(tmp_path: Path) -> None:
     features = TeacherFeatures(shallow())
-    images, omega = drawn(160)
+    images, omega = saturated(160)
     seen = described(features, images, cond(160))
     alone = described(features, images[7:8], cond(160)[7:8])
     torch.testing.assert_close(alone, seen[7:8], rtol=1e-4, atol=1e-5)
     large = images.repeat_interleave(2, 2).repeat_interleave(2, 3)
-    torch.testing.assert_close(described(features, large, cond(160)), seen)  # of real pictures at a grown resolution
+    torch.testing.assert_close(described(features, large, cond(160)), seen)  # of real images at a grown resolution
     estimator = Estimator(seen.shape[1], "captions")
     estimator.standardise(seen[:128])
     objective = EstimateObjective(estimator)
@@ -174,13 +174,13 @@ class Conditions:
 
 def batch(n: int) -> DistillBatch:
     g = torch.Generator().manual_seed(1)
-    picture = torch.rand(2, n, 3, 16, 16, generator=g) * 2 - 1
+    image = torch.rand(2, n, 3, 16, 16, generator=g) * 2 - 1
     z, omega = torch.randn(n, 3, 16, 16, generator=g), torch.linspace(2, 10, n)
-    return DistillBatch(picture[0], ("a",) * n, torch.arange(n) + 5, z, picture[1], ("b",) * n, omega)
+    return DistillBatch(image[0], ("a",) * n, torch.arange(n) + 5, z, image[1], ("b",) * n, omega)
 
 
 class Heard:
-    """Keeps the guidance weights that a module is told."""
+    """Keeps the guidance weights that a module receives."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         self.weights: list[Tensor] = []
@@ -194,13 +194,13 @@ def objective(adversarial: bool = True) -> DistillObjective:
     return DistillObjective(guided(), features, Conditions(), losses, 7, distribution="captions", labels=says)
 
 
-def test_pairs_are_drawn_with_their_own_weights_and_prior_samples_with_the_laws() -> None:
+def test_pairs_have_their_own_weights_and_prior_samples_those_of_the_distribution() -> None:
     made, some = objective(), batch(4)
-    by_generator, by_judge = Heard(made.generator), Heard(made.discriminator)
+    by_generator, by_discriminator = Heard(made.generator), Heard(made.discriminator)
     made.loss(some, GENERATOR).loss.backward()
-    (told,), (judged,) = by_generator.weights, by_judge.weights
+    (received,), (rated,) = by_generator.weights, by_discriminator.weights
     want = guidance_weights(rng.uniform(7, "guidance generator", some.index), "captions").float()
-    assert torch.equal(told, torch.cat([some.guidance, want])) and torch.equal(judged, want)  # type: ignore[list-item]
+    assert torch.equal(received, torch.cat([some.guidance, want])) and torch.equal(rated, want)  # type: ignore[list-item]
     gradient = made.generator.net.guidance.out.weight.grad
     assert gradient is not None and gradient.abs().max() > 0
 
@@ -208,10 +208,10 @@ def test_pairs_are_drawn_with_their_own_weights_and_prior_samples_with_the_laws(
     prior = guidance_weights(rng.uniform(7, "guidance discriminator", some.index), "captions").float()
     assert torch.equal(by_generator.weights[-1], prior)
     real = torch.full((4,), spread_of("captions").mean)  # an estimator that has learnt nothing
-    torch.testing.assert_close(by_judge.weights[-1], torch.cat([real, prior]))
+    torch.testing.assert_close(by_discriminator.weights[-1], torch.cat([real, prior]))
 
 
-def test_prior_samples_of_mixed_captions_have_the_law_of_theirs() -> None:
+def test_prior_samples_of_mixed_captions_have_the_distribution_of_theirs() -> None:
     some = dataclasses.replace(batch(4), caption=torch.tensor([0, 1, 0, 2]))
     made = DistillObjective(guided(), TeacherFeatures(shallow()), Conditions(), LossSettings(), 7, distribution="mixed")
     heard = Heard(made.discriminator)
@@ -222,9 +222,9 @@ def test_prior_samples_of_mixed_captions_have_the_law_of_theirs() -> None:
 
 
 def test_the_discriminator_goes_by_the_weight() -> None:
-    judge = objective().discriminator
-    tokens, vec = [torch.randn(2, 5, 32) for _ in judge.heads], torch.randn(2, 32)
-    low, high = (judge(tokens, vec, torch.full((2,), w)) for w in (2.0, 10.0))
+    discriminator = objective().discriminator
+    tokens, vec = [torch.randn(2, 5, 32) for _ in discriminator.heads], torch.randn(2, 32)
+    low, high = (discriminator(tokens, vec, torch.full((2,), w)) for w in (2.0, 10.0))
     assert all((a - b).abs().max() > 1e-4 for a, b in zip(low, high, strict=True))
 
 
@@ -240,7 +240,7 @@ def test_without_a_discriminator_the_pairs_weights_are_all_there_is() -> None:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run of the guided recipe; looked at with few pictures."""
+    """The folder of a finished run of the guided recipe; validated on few images."""
     root = tmp_path_factory.mktemp("runs")
     smoke(root)
     return root / "smoke-guided"
@@ -340,7 +340,7 @@ def test_a_run_that_was_stopped_in_each_stage_ends_with_the_same_bytes(made: Pat
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
-LAW = {"pairs": {"name": "pairs", "n": 8, "guidance": "captions"}}
+WEIGHED = {"pairs": {"name": "pairs", "n": 8, "guidance": "captions"}}
 DRAWN = {"pairs": {"name": "drawn", "n": 8, "guidance": "captions", "direction": "sample"}}
 OMEGA = {"estimate": {"name": "omega", "pairs": "drawn", "images": 8}}
 ONESTEP = {"name": "onestep", "pairs": "pairs", "images": 8}
@@ -356,19 +356,19 @@ def recipe(*stages: dict[str, Any]) -> Any:
     [
         ([{"pairs": {"name": "pairs", "n": 8, "guidance": "caption"}}], "got 'caption', expected a weight >= 0 (1: "),
         ([{"pairs": {"name": "pairs", "n": 8, "guidance": -1}}], "got -1, expected a weight >= 0"),
-        ([LAW, {"estimate": {"name": "omega", "pairs": "pairs", "images": 8}}], "expected images sampled with weights"),
+        ([WEIGHED, {"estimate": {"name": "omega", "pairs": "pairs", "images": 8}}], "expected images sampled with wei"),
         ([DRAWN, {"estimate": {"name": "o", "pairs": "drawn", "images": 8, "flip": True}}], "flip: an estimator"),
-        ([LAW, {"distill": ONESTEP}], "pairs: pairs has guidance: captions, so the discriminator needs a weight"),
-        ([LAW, DRAWN, OMEGA, {"distill": ONESTEP | {"estimator": "omgea"}}], "unknown estimate stage 'omgea'"),
+        ([WEIGHED, {"distill": ONESTEP}], "pairs: pairs has guidance: captions, so the discriminator needs a weight"),
+        ([WEIGHED, DRAWN, OMEGA, {"distill": ONESTEP | {"estimator": "omgea"}}], "unknown estimate stage 'omgea'"),
         (
-            [LAW, DRAWN, OMEGA, {"distill": ONESTEP | {"estimator": "omega", "losses": {"adversarial": False}}}],
+            [WEIGHED, DRAWN, OMEGA, {"distill": ONESTEP | {"estimator": "omega", "losses": {"adversarial": False}}}],
             "but there is no discriminator; drop it",
         ),
         (
             [{"pairs": {"name": "pairs", "n": 8}}, DRAWN, OMEGA, {"distill": ONESTEP | {"estimator": "omega"}}],
             "but the pairs have guidance: 1.0, no distribution; drop it",
         ),
-        ([LAW, DRAWN, OMEGA, {"evaluate": {"name": "e", "from": "omega"}}], "unknown stage 'omega'"),
+        ([WEIGHED, DRAWN, OMEGA, {"evaluate": {"name": "e", "from": "omega"}}], "unknown stage 'omega'"),
         ([{"grow": {"name": "g", "to": 32, "images": 8, "estimator": "omega"}}], "estimator is for the growth of a"),
     ],
 )  # fmt: skip
@@ -387,10 +387,10 @@ def test_mixed_captions_need_samples_of_several_before_anything_trains(tmp_path:
     assert not (tmp_path / "smoke-guided" / "core").exists()
 
 
-def test_a_guided_generator_is_grown_with_pairs_of_a_law_and_no_other() -> None:
+def test_a_guided_generator_is_grown_with_pairs_of_a_distribution_alone() -> None:
     plain = {"pairs": {"name": "plain", "n": 8}}
     onestep = {"distill": ONESTEP | {"estimator": "omega"}}
     grown = {"grow": {"name": "g", "pairs": "plain", "to": 32, "images": 8}}
-    assert networks(recipe(LAW, DRAWN, OMEGA, onestep))["onestep"].guided
+    assert networks(recipe(WEIGHED, DRAWN, OMEGA, onestep))["onestep"].guided
     with pytest.raises(UserError, match="onestep is told the guidance weight and the guidance of the pairs plain"):
-        networks(recipe(LAW, DRAWN, OMEGA, plain, onestep, grown))
+        networks(recipe(WEIGHED, DRAWN, OMEGA, plain, onestep, grown))

@@ -1,4 +1,4 @@
-"""The latent of a known picture: searches of generators so simple that the answer is known."""
+"""The latent of a known image: searches with generators so simple that the answer is known."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ def test_a_linear_generator_is_inverted() -> None:
     settings = FitSettings(iterations=200, rate=0.1, prior=0.0, tolerance=0.01)
     rows = []
 
-    def draw(z: Tensor) -> Tensor:
+    def generate(z: Tensor) -> Tensor:
         rows.append(z.detach().clone())
         return 2 * z
 
-    told: list[tuple[int, int]] = []
-    found = fit(draw, misfit_to(2 * wanted), start, settings, lambda *at: told.append(at))
+    calls: list[tuple[int, int]] = []
+    found = fit(generate, misfit_to(2 * wanted), start, settings, lambda *at: calls.append(at))
     assert torch.equal(found.latent[0], start[0]) and float(found.error[0]) == 0
     assert (found.error <= 0.01).all()
     torch.testing.assert_close(found.error, misfit_to(2 * wanted)(2 * found.latent).sqrt())
     assert (found.latent - wanted).abs().max() < 0.02
-    assert len(rows) < 200 and told[-1] == (200, 200)  # it ends when all are good enough
-    assert told[:-1] == [(i, 200) for i in range(len(rows) - 1)]
+    assert len(rows) < 200 and calls[-1] == (200, 200)  # it ends when all are good enough
+    assert calls[:-1] == [(i, 200) for i in range(len(rows) - 1)]
 
 
 def test_each_row_is_fitted_as_if_it_were_alone() -> None:
@@ -78,11 +78,11 @@ def test_the_prior_keeps_a_latent_as_long_as_noise_is() -> None:
     for prior in (0.0, 10.0):
         last: list[Tensor] = []
 
-        def draw(z: Tensor, last: list[Tensor] = last) -> Tensor:
+        def generate(z: Tensor, last: list[Tensor] = last) -> Tensor:
             last.append(z.detach().clone())
             return z
 
-        fit(draw, known, start, FitSettings(iterations=100, rate=0.05, prior=prior, tolerance=0.0))
+        fit(generate, known, start, FitSettings(iterations=100, rate=0.05, prior=prior, tolerance=0.0))
         lengths.append(float(last[-1].square().mean()))
     assert lengths[0] < 0.01 and lengths[1] == pytest.approx(1, abs=0.05)
 

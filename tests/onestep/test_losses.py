@@ -199,7 +199,7 @@ def test_diff_augment_is_differentiable_to_the_image() -> None:
     [("captions", stats.uniform(2, 8)), ("recaptions", stats.truncnorm((1 - 2) / 3, (10 - 2) / 3, loc=2, scale=3))],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_guidance_weights_are_the_papers_laws(distribution: Any, expected: Any, dtype: torch.dtype) -> None:
+def test_guidance_weights_are_the_papers(distribution: Any, expected: Any, dtype: torch.dtype) -> None:
     u = torch.linspace(0, 1, 1001, dtype=dtype)
     got = guidance_weights(u, distribution)
     assert got.dtype == dtype

@@ -1,4 +1,4 @@
-"""The objective of distillation on modules made by hand, whose every number is known: who is judged under which
+"""The objective of distillation on modules made by hand, whose every number is known: which image is rated with which
 caption, which weight is whose, and that real and fake images are augmented alike."""
 
 from __future__ import annotations
@@ -79,12 +79,12 @@ def batch(real: Tensor, text: Sequence[int], target: Tensor, target_text: Sequen
     return DistillBatch(real, names[0], torch.arange(n), torch.randn(n, 3, 8, 8), target, names[1])
 
 
-def test_everything_is_judged_under_its_own_caption() -> None:
+def test_every_image_is_rated_with_its_own_caption() -> None:
     made = objective(LossSettings(augment=(), balance="fixed"))
     some = batch(paint([1.0, 5.0]), (1, 5), paint([2.0, 7.0]), (2, 7))
     terms = made.loss(some, GENERATOR)
     assert float(terms.logs["rec"]) == 0  # pairs are reconstructed under the pairs' captions,
-    assert float(terms.logs["adv"]) == 0  # prior samples are drawn and judged under those of the real images
+    assert float(terms.logs["adv"]) == 0  # prior samples have the captions of the real images
     logs = made.loss(some, DISCRIMINATOR).logs
     assert [float(logs[name]) for name in ("real", "fake", "mismatched")] == [0, 0, -16]
 
@@ -129,7 +129,7 @@ def test_a_real_image_and_the_fake_one_beside_it_are_augmented_alike() -> None:
     fake = made.generator(made._prior(rows, DISCRIMINATOR), Numbers().cond(some.text))
     made.loss(DistillBatch(fake, some.text, rows, some.latent, some.target, some.target_text), DISCRIMINATOR)
     for seen, equal in zip(features.images, (False, True), strict=True):
-        real, drawn, mismatched = seen.chunk(3)
-        assert torch.equal(mismatched, real) and torch.equal(drawn, real) == equal
+        real, generated, mismatched = seen.chunk(3)
+        assert torch.equal(mismatched, real) and torch.equal(generated, real) == equal
     assert not torch.equal(real, fake)
     assert (real == 0).flatten(1).any(1).all()  # of translation and cutout

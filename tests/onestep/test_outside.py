@@ -136,11 +136,11 @@ def test_conditions_reach_the_network_and_dropped_ones_are_its_null() -> None:
     with pytest.raises(UserError, match="this network reads class labels, the conditions are text"):
         bare(x, sigma, cond(2))
     null = Cond(None, None, None, torch.zeros(1, dtype=torch.bool), torch.tensor([4]))
-    told = OutsideDenoiser(net, scheduler(prediction_type="v_prediction"), null)
+    guided = OutsideDenoiser(net, scheduler(prediction_type="v_prediction"), null)
     four = Cond(None, None, None, torch.zeros(2, dtype=torch.bool), torch.tensor([0, 4]))
-    assert torch.equal(told(x, sigma, dropped), told(x, sigma, four))
+    assert torch.equal(guided(x, sigma, dropped), guided(x, sigma, four))
     torch.testing.assert_close(bare.vec(labels(3, 1)), net.class_embedding.weight[[3, 1]])
-    images = sample(told, labels(0, 1, 2), size=(8, 8), steps=3, guidance=2.0).images
+    images = sample(guided, labels(0, 1, 2), size=(8, 8), steps=3, guidance=2.0).images
     assert images.shape == (3, 3, 8, 8)
 
 
@@ -220,7 +220,7 @@ N = 8
 
 
 def taught(teacher: OutsideDenoiser, conditions: Any, texts: tuple[str, ...], steps: int) -> Tensor:
-    """Pictures (N, 3, 8, 8) of four plain colours, which the teacher learns in a few steps."""
+    """Images (N, 3, 8, 8) of four plain colours, which the teacher learns in a few steps."""
     colours = torch.tensor([[1.0, -1, -1], [-1, 1, -1], [-1, -1, 1], [1, 1, -1]]) * 0.8
     images = colours[[int(t) for t in texts]][:, :, None, None].expand(-1, 3, 8, 8).contiguous()
     optimizer = torch.optim.Adam(teacher.parameters(), 2e-3)
@@ -266,8 +266,8 @@ def test_a_teacher_from_outside_is_inverted_and_distilled(tmp_path: Path, kind: 
     assert rec[-1] < 0.6 * rec[0]
     assert all(torch.equal(t, kept[n]) for n, t in teacher.state_dict().items())
     assert not [m for m in network.modules() if m._forward_hooks]
-    drawn = generate(made, conditions.cond(texts), size=(8, 8), seed=1)
-    assert drawn.nfe == 1 and drawn.images.shape == (N, 3, 8, 8)
+    samples = generate(made, conditions.cond(texts), size=(8, 8), seed=1)
+    assert samples.nfe == 1 and samples.images.shape == (N, 3, 8, 8)
     with pytest.raises(UserError, match="expected multiples of 2"):
         made.latent_size((7, 8))
 

@@ -87,7 +87,7 @@ def test_the_round_trip_is_measured_from_several_levels() -> None:
     assert all(v == round(v, 2) for v in values)
 
 
-@pytest.mark.skipif(not STATUS.exists(), reason="memory that is no file's is told by Linux alone")
+@pytest.mark.skipif(not STATUS.exists(), reason="only Linux reports memory that is not of a file")
 def test_pairs_stay_on_disk(tmp_path: Path) -> None:
     def private() -> int:
         line = next(line for line in STATUS.read_text(encoding="utf-8").splitlines() if line.startswith("RssAnon"))

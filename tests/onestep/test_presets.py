@@ -57,8 +57,8 @@ def test_where_the_whole_base_trains_a_preset_names_no_blocks_of_it() -> None:
 
 
 def test_what_the_recipe_says_stands() -> None:
-    said = {"preset": "paper", "lr": 1e-4, "losses": {"norms": "plain", "pixels": 0}, "ema": [0.05]}
-    *_, distilled, grown = stages(said, {}).stages
+    given = {"preset": "paper", "lr": 1e-4, "losses": {"norms": "plain", "pixels": 0}, "ema": [0.05]}
+    *_, distilled, grown = stages(given, {}).stages
     assert (distilled.lr, distilled.losses.norms, distilled.losses.pixels) == (1e-4, "plain", 0)
     assert distilled.ema == (0.05,) and distilled.losses.discriminator_rate == 250
     assert (grown.optimizer, grown.base_blocks) == ("adamw", 0)

@@ -1,4 +1,4 @@
-"""Real images and, beside them, pairs: whose picture, whose caption, at which position."""
+"""Real images and their pairs: whose image, whose caption, at which position."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def first(stream: PairStream, batches: int, start: int = 0) -> list[DistillBatch
 INVERTED: dict[str, Any] = {"direction": "invert", "solver": {"guidance": 1.0}}
 
 
-def test_each_real_image_has_a_pair_beside_it_with_its_own_picture_and_caption(tmp_path: Path) -> None:
+def test_each_real_image_has_a_pair_with_its_own_image_and_caption(tmp_path: Path) -> None:
     sources = Shades(9, name="a"), Shades(5, name="b")
     origins = [[0, 7, 0], [1, 2, 1], [0, 1, 1], [1, 4, 0]]
     pairs, whole = pairs_of(tmp_path, origins, **INVERTED)
@@ -55,11 +55,9 @@ def test_each_real_image_has_a_pair_beside_it_with_its_own_picture_and_caption(t
         for row in range(3):
             at = [torch.equal(batch.latent[row], latent.float()) for latent in whole["latent"]].index(True)
             source, item, mirrored = origins[at]
-            picture = sources[source].image(item, (4, 4), (0.5, 0.5))
+            image = sources[source].image(item, (4, 4), (0.5, 0.5))
             assert batch.target_text[row] == sources[source].text(item)
-            assert torch.equal(
-                batch.target[row], to_tensor((picture[:, ::-1] if mirrored else picture)[None].copy())[0]
-            )
+            assert torch.equal(batch.target[row], to_tensor((image[:, ::-1] if mirrored else image)[None].copy())[0])
             numbers.append(at)
     for epoch in range(0, 24, 4):
         assert sorted(numbers[epoch : epoch + 4]) == [0, 1, 2, 3]  # each pair once in an epoch
@@ -113,7 +111,7 @@ def test_sampled_pairs_are_of_one_size(tmp_path: Path) -> None:
         PairStream(loader(Shades(9), size=(8, 4)), pairs, 4)
 
 
-def test_a_picture_that_is_gone_is_one_line(tmp_path: Path) -> None:
+def test_an_image_that_is_gone_is_one_line(tmp_path: Path) -> None:
     pairs, _ = pairs_of(tmp_path, [[0, 1, 0]], **INVERTED)
     source = Shades(9, broken=frozenset({1}), name="broken")
     with pytest.raises(UserError, match=r"broken: 1\.png.*cannot be decoded any more"):

@@ -1,7 +1,8 @@
-"""What is looked at while a generator trains, on a generator and features made by hand."""
+"""Validation of a generator while it trains, with a generator and features made by hand."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,7 +46,7 @@ class Doubling:
 
 
 class Means:
-    """Two layers of tokens: a wrong one, and the pixels, of which a look takes the mean; then those of a crop."""
+    """Two layers of tokens: a wrong one, and the pixels, of which `Watch` takes the mean; then those of a crop."""
 
     layers = (1, 2)
 
@@ -90,6 +91,15 @@ def test_a_generator_that_has_not_grown_does_not_drift() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Doubling, "__call__", lambda self, z, cond, guidance=None: 2 * z)
         assert "drift_psnr" not in made.numbers()
+
+
+@pytest.mark.parametrize(("images", "distances"), [(1, 0), (2, 2)])
+def test_distances_need_two_images(images: int, distances: int) -> None:
+    _, w = watch()
+    few = Watched(w.images[:images], w.cond[slice(images)], w.latents[:images], w.prior[:images], w.solved[:images])
+    found = Watch(Doubling(), Means(), few, batch=2).numbers()  # type: ignore[arg-type]
+    assert sum("distance" in name for name in found) == distances
+    assert all(math.isfinite(value) for value in found.values())
 
 
 @pytest.mark.parametrize("guidance", [None, 3.0])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -133,50 +132,7 @@ def test_class_names_are_labels_too() -> None:
         as_labels(["2"], [], 2)
 
 
-# What a fingerprint sees
-
-
-def test_fingerprint_is_of_content_not_of_place(tmp_path: Path) -> None:
-    here, there = tmp_path / "here", tmp_path / "there"
-    save_t5(here)
-    shutil.copytree(here, there)
-    before = describe(str(here), 16).fingerprint
-    assert describe(str(there), 16).fingerprint == before
-    assert describe(str(here), 17).fingerprint != before
-
-    weights = load_file(there / "model.safetensors")
-    key = sorted(weights)[-1]
-    weights[key] = weights[key] + 1e-3
-    save_file(weights, there / "model.safetensors", metadata={"format": "pt"})
-    assert describe(str(there), 16).fingerprint != before
-
-    tokenizer = json.loads((here / "tokenizer.json").read_text())
-    tokenizer["normalizer"] = {"type": "Lowercase"}
-    (here / "tokenizer.json").write_text(json.dumps(tokenizer))
-    assert describe(str(here), 16).fingerprint != before
-
-
-def test_fingerprint_of_a_large_file_samples_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pixelgrow.external.hub._WHOLE", 1000)
-    monkeypatch.setattr("pixelgrow.external.hub._BLOCK", 64)
-    monkeypatch.setattr("pixelgrow.external.hub._BLOCKS", 8)
-    save_t5(tmp_path)
-    before = describe(str(tmp_path), 16).fingerprint
-    weights = tmp_path / "model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-1] ^= 1
-    weights.write_bytes(data)
-    assert describe(str(tmp_path), 16).fingerprint != before
-
-
-def test_shards_are_all_needed(tmp_path: Path) -> None:
-    save_t5(tmp_path, shard="2KB")
-    shards = sorted(tmp_path.glob("model-*.safetensors"))
-    assert len(shards) > 1
-    assert load_encoder(str(tmp_path), 16).dim == 16
-    shards[-1].unlink()
-    with pytest.raises(UserError, match=shards[-1].name):
-        describe(str(tmp_path), 16)
+# What is imported
 
 
 def test_describing_imports_neither_torch_nor_transformers() -> None:
@@ -191,23 +147,6 @@ def test_loading_minilm_does_not_import_sentence_transformers() -> None:
     load_encoder("minilm")
     assert "sentence_transformers" not in sys.modules
     assert "torchvision" not in sys.modules
-
-
-# By hub name
-
-
-def test_a_downloaded_model_is_found_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    repo, commit = tmp_path / "models--some--t5", "a" * 40
-    save_t5(repo / "snapshots" / commit)
-    (repo / "refs").mkdir()
-    (repo / "refs" / "main").write_text(commit)
-    assert load_encoder("some/t5", 16).dim == 16
-    assert describe(f"some/t5@{commit}", 16).fingerprint == describe("some/t5", 16).fingerprint
-
-    (repo / "snapshots" / commit / "model.safetensors").unlink()  # a download that was cut off
-    with pytest.raises(UserError, match=r"no model\.safetensors"):
-        describe("some/t5", 16)
 
 
 # Mistakes: one line each
