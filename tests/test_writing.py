@@ -1,7 +1,9 @@
-"""What is wrong with a file of weights, and what to do."""
+"""Files that cannot be written: one line, and how to go on where something goes on. Faults of weight files."""
 
 from __future__ import annotations
 
+import errno
+import os
 import struct
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from pixelgrow.external.autoencoder import Autoencoder
 from pixelgrow.external.vision import describe as describe_vision
 from pixelgrow.onestep.pairs import shard_fault, write_shard
 from pixelgrow.text.spec import describe as describe_text
-from pixelgrow.writing import fault_of
+from pixelgrow.writing import CannotWrite, fault_of, going_on, writing
 from text_models import save_t5
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
@@ -93,3 +95,27 @@ def test_converted_weights_are_told_from_damaged_ones(tmp_path: Path) -> None:
     ):
         checkpoint.read_tensors(tmp_path, digest)
     assert checkpoint.read_tensors(tmp_path)["a"].dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device; make room there"),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error; check the disk"),
+        (OSError("odd"), "odd; check the disk"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "b"), r"No such file or directory .b.; it was"),
+        (FileExistsError(errno.EEXIST, "File exists", "f"), "f is a file, not a folder; name another place"),
+    ],
+)
+def test_any_failure_to_write_is_one_line(error: OSError, words: str) -> None:
+    with pytest.raises(CannotWrite, match=f"^cannot write a: {words}") as caught, writing(Path("a")):
+        raise error
+    assert "saved" not in str(caught.value) and "again" not in str(caught.value)
+
+
+def test_only_what_goes_on_says_how_to_go_on(tmp_path: Path) -> None:
+    words = "make room there, then run the same command again: it goes on from what was saved"
+    with pytest.raises(UserError, match=words), going_on(), writing(tmp_path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(UserError, match=r"^other$"), going_on():
+        raise UserError("other")

@@ -50,7 +50,7 @@ def find(name: str | Path) -> Path:
             if (candidate / checkpoint.CONFIG).is_file():
                 return candidate
         exists = folder.exists()
-    if str(name).count("/") == 1 and not exists:
+    if hub.is_repository(str(name)) and not exists:
         return hub.fetch(str(name), ["*.json", "*.safetensors", "README.md"])
     known = ", ".join(builtin()) or "none"
     raise UserError(

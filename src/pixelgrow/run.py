@@ -43,7 +43,7 @@ from pixelgrow.stages.train import Parent, read_parent, train_stage
 from pixelgrow.training import state
 from pixelgrow.training.log import duration
 from pixelgrow.training.monitor import reset_peak
-from pixelgrow.writing import writing
+from pixelgrow.writing import going_on, writing
 
 logger = logging.getLogger(__name__)
 PATIENCE = 5.0  # seconds: workers of a run that was killed hold its lock until they see that it has gone
@@ -91,7 +91,8 @@ def run(recipe: Recipe, root: Path = Path("runs")) -> Path:
             before = float(record.values.get("wall_seconds", 0))
             materials.note = record.note
             try:
-                result = _execute(stage, parent, folder / stage.name, materials)
+                with going_on():
+                    result = _execute(stage, parent, folder / stage.name, materials)
             except Exception as error:
                 if out_of_memory(error):
                     reason = str(error).partition("\n")[0][:120]

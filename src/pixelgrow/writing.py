@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import re
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,29 +18,46 @@ from safetensors import SafetensorError
 from pixelgrow.errors import UserError
 
 logger = logging.getLogger(__name__)
-# Errors that the user can mend, by the system's number.
 _FORBIDDEN = (errno.EACCES, errno.EPERM)
-REMEDIES = (
+# What the user can do, by the system's number of the error.
+_REMEDIES = (
     dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room there")
     | dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "allow writing there or name another place")
     | dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG), "name another place")
+    | {errno.ENOENT: "it was moved or deleted meanwhile, or its place takes no files"}
 )
+
+
+class CannotWrite(UserError):
+    """A file cannot be written: the disk is full or broken, or the place is forbidden or no folder."""
 
 
 @contextmanager
 def writing(what: Path) -> Iterator[None]:
-    """Raise UserError, naming the file, if the disk is full or the place cannot be written."""
+    """Raise CannotWrite, naming the file, if it cannot be written."""
     try:
         yield
     except SafetensorError as error:  # the library gives the system's error as text: "... (os error 28)"
-        for number in REMEDIES:
-            if f"(os error {number})" in str(error):
-                raise UserError(_cannot(what, str(error), number)) from error
-        raise
-    except OSError as error:
-        if error.errno not in REMEDIES:
+        found = re.search(r"[(]os error (\d+)[)]", str(error))
+        if found is None:
             raise
-        raise UserError(_cannot(what, error.strerror or str(error), error.errno)) from error
+        raise CannotWrite(_cannot(what, os.strerror(int(found[1])), int(found[1]))) from error
+    except OSError as error:
+        reason = error.strerror or str(error)
+        if error.errno == errno.EEXIST and error.filename:  # a file in the place of the folder to be made
+            reason = f"{error.filename} is a file, not a folder"
+        elif error.errno == errno.ENOENT and error.filename and str(error.filename) != str(what):
+            reason += f" ({error.filename})"
+        raise CannotWrite(_cannot(what, reason, error.errno)) from error
+
+
+@contextmanager
+def going_on() -> Iterator[None]:
+    """Inside it, a file that cannot be written cuts off work that is kept; the line then says how to go on."""
+    try:
+        yield
+    except CannotWrite as error:
+        raise UserError(f"{error}, then run the same command again: it goes on from what was saved") from error
 
 
 @contextmanager
@@ -98,11 +116,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _cannot(what: Path, reason: str, number: int) -> str:
-    return (
-        f"cannot write {what}: {reason}; what was saved before is kept: {REMEDIES[number]}, "
-        "then run the same command again to go on"
-    )
+def _cannot(what: Path, reason: str, number: int | None) -> str:
+    return f"cannot write {what}: {reason}; {_REMEDIES.get(number or 0, 'check the disk')}"
 
 
 _POINTER = b"version https://git-lfs"

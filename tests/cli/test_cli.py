@@ -64,7 +64,7 @@ def test_the_package_is_a_command_and_data_takes_a_source_or_a_verb(tmp_path: Pa
     long = run_cli("data", "count", "scenes", "--decode", "2", "--sheet", tmp_path / "sheet.png")
     assert "usable image-caption pairs" in short and short.splitlines() == long.out.splitlines()
     (tmp_path / "recaption").mkdir()
-    assert "Missing argument 'source'" in run_cli("data", "recaption", cwd=tmp_path).err
+    assert "data recaption: SOURCE is missing" in run_cli("data", "recaption", cwd=tmp_path).err
     assert "./recaption: no images in it" in run_cli("data", "./recaption", cwd=tmp_path).err
 
 
@@ -84,18 +84,33 @@ def test_help_is_quick_and_leaves_torch_alone() -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["rnu"], "No such command 'rnu'"),
-        (["run"], "Missing argument"),
+        (["rnu"], "there is no verb 'rnu'; did you mean run?"),
+        (["xyz"], "there is no verb 'xyz'; expected one of average, data, demo, edit, grow, info, plan, run, sample"),
+        (["edit"], "edit: a verb is missing; expected one of inpaint, interpolate, transfer, upscale"),
+        (["edit", "inpant"], "edit: there is no verb 'inpant'; did you mean inpaint?"),
+        (["run"], "run: RECIPE is missing (A recipe"),
+        (["run", "smoke", "--dryrun"], "run: there is no option --dryrun; did you mean --dry-run or --runs?"),
+        (["sample", "MODEL", "1", "-x"], "sample: there is no option -x; see pixelgrow sample --help"),
+        (["run", "smoke", "--set"], "run: --set requires an argument; see pixelgrow run --help"),
+        (["sample", "MODEL", "1", "--interval", "1"], "sample: --interval requires 2 arguments; see"),
+        (["grow", "MODEL", "--to", "32"], "grow: -o / --out is missing ("),
+        (["info", "tiny", "a", "b"], "info: unexpected 'a b'; put text of several words in quotes"),
+        (["sample", "MODEL", "1", "-n", "x"], "sample: -n: input should be a valid integer"),
         (["run", "nowhere.yaml"], "recipe 'nowhere.yaml' is neither a file nor one of demo"),
         (["run", "demo", "--set", "stages.core.imagess=1"], "unknown key 'imagess'; did you mean 'images'?"),
         (["sample", "nowhere"], "no prompt was given"),
         (["sample", "nowhere", "a"], "nowhere is not a checkpoint"),
         (["info", "nowhere"], "nowhere is not a checkpoint"),
         (["plan"], "expected a recipe or --size"),
-        (["plan", "smoke", "--rate", "0"], "Invalid value for '--rate'"),
-        (["run", "smoke", "--runs", "FILE"], "cannot write FILE/smoke: Not a directory"),
+        (["plan", "smoke", "--rate", "0"], "plan: --rate: input should be greater"),
+        (["run", "smoke", "--runs", "FILE"], "cannot write FILE/smoke: Not a directory; name another place\n"),
         (["data", "images", "--sheet", "images"], "--sheet images: lies in images, which is only looked at"),
-        (["data", "images", "--sheet", "FILE/x.png"], "cannot write FILE/x.png: File exists"),
+        (
+            ["data", "images", "--sheet", "FILE/x.png"],
+            "cannot write FILE/x.png: FILE is a file, not a folder; name another place",
+        ),
+        (["sample", "MODEL", "1", "-o", "/proc/x.png"], "cannot write /proc/x.png: No such file or directory"),
+        (["sample", "./nowhere", "a"], "./nowhere is not a checkpoint"),
         (["info", LONG], "File name too long; check the path"),
         (["run", LONG], "File name too long"),
         (["run", "smoke", "--dry-run", "--set", f"text.encoder={LONG}"], "File name too long"),
@@ -113,7 +128,10 @@ def test_help_is_quick_and_leaves_torch_alone() -> None:
         (["sample", "MODEL", "1", "--guide", "base"], "has no base path"),
         (["sample", "MODEL", "1", "--schedule", "native"], "does not hold the noise"),
         (["sample", "MODEL", "1", "--interval", "3", "1"], "expected (lo, hi) with 0 <= lo < hi"),
-        (["sample", "MODEL", "--prompts", "nowhere.txt"], "--prompts nowhere.txt: cannot be read"),
+        (["sample", "MODEL", "--prompts", "nowhere.txt"], "--prompts nowhere.txt: No such file or directory; expected"),
+        (["sample", "MODEL", "--prompts", "images"], "--prompts images: Is a directory; expected a text file"),
+        (["sample", "MODEL", "--prompts", "images/0/a.png"], "--prompts images/0/a.png: not UTF-8 text; expected one"),
+        (["sample", "MODEL", "caf\udce9"], "the prompt 'caf\\udce9' is not UTF-8"),
         (["sample", "MODEL", "--prompts", "FILE"], "--prompts FILE: no prompt in it; expected one a line"),
         (["sample", "MODEL", "1", "--schedule", "foo"], "(--schedule) 'foo' does not exist; expected 'karras' or"),
         (["sample", "MODEL", "1", "--steps", "1000000000000"], "steps=1000000000000: expected 1 to 10000"),
@@ -165,14 +183,28 @@ def test_another_average_of_a_stage_becomes_a_checkpoint(model: Path, run_cli: R
     assert "name another folder" in run_cli("average", stage, "--length", "0.1", "-o", stage / "checkpoint").err
 
 
-def test_running_out_of_memory_is_one_line(model: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch) -> None:
-    def sample(*_: object, **__: object) -> None:
+@pytest.mark.parametrize(
+    ("where", "words", "advice"),
+    [
+        ("pixelgrow.model.sample", "sample MODEL 1", "run it again with a smaller --batch"),
+        ("pixelgrow.cli.grow.grow", "grow MODEL --to 32 -o out --data images", "grow it by a recipe's grow stage"),
+        ("pixelgrow.model.sample", "edit upscale MODEL small.png --prompt 1", "crop the picture"),
+        ("pixelgrow.plan.recipe.parts_of", "info MODEL", "use a machine with more memory"),
+    ],
+)
+def test_running_out_of_memory_is_one_line(
+    model: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str, words: str, advice: str
+) -> None:
+    def large(*_: object, **__: object) -> None:
         torch.empty(2**50)
 
-    monkeypatch.setattr("pixelgrow.model.sample", sample)
-    result = run_cli("sample", model, "1")
-    assert result.code == 2 and len(result.err.strip().splitlines()) == 1
-    assert "out of memory" in result.err and "smaller --batch" in result.err
+    class_folder(tmp_path)
+    Image.new("RGB", (8, 8)).save(tmp_path / "small.png")
+    monkeypatch.setattr("pixelgrow.editing.path.EditPath.solve", large)
+    monkeypatch.setattr(where, large)
+    result = run_cli(*(str(model) if word == "MODEL" else word for word in words.split()), cwd=tmp_path)
+    assert result.code == 2 and len(result.err.splitlines()) == 1 + ("growing to" in result.err)
+    assert "pixelgrow: out of memory (" in result.err and advice in result.err
 
 
 def test_idle_threads_are_told_to_sleep_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -366,3 +398,6 @@ def test_control_c_says_how_to_go_on(run_cli: RunCli, monkeypatch: pytest.Monkey
     result = run_cli("run", "smoke", cwd=tmp_path)
     assert result.code == 130
     assert result.err == "pixelgrow: stopped by SIGINT: run the same command again to go on\n"
+    monkeypatch.setattr("pixelgrow.model.find", interrupted)
+    result = run_cli("info", "tiny")  # starts anew
+    assert (result.code, result.err) == (130, "pixelgrow: stopped by SIGINT\n")

@@ -317,7 +317,7 @@ def test_a_full_disk_leaves_the_state_before(tmp_path: Path, monkeypatch: pytest
     expected = toy.weights(whole, toy.run(tmp_path / "whole", whole))
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
-        with pytest.raises(UserError, match="No space left on device; what was saved before is kept") as error:
+        with pytest.raises(UserError, match="No space left on device; make room there") as error:
             toy.run(tmp_path / "full", snapshot_every=0)
     assert "\n" not in str(error.value)
     saved = state.load(tmp_path / "full" / "state")

@@ -16,6 +16,7 @@ import typer
 from pixelgrow.cli.data import data
 from pixelgrow.cli.edit import edit
 from pixelgrow.cli.streams import Unwritable, discard_output, secure_streams
+from pixelgrow.cli.usage import in_one_line, is_usage_error
 from pixelgrow.errors import UserError, out_of_memory
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -30,11 +31,15 @@ Recipe = Annotated[str, typer.Argument(help="A recipe's file, or the name of one
 
 
 PICTURES = Path("samples.png")
-LESS_MEMORY = (
-    "draw with a smaller --batch; train with more accumulate: (micro-batches a step), a smaller batch:, or "
-    "activation_checkpointing: true. What was saved before is kept"
-)
-LESS_TO_EDIT = "crop the picture to the model's square (--fit), or edit with a smaller model"
+# What to do when memory runs out, by verb; `run` says it by stage.
+LESS_MEMORY = {
+    "sample": "run it again with a smaller --batch, or a smaller --size",
+    "edit": "crop the picture to the model's square (--fit), or edit with a smaller model",
+    "grow": "grow it by a recipe's grow stage, with a smaller batch:",
+    "recaption": "run the same command again with a smaller --batch: it goes on from what was saved",
+}
+MORE_MEMORY = "use a machine with more memory, or end other programs"
+GO_ON = "run the same command again to go on"
 
 
 @app.callback()
@@ -284,7 +289,7 @@ class End:
 def _obey() -> End:
     """Carry out the command line."""
     try:
-        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+        status = app(sys.argv[1:] or ["--help"], prog_name="pixelgrow", standalone_mode=False)
         if status == 130:  # typer has caught a KeyboardInterrupt
             return _signalled(signal.SIGINT)
         return End(status if isinstance(status, int) else 0)
@@ -298,10 +303,10 @@ def _obey() -> End:
         return _signalled(stop.signum)
     except Exception as error:
         if out_of_memory(error):
-            advice = LESS_TO_EDIT if sys.argv[1:2] == ["edit"] else LESS_MEMORY
-            return End(2, f"out of memory ({str(error).splitlines()[0][:120]}): {advice}")
-        if hasattr(error, "format_message"):  # click's, which typer has under a name of its own
-            return End(2, error.format_message())
+            reason = str(error).partition("\n")[0][:120] or type(error).__name__
+            return End(2, f"out of memory ({reason}): {LESS_MEMORY.get(_verb(), MORE_MEMORY)}")
+        if is_usage_error(error):
+            return End(2, in_one_line(error, sys.argv[1:]))
         if type(error).__name__ != "Interrupted":  # of training; its import would bring torch along
             raise
         return End(getattr(error, "status", 1), str(error))
@@ -312,7 +317,14 @@ def _lost(error: Unwritable) -> End:
 
 
 def _signalled(signum: int) -> End:
-    return End(128 + signum, f"stopped by {signal.Signals(signum).name}: run the same command again to go on")
+    message = f"stopped by {signal.Signals(signum).name}"
+    return End(128 + signum, f"{message}: {GO_ON}" if _verb() in ("run", "demo", "recaption") else message)
+
+
+def _verb() -> str:
+    """The verb of the command line, `recaption` of `data recaption`."""
+    words = [*sys.argv[1:3], "", ""]
+    return words[1] if words[:2] == ["data", "recaption"] else words[0]
 
 
 def share_cores() -> None:

@@ -21,7 +21,7 @@ from pixelgrow.data.sources.opening import open_source
 from pixelgrow.errors import UserError, out_of_memory
 from pixelgrow.external import hub
 from pixelgrow.training.log import Display
-from pixelgrow.writing import writing
+from pixelgrow.writing import going_on, writing
 
 MAX_SIDE = 768  # pixels; larger pictures are scaled down before the model's own preparation sees them
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def recaption(ask: Recaption) -> str:
     captioner = Captioner(ask.model, ask.prompt, ask.tokens)
     told = {"source": source.fingerprint, "model": ask.model, "prompt": ask.prompt, "tokens": ask.tokens}
     part = ask.out.with_name(f".{ask.out.name}.part")
-    with writing(ask.out):
+    with going_on(), writing(ask.out):
         ask.out.parent.mkdir(parents=True, exist_ok=True)
         said, end = _done(part, told)
         with part.open("r+b" if end else "wb") as file, Display(ask.model, len(source), len(said)) as display:

@@ -62,7 +62,13 @@ def retouch(request: Request) -> Path:
         masks = [_fit_mask(mask, model.resolution) for mask in masks]
     if strip and out.suffix.lower() == ".png":
         frames = request.arguments["frames"]
-        check_grid(out, read[0].shape[:2] if read else (model.side, model.side), _columns(frames), frames)
+        check_grid(
+            out,
+            read[0].shape[:2] if read else (model.side, model.side),
+            _columns(frames),
+            frames,
+            "fewer --frames, or a .gif",
+        )
     keywords: dict[str, Any] = {k: v for k, v in request.arguments.items() if v is not None} | request.settings
     if teacher is not None:
         keywords["teacher"] = teacher

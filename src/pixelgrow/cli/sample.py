@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import re
 import sys
 import tempfile
@@ -59,7 +60,7 @@ class Request:
 
 def sample_images(request: Request) -> list[Path]:
     """Sample a request's images and write them, single files as they are made; returns the files. Raises UserError."""
-    prompts = request.prompts + _read(request.file)
+    prompts = [typed(prompt) for prompt in request.prompts] + _read(request.file)
     _check_choice(request)
     n = request.n or (PREVIEWED if request.preview or request.pick else 1)
     if len(prompts) * max(n, request.best_of or 0) > MAX_IMAGES:
@@ -89,7 +90,8 @@ def sample_images(request: Request) -> list[Path]:
     k = math.prod(exact_factors(model.network)) if request.preview else 1
     columns = columns_of(1, len(picked)) if picked else columns_of(len(prompts), n)
     if not single:
-        check_grid(request.out, (size[0] // k, size[1] // k), columns, len(each))
+        instead = "name a folder, for single files, or sample fewer"
+        check_grid(request.out, (size[0] // k, size[1] // k), columns, len(each), instead)
     check_writable(request.out, folder, single)  # now, not when images have been made
     given: dict[str, Any] = {
         "seed": request.seed,
@@ -153,13 +155,23 @@ def picked_numbers(text: str, count: int) -> list[int]:
     return [int(part) for part in parts]
 
 
-def check_grid(out: Path, size: tuple[int, int], columns: int, count: int) -> None:
-    """UserError if a grid of `count` images of `size` (h, w) has more than MAX_GRID pixels."""
+def typed(text: str) -> str:
+    """A command line's text as UTF-8, which a locale may have read otherwise; UserError if it is not."""
+    try:
+        return os.fsencode(text).decode("utf-8") if not text.isprintable() else text
+    except UnicodeError as error:
+        raise UserError(
+            f"the prompt {text!a} is not UTF-8: expected a terminal of UTF-8, or a file (--prompts)"
+        ) from error
+
+
+def check_grid(out: Path, size: tuple[int, int], columns: int, count: int, instead: str) -> None:
+    """UserError if a grid of `count` images of `size` (h, w) has more than MAX_GRID pixels; `instead`: what to do."""
     h, w = grid_size(size, columns, count)
     if count > 1 and h * w > MAX_GRID:
         raise UserError(
             f"--out {out}: {count} images of {size[0]}x{size[1]} pixels make a grid of {h}x{w}, expected at most "
-            f"{MAX_GRID // 10**6} million pixels: name a folder, for single files, or ask for fewer images"
+            f"{MAX_GRID // 10**6} million pixels: {instead}"
         )
 
 
@@ -206,10 +218,10 @@ def _read(file: Path | None) -> list[str]:
         return []
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--prompts {file}: cannot be read ({error}); expected a text file, one prompt a line"
-        ) from error
+    except OSError as error:
+        raise UserError(f"--prompts {file}: {error.strerror}; expected a text file, one prompt a line") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompts {file}: not UTF-8 text; expected one prompt a line: save it as UTF-8") from error
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"--prompts {file}: no prompt in it; expected one a line")

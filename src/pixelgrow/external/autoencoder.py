@@ -109,7 +109,7 @@ class Autoencoder:
 def _find(name: str) -> Path:
     with reading(name):
         folder = Path(name).expanduser()
-        if not folder.exists() and name.count("/") == 1:
+        if not folder.exists() and hub.is_repository(name):
             files = ["config.json", "diffusion_pytorch_model.safetensors"]
             folder = hub.fetch(name, [*files, *(f"vae/{f}" for f in files)], "autoencoder")
         for candidate in (folder, folder / "vae"):

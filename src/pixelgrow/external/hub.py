@@ -41,6 +41,12 @@ def find(kind: str, name: str, builtin: str = "", offline: str = "") -> Path:
     return _from_hub(kind, repo, revision or None, offline)
 
 
+def is_repository(name: str) -> bool:
+    """Whether a name can be `owner/name` on the hub, "@revision" allowed after it, and is not plainly a path."""
+    repo = name.partition("@")[0]
+    return repo.count("/") == 1 and _HUB_NAME.fullmatch(repo) is not None
+
+
 def fetch(name: str, wanted: Sequence[str], kind: str = "") -> Path:
     """A folder with the files `wanted` (patterns) of a repository of the hub, with "@revision" after its name or not.
 
