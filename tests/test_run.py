@@ -42,8 +42,8 @@ from pixelgrow.stages.materials import Materials
 from pixelgrow.stages.record import Record
 from pixelgrow.training.denoise import DenoiseObjective
 from pixelgrow.training.objective import Terms
-from pixelgrow.writing import CannotWrite
 from pixelgrow.training.optim import rate
+from pixelgrow.writing import CannotWrite
 
 WEIGHTS = "checkpoint/model.safetensors"
 
@@ -585,7 +585,7 @@ def test_a_full_disk_says_that_the_run_goes_on(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr("pixelgrow.run._execute", full)
     with pytest.raises(UserError, match="x: the disk is full; make room there, then run the same command again"):
-        run(load_recipe("smoke", [f"data.source={class_images(tmp_path)}", "text={classes: 2}"]), tmp_path)
+        run(class_recipe(tmp_path, {"classes": 2}), tmp_path)
 
 
 def test_evaluation_holds_one_batch_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
