@@ -300,8 +300,9 @@ def forked(work: Callable[[], dict[str, Any]], seconds: float) -> dict[str, Any]
 PYTEST = ["-q", "--assert=plain", "-p", "no:cacheprovider", "-p", "no:xdist"]
 
 
-def baseline(room: str, store: Path) -> dict[str, Any]:
-    """Run the tests of a room as they are, each file of tests unless `store` has it:
+def baseline(room: str, store: Path, within: float) -> dict[str, Any]:
+    """Run the tests of a room as they are, each file of tests unless `store` has it; not those that were known to take
+    more than `within` seconds.
 
     {"tests": {name: {seconds, passed, fixtures, lines}}, "modules": what they import, "imported": lines so executed}
     """
@@ -311,12 +312,15 @@ def baseline(room: str, store: Path) -> dict[str, Any]:
     for file in [f for p in map(Path, ROOMS[room][1]) for f in (sorted(p.glob("test_*.py")) if p.is_dir() else [p])]:
         version = code.copy()
         version.update(file.read_bytes())
-        if known.get(str(file), {}).get("version") != version.hexdigest():
+        before = known.get(str(file), {"tests": {}, "slow": []})
+        slow = [name for name, test in before["tests"].items() if cost(test) > within] + before["slow"]
+        slow = slow if within < math.inf else []
+        if before.get("version") != version.hexdigest() or len(slow) < len(before["slow"]):
             preload(whole["modules"])
-            found = forked(lambda file=file: traced(str(file)), 3600)
+            found = forked(lambda file=file, slow=slow: traced(str(file), slow), 3600)
             if not found:
                 sys.exit(f"{file}: its tests died")
-            known[str(file)] = found | {"version": version.hexdigest()}
+            known[str(file)] = found | {"version": version.hexdigest(), "slow": slow}
             store.write_text(json.dumps(known), encoding="utf-8")
         whole["tests"] |= known[str(file)]["tests"]
         whole["modules"] |= dict.fromkeys(known[str(file)]["modules"])
@@ -325,8 +329,13 @@ def baseline(room: str, store: Path) -> dict[str, Any]:
     return whole
 
 
-def traced(tests: str) -> dict[str, Any]:
-    """See `baseline`: of one file of tests."""
+def cost(test: dict[str, Any]) -> float:
+    """Seconds of a test, with fixtures that it shares with others."""
+    return test["seconds"] + sum(test["fixtures"].values())
+
+
+def traced(tests: str, slow: list[str]) -> dict[str, Any]:
+    """See `baseline`: of one file of tests, some left out."""
     import coverage
 
     sys.dont_write_bytecode = False  # compiled once, here
@@ -336,7 +345,7 @@ def traced(tests: str) -> dict[str, Any]:
     )
     trace = Trace(measured)
     measured.start()
-    pytest.main([*PYTEST, tests], plugins=[trace])
+    pytest.main([*PYTEST, tests, *(f"--deselect={name}" for name in slow)], plugins=[trace])
     measured.stop()
     ran: dict[str, dict[str, list[int]]] = {}
     for file in measured.get_data().measured_files():
@@ -372,12 +381,12 @@ def tests_for(mutant: Mutant, facts: dict[str, Any], within: float) -> dict[str,
         if test["passed"] and mutant.file in test["lines"] and (whole or lines & set(test["lines"][mutant.file]))
     }
 
-    def cost(name: str) -> tuple[float, str, float]:
+    def order(name: str) -> tuple[float, str, float]:  # what shares a slow fixture stays together
         shared = sum(s for s in chosen[name]["fixtures"].values() if s > 0.3)
         return shared, name.partition("::")[0] if shared else "", chosen[name]["seconds"]
 
-    quick = [name for name in chosen if cost(name)[0] + cost(name)[2] <= within]
-    return {name: 10 + 5 * chosen[name]["seconds"] for name in sorted(quick, key=cost)}
+    quick = [name for name in chosen if cost(chosen[name]) <= within]
+    return {name: 10 + 5 * chosen[name]["seconds"] for name in sorted(quick, key=order)}
 
 
 def run_one(source: Source, mutant: Mutant, facts: dict[str, Any], within: float) -> dict[str, Any]:
@@ -498,7 +507,7 @@ def main() -> None:
     facts: dict[str, Any] = {}
     for mutant in todo:
         if mutant.room not in facts:
-            facts[mutant.room] = baseline(mutant.room, output.parent / "mutants-tests.json")
+            facts[mutant.room] = baseline(mutant.room, output.parent / "mutants-tests.json", args.within)
             failed = [name for name, test in facts[mutant.room]["tests"].items() if not test["passed"]]
             print(
                 f"{mutant.room}: {len(facts[mutant.room]['tests'])} tests, failing and left out: {failed}", flush=True
