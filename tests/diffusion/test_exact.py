@@ -143,8 +143,11 @@ def test_guiding_only_the_core_leaves_details_to_the_condition(monkeypatch: pyte
     high, x, rows = grown(), 3 * NOISES[0], dict[int, int]()
     real = UViT.rung
     monkeypatch.setattr(UViT, "rung", lambda net, r, v, *a: rows.update({r.resolution: len(v)}) or real(net, r, v, *a))
-    made = Guided(high, conditions(), guidance=3.0, guide_details=False)(x, 2.0)
-    assert rows == {8: 4, 16: 2, 32: 2}
+    guided = Guided(high, conditions(), guidance=3.0, guide_details=False)
+    made = guided(x, 2.0)
+    assert rows == {8: 4, 16: 2, 32: 2} and guided.nfe == 2
+    guided(x, 1.0)
+    assert guided.nfe == 4
     core = Guided(high.lower(1), conditions(), guidance=3.0)(box_down(x, 4), 0.5)
     assert (box_down(made, 4) - core).abs().max() < 1e-12
     weak, whole = (

@@ -416,6 +416,17 @@ def test_guidance_settings_reach_the_network() -> None:
     torch.testing.assert_close(itself.images, plain.images, atol=2e-5, rtol=0)
 
 
+def test_a_threshold_scales_what_would_be_clamped() -> None:
+    class Ramp(ConvDenoiser):
+        def forward(self, x: Tensor, sigma: Tensor, cond: Cond) -> Tensor:
+            return torch.linspace(0, 4, x[0].numel()).view(1, *x.shape[1:]).expand_as(x)
+
+    ramp = torch.linspace(0, 4, 48).view(1, 3, 4, 4)
+    for threshold, want in ((None, ramp.clamp(max=1)), (1.0, ramp / 4)):
+        images = sample(Ramp(), labels(1), size=(4, 4), steps=3, threshold=threshold).images
+        torch.testing.assert_close(images, want)
+
+
 def test_images_carry_no_gradient_and_can_be_trained_on() -> None:
     images = sample(ConvDenoiser(), labels(2), size=(4, 4), steps=2).images
     assert not images.requires_grad

@@ -118,6 +118,26 @@ def test_a_fixed_weight_is_the_scale_and_the_sum_is_what_descends() -> None:
     assert float(weight.grad) == pytest.approx(slope)
 
 
+@pytest.mark.parametrize(("norms", "power"), [("plain", 1), ("squared", 2)])
+@pytest.mark.parametrize("scale", [0.1, 0.3])
+def test_an_adaptive_weight_is_the_scale_times_the_ratio_of_gradients_in_the_last_layer(
+    norms: Any, power: int, scale: float
+) -> None:
+    made = objective(LossSettings(augment=(), norms=norms, scale=scale, features=0, pixels=2))
+    some = batch(paint([1.0, 5.0]), (1, 5), paint([3.0, 7.0]), (2, 5))
+    (weight,) = made.modules[GENERATOR].parameters()
+    with torch.no_grad():
+        weight.fill_(2)  # paints twice the caption
+    rec = 2 * ((4 - 3) ** 2 + (10 - 7) ** 2) / 2, 2 * (2 * (4 - 3) * 2 + 2 * (10 - 7) * 5) / 2
+    adv = ((2 - 1) ** 2 + (10 - 5) ** 2) / 2, (2 * (2 - 1) * 1 + 2 * (10 - 5) * 5) / 2
+    ratio = scale * (rec[1] / adv[1]) ** power
+    terms = made.loss(some, GENERATOR)
+    assert float(terms.logs["adv_weight"]) == pytest.approx(ratio)
+    assert terms.loss.item() == pytest.approx(rec[0] + ratio * adv[0])
+    terms.loss.backward()
+    assert float(weight.grad) == pytest.approx(rec[1] + ratio * adv[1])
+
+
 def test_a_real_image_and_the_fake_one_beside_it_are_augmented_alike() -> None:
     """DiffAugment (arXiv 2006.10738) with one draw for a row's real, fake and mismatched image: were the fake equal to
     the real one, the discriminator could not tell them apart."""
