@@ -16,7 +16,7 @@ import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from data.test_sources import captioned, picture, write_metadata, write_tar
+from data.test_sources import an_image, captioned, write_metadata, write_tar
 from pixelgrow import rng
 from pixelgrow.cli.recaption import Recaption, recaption
 from pixelgrow.data import heldout_split, open_source
@@ -42,8 +42,8 @@ def several(folder: Path, count: int = 4) -> Path:
     ]
     write_metadata(folder, [*rows, {"file_name": "alone.png", "text": "alone"}])
     for i in range(count):
-        (folder / f"{i}.png").write_bytes(picture(40, 40, 50 * i))
-    (folder / "alone.png").write_bytes(picture())
+        (folder / f"{i}.png").write_bytes(an_image(40, 40, 50 * i))
+    (folder / "alone.png").write_bytes(an_image())
     return folder
 
 
@@ -62,13 +62,13 @@ def test_a_line_may_say_several_captions_with_weights(tmp_path: Path) -> None:
 
 def test_a_tars_json_may_say_several_captions(tmp_path: Path) -> None:
     row = json.dumps({"caption": SEVERAL}).encode()
-    source = open_source(str(write_tar(tmp_path / "a.tar", [("0.png", picture()), ("0.json", row)])))
+    source = open_source(str(write_tar(tmp_path / "a.tar", [("0.png", an_image()), ("0.json", row)])))
     assert source.text(0) == "first" and wordings_of(source, 0) == (Wording("first"), Wording("second", 3.0))
 
 
 def test_one_caption_in_a_list_is_one_caption(tmp_path: Path) -> None:
     fingerprints = []
-    (tmp_path / "a.png").write_bytes(picture())
+    (tmp_path / "a.png").write_bytes(an_image())
     for text in ("a cat", ["a cat"]):
         source = open_source(str(write_metadata(tmp_path, [{"file_name": "a.png", "text": text}])))
         assert not getattr(source, "several", True)
@@ -87,8 +87,8 @@ def test_one_caption_in_a_list_is_one_caption(tmp_path: Path) -> None:
     ],
 )
 def test_captions_that_are_none_make_a_bad_line(tmp_path: Path, text: Any, reason: str) -> None:
-    (tmp_path / "a.png").write_bytes(picture())
-    (tmp_path / "b.png").write_bytes(picture())
+    (tmp_path / "a.png").write_bytes(an_image())
+    (tmp_path / "b.png").write_bytes(an_image())
     rows = [{"file_name": "a.png", "text": "fine"}, {"file_name": "b.png", "text": text}]
     source: Any = open_source(str(write_metadata(tmp_path, rows)))
     assert [bad.reason for bad in source.bad] == [reason]
@@ -190,7 +190,7 @@ def test_an_interrupted_call_goes_on_to_the_same_bytes(
     tmp_path: Path, captioner: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = captioned(tmp_path / "images", 5)
-    (folder / "3.png").write_bytes(picture()[:60])  # its header is whole
+    (folder / "3.png").write_bytes(an_image()[:60])  # its header is whole
     ask = Recaption(str(folder), str(captioner), tmp_path / "whole.jsonl", batch=2, tokens=4)
     assert recaption(ask).startswith("4 of 5 images")
     assert rows(ask.out)[3] == {"file_name": "3.png", "text": "caption 3"}

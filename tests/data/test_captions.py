@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data.test_sources import as_files, picture, write_tar
+from data.test_sources import an_image, as_files, write_tar
 from pixelgrow.data import Loader, open_source
 from pixelgrow.data.images import BadImage
 from pixelgrow.data.inspect import inspect_source
@@ -65,7 +65,7 @@ def test_the_first_of_text_caption_and_prompt_counts() -> None:
 
 def test_lines_are_trained_on_and_counted(tmp_path: Path) -> None:
     for i, text in enumerate(("a\nb\nde=c\n", "d\n", "e\nf\ng\n")):
-        (tmp_path / f"{i}.png").write_bytes(picture(shade=i))
+        (tmp_path / f"{i}.png").write_bytes(an_image(shade=i))
         (tmp_path / f"{i}.txt").write_text(text)
     source = open_source(str(tmp_path))
     loader = Loader(source, size=(8, 8), batch=30)

@@ -1,4 +1,4 @@
-"""The checker: right on clean pictures at every size, robust to blur and noise, at chance on the wrong caption."""
+"""The checker: right on clean images at every size, robust to blur and noise, at chance on the wrong caption."""
 
 import time
 from dataclasses import replace
@@ -35,22 +35,22 @@ def spoil(image: Image, sigma: float, noise: float, seed: int) -> Image:
 @pytest.mark.parametrize(
     ("size", "n"), [((32, 32), 300), ((64, 64), 300), ((128, 128), 150), ((256, 256), 100), ((64, 96), 100)]
 )
-def test_clean_pictures(size: tuple[int, int], n: int) -> None:
+def test_clean_images(size: tuple[int, int], n: int) -> None:
     found = score((s.render(*size) for s in SCENES[:n]), ASKED[:n])
     assert set(found) == {*KINDS, "all"}
     assert min(found.values()) >= 0.99, found
 
 
 @pytest.mark.parametrize("size", [32, 64])
-def test_blurred_noisy_pictures(size: int) -> None:
+def test_blurred_noisy_images(size: int) -> None:
     spoilt = (spoil(s.render(size, size), 0.5, 8.0, i) for i, s in enumerate(SCENES[:150]))
     found = score(spoilt, ASKED[:150])
     assert min(found.values()) >= 0.95, found
 
 
 def test_chance_on_shuffled_captions() -> None:
-    pictures = [s.render(32, 32) for s in SCENES]
-    shuffled = score(pictures, ASKED[1:] + ASKED[:1])
+    images = [s.render(32, 32) for s in SCENES]
+    shuffled = score(images, ASKED[1:] + ASKED[:1])
     expected = chance([s.view() for s in SCENES], ASKED)
     for kind in KINDS:
         assert shuffled[kind] == pytest.approx(expected[kind], abs=0.06)
@@ -106,9 +106,9 @@ def test_each_kind_notices_its_own_mistake(change: dict[str, object], kind: str)
 
 
 def test_expected_no_is_a_right_answer_too() -> None:
-    picture = SCENES[0].render(64, 64)
+    image = SCENES[0].render(64, 64)
     right = ASKED[0][0]
-    assert check(picture, [right, replace(right, expected=False)]) == [True, False]
+    assert check(image, [right, replace(right, expected=False)]) == [True, False]
 
 
 def test_question_texts() -> None:
@@ -118,10 +118,10 @@ def test_question_texts() -> None:
     assert all({q.kind for q in asked} >= {"background", "colour", "shape", "count"} for asked in ASKED)
 
 
-def test_empty_pictures_answer_no() -> None:
+def test_empty_images_answer_no() -> None:
     rng = np.random.default_rng(0)
-    for picture in (np.full((64, 64, 3), 128, np.uint8), rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)):
-        found = score([picture] * 100, ASKED[:100])
+    for image in (np.full((64, 64, 3), 128, np.uint8), rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)):
+        found = score([image] * 100, ASKED[:100])
         assert found["count"] < 0.2
         assert found["shape"] < 0.2
         assert found["relation"] < 0.1
@@ -163,8 +163,8 @@ def test_unequal_lengths_are_refused() -> None:
 def test_checking_is_fast() -> None:
     times = []
     for scene in SCENES[:80]:
-        picture, asked = scene.render(64, 64), scene.questions
+        image, asked = scene.render(64, 64), scene.questions
         begin = time.process_time()
-        check(picture, asked)
+        check(image, asked)
         times.append(time.process_time() - begin)
     assert float(np.median(times)) < 0.010

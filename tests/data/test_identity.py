@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data.test_sources import as_files, captioned, picture, write_metadata, write_tar
+from data.test_sources import an_image, as_files, captioned, write_metadata, write_tar
 from pixelgrow.data.account import account_of
 from pixelgrow.data.badfiles import BadFiles
 from pixelgrow.data.sources.base import BadFile
@@ -19,7 +19,7 @@ from pixelgrow.errors import UserError
 def paired(folder: Path) -> Path:
     folder.mkdir(parents=True)
     for i in range(4):
-        (folder / f"{i}.png").write_bytes(picture(40 + i, 30, i))
+        (folder / f"{i}.png").write_bytes(an_image(40 + i, 30, i))
         (folder / f"{i}.txt").write_text(f"caption {i}\n")
     return folder
 
@@ -27,19 +27,19 @@ def paired(folder: Path) -> Path:
 def classes(folder: Path, count: int = 4) -> Path:
     for i in range(count):
         (folder / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
-        (folder / "ab"[i % 2] / f"{i}.png").write_bytes(picture(40 + i, 30, i))
+        (folder / "ab"[i % 2] / f"{i}.png").write_bytes(an_image(40 + i, 30, i))
     return folder
 
 
 def shards(folder: Path) -> Path:
-    members = [(f"{i}.{s}", d) for i in range(4) for s, d in (("png", picture(40 + i)), ("txt", b"caption %d" % i))]
+    members = [(f"{i}.{s}", d) for i in range(4) for s, d in (("png", an_image(40 + i)), ("txt", b"caption %d" % i))]
     write_tar(folder / "0.tar", members[:4])
     write_tar(folder / "1.tar", members[4:])
     return folder
 
 
 def shard(path: Path) -> Path:
-    members = [(f"{i}.{s}", d) for i in range(4) for s, d in (("png", picture(40 + i)), ("txt", b"caption %d" % i))]
+    members = [(f"{i}.{s}", d) for i in range(4) for s, d in (("png", an_image(40 + i)), ("txt", b"caption %d" % i))]
     return write_tar(path, members)
 
 
@@ -71,7 +71,7 @@ def test_bystanders_make_no_difference(make: Callable[[Path], Path], tmp_path: P
     folder = make(tmp_path / "set")
     first = as_files(folder).fingerprint
     for name in ("contact-sheet.png", "README.md", "LICENSE", "notes.txt", ".DS_Store", "bad_files.jsonl"):
-        (folder / name).write_bytes(picture(500, 500) if name.endswith("png") else b"about")
+        (folder / name).write_bytes(an_image(500, 500) if name.endswith("png") else b"about")
         assert as_files(folder).fingerprint == first, name
 
 
@@ -79,7 +79,7 @@ def test_bystanders_make_no_difference(make: Callable[[Path], Path], tmp_path: P
 def test_bystanders_are_no_bad_files(make: Callable[[Path], Path], tmp_path: Path) -> None:
     folder = make(tmp_path / "set")
     for name in ("contact-sheet.png", "stray.JPG", "README.md", "notes.txt", ".DS_Store"):
-        (folder / name).write_bytes(picture(500, 500) if name.lower().endswith(("png", "jpg")) else b"about")
+        (folder / name).write_bytes(an_image(500, 500) if name.lower().endswith(("png", "jpg")) else b"about")
     listed = tmp_path / "bad.jsonl"
     for _ in range(2):
         assert len(BadFiles([as_files(folder)], 0.0, listed)) == 0
@@ -94,7 +94,7 @@ def test_a_folder_in_which_most_images_have_no_caption_is_refused(tmp_path: Path
     folder = paired(tmp_path / "set")
     for i in range(5):
         assert len(as_files(folder)) == 4
-        (folder / f"x{i}.png").write_bytes(picture())
+        (folder / f"x{i}.png").write_bytes(an_image())
     with pytest.raises(UserError, match=r"set: 5 images have no caption \(such as x0.png\) and 4 have one: caption"):
         as_files(folder)
 
@@ -102,7 +102,7 @@ def test_a_folder_in_which_most_images_have_no_caption_is_refused(tmp_path: Path
 @pytest.mark.parametrize("at", [0, END - 1, END, -END - 1, -END, -1])
 def test_both_ends_of_an_image_count(at: int, tmp_path: Path) -> None:
     folder = paired(tmp_path / "set")
-    long = picture() + bytes(4 * END)
+    long = an_image() + bytes(4 * END)
     (folder / "0.png").write_bytes(long)
     first = as_files(folder).fingerprint
     spot = at % len(long)
@@ -125,7 +125,7 @@ def change(folder: Path, how: str) -> None:
     elif how == "caption":
         (folder / "2.txt").write_text("another")
     elif how == "image":
-        (folder / "2.png").write_bytes(picture(41, 30, 7))
+        (folder / "2.png").write_bytes(an_image(41, 30, 7))
     elif how == "two":
         for i in (0, 3):
             (folder / f"{i}.txt").write_text("another")

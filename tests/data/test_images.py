@@ -34,9 +34,9 @@ def corners(w: int = 48, h: int = 32) -> Image.Image:
     return image
 
 
-def corner_colours(picture: np.ndarray) -> list[str]:
+def corner_colours(pixels: np.ndarray) -> list[str]:
     names, values = list(CORNERS), np.array(list(CORNERS.values()))
-    spots = [picture[2, 2], picture[2, -3], picture[-3, 2], picture[-3, -3]]
+    spots = [pixels[2, 2], pixels[2, -3], pixels[-3, 2], pixels[-3, -3]]
     return [names[int(np.abs(values - spot.astype(int)).sum(1).argmin())] for spot in spots]
 
 
@@ -100,22 +100,22 @@ def test_an_orientation_out_of_range_counts_as_upright(value: int) -> None:
 
 def test_grey_and_bilevel() -> None:
     ramp = np.linspace(0, 255, 16 * 16).astype(np.uint8).reshape(16, 16)
-    picture = read_image(encoded(Image.fromarray(ramp)), (16, 16))
-    assert (picture == ramp[..., None]).all()
-    picture = read_image(encoded(Image.fromarray(ramp > 100)), (16, 16))
-    assert (picture == (ramp > 100)[..., None] * np.uint8(255)).all()
+    pixels = read_image(encoded(Image.fromarray(ramp)), (16, 16))
+    assert (pixels == ramp[..., None]).all()
+    pixels = read_image(encoded(Image.fromarray(ramp > 100)), (16, 16))
+    assert (pixels == (ramp > 100)[..., None] * np.uint8(255)).all()
 
 
 def test_16_bit_grey_is_scaled_not_clipped() -> None:
     wide = np.array([[0, 128, 32768, 65535]], np.uint16).repeat(4, 0)
-    picture = read_image(encoded(Image.fromarray(wide)), (4, 4))
-    assert picture[0, :, 0].tolist() == [0, 0, 128, 255]
+    pixels = read_image(encoded(Image.fromarray(wide)), (4, 4))
+    assert pixels[0, :, 0].tolist() == [0, 0, 128, 255]
 
 
 def test_16_bit_grey_with_a_transparent_value() -> None:
     wide = np.array([[0, 1000, 32768, 65535]], np.uint16).repeat(4, 0)[..., None]
-    picture = read_image(png16(wide, 0, trns(1000)), (4, 4))
-    assert picture[0, :, 0].tolist() == [0, 255, 128, 255]
+    pixels = read_image(png16(wide, 0, trns(1000)), (4, 4))
+    assert pixels[0, :, 0].tolist() == [0, 255, 128, 255]
 
 
 @pytest.mark.parametrize(("colour_type", "channels"), [(2, 3), (4, 2), (6, 4)])
@@ -124,9 +124,9 @@ def test_16_bit_colour_and_alpha(colour_type: int, channels: int) -> None:
     if colour_type != 2:
         wide[..., -1] = 0xFFFF
         wide[0, 0, -1] = 0
-    picture = read_image(png16(wide, colour_type), (4, 4))
-    assert picture[3, 3].tolist() == [128] * 3
-    assert picture[0, 0].tolist() == ([128] * 3 if colour_type == 2 else [255] * 3)
+    pixels = read_image(png16(wide, colour_type), (4, 4))
+    assert pixels[3, 3].tolist() == [128] * 3
+    assert pixels[0, 0].tolist() == ([128] * 3 if colour_type == 2 else [255] * 3)
 
 
 def test_cmyk() -> None:
@@ -139,10 +139,10 @@ def test_alpha_is_composited_on_white() -> None:
     rgba.paste((0, 0, 0, 0), (0, 0, 4, 8))
     rgba.paste((0, 0, 0, 128), (4, 0, 8, 4))
     for kind, options in (("PNG", {}), ("WEBP", {"lossless": True, "exact": True})):
-        picture = read_image(encoded(rgba, kind, **options), (8, 8))
-        assert picture[6, 1].tolist() == [255] * 3
-        assert picture[6, 6].tolist() == [200, 0, 0]
-        assert np.abs(picture[1, 6].astype(int) - 127).max() <= 1
+        pixels = read_image(encoded(rgba, kind, **options), (8, 8))
+        assert pixels[6, 1].tolist() == [255] * 3
+        assert pixels[6, 6].tolist() == [200, 0, 0]
+        assert np.abs(pixels[1, 6].astype(int) - 127).max() <= 1
 
 
 def test_palette_with_and_without_transparency() -> None:
@@ -156,8 +156,8 @@ def test_palette_with_and_without_transparency() -> None:
 
 def test_a_transparent_colour_without_alpha() -> None:
     for mode, clear in (("L", 7), ("RGB", (7, 7, 7))):
-        picture = read_image(encoded(Image.new(mode, (8, 8), clear), transparency=clear), (8, 8))
-        assert (picture == 255).all()
+        pixels = read_image(encoded(Image.new(mode, (8, 8), clear), transparency=clear), (8, 8))
+        assert (pixels == 255).all()
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
@@ -172,10 +172,10 @@ def test_the_first_frame_of_an_animation(kind: str) -> None:
 def test_any_size_fits(h: int, w: int, th: int, tw: int, y: float, x: float) -> None:
     image = Image.new("RGB", (w, h), (10, 200, 30))
     for kind in ("PNG", "JPEG"):
-        picture = read_image(encoded(image, kind), (th, tw), (y, x))
-        assert picture.shape == (th, tw, 3)
-        assert picture.dtype == np.uint8
-        assert np.abs(picture.astype(int) - (10, 200, 30)).max() < 9
+        pixels = read_image(encoded(image, kind), (th, tw), (y, x))
+        assert pixels.shape == (th, tw, 3)
+        assert pixels.dtype == np.uint8
+        assert np.abs(pixels.astype(int) - (10, 200, 30)).max() < 9
 
 
 def test_the_crop_moves_along_the_longer_side_only() -> None:
@@ -199,8 +199,8 @@ def test_downscaling_is_antialiased() -> None:
     stripes = np.zeros((256, 256, 3), np.uint8)
     stripes[:, ::2] = 255
     for kind in ("PNG", "JPEG"):
-        picture = read_image(encoded(Image.fromarray(stripes), kind), (32, 32)).astype(int)
-        assert np.abs(picture - 127).max() < 8
+        pixels = read_image(encoded(Image.fromarray(stripes), kind), (32, 32)).astype(int)
+        assert np.abs(pixels - 127).max() < 8
 
 
 def test_a_reduced_jpeg_is_nearly_the_full_one() -> None:
@@ -260,7 +260,7 @@ def test_truncation_at_any_place_is_bad(kind: str) -> None:
 @given(
     st.sampled_from(["PNG", "JPEG", "WEBP"]), st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), max_size=8)
 )
-def test_damage_is_either_a_picture_or_bad(kind: str, damage: list[tuple[float, int]]) -> None:
+def test_a_damaged_file_is_an_image_or_bad(kind: str, damage: list[tuple[float, int]]) -> None:
     data = bytearray(encoded(corners(), kind).getvalue())
     for place, value in damage:
         data[int(place * len(data))] = value
@@ -275,7 +275,7 @@ def header_only(w: int, h: int) -> io.BytesIO:
 
 
 @pytest.mark.parametrize("side", [9460, 14000, 65000, 2**31 - 1])
-def test_bombs_are_bad_whatever_pillow_was_told(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bombs_are_bad_at_any_limit_of_pillow(side: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for limit in (Image.MAX_IMAGE_PIXELS, None):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         with pytest.raises(BadImage, match=r"^more than the limit of 89478485 pixels$"):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from data.test_sources import picture, write_metadata, write_tar
+from data.test_sources import an_image, write_metadata, write_tar
 from pixelgrow.data import open_mixture, open_source
 from pixelgrow.data.sources.folders import ClassFolder, PairedFolder
 from pixelgrow.data.sources.index import CAPTIONS, FileSource
@@ -23,9 +23,9 @@ def fill(root: Path, *names: str) -> Path:
             rows = [f"{p.relative_to(path.parent)},caption" for p in sorted(path.parent.rglob("*.png"))]
             path.write_text("\n".join(["file_name,text", *rows]))
         elif path.suffix == ".tar":
-            write_tar(path, [("a.png", picture()), ("a.txt", b"a")])
+            write_tar(path, [("a.png", an_image()), ("a.txt", b"a")])
         else:
-            path.write_bytes(picture() if path.suffix == ".png" else b"a caption")
+            path.write_bytes(an_image() if path.suffix == ".png" else b"a caption")
     return root
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from data.test_sources import as_files, passed, picture, reasons, write_metadata
+from data.test_sources import an_image, as_files, passed, reasons, write_metadata
 from pixelgrow.data import Loader, open_source
 from pixelgrow.data.sources.index import NEITHER, UNNAMED
 from pixelgrow.data.sources.metadata import MetadataFolder
@@ -45,9 +45,9 @@ WRITERS = [write_jsonl, write_csv, write_parquet]
 def test_the_same_rows_in_any_form(write: Callable[[Path, Rows], None], column: str, tmp_path: Path) -> None:
     texts = ["plain", 'with, commas; and "quotes"', "two\nlines", "Grüße 猫"]
     for i in range(4):
-        (tmp_path / f"{i}.png").write_bytes(picture(shade=i))
+        (tmp_path / f"{i}.png").write_bytes(an_image(shade=i))
     (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "other.png").write_bytes(picture())
+    (tmp_path / "sub" / "other.png").write_bytes(an_image())
     (tmp_path / "readme").write_text("")
     write(tmp_path, [{"id": i, "file_name": f"./{i}.png", column: text} for i, text in enumerate(texts)])
     source = as_files(tmp_path)
@@ -61,13 +61,13 @@ def test_the_same_rows_in_any_form(write: Callable[[Path, Rows], None], column: 
 
 
 def test_a_parquet_list_is_several_captions(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(picture())
+    (tmp_path / "a.png").write_bytes(an_image())
     write_parquet(tmp_path, [{"file_name": "a.png", "text": ["one", "two"]}])
     assert [w.text for w in as_files(tmp_path).wordings(0)] == ["one", "two"]
 
 
 def test_without_pyarrow_one_line_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.png").write_bytes(picture())
+    (tmp_path / "a.png").write_bytes(an_image())
     write_parquet(tmp_path, [{"file_name": "a.png", "text": "a"}])
     real = builtins.__import__
 
@@ -85,7 +85,7 @@ def test_without_pyarrow_one_line_says_what_to_install(tmp_path: Path, monkeypat
 @pytest.mark.parametrize("name", ["metadata.parquet", "metadata.csv", "metadata.jsonl"])
 @pytest.mark.parametrize("data", [b"", b"PAR1", os.urandom(200), "file_name,text\na.png,a\n".encode("utf-16"), b"\n\n"])
 def test_a_damaged_file_is_one_line(name: str, data: bytes, tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(picture())
+    (tmp_path / "a.png").write_bytes(an_image())
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=name) as caught:
         open_source(str(tmp_path))
@@ -100,7 +100,7 @@ def test_csv_as_spreadsheets_write_it(delimiter: str, bom: str, end: str, tmp_pa
     text = bom + end.join(delimiter.join(row) for row in rows)
     (tmp_path / "metadata.csv").write_bytes(text.encode())
     for name in "abc":
-        (tmp_path / f"{name}.png").write_bytes(picture())
+        (tmp_path / f"{name}.png").write_bytes(an_image())
     source = as_files(tmp_path)
     assert [source.text(i) for i in range(3)] == [
         "one two" if delimiter == "\t" else f"one{delimiter} two",
@@ -112,7 +112,7 @@ def test_csv_as_spreadsheets_write_it(delimiter: str, bom: str, end: str, tmp_pa
 
 def test_bad_rows_of_a_csv_are_counted_with_the_lines_that_they_swallow(tmp_path: Path) -> None:
     for i in range(10):
-        (tmp_path / f"{i}.png").write_bytes(picture(shade=i))
+        (tmp_path / f"{i}.png").write_bytes(an_image(shade=i))
     lines = [f"{i}.png,number {i}".encode() for i in range(10)]
     lines[1] = b"1.png,one, two"
     lines[2] = "2.png,Grüße".encode("latin-1")
@@ -131,7 +131,7 @@ def test_bad_rows_of_a_csv_are_counted_with_the_lines_that_they_swallow(tmp_path
 
 def test_rows_of_a_csv_are_read_again(tmp_path: Path) -> None:
     for i in range(2):
-        (tmp_path / f"{i}.png").write_bytes(picture(shade=i))
+        (tmp_path / f"{i}.png").write_bytes(an_image(shade=i))
     write_csv(tmp_path, [{"file_name": f"{i}.png", "text": f"line {i}\nmore"} for i in range(2)])
     source = as_files(tmp_path)
     text = (tmp_path / "metadata.csv").read_bytes()
@@ -144,7 +144,7 @@ def test_rows_of_a_csv_are_read_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize("header", ["image,text", "file,label", ""])
 @pytest.mark.parametrize("name", ["metadata.csv", "metadata.parquet"])
 def test_columns_are_named_where_the_right_ones_are_missing(name: str, header: str, tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(picture())
+    (tmp_path / "a.png").write_bytes(an_image())
     if name == "metadata.csv":
         (tmp_path / name).write_text(f"{header}\na.png,a\n")
     elif header:
@@ -157,7 +157,7 @@ def test_columns_are_named_where_the_right_ones_are_missing(name: str, header: s
 
 
 def test_two_metadata_files_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(picture())
+    (tmp_path / "a.png").write_bytes(an_image())
     write_csv(tmp_path, [{"file_name": "a.png", "text": "a"}])
     write_metadata(tmp_path, [{"file_name": "a.png", "text": "b"}])
     with pytest.raises(UserError, match=r"it has metadata\.csv and metadata\.jsonl; expected one of them"):
@@ -165,7 +165,7 @@ def test_two_metadata_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_name_of_a_metadata_file_may_be_in_capitals(tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(picture())
+    (tmp_path / "a.png").write_bytes(an_image())
     (tmp_path / "Metadata.CSV").write_text("file_name,text\na.png,a\n")
     source = as_files(tmp_path)
     assert (source.kind, source.text(0), source.passed) == ("metadata.csv", "a", ())
@@ -175,7 +175,7 @@ def test_absolute_names_into_the_folder_are_used(tmp_path: Path, monkeypatch: py
     (tmp_path / "set" / "sub").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "set")
     for i in range(3):
-        (tmp_path / "set" / "sub" / f"{i}.png").write_bytes(picture(shade=i))
+        (tmp_path / "set" / "sub" / f"{i}.png").write_bytes(an_image(shade=i))
     names = [tmp_path / "set/sub/0.png", tmp_path / "link/sub/1.png", "sub/../sub/2.png"]
     write_metadata(tmp_path / "set", [{"file_name": str(name), "text": "x"} for name in names])
     monkeypatch.chdir(tmp_path)
@@ -203,8 +203,8 @@ def test_absolute_names_into_the_folder_are_used(tmp_path: Path, monkeypatch: py
 )
 def test_a_name_that_finds_no_file_says_why(name: str, reason: str, tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
-    (tmp_path / "sub/a.png").write_bytes(picture())
-    (tmp_path / "sub" / unicodedata.normalize("NFD", "é.png")).write_bytes(picture())
+    (tmp_path / "sub/a.png").write_bytes(an_image())
+    (tmp_path / "sub" / unicodedata.normalize("NFD", "é.png")).write_bytes(an_image())
     write_metadata(tmp_path, [{"file_name": "sub/a.png", "text": "a"}, {"file_name": name, "text": "b"}])
     assert list(reasons(as_files(tmp_path)).values()) == [reason]
     write_metadata(tmp_path, [{"file_name": name, "text": "b"}])
@@ -218,7 +218,7 @@ def test_a_name_that_finds_no_file_says_why(name: str, reason: str, tmp_path: Pa
 def test_the_case_of_a_suffix_and_the_unicode_form_find_the_file(row: str, disk: str, tmp_path: Path) -> None:
     path = tmp_path / unicodedata.normalize("NFD", disk)
     path.parent.mkdir(exist_ok=True)
-    path.write_bytes(picture())
+    path.write_bytes(an_image())
     write_metadata(tmp_path, [{"file_name": row, "text": "x"}])
     source = as_files(tmp_path)
     assert source.key(0) == row
@@ -228,6 +228,6 @@ def test_the_case_of_a_suffix_and_the_unicode_form_find_the_file(row: str, disk:
 
 def test_one_name_for_two_files_is_not_guessed(tmp_path: Path) -> None:
     for name in ("a.JPG", "a.Jpg", "b.png"):
-        (tmp_path / name).write_bytes(picture())
+        (tmp_path / name).write_bytes(an_image())
     rows: list[object] = [{"file_name": "a.jpg", "text": "x"}, {"file_name": "b.png", "text": "y"}]
     assert "a.jpg" in reasons(as_files(write_metadata(tmp_path, rows)))

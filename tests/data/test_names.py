@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from data.test_sources import as_files, passed, picture, reasons, write_tar
+from data.test_sources import an_image, as_files, passed, reasons, write_tar
 from pixelgrow.data import open_source
 from pixelgrow.data.sources.index import FURTHER, NEITHER, FileSource
 from pixelgrow.data.sources.names import match
@@ -61,7 +61,7 @@ def test_a_caption_finds_its_image_through_every_door(name: str, door: str, tmp_
     for file, text in data.items():
         (tmp_path / "set" / file).parent.mkdir(parents=True, exist_ok=True)
         is_text = file.lower().endswith((".txt", ".json"))
-        (tmp_path / "set" / file).write_bytes(text.encode() if is_text else picture())
+        (tmp_path / "set" / file).write_bytes(text.encode() if is_text else an_image())
     if door == "tar":
         order = sorted(data, reverse=True)  # captions before and far from their images
         write_tar(tmp_path / "x.tar", [(file, (tmp_path / "set" / file).read_bytes()) for file in order])
@@ -71,7 +71,7 @@ def test_a_caption_finds_its_image_through_every_door(name: str, door: str, tmp_
 
 
 def test_further_images_and_other_files_are_counted(tmp_path: Path) -> None:
-    files = {"1.jpg": picture(), "1.txt": b"one", "1.seg.png": picture(), "1.depth.png": picture(), "1.npy": b"?"}
+    files = {"1.jpg": an_image(), "1.txt": b"one", "1.seg.png": an_image(), "1.depth.png": an_image(), "1.npy": b"?"}
     for name, data in files.items():
         (tmp_path / "set").mkdir(exist_ok=True)
         (tmp_path / "set" / name).write_bytes(data)
@@ -87,7 +87,7 @@ def test_what_a_file_is_its_bytes_say(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     Image.new("RGB", (20, 20)).save(tmp_path / "jpeg", "JPEG")
     jpeg = (tmp_path / "jpeg").read_bytes()
-    files = {"gif.gif": jpeg, "bare": jpeg, "odd.bin": picture(), "png.jpg": picture(), "note.bin": b"text"}
+    files = {"gif.gif": jpeg, "bare": jpeg, "odd.bin": an_image(), "png.jpg": an_image(), "note.bin": b"text"}
     gif = b"GIF89a" + bytes(20)
     for name, data in {**files, "real.gif": gif}.items():
         (tmp_path / "a" / name).write_bytes(data)
@@ -115,13 +115,13 @@ def test_the_unicode_form_of_a_name_makes_no_difference(forms: tuple[str, str], 
     image, caption = (unicodedata.normalize(form, "été.jpg") for form in forms)
     caption = caption.removesuffix(".jpg") + ".txt"
     (tmp_path / "p").mkdir()
-    (tmp_path / "p" / image).write_bytes(picture())
+    (tmp_path / "p" / image).write_bytes(an_image())
     (tmp_path / "p" / caption).write_text("summer", encoding="utf-8")
     (tmp_path / "m").mkdir()
-    (tmp_path / "m" / image).write_bytes(picture())
+    (tmp_path / "m" / image).write_bytes(an_image())
     row = f'{{"file_name": "{caption.removesuffix(".txt")}.jpg", "text": "summer"}}\n'
     (tmp_path / "m" / "metadata.jsonl").write_text(row, encoding="utf-8")
-    write_tar(tmp_path / "x.tar", [(caption, b"summer"), (image, picture())])
+    write_tar(tmp_path / "x.tar", [(caption, b"summer"), (image, an_image())])
     prints = set()
     for door in ("p", "m", "x.tar"):
         source = as_files(tmp_path / door)
@@ -138,7 +138,7 @@ def test_labels_do_not_depend_on_the_unicode_form_of_folders(form: str, tmp_path
     for name in names:
         folder = tmp_path / unicodedata.normalize(form, name)
         folder.mkdir()
-        (folder / "1.png").write_bytes(picture())
+        (folder / "1.png").write_bytes(an_image())
     source = as_files(tmp_path)
     assert source.classes == ("eagle", "f", "zebra", "éclair")
     assert [source.text(i) for i in range(4)] == ["0", "1", "2", "3"]
@@ -148,7 +148,7 @@ def test_two_forms_of_one_class_are_refused(tmp_path: Path) -> None:
     for form in ("NFC", "NFD"):
         folder = tmp_path / unicodedata.normalize(form, "été")
         folder.mkdir()
-        (folder / f"{form}.png").write_bytes(picture())
+        (folder / f"{form}.png").write_bytes(an_image())
     with pytest.raises(ValueError, match=r"two class folders are named été, in two Unicode forms"):
         open_source({"source": str(tmp_path), "kind": "classes"})
 
@@ -160,10 +160,10 @@ def test_hidden_files_are_not_looked_at(hidden: str, tmp_path: Path) -> None:
     def sources() -> list[FileSource]:
         for folder in ("p", "c/k", "c/l"):
             (tmp_path / folder / hidden).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / folder / hidden).write_bytes(picture())
-            (tmp_path / folder / "a.png").write_bytes(picture())
+            (tmp_path / folder / hidden).write_bytes(an_image())
+            (tmp_path / folder / "a.png").write_bytes(an_image())
         (tmp_path / "p" / "a.txt").write_text("a")
-        write_tar(tmp_path / "x.tar", [(hidden, b"?"), ("./a.png", picture()), ("./a.txt", b"a")])
+        write_tar(tmp_path / "x.tar", [(hidden, b"?"), ("./a.png", an_image()), ("./a.txt", b"a")])
         return [as_files(tmp_path / door) for door in ("p", "x.tar", "c")]
 
     for source, keys in zip(sources(), [["a.png"], ["a.png"], ["k/a.png", "l/a.png"]], strict=True):

@@ -20,7 +20,7 @@ def scenes() -> Scenes:
     return Scenes()
 
 
-def test_a_picture_is_a_pure_function_of_its_keys() -> None:
+def test_an_image_is_a_pure_function_of_its_keys() -> None:
     one, two = Scenes(seed=3), Scenes(seed=3)
     forward = [one.scene(i).render(32, 32) for i in range(20)]
     backward = [two.scene(i).render(32, 32) for i in reversed(range(20))][::-1]
@@ -68,7 +68,7 @@ def test_specifications_stay_within_the_contract(scenes: Scenes) -> None:
     assert min(seen["count", n] for n in range(1, 6)) > 30  # five are rare
 
 
-def test_captions_name_all_that_is_asked(scenes: Scenes) -> None:
+def test_captions_say_all_that_the_questions_are_about(scenes: Scenes) -> None:
     words = set()
     for i in SAMPLE:
         scene = scenes.scene(i)
@@ -90,7 +90,7 @@ def test_captions_name_all_that_is_asked(scenes: Scenes) -> None:
     assert len(set(captions)) > 0.95 * len(captions)
 
 
-def test_the_issue_s_own_prompt_is_of_the_distribution(scenes: Scenes) -> None:
+def test_a_relation_may_come_without_a_background(scenes: Scenes) -> None:
     forms = {c.split(" on ")[0] for c in (scenes.text(i) for i in range(4000)) if "background" not in c}
     assert any(f.startswith("a ") and " above two " in f for f in forms)
 
@@ -98,9 +98,9 @@ def test_the_issue_s_own_prompt_is_of_the_distribution(scenes: Scenes) -> None:
 @pytest.mark.parametrize("size", [(32, 32), (64, 48), (32, 80), (16, 16), (256, 256)])
 def test_any_size(scenes: Scenes, size: tuple[int, int]) -> None:
     for i in range(12):
-        picture = scenes.image(i, size, (0.5, 0.5))
-        assert picture.shape == (*size, 3)
-        assert picture.dtype == np.uint8
+        image = scenes.image(i, size, (0.5, 0.5))
+        assert image.shape == (*size, 3)
+        assert image.dtype == np.uint8
 
 
 def test_one_scene_at_every_resolution(scenes: Scenes) -> None:
@@ -137,7 +137,7 @@ def test_relations_hold_object_by_object(scenes: Scenes) -> None:
         assert max(getattr(o, axis) for o in first) < min(getattr(o, axis) for o in second)
 
 
-def test_colours_can_be_told_apart() -> None:
+def test_colours_are_distinct() -> None:
     for palette in (COLOURS, BACKGROUNDS):
         lab = oklab(np.array(list(palette.values())))
         away = np.linalg.norm(lab[:, None] - lab, axis=-1) + np.eye(len(lab))
@@ -166,7 +166,7 @@ def test_too_small(scenes: Scenes) -> None:
         scenes.scene(0).render(8, 8)
 
 
-def test_drawing_is_fast(scenes: Scenes) -> None:
+def test_rendering_is_fast(scenes: Scenes) -> None:
     best = []
     for size in (32, 64):
         times = []

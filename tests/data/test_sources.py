@@ -26,7 +26,7 @@ from pixelgrow.data.sources.metadata import MetadataFolder
 from pixelgrow.errors import UserError
 
 
-def picture(w: int = 40, h: int = 40, shade: int = 0) -> bytes:
+def an_image(w: int = 40, h: int = 40, shade: int = 0) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (w, h), (shade % 256, 90, 200)).save(file, "PNG")
     return file.getvalue()
@@ -41,7 +41,7 @@ def write_metadata(folder: Path, rows: list[object]) -> Path:
 def captioned(folder: Path, count: int = 4) -> Path:
     write_metadata(folder, [{"file_name": f"{i}.png", "text": f"caption {i}"} for i in range(count)])
     for i in range(count):
-        (folder / f"{i}.png").write_bytes(picture(40 + i, 30, i))
+        (folder / f"{i}.png").write_bytes(an_image(40 + i, 30, i))
     return folder
 
 
@@ -71,8 +71,8 @@ def reasons(source: FileSource) -> dict[str, str]:
 
 def test_metadata_folder(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
-    (tmp_path / "a/ü b.png").write_bytes(picture(50, 40))
-    (tmp_path / "c.png").write_bytes(picture(60, 70))
+    (tmp_path / "a/ü b.png").write_bytes(an_image(50, 40))
+    (tmp_path / "c.png").write_bytes(an_image(60, 70))
     write_metadata(
         tmp_path,
         [
@@ -103,7 +103,7 @@ def test_metadata_with_a_byte_order_mark_blank_lines_and_no_final_newline(tmp_pa
 def test_txt_beside_the_image(tmp_path: Path) -> None:
     (tmp_path / "sub/deep").mkdir(parents=True)
     for name, text in {"b": "bee", "a": "ay", "a.b": "dotted", "sub/deep/z": "zed", "a b": "spaced"}.items():
-        (tmp_path / f"{name}.JPG").write_bytes(picture())
+        (tmp_path / f"{name}.JPG").write_bytes(an_image())
         (tmp_path / f"{name}.txt").write_text("\ufeff" + text, encoding="utf-8")
     (tmp_path / ".hidden.jpg").write_bytes(b"")
     (tmp_path / "notes.md").write_text("not ours")
@@ -124,7 +124,7 @@ def test_txt_beside_the_image(tmp_path: Path) -> None:
 def test_class_folders(tmp_path: Path) -> None:
     for name in ("dog/x.png", "cat/1.png", "cat/more/2.png", "emu/3.webp"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(picture())
+        (tmp_path / name).write_bytes(an_image())
     (tmp_path / "bare").mkdir()
     source = open_source({"source": str(tmp_path), "kind": "classes"})
     assert isinstance(source, ClassFolder)
@@ -143,7 +143,7 @@ def test_a_class_whose_name_is_no_text_is_refused(tmp_path: Path) -> None:
     folder = os.fsencode(tmp_path) + b"/caf\xe9"
     os.mkdir(folder)
     with open(folder + b"/1.png", "wb") as file:
-        file.write(picture())
+        file.write(an_image())
     with pytest.raises(UserError, match=r"the class folder b'caf\\xe9' has a name that is not UTF-8.*rename"):
         open_source({"source": str(tmp_path), "kind": "classes"})
 
@@ -152,13 +152,13 @@ def test_one_line_for_each_mistake(tmp_path: Path) -> None:
     empty, loose = tmp_path / "empty", tmp_path / "loose"
     empty.mkdir()
     loose.mkdir()
-    (loose / "a.png").write_bytes(picture())
+    (loose / "a.png").write_bytes(an_image())
     write_metadata(tmp_path / "norows", [])
     write_metadata(tmp_path / "otherkeys", [{"image": "a.png", "prompt": "x"}] * 3)
     write_metadata(tmp_path / "absent", [{"file_name": f"{i}.png", "text": "x"} for i in range(3)])
     (tmp_path / "nometa").mkdir()
     (tmp_path / "nometa/metadata.jsonl").mkdir()
-    (tmp_path / "file.png").write_bytes(picture())
+    (tmp_path / "file.png").write_bytes(an_image())
     specs: list[tuple[object, str]] = [
         (str(tmp_path / "nowhere"), "no such folder or file"),
         (str(empty), "no images in it"),
@@ -217,7 +217,7 @@ def test_mixtures(tmp_path: Path) -> None:
 def test_the_fingerprint_follows_the_content(tmp_path: Path) -> None:
     first = as_files(captioned(tmp_path)).fingerprint
     assert as_files(tmp_path).fingerprint == first
-    (tmp_path / "0.png").write_bytes(picture(40, 40, 7))
+    (tmp_path / "0.png").write_bytes(an_image(40, 40, 7))
     second = as_files(tmp_path).fingerprint
     write_metadata(tmp_path, [{"file_name": f"{i}.png", "text": f"other {i}"} for i in range(4)])
     assert len({first, second, as_files(tmp_path).fingerprint}) == 3
@@ -225,7 +225,7 @@ def test_the_fingerprint_follows_the_content(tmp_path: Path) -> None:
 
 def test_links_are_followed_and_loops_are_bad(tmp_path: Path) -> None:
     (tmp_path / "real/cat").mkdir(parents=True)
-    (tmp_path / "real/cat/1.png").write_bytes(picture())
+    (tmp_path / "real/cat/1.png").write_bytes(an_image())
     (tmp_path / "set").mkdir()
     (tmp_path / "set/cats").symlink_to(tmp_path / "real/cat")
     (tmp_path / "real/cat/again").symlink_to(tmp_path / "real/cat")
@@ -238,7 +238,7 @@ def test_links_are_followed_and_loops_are_bad(tmp_path: Path) -> None:
 def test_heldout_split(tmp_path: Path) -> None:
     rows = [{"file_name": f"{i // 2}.png", "text": f"caption {i}"} for i in range(120)]
     for i in range(60):
-        (tmp_path / f"{i}.png").write_bytes(picture(32 + i, 32))
+        (tmp_path / f"{i}.png").write_bytes(an_image(32 + i, 32))
     source = as_files(write_metadata(tmp_path, rows))
     train, held = heldout_split(source, 0.25, seed=3)
     assert len(train) + len(held) == 120
@@ -294,7 +294,7 @@ def test_scenes_are_a_source_like_any_other() -> None:
 
 
 def test_a_source_travels_to_another_process(tmp_path: Path) -> None:
-    write_tar(tmp_path / "tar/x.tar", [("a.jpg", picture()), ("a.txt", b"a")])
+    write_tar(tmp_path / "tar/x.tar", [("a.jpg", an_image()), ("a.txt", b"a")])
     for folder in (captioned(tmp_path / "folder"), tmp_path / "tar"):
         source = as_files(folder)
         copy = pickle.loads(pickle.dumps(source))  # noqa: S301
@@ -305,8 +305,8 @@ def test_a_source_travels_to_another_process(tmp_path: Path) -> None:
 def test_inspection(tmp_path: Path) -> None:
     for i, name in enumerate(("a/1", "a/2", "b/3")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / f"{name}.png").write_bytes(picture(100 * (i + 1), 70))
-    (tmp_path / "b/4.png").write_bytes(picture(90, 90)[:-30])
+        (tmp_path / f"{name}.png").write_bytes(an_image(100 * (i + 1), 70))
+    (tmp_path / "b/4.png").write_bytes(an_image(90, 90)[:-30])
     (tmp_path / "b/5.png").write_bytes(b"")
     (tmp_path / "b/6.gif").write_bytes(b"GIF89a")
     (tmp_path / "b/readme").write_bytes(b"")

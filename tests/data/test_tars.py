@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from data.test_sources import as_files, passed, picture, reasons, write_tar
+from data.test_sources import an_image, as_files, passed, reasons, write_tar
 from pixelgrow.data import open_source
 from pixelgrow.data.badfiles import BadFiles
 from pixelgrow.data.inspect import inspect_source
@@ -28,7 +28,7 @@ def test_tar_shards_as_img2dataset_writes_them(tmp_path: Path, format: int) -> N
         members = []
         for i in range(3):
             key = long if i == 2 else f"{shard:05}{i:04}"
-            members.append((f"{key}.jpg", picture(40, 50, i)))
+            members.append((f"{key}.jpg", an_image(40, 50, i)))
             if shard == 0:
                 members.append((f"{key}.txt", f"text {i}".encode()))
             members.append((f"{key}.json", json.dumps({"caption": f"json {shard} {i}", "width": 1}).encode()))
@@ -46,7 +46,7 @@ def test_tar_shards_as_img2dataset_writes_them(tmp_path: Path, format: int) -> N
 
 @pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.XGLTYPE])
 def test_a_header_that_claims_the_moon_ends_its_shard(tmp_path: Path, kind: bytes) -> None:
-    whole = write_tar(tmp_path / "x.tar", [("a.jpg", picture()), ("a.txt", b"a")]).read_bytes()
+    whole = write_tar(tmp_path / "x.tar", [("a.jpg", an_image()), ("a.txt", b"a")]).read_bytes()
     header = tarfile.TarInfo("long")
     header.type, header.size = kind, 2**62
     end = whole.rstrip(b"\0")
@@ -60,22 +60,22 @@ def test_a_header_that_claims_the_moon_ends_its_shard(tmp_path: Path, kind: byte
 
 
 def test_what_can_be_wrong_in_a_shard(tmp_path: Path) -> None:
-    good = [("ok.jpg", picture()), ("ok.txt", b"fine")]
+    good = [("ok.jpg", an_image()), ("ok.txt", b"fine")]
     bad = [
-        *(("nocaption.jpg", picture()), ("noimage.txt", b"text"), ("gif.gif", b"GIF89a"), ("gif.txt", b"text")),
-        *(("two.jpg", picture()), ("two.png", picture()), ("two.txt", b"text")),
-        *(("latin.jpg", picture()), ("latin.txt", "ü".encode("latin-1"))),
-        *(("notjson.jpg", picture()), ("notjson.json", b"{")),
-        *(("null.jpg", picture()), ("null.json", b'{"caption": null, "text": "zz"}')),
-        *(("list.jpg", picture()), ("list.json", b"[]")),
-        *(("nokey.jpg", picture()), ("nokey.json", b'{"url": ""}')),
+        *(("nocaption.jpg", an_image()), ("noimage.txt", b"text"), ("gif.gif", b"GIF89a"), ("gif.txt", b"text")),
+        *(("two.jpg", an_image()), ("two.png", an_image()), ("two.txt", b"text")),
+        *(("latin.jpg", an_image()), ("latin.txt", "ü".encode("latin-1"))),
+        *(("notjson.jpg", an_image()), ("notjson.json", b"{")),
+        *(("null.jpg", an_image()), ("null.json", b'{"caption": null, "text": "zz"}')),
+        *(("list.jpg", an_image()), ("list.json", b"[]")),
+        *(("nokey.jpg", an_image()), ("nokey.json", b'{"url": ""}')),
         *(("broken.jpg", b"\xff\xd8\xff"), ("broken.txt", b"text")),
-        *(("empty.jpg", picture()), ("empty.txt", b" \n")),
+        *(("empty.jpg", an_image()), ("empty.txt", b" \n")),
     ]
     write_tar(tmp_path / "a.tar", good + bad)
     (tmp_path / "b.tar").write_bytes(b"")
     (tmp_path / "c.tar").write_bytes(os.urandom(2000))
-    whole = write_tar(tmp_path / "d.tar", [*good, ("late.jpg", picture() * 9), ("late.txt", b"text")]).read_bytes()
+    whole = write_tar(tmp_path / "d.tar", [*good, ("late.jpg", an_image() * 9), ("late.txt", b"text")]).read_bytes()
     at = whole.index(b"late.jpg")
     (tmp_path / "d.tar").write_bytes(whole[: at + 700])
     (tmp_path / "e.tar").write_bytes(whole[:at] + b"junk" * 256 + whole[at:])
@@ -110,7 +110,7 @@ def test_what_can_be_wrong_in_a_shard(tmp_path: Path) -> None:
 def shard(path: Path, count: int = 20, first: int = 0) -> bytes:
     members = []
     for i in range(first, first + count):
-        members += [(f"{i:03}.png", picture(shade=i)), (f"{i:03}.txt", f"number {i}".encode())]
+        members += [(f"{i:03}.png", an_image(shade=i)), (f"{i:03}.txt", f"number {i}".encode())]
     return write_tar(path, members).read_bytes()
 
 
@@ -123,7 +123,7 @@ def offset_of(path: Path, member: str) -> int:
 @pytest.mark.parametrize("cut", ["between samples", "between members", "one block of the end", "no block of the end"])
 def test_a_shard_without_the_mark_of_its_end_is_listed_and_used(cut: str, format: int, tmp_path: Path) -> None:
     path = tmp_path / "x.tar"
-    members = [m for i in range(8) for m in ((f"{i}.png", picture(shade=i)), (f"{i}.txt", b"caption"))]
+    members = [m for i in range(8) for m in ((f"{i}.png", an_image(shade=i)), (f"{i}.txt", b"caption"))]
     whole = write_tar(path, members, format).read_bytes()
     end = len(whole.rstrip(b"\0")) + -len(whole.rstrip(b"\0")) % 512
     at = {
@@ -195,15 +195,15 @@ def test_archives_that_were_joined_are_listed(tmp_path: Path) -> None:
 
 
 def test_the_last_of_several_members_with_one_name_counts(tmp_path: Path) -> None:
-    members = [("a.png", picture(20, 20)), ("a.txt", b"old"), ("a.txt", b"new"), ("a.png", picture(30, 30))]
+    members = [("a.png", an_image(20, 20)), ("a.txt", b"old"), ("a.txt", b"new"), ("a.png", an_image(30, 30))]
     source = as_files(write_tar(tmp_path / "x.tar", members))
     assert (source.text(0), source.size(0)) == ("new", (30, 30))
     assert passed(source) == {REPEATED: (2, "a.txt")}
 
 
 def test_captions_with_several_lines_and_with_json(tmp_path: Path) -> None:
-    members = [("a.png", picture()), ("a.txt", b"one\n\ntwo\r\nde=drei\n")]
-    members += [("b.png", picture()), ("b.json", json.dumps({"prompt": ["x", "y"]}).encode())]
+    members = [("a.png", an_image()), ("a.txt", b"one\n\ntwo\r\nde=drei\n")]
+    members += [("b.png", an_image()), ("b.json", json.dumps({"prompt": ["x", "y"]}).encode())]
     source = as_files(write_tar(tmp_path / "x.tar", members))
     assert [[w.text for w in source.wordings(i)] for i in range(2)] == [["one", "two"], ["x", "y"]]
     assert source.several
@@ -244,7 +244,7 @@ def test_one_compressed_shard_among_plain_ones_is_refused(tmp_path: Path) -> Non
 def test_a_compressed_archive_beside_images_is_passed_over(tmp_path: Path) -> None:
     for key in ("cat/1", "dog/2"):
         (tmp_path / key).parent.mkdir()
-        (tmp_path / f"{key}.png").write_bytes(picture())
+        (tmp_path / f"{key}.png").write_bytes(an_image())
     (tmp_path / "backup.tar.gz").write_bytes(b"")
     source = as_files(tmp_path)
     assert source.classes == ("cat", "dog")
@@ -254,7 +254,7 @@ def test_a_compressed_archive_beside_images_is_passed_over(tmp_path: Path) -> No
 def test_what_lies_beside_shards_is_counted(tmp_path: Path) -> None:
     shard(tmp_path / "a.TAR")
     shard(tmp_path / "below/b.tar")
-    (tmp_path / "view.png").write_bytes(picture())
+    (tmp_path / "view.png").write_bytes(an_image())
     source = as_files(tmp_path)
     assert len(source) == 20
     assert passed(source) == {BESIDE: (1, "view.png"), BELOW: (1, "below/b.tar")}
@@ -262,7 +262,7 @@ def test_what_lies_beside_shards_is_counted(tmp_path: Path) -> None:
 
 def test_shards_and_captioned_images_in_one_folder_are_refused(tmp_path: Path) -> None:
     shard(tmp_path / "old.tar")
-    (tmp_path / "a.png").write_bytes(picture())
+    (tmp_path / "a.png").write_bytes(an_image())
     (tmp_path / "a.txt").write_text("a")
     with pytest.raises(
         UserError, match=r"tar shards \(old\.tar\) and captioned images \(a\.png\).*kind: tar or kind: folder"

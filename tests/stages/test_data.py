@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from data.test_identity import classes, paired
-from data.test_sources import picture
+from data.test_sources import an_image
 from pixelgrow.data.account import Account
 from pixelgrow.errors import UserError
 from pixelgrow.recipe.read import read_recipe
@@ -91,7 +91,7 @@ def small_ones(folder: Path) -> Path:
     """Class folders with 60 images: 20 of them of 8 px, one of them cut off in its header."""
     classes(folder, 60)
     for i in range(20):
-        (folder / "ab"[i % 2] / f"{i}.png").write_bytes(picture(8, 8, i))
+        (folder / "ab"[i % 2] / f"{i}.png").write_bytes(an_image(8, 8, i))
     (folder / "b" / "59.png").write_bytes(b"")
     return folder
 

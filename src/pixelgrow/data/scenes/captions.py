@@ -1,4 +1,4 @@
-"""A scene's specification in words: many ways to say the same picture."""
+"""A scene's specification in words: many ways to describe the same image."""
 
 from dataclasses import dataclass
 from random import Random
@@ -23,7 +23,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Spec:
-    """What a picture shows: one group, or two (the first is `relation` the second), and the background."""
+    """What an image shows: one group, or two (the first is `relation` the second), and the background."""
 
     groups: tuple[Group, ...]
     relation: str  # "" for one group
@@ -100,7 +100,7 @@ def _related(spec: Spec, rng: Random) -> str:
 
 
 def caption(spec: Spec, rng: Random) -> str:
-    """One English sentence fragment that says everything in `spec`; a plain white background may stay unsaid."""
+    """One English phrase that says everything in `spec`; it may leave out a plain white background."""
     words = _related(spec, rng) if spec.relation else phrase(spec.groups[0], rng)
     if rng.random() < 0.15 and " is " not in words and " are " not in words:
         words = pick(rng, ("a picture of ", "an image of ", "a drawing of ")) + words

@@ -1,4 +1,4 @@
-"""Does a picture show what its caption says? Answers a caption's questions from the pixels alone."""
+"""Does an image show what its caption says? Answers a caption's questions from the pixels alone."""
 
 from collections.abc import Iterable, Sequence
 
@@ -9,11 +9,11 @@ from pixelgrow.data.scenes.questions import KINDS, Question
 from pixelgrow.data.scenes.seeing import View, look
 from pixelgrow.errors import UserError
 
-APART = 0.1  # two groups are beside each other when their centres are this far apart, of the side
+APART = 0.1  # least distance of the centres of two groups for a relation to hold, as a share of the side
 
 
 def answer(view: View, question: Question) -> bool:
-    """Yes or no to a question about what was seen. A question about a colour that is not there is answered no."""
+    """The answer to a question about a view; no, if it is about a colour that is not there."""
     kind, args = question.kind, question.args
     if kind == "background":
         return view.background == args[0]
@@ -37,15 +37,15 @@ def answer(view: View, question: Question) -> bool:
 
 
 def check(image: NDArray[np.uint8], questions: Iterable[Question]) -> list[bool]:
-    """For each question, whether the picture, uint8 (h, w, 3), gives the expected answer."""
+    """For each question, whether the image, uint8 (h, w, 3), gives the expected answer."""
     view = look(image)
     return [answer(view, q) is q.expected for q in questions]
 
 
 def accuracy(views: Iterable[View], questions: Iterable[Sequence[Question]]) -> dict[str, float]:
-    """The share of expected answers by kind, and "all": the share of pictures with every answer as expected.
+    """The share of expected answers by kind, and "all": the share of images with every answer as expected.
 
-    Kinds that nobody asked about are left out. Raises UserError when the two are not equally many.
+    A kind without questions is left out. Raises UserError unless there is one list of questions for each view.
     """
     seen, asked = list(views), list(questions)
     if len(seen) != len(asked):
@@ -64,11 +64,11 @@ def accuracy(views: Iterable[View], questions: Iterable[Sequence[Question]]) -> 
 
 
 def chance(views: Sequence[View], questions: Sequence[Sequence[Question]]) -> dict[str, float]:
-    """`accuracy` of every picture under every other caption: what a model that ignores its prompt would score."""
+    """`accuracy` of every image under every other caption: the score of a model that ignores its prompt."""
     pairs = [(v, q) for i, v in enumerate(views) for j, q in enumerate(questions) if i != j]
     return accuracy((v for v, _ in pairs), [q for _, q in pairs])
 
 
 def score(images: Iterable[NDArray[np.uint8]], questions: Iterable[Sequence[Question]]) -> dict[str, float]:
-    """`accuracy` of pictures, each uint8 (h, w, 3), under the questions of their captions."""
+    """`accuracy` of images, each uint8 (h, w, 3), under the questions of their captions."""
     return accuracy((look(image) for image in images), questions)

@@ -9,7 +9,7 @@ from pixelgrow.data.scenes.captions import Spec, pick
 from pixelgrow.data.scenes.vocabulary import SPIN
 
 GAP = 0.07  # clear space between the contents of cells, of the shorter side (2.2 of 32 pixels)
-WANDER = 0.3  # how much of the free room in its cell an object uses: the less, the sooner captions are bound to places
+WANDER = 0.3  # share of the free space in its cell that an object uses; with less, a model learns places sooner
 LARGEST = (0.0, 0.44, 0.42, 0.38, 0.34, 0.32)  # greatest diameter by the number of objects in the scene
 SCALE = {"small": 0.62, "": 0.92, "large": 1.18}
 ROWS: tuple[tuple[tuple[int, ...], ...], ...] = (
@@ -24,7 +24,7 @@ ROWS: tuple[tuple[tuple[int, ...], ...], ...] = (
 
 @dataclass(frozen=True)
 class Place:
-    """An object's centre and radius in units of the picture's shorter side, and its rotation in radians."""
+    """An object's centre and radius in units of the image's shorter side, and its rotation in radians."""
 
     y: float
     x: float
@@ -46,7 +46,7 @@ def _arrangements(count: int, h: float, w: float) -> tuple[tuple[bool, tuple[int
 
 @lru_cache(maxsize=4096)
 def _split(first: int, second: int, h: float, w: float) -> float:
-    """The share of the height that the first band gets, so that the smallest cell is largest."""
+    """The first band's share of the height that makes the smallest cell largest."""
 
     def smallest(share: float) -> float:
         bands = ((first, h * share), (second, h * (1 - share)))
@@ -97,6 +97,6 @@ def layout(spec: Spec, h: float, w: float, rng: Random) -> list[list[Place]]:
 
 
 def canvas(h: int, w: int) -> tuple[float, float]:
-    """The picture's sides in units of the shorter one; rounded so that equal aspects share an arrangement."""
+    """The image's sides in units of the shorter one; rounded so that equal aspects share an arrangement."""
     short = min(h, w)
     return tuple(math.floor(s / short * 1000 + 0.5) / 1000 for s in (h, w))  # type: ignore[return-value]

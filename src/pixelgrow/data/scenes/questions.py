@@ -9,11 +9,11 @@ KINDS = ("background", "colour", "shape", "count", "relation")
 
 @dataclass(frozen=True)
 class Question:
-    """A yes/no question about a picture and the answer that a faithful picture gives.
+    """A yes/no question about an image, and the answer that an image true to its caption gives.
 
     `args` by kind: background (name), colour (name), shape (colour, shape), count (colour, number), relation
-    (colour, "above" | "below" | "left of" | "right of", colour). Objects are told apart by colour: no two groups of a
-    scene share one.
+    (colour, "above" | "below" | "left of" | "right of", colour). Objects are distinguished by colour: no two groups of
+    a scene share one.
     """
 
     kind: str
@@ -27,7 +27,7 @@ def _name(group: Group) -> str:
 
 
 def questions(spec: Spec) -> tuple[Question, ...]:
-    """Everything the checker can ask about a scene, each answered yes by a faithful picture."""
+    """All questions that the checker can answer about a scene; yes to each if the image is true to its caption."""
     asked = [Question("background", f"Is the background {spec.background}?", (spec.background,))]
     for g in spec.groups:
         one = g.count == 1

@@ -10,11 +10,11 @@ from pixelgrow.data.scenes.vocabulary import BACKGROUNDS, COLOURS, SHAPES, SPIN,
 from pixelgrow.errors import UserError
 
 Floats = NDArray[np.float32]
-# RGB distance (of 441) from the background below which a pixel is background: above the 48.5 between a pattern's two
-# tones, of which the border may show one alone.
+# A pixel within this RGB distance (of 441) of the background is background. A pattern's two tones are 48.5 apart, and
+# the border may show only one of them.
 LEAST_CONTRAST = 52.0
-SPECK = 0.007  # components below this share of the picture are specks (7 pixels of 32x32)
-WORKING = 64  # larger pictures are box-reduced until the shorter side is below twice this
+SPECK = 0.007  # components below this share of the image are specks (7 pixels of 32x32)
+WORKING = 64  # larger images are box-reduced until the shorter side is below twice this
 GRID = 13  # shapes are compared on a grid of GRID x GRID samples
 SPAN = 1.9  # of half-width SPAN, in units of the radius of a disc of equal area
 
@@ -31,7 +31,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class View:
-    """What is in a picture."""
+    """What is in an image."""
 
     background: str
     objects: tuple[Seen, ...]
@@ -159,7 +159,7 @@ def name_shape(alpha: Floats) -> str:
 
 
 def look(image: NDArray[np.uint8]) -> View:
-    """What is in a picture, uint8 (h, w, 3) of at least 16 pixels a side. Raises UserError for anything else."""
+    """What is in an image, uint8 (h, w, 3) of at least 16 pixels a side. Raises UserError for anything else."""
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or min(image.shape[:2]) < 16:
         raise UserError(
             f"checker: got an image of shape {image.shape} and type {image.dtype}, expected uint8 (h, w, 3) with "

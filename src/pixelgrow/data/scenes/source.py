@@ -1,4 +1,4 @@
-"""The built-in data: captioned vector scenes, drawn at any size, a pure function of (seed, split, index)."""
+"""The built-in data: captioned vector scenes, rendered at any size, a pure function of (seed, split, index)."""
 
 import hashlib
 from dataclasses import dataclass
@@ -25,13 +25,13 @@ from pixelgrow.data.scenes.vocabulary import (
 )
 from pixelgrow.errors import UserError
 
-VERSION = 2  # raise whenever the same index would give another picture or caption
-HELD_OUT = 16  # one composition in so many is kept out of training
-MOST = 5  # objects in a picture
+VERSION = 2  # raise it when the same index gives another image or caption
+HELD_OUT = 16  # one composition in this many is kept out of training
+MOST = 5  # objects in an image
 # How many objects a group or two groups have, the fewer the oftener: a total of n has 6 - n tickets, squared for pairs.
 SINGLES = tuple((n,) for n in range(1, MOST + 1) for _ in range(MOST + 1 - n))
 PAIRS = tuple((a, b) for a in range(1, MOST) for b in range(1, MOST + 1 - a) for _ in range((MOST + 1 - a - b) ** 2))
-MAX_SCENES = 100_000_000  # pictures of a source: a shuffled order takes 24 bytes each
+MAX_SCENES = 100_000_000  # images of a source: a shuffled order takes 24 bytes each
 SPLITS = ("train", "heldout")
 Image = NDArray[np.uint8]
 
@@ -108,7 +108,7 @@ def _backdrop(spec: Spec, h: int, w: int, rng: Random) -> NDArray[np.float32]:
 
 @dataclass(frozen=True)
 class Scene:
-    """A captioned picture, known but not yet drawn."""
+    """A captioned scene, not rendered yet."""
 
     caption: str
     spec: Spec
@@ -120,17 +120,15 @@ class Scene:
         return questions(self.spec)
 
     def render(self, h: int, w: int) -> Image:
-        """The picture, uint8 (h, w, 3), antialiased; the same scene at every size of one aspect ratio.
+        """The image, uint8 (h, w, 3), antialiased; the same scene at every size of one aspect ratio.
 
-        Raises UserError below 16 pixels a side, where shapes are no longer shapes.
+        Raises UserError below 16 pixels a side, where shapes cannot be recognised.
         """
         if min(h, w) < 16:
-            raise UserError(
-                f"scenes: got a size of {h}x{w}, expected at least 16 pixels a side; ask for a larger picture"
-            )
+            raise UserError(f"scenes: got a size of {h}x{w}, expected at least 16 pixels a side; render it larger")
         rng = _rng("layout", VERSION, *self.key)
         placed = layout(self.spec, *canvas(h, w), rng)
-        picture = _backdrop(self.spec, h, w, rng)
+        image = _backdrop(self.spec, h, w, rng)
         short = min(h, w)
         for group, places in zip(self.spec.groups, placed, strict=True):
             ink = np.array([c + 8 * (2 * rng.random() - 1) for c in COLOURS[group.colour]], np.float32)
@@ -140,12 +138,12 @@ class Scene:
                 y0, x0 = max(0, int(cy - reach)), max(0, int(cx - reach))
                 y1, x1 = min(h, int(cy + reach) + 1), min(w, int(cx + reach) + 1)
                 alpha = coverage(group.shape, y1 - y0, x1 - x0, cy - y0, cx - x0, r, place.spin)[..., None]
-                patch = picture[y0:y1, x0:x1]
+                patch = image[y0:y1, x0:x1]
                 patch += alpha * (ink - patch)
-        return np.asarray(np.clip(picture + 0.5, 0, 255), np.uint8)
+        return np.asarray(np.clip(image + 0.5, 0, 255), np.uint8)
 
     def view(self) -> View:
-        """What a faultless observer sees in the square picture: the truth that `checker.look` is tested against."""
+        """What is in the square image: the ground truth for tests of `seeing.look`."""
         placed = layout(self.spec, 1.0, 1.0, _rng("layout", VERSION, *self.key))
         groups = zip(self.spec.groups, placed, strict=True)
         objects = (Seen(g.colour, g.shape, p.y, p.x) for g, places in groups for p in places)
@@ -153,10 +151,10 @@ class Scene:
 
 
 class Scenes:
-    """A source of `n` pictures under `captions` distinct captions (sample i has caption i % captions).
+    """A source of `n` images under `captions` distinct captions (sample i has caption i % captions).
 
-    What is shown and its caption depend on (seed, split, i % captions); positions, sizes, rotation and shades on
-    (seed, split, i). No composition of the "heldout" split is ever seen in "train", whatever the seed.
+    The content and its caption depend on (seed, split, i % captions); positions, sizes, rotation and shades on
+    (seed, split, i). No composition of the "heldout" split is in "train", for any seed.
     """
 
     name = "scenes"
@@ -187,11 +185,11 @@ class Scenes:
 
     @property
     def sizes(self) -> NDArray[np.int32]:
-        """All original sizes (N, 2), without a look at each."""
+        """All original sizes (N, 2)."""
         return np.broadcast_to(np.array(self.size(0), np.int32), (len(self), 2))
 
     def size(self, i: int) -> tuple[int, int]:
-        """Large enough for every stage: a scene has no resolution of its own."""
+        """A size that is large enough for every stage: a scene has no resolution of its own."""
         return (1024, 1024)
 
     def text(self, i: int) -> str:
@@ -199,7 +197,7 @@ class Scenes:
         return self.scene(i).caption
 
     def image(self, i: int, size: tuple[int, int], crop: tuple[float, float] = (0.5, 0.5)) -> Image:
-        """Sample i drawn at `size` (h, w), whole whatever `crop` says: uint8 (h, w, 3)."""
+        """Sample i rendered at `size` (h, w), uint8 (h, w, 3); `crop` makes no difference."""
         return self.scene(i).render(*size)
 
     def key(self, i: int) -> str:

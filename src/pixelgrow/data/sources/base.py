@@ -13,12 +13,12 @@ from pixelgrow.errors import UserError
 class Source(Protocol):
     """Captioned images by number; every answer is a function of the number alone.
 
-    `name` is for people, `fingerprint` a hex hash of what is in it (names, sizes, times; or the parameters).
+    `name` is for messages, `fingerprint` a hash of what the source holds (`identity`, or its parameters).
     A source of files also has `sizes` (N, 2) int32 of (h, w), `bad` (what its index had to leave out), `passed` (files
-    that are no samples and no faults) and `files` (the number of distinct images, bad and lost ones included); a source
-    of classes has `classes`, the names of its labels; one whose
-    captions say left and right has `mirror` False: its pictures are never mirrored; one with `several` True has samples
-    of more than one caption, all of them in `wordings(i)`.
+    that are no samples and no faults) and `files` (the number of distinct images, bad and lost ones included). A source
+    of classes has `classes`, the names of its labels. One whose captions say left and right has `mirror` False: its
+    images are never mirrored. One with `several` True has samples of more than one caption, all of them in
+    `wordings(i)`.
     """
 
     name: str
@@ -120,7 +120,7 @@ def wordings_of(source: Source, i: int) -> tuple[Wording, ...]:
 
 
 def chosen(wordings: Sequence[Wording], u: float) -> int:
-    """Which of several captions u in [0, 1) falls on, each as wide as its weight."""
+    """The index of the caption that u in [0, 1) chooses, each in proportion to its weight."""
     ends = np.cumsum([w.weight for w in wordings])
     return min(int(np.searchsorted(ends, u * ends[-1], side="right")), len(wordings) - 1)
 

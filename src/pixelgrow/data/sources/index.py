@@ -129,7 +129,7 @@ class FileSource(ABC):
         self._count(LANGUAGES, captions.foreign)
 
     def _again(self, i: int, where: str, read: Callable[[], tuple[str, ...]]) -> tuple[str, ...]:
-        """`read()`: what the captions' file `where` says of sample i; `UserError` if it said something else before."""
+        """Read what the file `where` has for sample i again, by `read()`; `UserError` if it has changed."""
         try:
             said = read()
         except BadImage as error:
@@ -137,7 +137,7 @@ class FileSource(ABC):
         else:
             if hash_of(*said) == self._noted[i]:
                 return said
-            reason = "it says something else of an image"
+            reason = "another caption of an image"
         raise UserError(
             f"{where}: changed since the run began ({reason}); put it back as it was, or run under another name"
         )

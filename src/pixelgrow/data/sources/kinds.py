@@ -19,7 +19,9 @@ from pixelgrow.errors import UserError
 TABLES = (".csv", ".tsv", ".jsonl", JSON)
 OTHER_TABLES = (".parquet", ".xlsx")
 # What stands in the name of a file, or among the columns of a table, if it may hold the captions of many images.
-SPEAKING = re.compile(r"caption|prompt|metadata|annotation|text|description|title|file_?name|image|\.(jpe?g|png|webp)")
+CAPTION_WORDS = re.compile(
+    r"caption|prompt|metadata|annotation|text|description|title|file_?name|image|\.(jpe?g|png|webp)"
+)
 _LOOK = 4096  # bytes of a table that are looked at
 # Folders that Hugging Face's ImageFolder takes for splits (datasets/data_files.py), followed by digits or not.
 SPLITS = {
@@ -211,7 +213,7 @@ def _may_hold_captions(root: bytes, key: str) -> bool:
         except BadImage:
             return False
         words = " ".join(re.findall(r'"([^"]*)"\s*:', words)) if end in (".jsonl", JSON) else words.partition("\n")[0]
-    return end in OTHER_TABLES or SPEAKING.search(words.lower()) is not None
+    return end in OTHER_TABLES or CAPTION_WORDS.search(words.lower()) is not None
 
 
 def _classes(path: str, seen: _Survey) -> Kind:

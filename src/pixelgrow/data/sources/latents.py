@@ -1,4 +1,4 @@
-"""A source of pictures seen through an autoencoder: latents, made once and memory-mapped."""
+"""Latents of a source's images: encoded once by an autoencoder, kept on the disk and memory-mapped."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from pixelgrow.data.sources.base import (
 )
 from pixelgrow.writing import writing
 
-CHUNK = 64  # pictures that are encoded and written at a time; a kill costs no more
-PAUSE = 15.0  # seconds between two lines on how far it is
+CHUNK = 64  # images that are encoded and written at a time: no more is lost when the process is killed
+PAUSE = 15.0  # seconds between two lines of progress
 logger = logging.getLogger(__name__)
 
 
 class Encoder(Protocol):
-    """All that is asked of an autoencoder."""
+    """What is needed of an autoencoder."""
 
     @property
     def factor(self) -> int: ...
@@ -46,8 +46,8 @@ class Encoder(Protocol):
 class Latents:
     """`source` with `image` giving latents, float32 (h, w, C), of the centre crop of h * factor by w * factor pixels.
 
-    Crops and mirror images are pictures of their own, which were not encoded: `crop` makes no difference, and nothing
-    may be mirrored. Sizes are counted in latents. `folder`: where `make` keeps them, in half precision.
+    Only centre crops are encoded, so `crop` makes no difference and no image is mirrored. Sizes are counted in latents.
+    `folder`: where `make` keeps them, in half precision.
     """
 
     mirror = False
@@ -90,10 +90,10 @@ class Latents:
         row = int(np.searchsorted(numbers, i))
         if row < len(numbers) and numbers[row] == i and np.isfinite(latents[row]).all():
             return latents[row].astype(np.float32).transpose(1, 2, 0)
-        return self._encode([self._picture(i, size)])[0].transpose(1, 2, 0)
+        return self._encode([self._pixels(i, size)])[0].transpose(1, 2, 0)
 
     def make(self, size: tuple[int, int]) -> None:
-        """Encode every picture that is large enough, going on where it was cut off; a bad one is left as NaN."""
+        """Encode every image that is large enough, and resume if it was interrupted. A bad image is left as NaN."""
         numbers = large_enough(self, size)
         shape = (self.channels, *size)
         path = self.folder / f"{self.fingerprint}-{size[0]}x{size[1]}.f16"
@@ -116,21 +116,21 @@ class Latents:
         self._made[size] = numbers, np.memmap(path, np.float16, "r", shape=(len(numbers), *shape))
 
     def _chunk(self, numbers: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-        pictures: dict[int, np.ndarray] = {}
+        images: dict[int, np.ndarray] = {}
         for row, i in enumerate(numbers):
             try:
-                pictures[row] = self._picture(int(i), size)
-            except BadImage:  # the loader meets it again, and lists it
+                images[row] = self._pixels(int(i), size)
+            except BadImage:  # the loader finds it too, and lists it
                 continue
         found = np.full((len(numbers), self.channels, *size), np.nan, np.float16)
-        if pictures:
-            found[list(pictures)] = self._encode(list(pictures.values()))
+        if images:
+            found[list(images)] = self._encode(list(images.values()))
         return found
 
-    def _picture(self, i: int, size: tuple[int, int]) -> np.ndarray:
+    def _pixels(self, i: int, size: tuple[int, int]) -> np.ndarray:
         f = self.encoder.factor
         return self.source.image(i, (f * size[0], f * size[1]))
 
-    def _encode(self, pictures: list[np.ndarray]) -> np.ndarray:
-        images = torch.from_numpy(np.stack(pictures).transpose(0, 3, 1, 2)) / 127.5 - 1
-        return self.encoder.encode(images).numpy()
+    def _encode(self, images: list[np.ndarray]) -> np.ndarray:
+        pixels = torch.from_numpy(np.stack(images).transpose(0, 3, 1, 2)) / 127.5 - 1
+        return self.encoder.encode(pixels).numpy()

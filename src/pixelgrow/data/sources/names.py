@@ -87,7 +87,7 @@ class Matches:
 def match(names: Sequence[str], is_image: Callable[[int], bool]) -> Matches:
     """Match images and caption files of one folder or shard by their `names` (NFC, distinct).
 
-    `is_image(i)`: whether file i is an image; it is not asked about caption files.
+    `is_image(i)`: whether file i is an image; it is not called for caption files.
     """
     found = Matches()
     captions: dict[str, dict[str, int]] = {TEXT: {}, JSON: {}}

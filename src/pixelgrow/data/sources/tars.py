@@ -25,7 +25,7 @@ _END = bytes(2 * _BLOCK)  # the mark at the end of a tar archive
 
 
 class _Headers:
-    """A shard as tarfile sees it: it reads headers alone, so a shard that claims a long one is damaged."""
+    """What tarfile reads of a shard: headers alone, so a long read means a damaged one."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
