@@ -1,4 +1,4 @@
-"""The report's charts: what the axes say, and what is drawn."""
+"""The report: labels and curves of charts, tables and grids of stages."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
-from pixelgrow.report.report import _growth, _series, _training
+from pixelgrow.recipe.stages import EvaluateStage
+from pixelgrow.report.report import _growth, _series, _side_by_side, _training
 from pixelgrow.report.svg import Curve, chart
 
 
@@ -15,7 +17,7 @@ def labels(svg: str, anchor: str) -> list[str]:
     return re.findall(rf'text-anchor="{anchor}">([^<]*)</text>', svg)
 
 
-def test_axes_say_round_values_in_short() -> None:
+def test_axes_have_round_values_and_short_labels() -> None:
     svg = chart("Loss", [Curve("loss", [(x, 0.1 + x / 8000) for x in range(0, 8001, 500)])])
     assert labels(svg, "middle") == ["0", "2k", "4k", "6k", "8k"]
     svg = chart("Loss", [Curve("loss", [(0, 1.0), (1500, 2.0)]), Curve("error", [(0, 0.5), (3e6, 3e-2)])])
@@ -23,7 +25,7 @@ def test_axes_say_round_values_in_short() -> None:
     assert "0.1" in labels(svg, "end")
 
 
-def test_every_curve_is_within_the_drawing_and_named_with_its_last_value() -> None:
+def test_every_curve_is_within_the_chart_and_named_with_its_last_value() -> None:
     svg = chart("Error", [Curve("a", [(0, 1e-4), (10, 3.0)]), Curve("b & c", [(10, 0.25)])])
     points = [tuple(map(float, p.split(","))) for line in re.findall(r'points="([^"]*)"', svg) for p in line.split()]
     assert len(points) == 3 and all(0 <= x <= 460 and 0 <= y <= 220 for x, y in points)
@@ -31,7 +33,7 @@ def test_every_curve_is_within_the_drawing_and_named_with_its_last_value() -> No
     assert svg.count("<circle") == 1  # a curve of one point
 
 
-def test_what_was_not_logged_is_not_drawn() -> None:
+def test_curves_that_were_not_logged_are_left_out() -> None:
     assert chart("Error", [Curve("a", []), Curve("b", [(0, 0.0)])]) == ""
 
 
@@ -57,6 +59,20 @@ def test_grids_are_those_of_the_run_in_the_order_of_images(tmp_path: Path) -> No
         (tmp_path / "samples" / f"{name}.png").write_bytes(b"")
     page = _training(tmp_path, "", "")
     assert "999,000,000 images, on the way" in page and "1,000,000,000 images, at the end" in page
+
+
+def test_evaluations_side_by_side_may_have_been_asked_other_questions(tmp_path: Path) -> None:
+    """Few prompts may hold no relation, and prompts of files have no questions at all."""
+    records = {
+        name: SimpleNamespace(values={"result": {"nfe": 31, "seconds_per_image": 0.5} | more})
+        for name, more in {
+            "a": {"accuracy": {"colour": 1.0, "relation": 0.5}}, "b": {"accuracy": {"colour": 0.75}}, "c": {}
+        }.items()
+    }  # fmt: skip
+    recipe = SimpleNamespace(stages=[EvaluateStage(name=name, parent="core") for name in records])
+    page = _side_by_side(recipe, tmp_path, records)
+    rows = [re.findall(r"<td>([^<]*)</td>", row)[2:] for row in page.split("<tr>")[2:]]
+    assert rows == [["100.0%", "50.0%"], ["75.0%", ""], ["", ""]]
 
 
 def test_long_logs_are_thinned_and_end_at_the_end() -> None:

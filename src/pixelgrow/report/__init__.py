@@ -1,4 +1,4 @@
-"""What people read: the tables of the command line, and the HTML page at the end of a run.
+"""Results for people to read: tables on the command line, and the HTML report at the end of a run.
 
-Reads what stages have written (`stage.json`, `log.jsonl`, pictures); changes nothing.
+Reads the files of finished stages (`stage.json`, `log.jsonl`, sample grids) and changes none.
 """

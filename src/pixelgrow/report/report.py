@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file with everything in it, read from what the stages left in their folders."""
+"""The report of a run: one self-contained HTML file, made from the files in the stages' folders."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from pixelgrow.training.log import duration
 from pixelgrow.writing import read_json, writing
 
 FILE = "report.html"
-POINTS = 500  # of a curve: a drawing is 460 units wide
-# Titles, and curves by the key of their records; what was not logged is not drawn.
+POINTS = 500  # of a curve, which is drawn 400 units wide
+# Title -> {name of a curve: key in the log}. Curves that were not logged are left out.
 CHARTS = {
     "Training loss": {
         "loss": "loss",
@@ -50,7 +50,7 @@ CHARTS = {
         "sigma 1": "validation/1",
         "sigma 5": "validation/5",
     },
-    "Distance to held-out pictures": {
+    "Distance to held-out images": {
         "prior samples": "validation/prior_distance",
         "reconstructions": "validation/rec_distance",
     },
@@ -63,8 +63,8 @@ CHARTS = {
 }
 
 ONE_STEP_ROWS = (
-    "From above: what the teacher draws from a latent, what the generator draws from it in one step, what the "
-    "generator makes of the latent of a held-out picture, and that picture:"
+    "Rows from above: the teacher's image from a prior latent, the generator's from the same one, the generator's "
+    "reconstruction of a held-out image, and that image:"
 )
 
 
@@ -132,7 +132,7 @@ def _overview(recipe: Recipe, records: dict[str, Record]) -> str:
 
 
 def _side_by_side(recipe: Recipe, folder: Path, records: dict[str, Record]) -> str:
-    """The evaluations of several models on the same held-out prompts: numbers in a table, grids beside each other."""
+    """The evaluations of several models on the same held-out prompts: a table of numbers, and grids side by side."""
     stages = [s for s in recipe.stages if isinstance(s, EvaluateStage)]
     found = [(s, metrics) for s in stages if (metrics := records[s.name].values.get("result"))]
     if len(found) < 2:
@@ -143,18 +143,19 @@ def _side_by_side(recipe: Recipe, folder: Path, records: dict[str, Record]) -> s
             f'<a href="#{escape(stage.name)}">{escape(str(stage.parent))}</a>',
             f"{metrics['nfe']}",
             f"{metrics['seconds_per_image']:.3g}",
-            *(f"{100 * metrics['accuracy'][kind]:.1f}%" if "accuracy" in metrics else "" for kind in kinds),
+            *(f"{100 * accuracy[kind]:.1f}%" if kind in accuracy else "" for kind in kinds),
         ]
         for stage, metrics in found
+        for accuracy in [metrics.get("accuracy", {})]
     ]
     grids = [(stage, folder / stage.name / "samples" / "grid.png") for stage, _ in found]
-    pictures = [_picture(grid, f"{stage.parent}") for stage, grid in grids if grid.exists()]
-    table = _table(["model", "evaluations", "seconds a picture", *kinds], rows)
-    return f'<section><h2>Side by side</h2>{table}<div class="row">{"".join(pictures)}</div></section>'
+    shown = [_figure(grid, f"{stage.parent}") for stage, grid in grids if grid.exists()]
+    table = _table(["model", "evaluations", "seconds/image", *kinds], rows)
+    return f'<section><h2>Side by side</h2>{table}<div class="row">{"".join(shown)}</div></section>'
 
 
 def _number_of(files: Any) -> str:
-    """Of bad files: stages that train count them, evaluation lists them."""
+    """The number of bad files, which stages that train count and evaluations list."""
     return f"{len(files) if isinstance(files, list) else files:,}" if files != "" else ""
 
 
@@ -211,7 +212,7 @@ def _seen(found: dict[str, Any]) -> str:
 
 
 def _training(folder: Path, title: str, rows: str) -> str:
-    """`rows`: what is in the rows of its grids, where they differ."""
+    """Charts and grids of a training; `rows`: what the rows of its grids show, if they differ."""
     lines = _log(folder / "log.jsonl")
     charts = [
         chart(title, [Curve(name, _series(lines, key)) for name, key in curves.items()])
@@ -219,12 +220,12 @@ def _training(folder: Path, title: str, rows: str) -> str:
     ]
     numbered = [path for path in (folder / "samples").glob("*.png") if path.stem.isdecimal()]
     grids = sorted(numbered, key=lambda path: int(path.stem))
-    shown = [(grids[(len(grids) - 1) // 2], "on the way"), (grids[-1], "at the end")][-len(grids) :] if grids else []
-    pictures = "".join(_picture(path, f"{int(path.stem):,} images, {when}") for path, when in shown)
+    shown = [(grids[(len(grids) - 1) // 2], "halfway"), (grids[-1], "at the end")][-len(grids) :] if grids else []
+    figures = "".join(_figure(path, f"{int(path.stem):,} images, {when}") for path, when in shown)
     heading = f"<h3>{title}</h3>" if title else ""
-    note = f'<p class="note">{rows}</p>' if rows and pictures else ""
+    note = f'<p class="note">{rows}</p>' if rows and figures else ""
     prompts = _prompts(folder / "samples" / "prompts.txt")
-    return f'{heading}<div class="row">{"".join(charts)}</div>{note}<div class="row">{pictures}</div>{prompts}'
+    return f'{heading}<div class="row">{"".join(charts)}</div>{note}<div class="row">{figures}</div>{prompts}'
 
 
 def _pairs(result: dict[str, Any]) -> str:
@@ -257,8 +258,8 @@ def _growth(folder: Path) -> str:
         [f"{s:g}", f"{before[s]:.5f}", f"{after[s]:.5f}", f"{trained[s]:.5f}" if s in trained else ""] for s in before
     ]
     head = ["noise level at the core", f"parent, {low} px up-sampled", "grown, no step yet", "trained"]
-    pictures = [("before.png", f"the parent, {low} px"), ("after.png", f"grown, {high} px, before its first step")]
-    images = "".join(_picture(folder / name, what) for name, what in pictures if (folder / name).exists())
+    figures = [("before.png", f"the parent, {low} px"), ("after.png", f"grown, {high} px, before its first step")]
+    images = "".join(_figure(folder / name, what) for name, what in figures if (folder / name).exists())
     errors = (
         f'<div><p class="note">Held-out squared error of the denoised image at {high} px'
         f"{', kept by the growth itself' if growth['init'] == 'preserve' else ''}:</p>"
@@ -292,11 +293,11 @@ def _evaluation(folder: Path, metrics: dict[str, Any]) -> str:
     settings = [", ".join(f"{name} {value}" for name, value in metrics.get("sampling", {}).items())]
     each = "one network evaluation each" if metrics.get("nfe") == 1 else f"{metrics.get('nfe', '?')} evaluations each"
     caption = "; ".join(["held-out prompts", *filter(None, settings), each])
-    picture = _picture(grid, caption) if grid.exists() else ""
-    return f'<div class="row">{"".join(parts)}</div>{picture}{_prompts(folder / "samples" / "prompts.txt")}'
+    figure = _figure(grid, caption) if grid.exists() else ""
+    return f'<div class="row">{"".join(parts)}</div>{figure}{_prompts(folder / "samples" / "prompts.txt")}'
 
 
-def _picture(path: Path, caption: str) -> str:
+def _figure(path: Path, caption: str) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
     return (
         f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
@@ -315,7 +316,7 @@ def _details(title: str, text: str) -> str:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], named: bool = False) -> str:
-    """`rows` are HTML already; `named`: their second cells are words, not numbers."""
+    """`rows` are HTML; `named`: their second cells are words, not numbers."""
     kind = ' class="named"' if named else ""
     top = "".join(f"<th>{escape(h)}</th>" for h in head)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)

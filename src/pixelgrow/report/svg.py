@@ -1,4 +1,4 @@
-"""Curves as inline SVG: no script, no font of its own, colours from the page's variables."""
+"""Charts as inline SVG, without scripts or fonts; colours are variables of the page."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-W, H = 460, 220  # of the drawing, in its own units
+W, H = 460, 220  # of a chart, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 52, 16, 12, 34
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A named series of (x, y), y > 0 where the axis is logarithmic."""
+    """A named series of (x, y)."""
 
     name: str
     points: Sequence[tuple[float, float]]
 
 
 def chart(title: str, curves: Sequence[Curve], x_name: str = "images", log_x: bool = False) -> str:
-    """An SVG figure of curves over a logarithmic y axis; nothing if there is nothing to draw."""
+    """An HTML figure of curves over a logarithmic y axis; "" if no point is positive and finite."""
     curves = [Curve(c.name, [(x, y) for x, y in c.points if 0 < y < math.inf and (x > 0 or not log_x)]) for c in curves]
     curves = [c for c in curves if c.points]
     if not curves:
@@ -53,7 +53,7 @@ def chart(title: str, curves: Sequence[Curve], x_name: str = "images", log_x: bo
 
 
 class _Axis:
-    """Values from `low` to `high` onto units from `start` to `end`."""
+    """Maps values from `low` to `high` to units from `start` to `end`."""
 
     def __init__(self, low: float, high: float, start: float, end: float, log: bool) -> None:
         self.log, self.start, self.end = log, start, end
@@ -66,12 +66,12 @@ class _Axis:
         self.low, self.high = low, high
 
     def at(self, value: float) -> float:
-        """Where a value is drawn."""
+        """The position of a value."""
         t = math.log10(value) if self.log else value
         return self.start + (t - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self) -> list[tuple[float, str]]:
-        """Round values within the axis, at most about six, with their labels."""
+        """Up to about six round values within the axis, with their labels."""
         if not self.log:
             step = 10 ** math.floor(math.log10((self.high - self.low) / 2))
             step *= next(m for m in (1, 2, 5, 10) if (self.high - self.low) / (step * m) <= 5)

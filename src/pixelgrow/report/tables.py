@@ -1,4 +1,4 @@
-"""What the command line shows: plans, checkpoints and sources as tables for people."""
+"""Tables of the command line: recipes, plans, checkpoints, sources."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ YEAR = 365.25 * 86400
 
 
 def count(n: float, unit: str = "") -> str:
-    """A number in three digits and a suffix: 3.04M, 75.5T."""
+    """A number with three digits and a suffix: 3.04M, 75.5T."""
     for power, suffix in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
         if abs(n) >= 0.9995 * 10**power:
             return f"{n / 10**power:.3g}{suffix}{unit}"
@@ -36,7 +36,7 @@ def count(n: float, unit: str = "") -> str:
 
 
 def size_of(n: float) -> str:
-    """Bytes for people: 12.3 MiB."""
+    """A number of bytes as text: 12.3 MiB."""
     for power, suffix in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
         if n >= 2**power:
             return f"{n / 2**power:.1f} {suffix}"
@@ -44,7 +44,7 @@ def size_of(n: float) -> str:
 
 
 def time_of(seconds: float) -> str:
-    """A time for people, up to years."""
+    """A length of time as text, up to years."""
     if seconds >= YEAR:
         return f"{seconds / YEAR:,.0f} years" if seconds >= 2 * YEAR else f"{seconds / YEAR:.1f} years"
     return f"{seconds / 86400:.1f} days" if seconds >= 3 * 86400 else duration(seconds)
@@ -60,8 +60,8 @@ def _table(*columns: str, title: str = "") -> Table:
 def recipe_heading(
     recipe: Recipe, folder: Path, done: Sequence[str] = (), seen: Foresight | None = None
 ) -> RenderableType:
-    """Name, data, text, which stages are `done`, what they see of their data if that is known, and what the table of
-    stages does not say."""
+    """Name, data, text, the stages `done`, what they see of their data if it is known, and what the table of stages
+    leaves out."""
     accounts, held_out = (seen.accounts, seen.held_out) if seen else ({}, "")
     from pixelgrow.plan.shapes import is_here
     from pixelgrow.recipe.stages import DistillStage, EstimateStage, EvaluateStage, GrowStage, ModelStage, PairsStage
@@ -84,8 +84,8 @@ def recipe_heading(
         if isinstance(s, EvaluateStage):
             lines.append(f"{s.name}: evaluate {s.parent}, {s.prompts:,} prompts")
         elif isinstance(s, PairsStage):
-            told = f", guidance {s.guidance}" if s.guidance != 1 else ""
-            lines.append(f"{s.name}: {s.direction} {s.n:,} pairs of {s.parent}, {s.sampler}, {s.steps} levels{told}")
+            guided = f", guidance {s.guidance}" if s.guidance != 1 else ""
+            lines.append(f"{s.name}: {s.direction} {s.n:,} pairs of {s.parent}, {s.sampler}, {s.steps} levels{guided}")
         elif isinstance(s, EstimateStage):
             lines.append(f"{s.name}: estimate guidance weights from {s.pairs}, {s.images:,} images; not in the table")
         elif isinstance(s, DistillStage):
@@ -111,7 +111,7 @@ def _data(spec: DataSpec) -> str:
 
 
 def plan_tables(plans: Sequence[StagePlan], rate: float, how: str) -> RenderableType:
-    """Stages, sizes, images, cost; then memory by what it is for. `rate`: FLOP/s achieved; `how` it is known."""
+    """Stages, sizes, images and cost; then memory by use. `rate`: FLOP/s achieved; `how`: where it comes from."""
     work = _table("stage", "pixels", "images", "micro-batch", "core", "levels", "training", "FLOP/image", "time")
     for p in plans:
         sizes = [count(p.cost.parameters[k]) for k in ("core", "levels", "training")]
@@ -133,7 +133,7 @@ def plan_tables(plans: Sequence[StagePlan], rate: float, how: str) -> Renderable
 
 
 def checkpoint_tables(folder: Path, config: CheckpointConfig, parts: dict[str, int]) -> RenderableType:
-    """What `info` shows of a checkpoint."""
+    """The tables of `pixelgrow info`."""
     from pixelgrow.checkpoint import KINDS
 
     net = config.network
@@ -180,7 +180,7 @@ def _shown(value: Any) -> str:
 
 
 def inspection_tables(found: Inspection, cut: Cut | None = None) -> RenderableType:
-    """What `data` shows of a source; `cut`: the captions that a recipe's text encoder cuts."""
+    """The tables of `pixelgrow data`; `cut`: the captions that a recipe's text encoder cuts."""
     facts = _table(f"{found.name} ({found.kind})", "")
     facts.add_row("images", f"{found.files:,}")
     facts.add_row(f"usable {'images' if found.classes else 'image-caption pairs'}", f"{found.samples:,}")
@@ -226,7 +226,7 @@ def _spread(lengths: Lengths) -> str:
 
 def show(*parts: object) -> None:
     """Print tables and lines."""
-    shown = sys.stdout.isatty()  # names of files and classes are not ours: [a] is no markup in them, :cat: no emoji
+    shown = sys.stdout.isatty()  # markup and emoji off: [a] and :cat: may be parts of file names
     console = Console(soft_wrap=not shown, width=None if shown else 200, markup=False, emoji=False)
     for part in parts:
         console.print(part)
