@@ -58,7 +58,7 @@ def test_grids_are_those_of_the_run_in_the_order_of_images(tmp_path: Path) -> No
     for name in ("999000000", "1000000000", "000000064", "mine"):  # nine digits, until they do not suffice
         (tmp_path / "samples" / f"{name}.png").write_bytes(b"")
     page = _training(tmp_path, "", "")
-    assert "999,000,000 images, on the way" in page and "1,000,000,000 images, at the end" in page
+    assert "999,000,000 images, halfway" in page and "1,000,000,000 images, at the end" in page
 
 
 def test_evaluations_side_by_side_may_have_been_asked_other_questions(tmp_path: Path) -> None:
