@@ -301,3 +301,11 @@ def test_calls_that_make_no_sense_are_one_line() -> None:
         model.sample(["1"], guide=untrained(32))
     with pytest.raises(UserError, match="name a model of the same text encoder"):
         model.sample(["1"], guide=untrained(encoder="labels:4"))
+
+
+def test_a_guide_whose_text_encoder_lies_elsewhere_has_the_same_text() -> None:
+    model, guide = untrained(), untrained(seed=1)
+    text = model.config.text | {"fingerprint": load_encoder("labels:3", 8).fingerprint}
+    model.config = model.config.model_copy(update={"text": text})
+    guide.config = guide.config.model_copy(update={"text": text | {"encoder": "elsewhere/labels"}})
+    assert model.sample(["1"], guide=guide, steps=1)

@@ -8,9 +8,18 @@ from typing import Any
 
 from pixelgrow.errors import UserError
 from pixelgrow.model import RECORD
-from pixelgrow.recipe.stages import Recipe
+from pixelgrow.recipe.stages import Recipe, is_folder
 from pixelgrow.training.loop import CHECKPOINT
 from pixelgrow.writing import read_json, write_json
+
+FOLDER = "/"  # stands for a parent that is a folder
+NAMES = {  # settings that name a model, and those with its fingerprint
+    "text.encoder": "text.fingerprint",
+    "latent.autoencoder": "latent.fingerprint",
+    "losses.distance": "networks.distance",
+    "losses.discriminator": "networks.discriminator",
+    "losses.similarity.model": "networks.similarity",
+}
 
 
 class Record:
@@ -57,7 +66,8 @@ class Record:
         """Raise UserError, naming the first setting that changed, if the stage was begun with others.
 
         `parents` None: they are not known yet, and not compared. `free`: settings that may change; so may the paths of
-        sources. `explain(key, was)`: what changed, in words, where its value says little; "" to show the values.
+        what is compared by its content. `explain(key, was)`: what changed, in words, where its value says little; "" to
+        show the values.
         """
         if not self.values:
             return
@@ -65,11 +75,14 @@ class Record:
             if now is None:
                 continue
             was, new = _flat(self.values.get(kind, {})), _flat(now)
+            if kind == "parents":
+                was, new = _by_name(was), _by_name(new)
             for key in [*new, *(k for k in was if k not in new)]:
-                if was.get(key) == new.get(key) or (kind == "settings" and (key in free or key.endswith("].source"))):
+                if was.get(key) == new.get(key) or (kind == "settings" and _may_change(key, was, new, free)):
                     continue
                 words = "" if kind == "parents" else explain(key, was.get(key))
-                what = f"its parent {key}" if kind == "parents" else key
+                name = settings.get("from") if key == FOLDER else key
+                what = f"its parent {name}" if kind == "parents" else key
                 change = "" if kind == "parents" else f" (was {_short(was.get(key))}, now {_short(new.get(key))})"
                 raise UserError(
                     f"stage {self.folder.name!r}: {words or f'{what} changed since it was begun{change}'}: "
@@ -93,6 +106,21 @@ class Record:
         self.values = dict(values)
         for path in (self.path, self.copy):
             write_json(path, self.values)
+
+
+def _by_name(parents: Mapping[str, Any]) -> dict[str, Any]:
+    """The hashes of parents by the names of their stages; of a folder, whatever its path."""
+    return {FOLDER if is_folder(name) else name: digest for name, digest in parents.items()}
+
+
+def _may_change(key: str, was: Mapping[str, Any], new: Mapping[str, Any], free: Set[str]) -> bool:
+    """Whether a setting may be another one: as it is free, or only the path of what is compared by its content."""
+    if key == "from":
+        return is_folder(str(was.get(key))) and is_folder(str(new.get(key)))  # parents are compared by their hashes
+    if key.startswith("networks.") or NAMES.get(key) in new:
+        prints = [str(of.get(NAMES.get(key, key))).rpartition(" ")[2] for of in (was, new)]  # after a name, if any
+        return prints[0] == prints[1] and "teacher" not in (was.get(key), new.get(key))
+    return key in free or key.endswith("].source")
 
 
 def done_before(recipe: Recipe, folder: Path) -> list[str]:
