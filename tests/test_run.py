@@ -1,4 +1,4 @@
-"""Runs of recipes: every stage end to end, exact resume after a kill, refusal of what changed, regimes of growth."""
+"""Runs of recipes: every stage end to end, exact resume after a kill, refusal of changes, regimes of growth."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from pixelgrow.diffusion.sampling import Samples, sample
 from pixelgrow.errors import UserError
 from pixelgrow.recipe.read import Recipe, load_recipe, read_recipe
 from pixelgrow.recipe.stages import RESERVED
-from pixelgrow.run import _warn_of_gone, _warn_of_micro_batches, less_memory, locked, run
+from pixelgrow.run import _hashes, _parent, _warn_of_micro_batches, _warn_of_missing_parents, less_memory, locked, run
 from pixelgrow.stages import grow, train
 from pixelgrow.stages.materials import Materials
 from pixelgrow.stages.record import Record
@@ -63,8 +63,8 @@ class RunCli(Protocol):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _few_pictures() -> Iterator[None]:
-    """Grids of few pictures and steps, errors of few images: nothing here looks at what was learnt."""
+def _few_samples() -> Iterator[None]:
+    """Few images and steps for sample grids and held-out errors: no test here depends on how well a model trains."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"GRID": 4, "GRID_STEPS": 2, "WATCHED": 8}.items():
             for stages in (train, grow):
@@ -84,7 +84,7 @@ def record(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "stage.json").read_text())
 
 
-def test_every_stage_leaves_its_result(smoke: Path) -> None:
+def test_every_stage_writes_its_result(smoke: Path) -> None:
     assert all(record(smoke / s)["done"] for s in ("core", "grown", "eval"))
     assert (smoke / "core" / WEIGHTS).exists()
     assert not (smoke / "core" / "state").exists()
@@ -104,7 +104,7 @@ def test_every_stage_leaves_its_result(smoke: Path) -> None:
     assert set(metrics["accuracy"]) >= {"background", "colour", "shape", "count"}
 
 
-def test_names_that_a_run_itself_takes_are_reserved(smoke: Path, regimes: Path) -> None:
+def test_names_of_a_runs_own_files_are_reserved(smoke: Path, regimes: Path) -> None:
     for folder, own in ((smoke, {"text", "report.html"}), (regimes, {"data", "report.html"})):
         names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
         others = names - {path.parent.name for path in folder.glob("*/stage.json")}
@@ -131,14 +131,14 @@ def test_one_schedule_goes_through_the_unfreezing(smoke: Path) -> None:
     assert not (smoke / "grown" / "frozen" / "state").exists()
 
 
-def test_a_growth_that_unfreezes_goes_on_to_the_same_bytes(smoke: Path, tmp_path: Path) -> None:
-    """Stopped in the frozen phase, at its end before its checkpoint is written, and after it."""
+def test_a_growth_that_unfreezes_resumes_to_the_same_bytes(smoke: Path, tmp_path: Path) -> None:
+    """Stopped in the frozen phase, between its last state and its checkpoint, and in the second phase."""
     shutil.copytree(smoke, tmp_path / "smoke")
     shutil.rmtree(tmp_path / "smoke" / "grown")
     for images in (8, 16, 24):
         with stopped_after(images):
             run(load_recipe("smoke"), tmp_path)
-    for name in ("growth.json", "frozen/result.json"):  # damaged, they are made again
+    for name in ("growth.json", "frozen/result.json"):  # are made again if damaged
         (tmp_path / "smoke" / "grown" / name).write_text("{")
     run(load_recipe("smoke"), tmp_path)
     for part in ("grown", "grown/frozen"):
@@ -176,7 +176,7 @@ def test_the_report_is_whole(smoke: Path) -> None:
         assert words in text
 
 
-def test_what_is_done_is_not_done_again(smoke: Path) -> None:
+def test_a_finished_run_changes_no_file(smoke: Path) -> None:
     before = {
         p: p.stat().st_mtime_ns for p in smoke.rglob("*") if p.is_file() and p.suffix in (".safetensors", ".json")
     }
@@ -215,7 +215,7 @@ def stopped_after(images: int) -> Iterator[None]:
         yield
 
 
-def test_a_run_goes_on_with_what_changes_no_result(
+def test_an_unfinished_stage_resumes_with_other_settings_that_are_free(
     smoke: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, saves = only_core(tmp_path), [16, 32, 48]
@@ -232,7 +232,7 @@ def test_a_run_goes_on_with_what_changes_no_result(
         changed = load_recipe(recipe, [f"stages.core.{s}" for s in (*some, *(every if some else []))])
         with stopped_after(images) if images else nullcontext():
             run(changed, tmp_path)
-        if images == 16:  # what is advised when record and copy are damaged
+        if images == 16:  # the advice for a damaged record
             for path in (began, began.with_name(".stage.json.copy")):
                 path.write_text("{")
             with pytest.raises(UserError, match=r"delete .*stage\.json alone, and the same command goes on"):
@@ -243,7 +243,7 @@ def test_a_run_goes_on_with_what_changes_no_result(
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5)
 
 
-def test_running_out_of_memory_names_what_to_write_and_it_can_be_written(
+def test_the_advice_after_running_out_of_memory_can_be_followed(
     smoke: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, real = only_core(tmp_path), DenoiseObjective.loss
@@ -263,23 +263,37 @@ def test_running_out_of_memory_names_what_to_write_and_it_can_be_written(
 
 
 @pytest.mark.parametrize("name", ["smoke", "smoke-guided", "demo"])
-def test_what_needs_less_memory_is_a_recipe_and_may_be_changed(name: str) -> None:
+def test_the_advice_on_memory_is_valid_for_every_stage(name: str) -> None:
     for stage in load_recipe(name).stages:
         advice = re.findall(r"--set (\S+)", less_memory(stage))
         assert advice and all(set_.split(".")[2].split("=")[0] in stage.free for set_ in advice)
         load_recipe(name, advice)
 
 
-def test_a_missing_parent_is_told_before_anything_is_trained(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_missing_parent_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     recipe = load_recipe("smoke")
     records = {stage.name: Record(tmp_path / stage.name) for stage in recipe.stages}
     records["grown"].begin({}, {"core": "hash"})
-    _warn_of_gone(recipe, records)
+    _warn_of_missing_parents(recipe, records)
     assert "stage grown depends on core, whose folder is missing; if its new weights differ" in caplog.text
     assert f"delete {records['grown'].folder} to redo it" in caplog.text
 
 
-def test_a_generator_is_told_that_micro_batches_matter(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(("stage", "file"), [("core", "checkpoint/config.json"), ("pairs", "pairs.json")])
+def test_a_missing_file_of_a_finished_stage_is_one_line(tmp_path: Path, stage: str, file: str) -> None:
+    recipe = load_recipe("smoke-onestep")
+    (tmp_path / "core" / "checkpoint").mkdir(parents=True)
+    (tmp_path / "core" / "checkpoint" / "config.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "pairs" / "pairs.json").write_text("{}", encoding="utf-8")
+    (tmp_path / stage / file).unlink()
+    with pytest.raises(UserError, match=rf"{file} is missing, though stage '{stage}' is done: put it back, or delete"):
+        if stage == "core":
+            _parent(recipe.stage("pairs"), Materials(recipe, tmp_path))
+        _hashes(recipe.stage("onestep"), None, tmp_path)
+
+
+def test_a_generator_is_warned_of_other_micro_batches(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     stage = load_recipe("smoke-guided", ["stages.onestep.accumulate=2"]).stage("onestep")
     begun = Record(tmp_path / "onestep")
     begun.begin({"accumulate": 1}, {})
@@ -288,7 +302,7 @@ def test_a_generator_is_told_that_micro_batches_matter(tmp_path: Path, caplog: p
 
 
 def only_core(folder: Path) -> Path:
-    """The smoke recipe without what follows its core."""
+    """The smoke recipe with its core alone."""
     from pixelgrow.recipe.read import FOLDER
 
     text = (FOLDER / "smoke.yaml").read_text()
@@ -297,7 +311,7 @@ def only_core(folder: Path) -> Path:
     return path
 
 
-def test_a_killed_run_goes_on_to_the_same_bytes(smoke: Path, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_to_the_same_bytes(smoke: Path, tmp_path: Path) -> None:
     recipe = only_core(tmp_path)
     command = [sys.executable, "-c", "from pixelgrow.cli.main import main; main()", "run", str(recipe)]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -313,7 +327,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(smoke: Path, tmp_path: Path) -> 
     assert (state.parent / WEIGHTS).read_bytes() == (smoke / "core" / WEIGHTS).read_bytes()
 
 
-def test_sigterm_saves_and_says_how_to_go_on(
+def test_sigterm_saves_and_says_how_to_resume(
     smoke: Path, tmp_path: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = pixelgrow.training.state.save
@@ -341,7 +355,7 @@ def test_two_runs_in_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_workers_of_a_killed_run_are_waited_for(tmp_path: Path) -> None:
-    """Forked, they hold the lock of the process that is gone."""
+    """Forked workers hold the lock of a process that has ended."""
     worker = (tmp_path / ".lock").open("a")
     fcntl.flock(worker, fcntl.LOCK_EX)
     threading.Timer(0.5, worker.close).start()
@@ -357,7 +371,7 @@ def test_nothing_is_trained_before_the_data_is_there(tmp_path: Path) -> None:
 
 
 def test_nothing_is_trained_before_every_stage_has_images(tmp_path: Path) -> None:
-    """The pictures are of 64 px: enough for the core, not for what grows of it."""
+    """Images of 64 px are large enough for the core, not for its growth."""
     small = "size: tiny, resolution: 16, images: 8, batch: 8"
     (tmp_path / "recipe.yaml").write_text(f"""
 name: c
@@ -387,7 +401,7 @@ def test_nothing_is_trained_before_every_shape_fits(tmp_path: Path) -> None:
 
 
 def test_nothing_is_trained_before_every_source_is_good_enough(tmp_path: Path) -> None:
-    """What only the second stage would meet: too many bad files, captions for labels, a checkpoint that is nowhere."""
+    """Faults that only the second stage has: too many bad files, captions for labels, a missing checkpoint."""
     good, bad = class_images(tmp_path), class_images(tmp_path / "bad")
     for name in ("a", "b"):
         (bad / "dark" / f"{name}.png").write_bytes(b"")
@@ -413,7 +427,7 @@ stages:
         assert not (tmp_path / "c" / "core").exists()
 
 
-def test_what_is_held_out_is_no_training_data(tmp_path: Path) -> None:
+def test_held_out_data_are_not_training_data(tmp_path: Path) -> None:
     folder = class_images(tmp_path)
     with pytest.raises(UserError, match=r"images is trained on and held out: name another source in heldout"):
         run(load_recipe("smoke", same(folder)), tmp_path)
@@ -440,7 +454,7 @@ def test_scenes_are_not_mirrored(tmp_path: Path) -> None:
     assert not (tmp_path / "smoke" / "core").exists()
 
 
-def test_a_stage_that_bad_steps_stopped_can_be_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_can_start_from_what_bad_steps_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = DenoiseObjective.loss
 
     def loss(self: DenoiseObjective, batch: Batch, part: str) -> Terms:
@@ -498,7 +512,7 @@ def test_the_result_of_a_stage_is_the_average_of_its_weights(tmp_path: Path, mon
 
 
 def class_images(root: Path) -> Path:
-    """A folder of two classes of twelve pictures."""
+    """A folder of two classes with twelve images each."""
     rng = np.random.default_rng(0)
     for label in ("dark", "light"):
         folder = root / "images" / label
@@ -556,7 +570,7 @@ def test_regimes_of_growth(regimes: Path) -> None:
     assert parameters["all"] - parameters["training"] == sum(t.numel() for t in core.values())
 
 
-def test_no_look_takes_more_rows_than_a_micro_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_evaluation_takes_more_rows_than_a_micro_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: set[int] = set()
     real = Denoiser.forward
 
@@ -705,7 +719,7 @@ def test_a_bad_held_out_file_is_accounted_for(tmp_path: Path) -> None:
 
 
 def test_the_phases_of_a_stage_share_an_account_of_bad_files(tmp_path: Path) -> None:
-    """Half of the files are bad: the first phase meets about all of them."""
+    """Half of the files are bad. The first phase finds nearly all of them."""
     folder = class_images(tmp_path)
     for path in sorted(folder.rglob("*.png"))[::2]:
         path.write_bytes(path.read_bytes()[:2000])

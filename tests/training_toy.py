@@ -77,7 +77,7 @@ def run(
     hooks: tuple[Hook, ...] = (),
     keep=None,
     batches=None,
-    until: int | None = None,
+    stop_at: int | None = None,
     after: Path | None = None,
     **changes,
 ) -> TrainResult:
@@ -90,7 +90,9 @@ def run(
 
     hook = Hook("validation", s.validate_every or 0, validate, at_start=True)
     batches = batches or stream(s.micro_batch)
-    return train(toy, batches, s, folder, seed=3, hooks=(hook, *hooks), flops=1e6, keep=keep, until=until, after=after)
+    return train(
+        toy, batches, s, folder, seed=3, hooks=(hook, *hooks), flops=1e6, keep=keep, stop_at=stop_at, after=after
+    )
 
 
 def weights(toy: Toy, result: TrainResult) -> dict[str, Tensor]:

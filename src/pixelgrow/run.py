@@ -1,4 +1,4 @@
-"""Running a recipe: what is missing is done, what was cut off goes on, what changed is refused."""
+"""Running a recipe: missing stages run, unfinished ones resume, changed ones are refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from pixelgrow import checkpoint
 from pixelgrow.errors import UserError, out_of_memory
-from pixelgrow.model import find
+from pixelgrow.model import RECORD, find
 from pixelgrow.onestep.estimator import FACTS
 from pixelgrow.onestep.pairs import INDEX
 from pixelgrow.plan.shapes import networks, parent_network
@@ -46,71 +46,108 @@ from pixelgrow.training.monitor import reset_peak
 from pixelgrow.writing import going_on, writing
 
 logger = logging.getLogger(__name__)
-PATIENCE = 5.0  # seconds: workers of a run that was killed hold its lock until they see that it has gone
+PATIENCE = 5.0  # seconds: workers of a killed run hold its lock until they notice
 
 
 def run(recipe: Recipe, root: Path = Path("runs")) -> Path:
     """Run every stage of a recipe in `root/<name>/` that is not done; returns the path of the report.
 
-    Raises UserError for whatever the user can mend, and `training.loop.Interrupted` where it was asked to stop.
+    Raises UserError for what the user can fix, and `training.loop.Interrupted` when a signal stops it.
     """
     folder = root / recipe.name
     with locked(folder):
         materials = Materials(recipe, folder)
         records = {stage.name: Record(folder / stage.name) for stage in recipe.stages}
-        for stage in recipe.stages:  # before any work: a change in the last stage is no surprise after the first
-            explain = partial(materials.data.explain, folder, stage)
-            records[stage.name].check(materials.describe(stage), free=stage.free, explain=explain)
-        _warn_of_gone(recipe, records)
-        nets = networks(recipe)
-        for stage in recipe.stages:
-            if not records[stage.name].done:
-                if stage.parent is not None and is_folder(stage.parent):
-                    read_parent(find(stage.parent), materials)
-                materials.check(stage, (nets.get(stage.name) or parent_network(str(stage.parent), nets)).resolution)
+        _check(recipe, materials, records)
         for number, stage in enumerate(recipe.stages, 1):
-            record = records[stage.name]
-            where = f"stage {number} of {len(recipe.stages)}, {stage.name}"
-            parent = _parent(stage, materials)
-            settings = materials.describe(stage)
-            parents = {} if parent is None else {str(stage.parent): parent.config.sha256}
-            if isinstance(stage, DistillStage | GrowStage | EstimateStage) and stage.pairs is not None:
-                parents[stage.pairs] = checkpoint.file_hash(folder / stage.pairs / INDEX)
-            if isinstance(stage, DistillStage | GrowStage) and stage.estimator is not None:
-                parents[stage.estimator] = checkpoint.file_hash(folder / stage.estimator / FACTS)
-            record.check(settings, parents, stage.free, partial(materials.data.explain, folder, stage))
-            if record.done:
-                logger.info("%s: done before", where)
-                continue
-            logger.info("%s: %s", where, "going on" if record.values else "starting")
-            materials.data.list_samples(folder, stage)
-            _warn_of_micro_batches(stage, record)
-            record.begin(settings, parents)
-            reset_peak(materials.device)
-            began = time.monotonic()
-            before = float(record.values.get("wall_seconds", 0))
-            materials.note = record.note
-            try:
-                with going_on():
-                    result = _execute(stage, parent, folder / stage.name, materials)
-            except Exception as error:
-                if out_of_memory(error):
-                    reason = str(error).partition("\n")[0][:120]
-                    raise UserError(f"{where}: out of memory ({reason}): {less_memory(stage)}") from error
-                raise
-            finally:  # also of a start that is stopped
-                seconds = before + time.monotonic() - began
-                record.write({**record.values, "wall_seconds": round(seconds, 1)})
-            record.finish(result=result)
-            state.clear(folder / stage.name / "state")
-            logger.info("%s: done in %s", where, duration(seconds))
-            if report := result.get("bad_files") and result.get("bad_report"):
-                logger.warning("%s: %s", where, report)
+            _run_stage(stage, records[stage.name], materials, f"stage {number} of {len(recipe.stages)}, {stage.name}")
         return write_report(recipe, folder)
 
 
-def _warn_of_gone(recipe: Recipe, records: Mapping[str, Record]) -> None:
-    """Warn, before anything is trained, of stages that were made from one whose folder is missing."""
+def _check(recipe: Recipe, materials: Materials, records: Mapping[str, Record]) -> None:
+    """Check every stage before any of them runs: settings, networks, parents on disk, data."""
+    for stage in recipe.stages:
+        explain = partial(materials.data.explain, materials.folder, stage)
+        records[stage.name].check(materials.describe(stage), free=stage.free, explain=explain)
+    _warn_of_missing_parents(recipe, records)
+    nets = networks(recipe)
+    for stage in recipe.stages:
+        if not records[stage.name].done:
+            if stage.parent is not None and is_folder(stage.parent):
+                read_parent(find(stage.parent), materials)
+            materials.check(stage, (nets.get(stage.name) or parent_network(str(stage.parent), nets)).resolution)
+
+
+def _run_stage(stage: Stage, record: Record, materials: Materials, where: str) -> None:
+    """Run a stage that is not done. `where`: the stage's number and name, for messages."""
+    parent = _parent(stage, materials)
+    settings, parents = materials.describe(stage), _hashes(stage, parent, materials.folder)
+    record.check(settings, parents, stage.free, partial(materials.data.explain, materials.folder, stage))
+    if record.done:
+        logger.info("%s: already done", where)
+        return
+    logger.info("%s: %s", where, "resuming" if record.values else "starting")
+    materials.data.list_samples(materials.folder, stage)
+    _warn_of_micro_batches(stage, record)
+    record.begin(settings, parents)
+    reset_peak(materials.device)
+    began = time.monotonic()
+    before = float(record.values.get("wall_seconds", 0))
+    materials.note = record.note
+    try:
+        with going_on():
+            result = _execute(stage, parent, record.folder, materials)
+    except Exception as error:
+        if out_of_memory(error):
+            reason = str(error).partition("\n")[0][:120]
+            raise UserError(f"{where}: out of memory ({reason}): {less_memory(stage)}") from error
+        raise
+    finally:  # a run that is stopped counts too
+        seconds = before + time.monotonic() - began
+        record.write({**record.values, "wall_seconds": round(seconds, 1)})
+    record.finish(result=result)
+    state.clear(record.folder / "state")
+    logger.info("%s: done in %s", where, duration(seconds))
+    if report := result.get("bad_files") and result.get("bad_report"):
+        logger.warning("%s: %s", where, report)
+
+
+def _parent(stage: Stage, materials: Materials) -> Parent | None:
+    if stage.parent is None:
+        return None
+    path = materials.checkpoint(stage.parent)
+    checkpoint.recover(path)
+    if not is_folder(stage.parent):
+        _need(path / checkpoint.CONFIG, materials.folder / stage.parent)
+    return read_parent(path, materials)
+
+
+def _hashes(stage: Stage, parent: Parent | None, folder: Path) -> dict[str, str]:
+    """Hashes of the files that a stage starts from, by the stage or checkpoint folder that made them."""
+    found = {} if parent is None else {str(stage.parent): parent.config.sha256}
+    used: list[tuple[str | None, str]] = []
+    if isinstance(stage, DistillStage | GrowStage | EstimateStage):
+        used.append((stage.pairs, INDEX))
+    if isinstance(stage, DistillStage | GrowStage):
+        used.append((stage.estimator, FACTS))
+    for name, file in used:
+        if name is not None:
+            _need(folder / name / file, folder / name)
+            found[name] = checkpoint.file_hash(folder / name / file)
+    return found
+
+
+def _need(path: Path, stage: Path) -> None:
+    """Raise UserError if a file of a finished stage is missing. `stage`: its folder."""
+    if not path.is_file():
+        raise UserError(
+            f"{path} is missing, though stage {stage.name!r} is done: put it back, or delete {stage / RECORD} and run "
+            "the recipe again to make it anew"
+        )
+
+
+def _warn_of_missing_parents(recipe: Recipe, records: Mapping[str, Record]) -> None:
+    """Warn of stages that were made from a stage whose folder is missing."""
     for stage in recipe.stages:
         for name in records[stage.name].values.get("parents", {}):
             if name in records and not records[name].values:
@@ -122,20 +159,20 @@ def _warn_of_gone(recipe: Recipe, records: Mapping[str, Record]) -> None:
 
 
 def _warn_of_micro_batches(stage: Stage, record: Record) -> None:
-    """A denoiser's gradient is a mean over images, however they are split; some terms of a generator's are not."""
+    """Warn if another `accumulate` changes results: some terms of a generator's loss depend on its micro-batches."""
     if not (isinstance(stage, ModelStage) and makes_generator(stage)):
         return
     was = record.values.get("settings", {}).get("accumulate", stage.accumulate)
     if was != stage.accumulate:
         logger.warning(
-            "%s: accumulate was %s, now %s: each micro-batch has an adaptive weight, mismatched captions and a step of "
-            "spectral norm of its own, so the result differs a little from that of a run without the change",
+            "%s: accumulate was %s, now %s: each micro-batch has its own adaptive weight, mismatched captions and step "
+            "of spectral norm, so the result differs a little from that of an unchanged run",
             stage.name, was, stage.accumulate,
         )  # fmt: skip
 
 
 def less_memory(stage: Stage) -> str:
-    """What to add to the command so that a stage needs less memory and goes on from what it saved."""
+    """Options to add to the command for a stage that ran out of memory."""
     at, options = f"--set stages.{stage.name}", []
     if isinstance(stage, TrainedStage):
         more = next((n for n in range(stage.accumulate + 1, stage.batch + 1) if stage.batch % n == 0), None)
@@ -144,7 +181,7 @@ def less_memory(stage: Stage) -> str:
         if not stage.activation_checkpointing and not isinstance(stage, EstimateStage):
             options.append(f"{at}.activation_checkpointing=true (slower)")
     else:
-        whole = stage.shard if isinstance(stage, PairsStage) else 0  # a shard is made of whole batches
+        whole = stage.shard if isinstance(stage, PairsStage) else 0  # a shard holds whole batches
         less = next((n for n in range(stage.batch // 2, 0, -1) if whole % n == 0), None)
         if less:
             options.append(f"{at}.batch={less}")
@@ -169,19 +206,11 @@ def _execute(stage: Stage, parent: Parent | None, folder: Path, materials: Mater
     return evaluate_stage(stage, parent, folder, materials)
 
 
-def _parent(stage: Stage, materials: Materials) -> Parent | None:
-    if stage.parent is None:
-        return None
-    path = materials.checkpoint(stage.parent)
-    checkpoint.recover(path)
-    return read_parent(path, materials)
-
-
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a run's folder against a second run; the lock goes with the process and its workers, however they end.
+    """Lock a run's folder against other runs. The lock ends with this process and its workers, however they end.
 
-    Raises UserError if it is still held after `PATIENCE`.
+    Raises UserError if another run still holds it after `PATIENCE`.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)

@@ -434,7 +434,7 @@ def test_mistakes_in_a_recipe_are_one_line(change: dict[str, Any], words: str) -
 @pytest.mark.parametrize(
     ("stage", "words"),
     [
-        ({"grow": GROW}, "onestep is a one-step generator: write pairs:"),
+        ({"grow": GROW}, "onestep is a one-step generator: add pairs:"),
         ({"grow": GROW | {"from": "core", "pairs": "pairs"}}, "core is a multi-step model, which grows without"),
         ({"grow": GROW | {"from": "core", "fraction": 0.5}}, "fraction is for the growth of a one-step generator"),
         ({"grow": GROW | {"pairs": "pairs", "multiscale": True}}, "multiscale is for the training of a denoiser"),
@@ -451,10 +451,10 @@ def test_generators_and_denoisers_are_not_taken_for_each_other(stage: dict[str, 
     [
         (
             {"distill": DISTILL | {"name": "d", "from": "more"}},
-            "pairs: pairs is of core, and the teacher is more: name its own",
+            "pairs: pairs is of core, but the teacher is more: name pairs of more",
         ),
-        ({"grow": GROW | {"from": "onestep", "pairs": "others"}}, "others is of more, and the teacher is core"),
-        ({"estimate": {"name": "e", "from": "more", "pairs": "drawn", "images": 8}}, "drawn is of core, and the teac"),
+        ({"grow": GROW | {"from": "onestep", "pairs": "others"}}, "others is of more, but the teacher is core"),
+        ({"estimate": {"name": "e", "from": "more", "pairs": "drawn", "images": 8}}, "drawn is of core, but the teac"),
     ],
 )
 def test_pairs_of_another_teacher_are_refused_when_a_recipe_is_read(stage: dict[str, Any], words: str) -> None:
@@ -469,11 +469,11 @@ def test_pairs_of_a_larger_teacher_are_refused_when_a_recipe_is_read() -> None:
     pairs = {"pairs": {"name": "large", "from": "wide", "n": 8}}
     mistake(
         [wide, pairs, {"distill": DISTILL}, {"grow": GROW | {"from": "onestep", "pairs": "large"}}],
-        "large is of wide at 64 px, and the stage draws at 32 px: name pairs of a teacher of 32 px",
+        "large is of wide at 64 px, and the stage works at 32 px: name pairs of a teacher of 32 px",
     )
     loose = {"grow": wide["grow"] | {"core": "finetune"}}
     last = {"grow": GROW | {"from": "onestep", "pairs": "large", "to": 64}}
-    mistake([loose, pairs, {"distill": DISTILL}, last], "large is of wide, and the teacher is core: name its own")
+    mistake([loose, pairs, {"distill": DISTILL}, last], "large is of wide, but the teacher is core: name pairs of core")
     read([wide, pairs, {"distill": DISTILL}, last])
 
 
@@ -507,7 +507,7 @@ def test_pairs_of_an_ancestor_of_the_teacher_are_refused_and_a_folder_of_the_oth
     with pytest.raises(UserError, match="this model comes from another: make pairs with this model's teacher"):
         run(recipe(pairs, {"grow": GROW | {"from": f"{tmp_path}/onestep", "pairs": "pairs"}}), tmp_path)
     for stage, words in (
-        ({"grow": GROW | {"from": f"{made}/onestep"}}, "is a one-step generator: write pairs:"),
+        ({"grow": GROW | {"from": f"{made}/onestep"}}, "is a one-step generator: add pairs:"),
         ({"grow": GROW | {"from": f"{made}/core", "pairs": "pairs"}}, "is a multi-step model, which grows without"),
         ({"pairs": {"name": "more", "from": f"{made}/onestep"} | few}, "is a one-step generator, expected a multi"),
         ({"train": {"name": "more", "from": f"{made}/onestep", "images": 8}}, "is a one-step generator, expected"),
@@ -524,7 +524,7 @@ def test_pairs_of_an_ancestor_of_the_teacher_are_refused_and_a_folder_of_the_oth
     [
         (
             {"grow": GROW | {"from": "onestep", "pairs": "drawn"}},
-            "drawn is of core at 16 px, and the stage draws at 32",
+            "drawn is of core at 16 px, and the stage works at 32",
         ),
         ({"evaluate": {"name": "e", "steps": 4}}, "stage 'e': steps: a one-step generator samples in one network"),
         ({"evaluate": {"name": "e", "from": "onestep", "guidance": 2}}, "guidance: a one-step generator samples"),

@@ -392,5 +392,5 @@ def test_a_guided_generator_is_grown_with_pairs_of_a_distribution_alone() -> Non
     onestep = {"distill": ONESTEP | {"estimator": "omega"}}
     grown = {"grow": {"name": "g", "pairs": "plain", "to": 32, "images": 8}}
     assert networks(recipe(WEIGHED, DRAWN, OMEGA, onestep))["onestep"].guided
-    with pytest.raises(UserError, match="onestep is told the guidance weight and the guidance of the pairs plain"):
+    with pytest.raises(UserError, match="onestep is conditioned on the guidance weight, but the guidance of the pairs"):
         networks(recipe(WEIGHED, DRAWN, OMEGA, plain, onestep, grown))

@@ -1,4 +1,4 @@
-"""Plans of one-step stages: figures from fake tensors equal those of the stages' own objects on real ones."""
+"""Plans of one-step stages: figures from fake tensors equal those of the stages' own objects on real tensors."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_pairs_on_the_papers_40_levels(direction: Any, evaluations: int) -> None
 
 
 def test_gates_are_planned_for() -> None:
-    """Pairs of a grown teacher, by plan and by counting: a rung is evaluated at the steps that its gate is open at."""
+    """Pairs of a grown teacher, planned and counted: a rung is evaluated only at steps where its gate is open."""
     low = shallow()
     net, _ = grow_network(low.net, grown_config(low.net.config, 32, "preserve", until=1.0), "preserve")
     teacher, c = Denoiser(net, low.config).eval(), cond(N)
@@ -188,7 +188,7 @@ def test_gates_are_planned_for() -> None:
     assert planned == pytest.approx(run, rel=1e-9) and planned < 0.9 * ungated
 
 
-def test_judges_from_outside_are_not_counted() -> None:
+def test_feature_networks_from_outside_are_not_counted() -> None:
     config, settings = shallow().net.config, TrainSettings(images=8, batch=N)
 
     def planned(**losses: Any) -> Cost:
@@ -198,12 +198,12 @@ def test_judges_from_outside_are_not_counted() -> None:
     assert theirs.memory.peak < own.memory.peak
     assert all(theirs.work[part] < own.work[part] for part in (GENERATOR, DISCRIMINATOR))
     alike = planned(adversarial=False, features=0, similarity={"model": "some/clip"})
-    generator, both = Generator(shallow().net), torch.randn(2 * N, 3, 16, 16)  # of pairs, and of the prior
+    generator, both = Generator(shallow().net), torch.randn(2 * N, 3, 16, 16)  # latents of pairs, and of the prior
     run = spent(lambda: generator(both, cond(2 * N)).sum())
     assert alike.work == {GENERATOR: pytest.approx((run["forward"] + run["backward"]) / N, rel=1e-9)}
 
 
-def test_a_teacher_on_disk_is_read_and_judges_from_outside_are_named() -> None:
+def test_a_teacher_on_disk_is_read_and_feature_networks_from_outside_are_named() -> None:
     outside = {"discriminator": "some/dino", "distance": "lpips", "similarity": {"model": "some/dino"}}
     stages = [
         {"pairs": {"name": "pairs", "from": str(WEIGHTS / "tiny"), "n": 8, "steps": 2, "batch": 8, "shard": 8}},

@@ -1,4 +1,4 @@
-"""Plans: figures from fake tensors equal those of real ones, and the largest model costs nothing to describe."""
+"""Plans: figures from fake tensors equal those of real tensors, and planning the largest model allocates nothing."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_fake_figures_equal_real_ones(frozen: bool) -> None:
 
 
 def test_attention_is_counted() -> None:
-    """Of a linear map and two products, forward: 2 N C^2 a layer, and 2 * 2 N M C of an attention."""
+    """FLOPs forward: 2 N C^2 for a linear layer, 4 N M C for the two products of an attention."""
     config = shallow_uvit("tiny", 16)
     two = config.model_copy(update={"core": config.core.model_copy(update={"depth": 2})})
     one = config.model_copy(update={"core": config.core.model_copy(update={"depth": 1})})
@@ -67,7 +67,7 @@ def test_recomputing_blocks_keeps_less() -> None:
     assert less.work["backward"] == pytest.approx(more.flops, rel=0.2)
 
 
-def test_the_largest_recipe_is_described() -> None:
+def test_the_largest_recipe_is_planned() -> None:
     core, raw, tuned = plan_recipe(load_recipe("huge"), gpu=True)
     assert core.cost.parameters["core"] == pytest.approx(8e9, rel=0.03)
     assert (core.resolution, raw.resolution, tuned.resolution) == (256, 1024, 1024)
@@ -76,13 +76,13 @@ def test_the_largest_recipe_is_described() -> None:
     assert core.seconds(1e15) == pytest.approx(core.images * core.cost.flops / 1e15)
 
 
-def test_a_size_alone_is_described() -> None:
+def test_a_size_alone_is_planned() -> None:
     small, grown = plan_recipe(plan_size("small", 128, core=None, stride=4, images=1000, batch=2))
     assert (small.resolution, grown.resolution, grown.what) == (64, 128, "grow preserve, frozen")
     assert len(plan_recipe(plan_size("small", 32, core=None, stride=4, images=1000, batch=2))) == 1
 
 
-def test_phases_of_a_stage_are_told_apart() -> None:
+def test_phases_of_a_stage_are_planned_apart() -> None:
     frozen, unfrozen = plan_recipe(load_recipe("smoke"))[1:]
     assert (frozen.images, unfrozen.images) == (16, 16)
     assert frozen.cost.parameters["training"] < unfrozen.cost.parameters["training"]

@@ -1,4 +1,4 @@
-"""Recipes: what is read, and the one line that each mistake gets."""
+"""Recipes: what is read, and the one line of each mistake."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_values_of_other_fields(tmp_path: Path) -> None:
         ("stages.grown.to=96", "recipe.yaml: stage 'grown': to: got 96, expected 32 doubled once or more: 64, 128"),
         ("stages.grown.from=cor", "recipe.yaml: stage 'grown': from: unknown stage 'cor'; did you mean 'core'?"),
         ("stages.grown.name=core", "recipe.yaml: two stages are called 'core'; give"),
-        ("stages.grown.name=Core", "recipe.yaml: two stages are called 'core' and 'Core', one folder on some disks"),
+        ("stages.grown.name=Core", "recipe.yaml: two stages are called 'core' and 'Core', one folder on some file sys"),
         ("stages.eval.name=text", "recipe.yaml: a stage is called 'text', which is the name of a run's own file"),
         ("stages.eval.name=Report.html", "recipe.yaml: a stage is called 'Report.html', which is the name of a run's"),
         ("stages.eval.name=eval.", "recipe.yaml: stages[2].evaluate.name: got 'eval.', expected letters, digits"),
@@ -161,7 +161,7 @@ def test_values_of_other_fields(tmp_path: Path) -> None:
         ("stages=3", "recipe.yaml: stages: got 3, expected a list"),
         ("data.split=train", None),
         ("data={source: folder, split: train}", "recipe.yaml: data[0]: split belongs to `source: scenes`"),
-        ("data={source: scenes, kind: tar}", "recipe.yaml: data[0]: kind: got 'tar', but scenes are drawn"),
+        ("data={source: scenes, kind: tar}", "recipe.yaml: data[0]: kind: got 'tar', but it belongs to a path"),
         ("heldout={weight: 2}", "recipe.yaml: heldout: weight: got 2, but held-out data is no mixture"),
         ("heldout={kind: tar}", "recipe.yaml: heldout: kind: got 'tar' without a source"),
         ("stages.core.sampling={interval: [2, 1]}", "recipe.yaml: stages[0].train.sampling.interval: got [2.0, 1.0]"),
@@ -228,9 +228,9 @@ def test_a_patch_that_a_growth_would_not_take_is_refused(tmp_path: Path) -> None
 
 
 def test_short_forms(tmp_path: Path) -> None:
-    overrides = ["data=pictures", "stages[0].train.images=5", "stages.1.grow.data=[a, {source: b}]"]
+    overrides = ["data=images", "stages[0].train.images=5", "stages.1.grow.data=[a, {source: b}]"]
     recipe = load_recipe(write(tmp_path), overrides)
-    assert [d.source for d in recipe.data] == ["pictures"]
+    assert [d.source for d in recipe.data] == ["images"]
     core, grown, _ = recipe.stages
     assert isinstance(core, TrainStage) and core.images == 5
     assert isinstance(grown, GrowStage) and grown.data is not None

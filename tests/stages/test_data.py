@@ -1,4 +1,4 @@
-"""The data of a run: whether they are what they were, and what each stage sees of them."""
+"""The data of a run: whether they have changed, and what each stage sees of them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def recipe(source: str | Path, *stages: dict[str, Any], **head: Any) -> Recipe:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the class folders `set` and a finished run on them in `runs`."""
+    """A folder with class folders in `set` and a finished run in `runs`."""
     folder = tmp_path_factory.mktemp("finished")
     run(recipe(classes(folder / "set", 48)), folder / "runs")
     return folder
@@ -41,7 +41,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copied(finished: Path, tmp_path: Path) -> Path:
-    """All of `finished` elsewhere, with other times."""
+    """A copy of `finished` with other file times."""
     folder = tmp_path / "copied"
     shutil.copytree(finished, folder)
     for path in folder.rglob("*"):
@@ -49,7 +49,7 @@ def copied(finished: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_run_goes_on_with_the_same_data_wherever_they_are(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_resumes_with_the_same_data_at_another_path(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (copied / "link").symlink_to(copied / "set")
     monkeypatch.chdir(copied)
     for source in ("set", "set/", "link", str(copied / "set")):
@@ -57,7 +57,7 @@ def test_a_run_goes_on_with_the_same_data_wherever_they_are(copied: Path, monkey
 
 
 def forget_times(record: Path) -> None:
-    """A `stage.json` as it was when fingerprints held time stamps."""
+    """Rewrite a `stage.json` as an earlier version wrote it, with fingerprints of time stamps."""
     record.write_text(record.read_text(encoding="utf-8").replace("content1-", ""), encoding="utf-8")
 
 
@@ -69,11 +69,14 @@ def forget_times(record: Path) -> None:
             lambda at: (at / "set/b/3.png").rename(at / "set/b/99.png"),
             r"gone \(b/3.png\), 1 file is new \(b/99.png\): ",
         ),
-        (lambda at: forget_times(at / "runs/r/core/stage.json"), "an earlier version began it and knew .*/set by the"),
+        (
+            lambda at: forget_times(at / "runs/r/core/stage.json"),
+            "an earlier version began it and identified .*/set by the",
+        ),
     ],
     ids=["gone", "renamed", "earlier version"],
 )
-def test_other_data_are_refused_with_a_word_on_what_differs(
+def test_changed_data_are_refused_and_the_difference_is_named(
     copied: Path, change: Callable[[Path], object], words: str
 ) -> None:
     change(copied)
@@ -82,7 +85,7 @@ def test_other_data_are_refused_with_a_word_on_what_differs(
     assert "\n" not in str(error.value)
 
 
-def test_another_held_out_part_is_refused_as_such(copied: Path) -> None:
+def test_another_held_out_part_is_refused_and_named(copied: Path) -> None:
     with pytest.raises(UserError, match=r"what is held out of .*/set changed since it was begun \(heldout or seed\)"):
         run(recipe(copied / "set", heldout={"fraction": 0.4}), copied / "runs")
 
@@ -96,7 +99,7 @@ def small_ones(folder: Path) -> Path:
     return folder
 
 
-def test_every_stage_says_what_it_sees(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_every_stage_reports_what_it_sees(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     core = CORE | {"bad_limit": 0.1}
     pairs = {"name": "pairs", "from": "core", "n": 12, "sampler": "ddim", "steps": 2, "batch": 4, "shard": 4,
              "direction": "sample", "guidance": "captions", "bad_limit": 0.1}  # fmt: skip
@@ -137,7 +140,7 @@ def test_every_stage_says_what_it_sees(tmp_path: Path, caplog: pytest.LogCapture
     assert "<td>27 of 60</td>" in page and "<td>27 of 60<br>6 of 12 pairs</td>" in page
 
 
-def test_held_out_images_stand_in_one_order_at_every_size(tmp_path: Path) -> None:
+def test_held_out_images_have_one_order_at_every_size(tmp_path: Path) -> None:
     data = StageData(recipe(classes(tmp_path / "set", 80), heldout={"fraction": 0.3}))  # 40 to 119 wide, 30 high
     orders = {w: [s.key(i) for s, i in data.heldout_order((30, w))] for w in (1, 60, 90)}
     for w, order in orders.items():
@@ -145,7 +148,7 @@ def test_held_out_images_stand_in_one_order_at_every_size(tmp_path: Path) -> Non
     assert orders[1][:4] == ["b/5.png", "b/77.png", "a/70.png", "b/71.png"]  # pinned
 
 
-def test_captions_that_are_cut_are_said_and_recorded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_captions_that_are_cut_are_logged_and_recorded(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder, held = paired(tmp_path / "set"), paired(tmp_path / "held" / "out")
     for one in (folder, held):
         (one / "2.txt").write_text("a caption of more words than so few tokens hold")
@@ -165,7 +168,7 @@ def test_captions_that_are_cut_are_said_and_recorded(tmp_path: Path, caplog: pyt
     ) == 2
 
 
-def test_what_a_run_keeps_of_its_data(finished: Path) -> None:
+def test_a_run_keeps_a_list_of_its_samples(finished: Path) -> None:
     (kept,) = (finished / "runs" / "r" / "data").iterdir()
     data = json.loads((finished / "runs/r/core/stage.json").read_text(encoding="utf-8"))["settings"]["data"]
     assert data[0]["fingerprint"].startswith(kept.name.removesuffix(".jsonl.gz"))

@@ -1,4 +1,4 @@
-"""The latent variant: an autoencoder in front of the data and behind the samples."""
+"""Stages in latents: the data are encoded and the samples decoded by an autoencoder."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ FACTOR, CHANNELS = 2, 4
 
 
 def save_autoencoder(folder: Path, seed: int = 0, **changes: Any) -> Any:
-    """A tiny autoencoder of random weights, whose latents have about the deviation that its configuration says."""
+    """Save a tiny autoencoder of random weights. Its latents have about the deviation in its configuration."""
     torch.manual_seed(seed)
     made = diffusers.AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
@@ -54,13 +54,13 @@ def save_autoencoder(folder: Path, seed: int = 0, **changes: Any) -> Any:
         mid_block_add_attention=False,
     ).eval()
     with torch.no_grad():
-        found = made.encode(to_tensor(pictures(32, 8))).latent_dist.mode()
+        found = made.encode(to_tensor(images_of(32, 8))).latent_dist.mode()
     made.register_to_config(**{"shift_factor": found.mean().item(), "scaling_factor": 1 / found.std().item()} | changes)
     made.save_pretrained(folder)
     return made
 
 
-def pictures(side: int, count: int) -> np.ndarray:
+def images_of(side: int, count: int) -> np.ndarray:
     source = Scenes(n=count, captions=count)
     return np.stack([source.image(i, (side, side)) for i in range(count)])
 
@@ -78,7 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_latents_are_the_encoders_means_at_the_deviation_of_pixels(folder: Path) -> None:
     made = Autoencoder(str(folder))
     assert (made.factor, made.space) == (FACTOR, Space(channels=CHANNELS, bounded=False))
-    images = to_tensor(pictures(32, 8))
+    images = to_tensor(images_of(32, 8))
     latents = made.encode(images)
     theirs = diffusers.AutoencoderKL.from_pretrained(folder, low_cpu_mem_usage=False).eval()
     with torch.no_grad():
@@ -91,7 +91,7 @@ def test_latents_are_the_encoders_means_at_the_deviation_of_pixels(folder: Path)
     torch.testing.assert_close(made.encode(images[:3]), latents[:3], rtol=1e-4, atol=1e-5)
 
 
-def test_an_autoencoder_is_told_from_another_and_travels_without_its_weights(folder: Path, tmp_path: Path) -> None:
+def test_autoencoders_differ_by_fingerprint_and_pickle_without_their_weights(folder: Path, tmp_path: Path) -> None:
     made = Autoencoder(str(folder))
     made.encode(torch.zeros(1, 3, 4, 4))
     assert len(pickle.dumps(made)) < 10_000
@@ -126,7 +126,7 @@ def test_what_is_no_autoencoder_is_one_line(change: Any, words: str, tmp_path: P
 
 
 class Doubling:
-    """An encoder that can be checked by eye: the mean of 2x2 pixels of every channel, and their sum."""
+    """A simple encoder: the mean of 2x2 pixels in each channel, and the sum of the channels."""
 
     factor, fingerprint = 2, "0123456789abcdef0123"
 
@@ -142,23 +142,21 @@ class Doubling:
 class Damaged(Scenes):
     def image(self, i: int, size: tuple[int, int], crop: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
         if i == 3:
-            raise BadImage("no picture")
+            raise BadImage("no image")
         return super().image(i, size, crop)
 
 
-def test_latents_are_made_once_and_go_on_where_they_were_cut_off(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_latents_are_made_once_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cached, "CHUNK", 4)
     source, encoder = Damaged(n=10, captions=5), Doubling()
     seen = Latents(source, encoder, CHANNELS, tmp_path)
     direct = seen.image(5, (8, 8))
     assert direct.shape == (8, 8, CHANNELS) and direct.dtype == np.float32
     seen.make((8, 8))
-    assert encoder.seen == 1 + 9  # all but the damaged one
+    assert encoder.seen == 1 + 9  # all except the damaged one
     np.testing.assert_allclose(seen.image(5, (8, 8)), direct, atol=2e-3)  # half precision
     assert encoder.seen == 10
-    with pytest.raises(BadImage, match="no picture"):
+    with pytest.raises(BadImage, match="no image"):
         seen.image(3, (8, 8))
     (path,) = tmp_path.iterdir()
     whole = path.read_bytes()
@@ -170,7 +168,7 @@ def test_latents_are_made_once_and_go_on_where_they_were_cut_off(
     assert encoder.seen == 10 + 6 and path.read_bytes() == whole  # the first four are kept
 
 
-def test_a_loader_of_latents_gives_them_as_they_are(tmp_path: Path) -> None:
+def test_a_loader_of_latents_does_not_change_them(tmp_path: Path) -> None:
     seen = Latents(Scenes(n=12, captions=6), Doubling(), CHANNELS, tmp_path)
     loader = Loader(seen, size=(8, 8), batch=4, random_crop=True)
     batch = next(loader.batches())
@@ -181,9 +179,9 @@ def test_a_loader_of_latents_gives_them_as_they_are(tmp_path: Path) -> None:
     assert sorted(loader.texts()) == sorted({seen.text(i) for i in range(6)})
 
 
-def test_a_loader_of_latents_turns_through_the_captions_of_a_picture(tmp_path: Path) -> None:
+def test_a_loader_of_latents_uses_all_captions_of_an_image(tmp_path: Path) -> None:
     for i in range(2):
-        Image.fromarray(pictures(16, 2)[i]).save(tmp_path / f"{i}.png")
+        Image.fromarray(images_of(16, 2)[i]).save(tmp_path / f"{i}.png")
     lines = [{"file_name": f"{i}.png", "text": [f"first {i}", {"text": f"second {i}", "weight": 3}]} for i in range(2)]
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     folder = open_source(str(tmp_path))
@@ -214,12 +212,12 @@ def test_a_network_without_a_space_is_one_of_pixels() -> None:
     assert NetConfig.model_validate(old) == config
 
 
-def test_growth_keeps_the_space_and_latents_are_not_cut_off() -> None:
+def test_growth_keeps_the_space_and_latents_are_not_clipped() -> None:
     net = random_(UViT(latent_config()))
     grown, _ = grow_network(net, grown_config(net.config, 32, "preserve"), "preserve")
     assert grown.config.space == net.config.space
-    drawn = sample(Denoiser(grown).eval(), cond(2), size=(32, 32), steps=2, sampler="ddpm")
-    assert drawn.images.shape == (2, CHANNELS, 32, 32) and drawn.images.abs().max() > 1
+    found = sample(Denoiser(grown).eval(), cond(2), size=(32, 32), steps=2, sampler="ddpm")
+    assert found.images.shape == (2, CHANNELS, 32, 32) and found.images.abs().max() > 1
     high, _ = grow_network(net, grown_config(net.config, 32, "preserve", generator=True), "preserve")
     one = generate(Generator(high).eval(), cond(2), size=(32, 32))
     assert one.images.shape == (2, CHANNELS, 32, 32) and one.images.abs().max() > 1
@@ -278,12 +276,12 @@ def test_every_stage_works_in_latents(made: Path, folder: Path) -> None:
         assert "accuracy" in metrics and (made / name / "samples" / "grid.png").exists()
 
 
-def test_pictures_are_decoded(made: Path, run_cli: RunCli, tmp_path: Path) -> None:
+def test_samples_are_decoded(made: Path, run_cli: RunCli, tmp_path: Path) -> None:
     for name in ("grown", "onestep32"):
         model = Model.from_pretrained(made / name)
         settings = {"steps": 2} if name == "grown" else {}
-        (picture,) = model.sample("a red circle", seed=1, **settings)
-        assert picture.size == (64, 64)
+        (image,) = model.sample("a red circle", seed=1, **settings)
+        assert image.size == (64, 64)
         (wide,) = model.sample("a red circle", size=(32, 64), **settings)
         assert wide.size == (64, 32)
         with pytest.raises(UserError, match="size 36x64 does not fit: both sides are multiples of 16; "):
@@ -298,11 +296,11 @@ def test_pictures_are_decoded(made: Path, run_cli: RunCli, tmp_path: Path) -> No
 
 def test_another_space_is_refused(made: Path, tmp_path: Path) -> None:
     more = [{"train": {"name": "more", "from": f"{made / 'core'}/", "images": 8, "batch": 8}}]
-    with pytest.raises(UserError, match=r"draws latents of .*, the recipe says pixels"):
+    with pytest.raises(UserError, match=r"makes latents of .*, the recipe says pixels"):
         run(recipe(None, more), tmp_path)
     save_autoencoder(tmp_path / "other", seed=1)
-    with pytest.raises(UserError, match=r"draws latents of .*, the recipe says latents of"):
+    with pytest.raises(UserError, match=r"makes latents of .*, the recipe says latents of"):
         run(recipe(tmp_path / "other", more, "other"), tmp_path)
     flip = [{"train": {"name": "core", "size": "tiny", "resolution": 16, "images": 8, "batch": 8, "flip": True}}]
-    with pytest.raises(UserError, match="flip mirrors pictures, but latents are made once"):
+    with pytest.raises(UserError, match="flip mirrors images, but each image is encoded to latents once"):
         run(recipe(tmp_path / "other", flip, "flip"), tmp_path)

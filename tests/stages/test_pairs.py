@@ -1,4 +1,4 @@
-"""The `pairs` stage: what a shard takes to make."""
+"""The `pairs` stage: how shards are made."""
 
 from __future__ import annotations
 

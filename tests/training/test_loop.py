@@ -215,8 +215,8 @@ def test_two_phases_are_one_run_that_more_tensors_join(tmp_path: Path, optimizer
     first, second = tmp_path / "first", tmp_path / "second"
     for at in (16, 40):
         with pytest.raises(Stop):
-            toy.run(first, toy.Toy(frozen=True), hooks=(stop_at(at),), until=42, optimizer=optimizer)
-    assert toy.run(first, toy.Toy(frozen=True), until=42, optimizer=optimizer).images == 48
+            toy.run(first, toy.Toy(frozen=True), hooks=(stop_at(at),), stop_at=42, optimizer=optimizer)
+    assert toy.run(first, toy.Toy(frozen=True), stop_at=42, optimizer=optimizer).images == 48
     for at in (56, 80):
         with pytest.raises(Stop):
             toy.run(second, toy.Toy(), hooks=(stop_at(at),), after=first, optimizer=optimizer)

@@ -55,7 +55,7 @@ def grow_checkpoint(name: str, to: int, out: Path, *, source: str, init: str, ki
     config = model.config.model_copy(update={"lineage": [*model.config.lineage, entry], "sampling": sampling})
     beside = out.with_name(f"{out.name}-growth")
     with writing(out):
-        sample_both(beside, model.denoiser, child, cond, seed, pictures=model.decode)
+        sample_both(beside, model.denoiser, child, cond, seed, decode=model.decode)
         write_json(beside / REPORT, report.to_dict())
         checkpoint.save(out, child, config)
     return describe(report.to_dict()) + f"\nwritten to {out}; the report and pictures of both to {beside}"

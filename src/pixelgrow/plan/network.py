@@ -1,7 +1,7 @@
-"""What a network costs, before anything is allocated: parameters, FLOPs, memory.
+"""The cost of training a network, with nothing allocated: parameters, FLOPs, memory.
 
-Networks are run, forward and backward, on fake tensors: every operation happens, none of them on data. The core's
-blocks are all alike: a denoiser is run with one of them, and one is run alone for all the others.
+The network runs forward and backward on fake tensors, which have shapes and no data. The core's blocks are all alike:
+the denoiser runs with one of them, and one alone stands for all the others.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pixelgrow.training.settings import TrainSettings
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes. `activations`: what a micro-batch keeps for the way back; `peak`: everything at the worst moment."""
+    """Bytes of a training step. `activations`: kept by a micro-batch for its backward pass; `peak`: all at most."""
 
     weights: int
     gradients: int
@@ -42,9 +42,9 @@ class Memory:
 
 @dataclass(frozen=True)
 class Cost:
-    """Parameters by part (`core`, `levels`, `training`), FLOPs per image by what they are for, memory of a step.
+    """Parameters by part (`core`, `levels`, `training`), FLOPs per image by kind of work, memory of a step.
 
-    `work`: `forward` and `backward`; of a one-step generator `generator` and `discriminator`, the update of each.
+    `work`: `forward` and `backward`; for a one-step generator, the updates of `generator` and `discriminator`.
     """
 
     parameters: dict[str, int]
@@ -60,9 +60,10 @@ class Cost:
 def network_cost(
     config: NetConfig, settings: TrainSettings, *, frozen: NetConfig | None = None, tokens: int = 32, bf16: bool = False
 ) -> Cost:
-    """The cost of training a network of `config`, the tensors of `frozen` (what it grew out of) not training.
+    """The cost of training a network of `config`.
 
-    tokens: of a caption. bf16: under autocast, as on a GPU; weights, gradients and optimizer stay fp32.
+    frozen: the network that it grew from, whose tensors do not train. tokens: of a caption. bf16: autocast, as on a
+    GPU; weights, gradients and optimizer state stay fp32.
     """
     first, block, core = _measure(config, settings, frozen, tokens, bf16)
     more = config.core.depth - 1
@@ -76,8 +77,11 @@ def network_cost(
 
 @dataclass(frozen=True)
 class Measured:
-    """Bytes of all weights, of those that train, of the optimizer, and live, `transient` beyond the larger of
-    activations and gradients; FLOPs of a micro-batch."""
+    """Bytes and FLOPs of a micro-batch.
+
+    weights, training: of all parameters, and of those that train. transient: live at most beyond the larger of
+    activations and gradients. forward, backward: FLOPs.
+    """
 
     weights: int
     training: int
@@ -88,24 +92,24 @@ class Measured:
     backward: int
 
     def with_blocks(self, count: int, block: Measured) -> Measured:
-        """The same with `count` more blocks, whose transient bytes are there one after the other."""
+        """The same with `count` more blocks; their transient bytes do not add up."""
         names = [f.name for f in fields(self) if f.name != "transient"]
         return replace(self, **{n: getattr(self, n) + count * getattr(block, n) for n in names})
 
     def parameters(self, core: int) -> dict[str, int]:
-        """Parameters by part, `core` of them the core's."""
+        """Parameters by part. `core`: the core's."""
         return {"core": core, "levels": self.weights // 4 - core, "training": self.training // 4}
 
     def peak(self, accumulate: int) -> int:
-        """Bytes made in a step, at its worst moment."""
-        # The gradients of one micro-batch are there while the next one's activations are made.
+        """Bytes that a step makes, at their most."""
+        # With accumulation, the gradients of earlier micro-batches are held beside the activations of the next.
         several = accumulate > 1
         held = self.activations + self.training if several else max(self.activations, self.training)
         return held + self.transient
 
 
 def measured(module: nn.Module, settings: TrainSettings, run: dict[str, int]) -> Measured:
-    """What training `module` takes, whose loss went forward and backward in `run` (`spent`)."""
+    """The cost of training `module`. `run`: of its loss forward and backward, from `spent`."""
     slots = [
         p.numel() * (1 if isinstance(opt, torch.optim.Muon) else 2)
         for opt in optimizers(module, settings)
@@ -125,7 +129,7 @@ def measured(module: nn.Module, settings: TrainSettings, run: dict[str, int]) ->
 
 
 def memory_of(parts: Sequence[Measured], settings: TrainSettings, others: int = 0) -> Memory:
-    """Memory of a step that updates one network after the other; `others`: weights of more, which do not train."""
+    """Memory of a step that updates several networks in turn. `others`: bytes of networks that do not train."""
     weights = others + sum(p.weights for p in parts)
     state = sum(p.optimizer for p in parts)
     averages = len(settings.ema) * sum(p.training for p in parts)
@@ -140,14 +144,14 @@ def memory_of(parts: Sequence[Measured], settings: TrainSettings, others: int = 
 
 
 def bytes_of(module: nn.Module) -> int:
-    """Bytes of a module's weights, which are fp32."""
+    """Bytes of a module's parameters in fp32."""
     return 4 * sum(p.numel() for p in module.parameters())
 
 
 def _measure(
     config: NetConfig, settings: TrainSettings, frozen: NetConfig | None, tokens: int, bf16: bool
 ) -> tuple[Measured, Measured, int]:
-    """A network with one block in its core; such a block alone; and the parameters of that core."""
+    """A network with one block in its core; that block alone; the number of parameters of that core."""
     batch = settings.micro_batch
     with FakeTensorMode():
         denoiser = Denoiser(UViT(_shallow(config)))
@@ -176,9 +180,9 @@ def _shallow(config: NetConfig) -> NetConfig:
 
 
 def step_cost(denoiser: Denoiser, cond: Cond, batch: int, *, bf16: bool = False) -> dict[str, int]:
-    """Run one loss forward and backward: FLOPs of both ways, bytes live between them and at the peak.
+    """Run one loss forward and backward: FLOPs of each, bytes live between them (`activations`) and at most (`peak`).
 
-    Works on fake tensors and on real ones alike. Bytes are of tensors made on the way, gradients included.
+    Tensors may be fake or real. Bytes are those of tensors made in the run, gradients included.
     """
     side = denoiser.resolution
     x = torch.zeros(batch, denoiser.space.channels, side, side)
@@ -187,7 +191,7 @@ def step_cost(denoiser: Denoiser, cond: Cond, batch: int, *, bf16: bool = False)
 
 
 def spent(work: Callable[[], Tensor], *, bf16: bool = False) -> dict[str, int]:
-    """`work` forward and, where there is something to train, backward; see `step_cost`."""
+    """Run `work` forward, and backward if anything trains; see `step_cost`."""
     with Live() as live:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
             out = work()
@@ -198,7 +202,7 @@ def spent(work: Callable[[], Tensor], *, bf16: bool = False) -> dict[str, int]:
 
 
 def blank_cond(core: CoreConfig, batch: int, tokens: int) -> Cond:
-    """Conditions of `batch` captions of `tokens` tokens, or of classes, in the shapes that a core takes."""
+    """Conditions in a core's shapes, of `batch` captions of `tokens` tokens, or of classes."""
     null = torch.zeros(batch, dtype=torch.bool)
     if core.classes:
         return Cond(None, None, None, null, torch.zeros(batch, dtype=torch.long))
@@ -207,7 +211,7 @@ def blank_cond(core: CoreConfig, batch: int, tokens: int) -> Cond:
 
 
 class Live(TorchDispatchMode):
-    """Bytes of the tensors made while it is on and still there: `now`, and at the most, `peak`; and `flops` done."""
+    """Counts while it is active: bytes of live tensors made since (`now`), their maximum (`peak`), and `flops`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -226,7 +230,7 @@ class Live(TorchDispatchMode):
 
     def _note(self, storage: Any, given: set[int]) -> None:
         key, size = id(storage), storage.nbytes()
-        if key in self._seen or key in given:  # counted, or a view of what was there before
+        if key in self._seen or key in given:  # counted already, or a view of an argument
             return
         self._seen[key] = weakref.ref(storage, lambda _: self._gone(key, size))
         self.now += size

@@ -1,6 +1,6 @@
-"""What one-step stages cost: pairs by a teacher's ODE, and the updates of a generator and of its discriminator.
+"""The cost of one-step stages: pairs by a teacher's ODE, and the updates of generator and discriminator.
 
-As in `cost.py`, the code that will run is run on fake tensors; here with whole networks.
+As in `network.py`, the stages' own code runs on fake tensors; here with whole networks.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from pixelgrow.recipe.stages import PairsStage
 from pixelgrow.training.denoise import recompute_blocks
 from pixelgrow.training.settings import TrainSettings
 
-FEW = 4  # steps in which every solver does all that it ever does
+FEW = 4  # steps that reach every solver's peak of memory
 
 
 # --- pairs ------------------------------------------------------------------------------------------------------------
@@ -45,17 +45,16 @@ FEW = 4  # steps in which every solver does all that it ever does
 def pairs_cost(
     stage: PairsStage, teacher: NetConfig, diffusion: DiffusionConfig | None = None, *, tokens: int = 32
 ) -> Cost:
-    """The cost of making a stage's pairs, per image of its `n`; with `flip` as if every source may be mirrored.
+    """The cost of making a stage's pairs, per image of its `n`. With `flip`, every source counts as one to mirror.
 
-    `diffusion`: the teacher's, whose noise levels say at how many steps its gates are open. One evaluation is measured
-    at each resolution that the solver works at, and the solver runs without a network to count them. Workers share a
-    device.
+    `diffusion`: the teacher's; its noise levels decide at how many steps the gates are open. One evaluation is measured
+    at each resolution, and the solver runs without a network to count the evaluations. Workers share a device.
     """
-    guidance = 2.0 if isinstance(stage.guidance, str) else stage.guidance  # of a distribution: any that guides
+    guidance = 2.0 if isinstance(stage.guidance, str) else stage.guidance  # any weight but 1 costs the same
     few, whole = (_levels(stage, steps, teacher, diffusion) for steps in (min(FEW, stage.steps), stage.steps))
     with FakeTensorMode(), torch.no_grad():
         denoiser = Denoiser(UViT(teacher), diffusion)
-        denoiser.gated = False  # a fake noise level opens no gate; the floors say what is evaluated when
+        denoiser.gated = False  # fake noise levels open no gate; the floors decide what is evaluated
         cond = blank_cond(teacher.core, stage.batch, tokens)
         x = torch.zeros(stage.batch, teacher.space.channels, teacher.resolution, teacher.resolution)
         floors = floors_of(Guided(denoiser, cond, guidance=guidance))
@@ -82,7 +81,7 @@ def pairs_cost(
 
 
 def _levels(stage: PairsStage, steps: int, teacher: NetConfig, diffusion: DiffusionConfig | None) -> list[float]:
-    """The noise levels of the stage's `Ode` in so many steps, in its direction."""
+    """The noise levels of the stage's `Ode` with so many steps, in the stage's direction."""
     config, scale = diffusion or DiffusionConfig(), teacher.latent_resolution / teacher.core_resolution
     levels = Ode(stage.sampler, steps, scale * config.sigma_min, scale * config.sigma_max).sigmas.tolist()
     return levels[::-1] if stage.direction == "invert" else levels
@@ -105,18 +104,18 @@ def distill_cost(
 ) -> Cost:
     """The cost of training a generator of `config` with the pairs and the features of `teacher`.
 
-    Parameters are the generator's. distribution: of the pairs' guidance weights. frozen: what it grew out of, whose
-    tensors do not train, except its last `free` residual blocks. Feature networks from outside are not loaded, and
-    cost nothing here.
+    Parameters are the generator's. distribution: of the pairs' guidance weights. frozen: the generator that it grew
+    from, whose tensors do not train, except the last `free` residual blocks. Feature networks from outside are not
+    loaded and not counted.
     """
     n = settings.micro_batch
     with FakeTensorMode():
-        net, judge = UViT(config), Denoiser(UViT(teacher))
+        net, frozen_teacher = UViT(config), Denoiser(UViT(teacher))
         if frozen is not None:
             trains = last_blocks(frozen, free)
             freeze(net, [name for name in inherited(net.state_dict(), config, frozen) if not name.startswith(trains)])
         objective = _objective(
-            Generator(net), TeacherFeatures(judge), losses, distribution, _Captions(config.core, tokens)
+            Generator(net), TeacherFeatures(frozen_teacher), losses, distribution, _Captions(config.core, tokens)
         )
         if settings.activation_checkpointing:
             recompute_blocks(net)
@@ -125,7 +124,7 @@ def distill_cost(
     return Cost(
         parameters=parts[GENERATOR].parameters(bytes_of(net.core) // 4),
         work={part: (p.forward + p.backward) / n for part, p in parts.items()},
-        memory=memory_of(list(parts.values()), settings, others=bytes_of(judge)),
+        memory=memory_of(list(parts.values()), settings, others=bytes_of(frozen_teacher)),
     )
 
 
@@ -145,7 +144,7 @@ def _objective(
     distribution: GuidanceDistribution | None,
     text: _Captions,
 ) -> DistillObjective:
-    """The objective, with stand-ins for networks from outside."""
+    """The objective, with stand-ins for feature networks from outside."""
     outside, elsewhere = networks_named(losses), _Elsewhere(teacher)
     return DistillObjective(
         generator,
@@ -164,15 +163,15 @@ def _batch(config: NetConfig, n: int, distribution: GuidanceDistribution | None)
     image, latent = (
         torch.zeros(n, config.space.channels, side, side) for side in (config.resolution, config.latent_resolution)
     )
-    texts = tuple(map(str, range(n)))  # all different, as the captions of a batch nearly are
-    index: Any = range(n)  # the numbers in a fake tensor cannot be read
-    told, captions = (torch.ones(n), torch.zeros(n, dtype=torch.int64)) if distribution else (None, None)
-    return DistillBatch(image, texts, index, latent, image, texts, told, captions)
+    texts = tuple(map(str, range(n)))  # all different, as most captions of a batch are
+    index: Any = range(n)  # the values of a fake tensor cannot be read
+    guidance, captions = (torch.ones(n), torch.zeros(n, dtype=torch.int64)) if distribution else (None, None)
+    return DistillBatch(image, texts, index, latent, image, texts, guidance, captions)
 
 
 @dataclass(frozen=True)
 class _Captions:
-    """Conditions for whatever captions, each of as many tokens."""
+    """Conditions of any captions, each of `tokens` tokens."""
 
     core: CoreConfig
     tokens: int
@@ -182,7 +181,7 @@ class _Captions:
 
 
 class _Labels(Labels):
-    """Labels by what the teacher sees in pictures, without the estimator, whose few layers cost next to nothing."""
+    """Labels that cost the teacher's features alone; the estimator's few layers are left out."""
 
     def __init__(self, features: TeacherFeatures) -> None:
         self.features = features
@@ -192,7 +191,7 @@ class _Labels(Labels):
 
 
 class _Elsewhere:
-    """Features in the place of those of a network that is not loaded: an image's mean, one token."""
+    """Features in place of a network that is not loaded: one token, the mean of the image."""
 
     def __init__(self, teacher: TeacherFeatures) -> None:
         self.teacher, self.vec_width = teacher, teacher.vec_width

@@ -1,4 +1,4 @@
-"""What the stages of a recipe will need, before anything is allocated: parameters, FLOPs, memory, time."""
+"""The plan of a recipe: parameters, FLOPs, memory and time of its stages, with nothing allocated."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from pixelgrow.recipe.stages import (
     makes_generator,
 )
 
-REFERENCE = "the size's reference"  # a text encoder that is nowhere: the width of the size's table row stands in
-SHARE = 0.5  # of the matrix-product rate that training is taken to achieve, where a time is told
+REFERENCE = "the size's reference"  # a text encoder that does not exist: the size's reference width is used
+SHARE = 0.5  # share of the matrix-product rate that training is assumed to reach
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One phase of one stage: what it does, at `resolution`, with `images` in micro-batches of `batch`."""
+    """One phase of a stage. `what`: in words; `images`: seen in all; `batch`: images of a micro-batch."""
 
     name: str
     what: str
@@ -43,16 +43,15 @@ class StagePlan:
     cost: Cost
 
     def seconds(self, rate: float) -> float:
-        """Time at `rate` FLOP/s achieved."""
+        """Duration at `rate` FLOP/s."""
         return self.images * self.cost.flops / rate
 
 
 def plan_recipe(recipe: Recipe, *, gpu: bool | None = None) -> list[StagePlan]:
-    """Every phase of training and every making of pairs in a recipe, in order. `gpu`: plan for one that has bfloat16,
-    by default where there is one.
+    """Plan every training and every making of pairs in a recipe, in order.
 
-    Left out are pictures and measurements on the way, the sixteen images that a stage of pairs checks its solver by,
-    and `estimate` stages, whose network is a few small layers on one look of the teacher at each pair.
+    `gpu`: plan for a GPU with bfloat16; by default if there is one. Sample grids, validation, the round trip of `pairs`
+    and whole `estimate` stages, whose network is small, are left out.
     """
     gpu = has_bf16() if gpu is None else gpu
     nets = networks(recipe)
@@ -60,7 +59,7 @@ def plan_recipe(recipe: Recipe, *, gpu: bool | None = None) -> list[StagePlan]:
 
 
 def _phases(stage: Stage, recipe: Recipe, nets: dict[str, NetConfig], gpu: bool) -> Iterator[StagePlan]:
-    """The phases of a stage; none of one that is not planned."""
+    """The phases of a stage; none for kinds of stage that are not planned."""
     tokens = recipe.text.max_tokens
     if isinstance(stage, PairsStage):
         teacher = parent_network(str(stage.parent), nets)
@@ -96,7 +95,7 @@ def _phases(stage: Stage, recipe: Recipe, nets: dict[str, NetConfig], gpu: bool)
 
 
 def _regimes(stage: ModelStage, nets: dict[str, NetConfig]) -> Sequence[tuple[str, int, NetConfig | None]]:
-    """What a stage does, on how many images, and the network whose tensors do not train: of each of its phases."""
+    """For each phase of a stage: what it does, the number of images, and the network whose tensors are frozen."""
     if isinstance(stage, DistillStage):
         return [(f"distil {stage.parent}", stage.images, None)]
     if isinstance(stage, GrowStage):
@@ -114,9 +113,9 @@ def _regimes(stage: ModelStage, nets: dict[str, NetConfig]) -> Sequence[tuple[st
 
 
 def plan_size(size: str, resolution: int, *, core: int | None, stride: int, images: int, batch: int) -> Recipe:
-    """A recipe in memory for a size of the ladder: a core, grown to `resolution` if that is more than the core's.
+    """A recipe for a size of the ladder: a core, grown to `resolution` if that is larger than the core's.
 
-    `core`: pixels of the core's training; by default 64, or `resolution` if that is less.
+    `core`: the core's resolution; by default 64, or `resolution` if that is less.
     """
     low = min(64, resolution) if core is None else core
     stages: list[dict[str, Any]] = [
@@ -129,7 +128,7 @@ def plan_size(size: str, resolution: int, *, core: int | None, stride: int, imag
 
 
 def parts_of(config: NetConfig) -> dict[str, int]:
-    """Parameters of a network by part: the core, and each resolution's levels with what goes with them."""
+    """Parameters of a network by part: the core, and the levels of each resolution with their entry and exit."""
     with torch.device("meta"):
         net = UViT(config)
     parts: dict[str, int] = {}
@@ -141,7 +140,7 @@ def parts_of(config: NetConfig) -> dict[str, int]:
 
 
 def measured_rate() -> float:
-    """FLOP/s that training may achieve here: `SHARE` of the rate of matrix products, measured now."""
+    """FLOP/s that training may reach on this machine: `SHARE` of the rate of matrix products, which is measured."""
     from pixelgrow.training.monitor import matmul_rate
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""The network that each stage of a recipe makes, known before anything is trained or allocated."""
+"""The network that each stage of a recipe makes, before anything is trained or allocated."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from pixelgrow.writing import reading
 
 
 def networks(recipe: Recipe) -> dict[str, NetConfig]:
-    """The network of every stage that makes one, by name. Raises UserError for shapes that do not go together."""
+    """The network of every stage that makes one, by name. Raises UserError for shapes that do not fit together."""
     nets: dict[str, NetConfig] = {}
     space = Autoencoder(recipe.latent.autoencoder).space if recipe.latent else PIXELS
     for stage in recipe.stages:
@@ -43,7 +43,7 @@ def networks(recipe: Recipe) -> dict[str, NetConfig]:
 
 
 def _check_kind(stage: Stage, folder: str) -> None:
-    """UserError if the checkpoint that a stage names is not of the kind that it takes."""
+    """Raise UserError if a stage cannot start from a checkpoint of this kind."""
     config = read_config(find(folder))
     generator = config.objective == "generate"
     if isinstance(stage, EvaluateStage) and generator:
@@ -67,10 +67,10 @@ def network(stage: ModelStage, nets: dict[str, NetConfig], recipe: Recipe, space
         one_step = stage.pairs is not None
         last_blocks(config, stage.base_blocks)  # raises where there are fewer
         if stage.pairs is not None and config.guided != _guidance_varies(stage.pairs, recipe):
-            is_told, have = ("is told", "none") if config.guided else ("is not told", "one")
+            is_, follows = ("is", "follows no") if config.guided else ("is not", "follows a")
             raise UserError(
-                f"stage {stage.name!r}: {stage.parent} {is_told} the guidance weight and the guidance of the pairs "
-                f"{stage.pairs} follows {have} of its distributions: name pairs like those that it was distilled on"
+                f"stage {stage.name!r}: {stage.parent} {is_} conditioned on the guidance weight, but the guidance of "
+                f"the pairs {stage.pairs} {follows} distribution: name pairs like those that it was distilled on"
             )
         check_gate(stage.until, diffusion_of(str(stage.parent), recipe))
         for to in stage.to:
@@ -88,18 +88,18 @@ def network(stage: ModelStage, nets: dict[str, NetConfig], recipe: Recipe, space
 
 
 def _guidance_varies(pairs: str, recipe: Recipe) -> bool:
-    """Whether each pair of a stage has a guidance weight of its own."""
+    """Whether the pairs of a stage have different guidance weights."""
     made = recipe.stage(pairs)
     return isinstance(made, PairsStage) and made.distribution is not None
 
 
 def parent_network(parent: str, nets: dict[str, NetConfig]) -> NetConfig:
-    """The network of a stage, or of the checkpoint folder that a `from` names."""
+    """The network of a stage or of a checkpoint folder, as named by a `from`."""
     return read_config(find(parent)).network if is_folder(parent) else nets[parent]
 
 
 def diffusion_of(name: str, recipe: Recipe) -> DiffusionConfig:
-    """Preconditioning and noise levels of a stage's model, or of a checkpoint folder's: those of its first stage."""
+    """Preconditioning and noise levels of the model of a stage or checkpoint folder, set by the first stage."""
     while not is_folder(name):
         stage = recipe.stage(name)
         assert isinstance(stage, ModelStage)
@@ -110,7 +110,7 @@ def diffusion_of(name: str, recipe: Recipe) -> DiffusionConfig:
 
 
 def planned_core(size: str, text: TextSpec) -> CoreConfig:
-    """The core of a size for an encoder on this machine; for one that is not, the size's reference width stands in."""
+    """The core of a size for a text encoder; if that is not on this machine, with the size's reference width."""
     if is_here(text):
         spec = describe(text.encoder, text.max_tokens)
         return core_config(size, text_dim=spec.dim or None, pooled_dim=spec.pooled_dim or None, classes=text.classes)
@@ -118,6 +118,6 @@ def planned_core(size: str, text: TextSpec) -> CoreConfig:
 
 
 def is_here(text: TextSpec) -> bool:
-    """Whether an encoder's width can be read without asking a hub."""
+    """Whether an encoder's width can be read without the hub."""
     with reading(text.encoder):
         return bool(text.classes) or text.encoder == "minilm" or Path(expanduser(text.encoder)).is_dir()

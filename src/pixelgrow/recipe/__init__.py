@@ -1,4 +1,4 @@
-"""Recipes: YAML and overrides become one validated object; every mistake is one line.
+"""Recipes: YAML and overrides become one validated object. Every mistake is one line.
 
-Imports settings (of training, losses, sampling, scenes), never the code that they set, so that reading needs no torch.
+Settings of training, losses, sampling and scenes are defined in their own rooms and used here.
 """

@@ -1,4 +1,4 @@
-"""What a recipe says of what goes in: sources of images, what is held out of them, text encoder, latents."""
+"""A recipe's inputs: sources of images, the held-out part, text encoder, autoencoder."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pixelgrow.data.scenes.source import MAX_SCENES
 from pixelgrow.data.sources.base import HELD_OUT_AT_MOST
 from pixelgrow.diffusion.sampling_spec import Spec
 
-SCENES = ("n", "captions", "seed", "split")  # what the built-in scenes are told
+SCENES = ("n", "captions", "seed", "split")  # settings of the built-in scenes
 
 
 class TextSpec(Spec):
@@ -27,7 +27,7 @@ class TextSpec(Spec):
             if "encoder" in given:
                 raise ValueError(
                     f"got encoder: {given['encoder']} and classes: {given['classes']}, expected one of the two; "
-                    f"for class labels write text={{classes: {given['classes']}}} and nothing else"
+                    f"for class labels write text={{classes: {given['classes']}}} alone"
                 )
             return {k: v for k, v in given.items() if k != "classes"} | {"encoder": f"labels:{given['classes']}"}
         return given
@@ -48,9 +48,10 @@ class TextSpec(Spec):
 
 
 class LatentSpec(Spec):
-    """Work in the latents of a diffusers `AutoencoderKL`, a folder or a repository of the hub; a word alone names it.
+    """Work in the latents of a diffusers `AutoencoderKL`. `autoencoder`: a folder or a repository of the hub.
 
-    Resolutions of the stages are then sides of latents. Pictures are encoded once, as centre crops.
+    A word alone is its `autoencoder`. Resolutions of the stages are then sides of latents. Each image is encoded once,
+    as a centre crop.
     """
 
     autoencoder: str
@@ -62,10 +63,10 @@ class LatentSpec(Spec):
 
 
 class DataSpec(Spec):
-    """One source of captioned images, or of images in classes; a word alone is its `source`.
+    """One source of images with captions or classes. A word alone is its `source`.
 
-    `source`: scenes (drawn, with `n`, `captions`, `seed`, `split`) or the path of a folder or of tar shards.
-    `kind` says what a path holds, should looking at it not tell. `weight`: share of the mixture; by size if left out.
+    `source`: `scenes` (rendered, with `n`, `captions`, `seed`, `split`), or the path of a folder or of tar shards.
+    `kind`: what is at the path; `auto` looks. `weight`: share of the mixture; in proportion to the size if left out.
     """
 
     source: str
@@ -87,12 +88,12 @@ class DataSpec(Spec):
         if extra and self.source != "scenes":
             raise ValueError(f"{extra[0]} belongs to `source: scenes`, but the source is {self.source!r}; drop it")
         if self.source == "scenes" and self.kind != "auto":
-            raise ValueError(f"kind: got {self.kind!r}, but scenes are drawn and no path; drop it")
+            raise ValueError(f"kind: got {self.kind!r}, but it belongs to a path, not to scenes; drop it")
         return self
 
     @property
     def opening(self) -> dict[str, Any]:
-        """What `pixelgrow.data` is asked to open."""
+        """The arguments of `pixelgrow.data.open_source`."""
         return self.model_dump(
             exclude_none=True, include={"source", *(SCENES if self.source == "scenes" else ["kind"])}
         )
@@ -106,9 +107,9 @@ Mixture = Annotated[tuple[DataSpec, ...], BeforeValidator(_listed), Field(min_le
 
 
 class HeldoutSpec(DataSpec):
-    """What is kept from training: a source of its own, or a `fraction` of each source of files.
+    """The images kept from training: a source of their own, or a `fraction` of each source of files.
 
-    The part is no fewer than 16 images, no more than `at_most`, and at most half.
+    The part has at least 16 images, at most `at_most`, and at most half of the source.
     """
 
     source: str = ""
@@ -122,5 +123,5 @@ class HeldoutSpec(DataSpec):
         if self.weight is not None:
             raise ValueError(f"weight: got {self.weight:g}, but held-out data is no mixture; drop it")
         if self.kind != "auto" and not self.source:
-            raise ValueError(f"kind: got {self.kind!r} without a source that it says something of; drop it")
+            raise ValueError(f"kind: got {self.kind!r} without a source; drop it")
         return self

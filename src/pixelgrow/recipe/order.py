@@ -1,4 +1,4 @@
-"""Whether the stages of a recipe go together: names, parents, kinds, resolutions, pairs; every mistake one line."""
+"""Checks that the stages of a recipe fit together: names, parents, kinds of model, resolutions, pairs."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def _models(stages: Iterable[Stage]) -> list[str]:
 
 
 def check_place(stages: Sequence[Stage], where: str) -> None:
-    """Names are unique and free, parents stand earlier, resolutions grow."""
+    """Check the last of `stages` against the stages before it. `where`: the recipe, for messages. Raises UserError."""
     *before, stage = stages
     earlier = with_parents(before)
-    folders = {s.name.lower(): s.name for s in earlier}  # some disks take both cases for the same
+    folders = {s.name.lower(): s.name for s in earlier}  # some file systems ignore case
     if (other := folders.get(stage.name.lower())) is not None:
-        both = repr(other) if other == stage.name else f"{other!r} and {stage.name!r}, one folder on some disks"
+        both = repr(other) if other == stage.name else f"{other!r} and {stage.name!r}, one folder on some file systems"
         raise UserError(f"{where}: two stages are called {both}; give each a name of its own")
     if stage.name.lower() in RESERVED:
         raise UserError(
@@ -48,7 +48,7 @@ def check_place(stages: Sequence[Stage], where: str) -> None:
     if parent is None:
         if not isinstance(stage, TrainStage):
             raise UserError(
-                f"{where}: {at} has no model to start from: put a train stage before it, or name a checkpoint"
+                f"{where}: {at} has no model to start from: put a train stage before it, or name a checkpoint in from:"
             )
     elif parent not in models and not is_folder(parent):
         known = unknown(parent, models, "stage") if models else f"no stage before it makes a model, got {parent!r}"
@@ -67,7 +67,7 @@ def check_place(stages: Sequence[Stage], where: str) -> None:
         if stage.patch is not None and stage.init != "preserve" and _is_uvit(earlier, parent):
             raise UserError(
                 f"{where}: {at}: patch: got {stage.patch}, but init: {stage.init} keeps the levels and the patch of "
-                "an earlier growth; drop it"
+                "the earlier growth; drop it"
             )
         low = resolution_of(earlier, parent)
         for to in stage.to:
@@ -79,7 +79,7 @@ def check_place(stages: Sequence[Stage], where: str) -> None:
 
 
 def _check_kind(earlier: Sequence[Stage], stage: Stage, parent: str | None, where: str) -> None:
-    """One-step generators are grown with pairs, and are no teachers; a folder's kind is seen before a run."""
+    """One-step generators grow with pairs, and are no teachers. Checkpoint folders are checked when the recipe runs."""
     made = next((s for s in earlier if s.name == parent), None)
     if made is None:
         return
@@ -100,31 +100,33 @@ def _check_teacher(
     pairs: PairsStage,
     where: str,
 ) -> None:
-    """Pairs are the teacher's own; of a checkpoint folder the weights' hash tells, when the stage runs."""
+    """Pairs are of the generator's own teacher. Checkpoint folders are compared by hash when the stage runs."""
     by_name: dict[str | None, Stage] = {s.name: s for s in earlier}
     of: Stage | None = stage
     while isinstance(of, GrowStage):
         of, parent = by_name.get(parent), by_name[parent].parent if parent in by_name else None
     if parent in by_name and pairs.parent in by_name and parent not in _kept_in(by_name, pairs.parent):
-        raise UserError(f"{where}: pairs: {pairs.name} is of {pairs.parent}, and the teacher is {parent}: name its own")
+        raise UserError(
+            f"{where}: pairs: {pairs.name} is of {pairs.parent}, but the teacher is {parent}: name pairs of {parent}"
+        )
 
 
 def _check_sides(
     earlier: Sequence[Stage], stage: GrowStage | DistillStage, parent: str | None, pairs: PairsStage, where: str
 ) -> None:
-    """Pairs of a larger teacher are of no use, and those that were drawn are as large as their teacher draws."""
+    """Pairs have the stage's resolution; pairs by inversion may have a lower one."""
     made = resolution_of(earlier, str(pairs.parent))
     side = stage.to[-1] if isinstance(stage, GrowStage) else resolution_of(earlier, str(parent))
     if made is None or side is None or made == side or (made < side and pairs.direction == "invert"):
         return
     raise UserError(
-        f"{where}: pairs: {pairs.name} is of {pairs.parent} at {made} px, and the stage draws at {side} px: name "
+        f"{where}: pairs: {pairs.name} is of {pairs.parent} at {made} px, and the stage works at {side} px: name "
         f"pairs of a teacher of {side} px, or pairs with direction: invert of a smaller one"
     )
 
 
 def _kept_in(by_name: Mapping[str | None, Stage], name: str | None) -> list[str | None]:
-    """A stage, and those whose models are unchanged inside its own: it was grown from them by `preserve`, frozen."""
+    """A stage and the stages whose models it contains unchanged: it was grown from them by `preserve`, frozen."""
     names = [name]
     while (
         isinstance(stage := by_name.get(names[-1]), GrowStage)
@@ -137,10 +139,10 @@ def _kept_in(by_name: Mapping[str | None, Stage], name: str | None) -> list[str 
 
 
 def check_losses(stage: Stage, text: TextSpec, where: str) -> None:
-    """CLIP reads captions, and a recipe of classes has none."""
+    """CLIP similarity needs captions, which a recipe of classes does not have."""
     if isinstance(stage, GrowStage | DistillStage) and stage.losses and stage.losses.similarity and text.classes:
         raise UserError(
-            f"{where}: stage {stage.name!r}: losses.similarity compares pictures with captions, and a recipe of "
+            f"{where}: stage {stage.name!r}: losses.similarity compares images with captions, and a recipe of "
             f"{{classes: {text.classes}}} has none; drop it"
         )
 
@@ -148,8 +150,10 @@ def check_losses(stage: Stage, text: TextSpec, where: str) -> None:
 def _check_guidance(
     earlier: Sequence[Stage], stage: GrowStage | DistillStage | EstimateStage, pairs: PairsStage, where: str
 ) -> None:
-    """An estimator learns from images sampled with weights of a distribution; pairs with such weights need an estimator
-    where there is a discriminator, and nowhere else."""
+    """An estimator trains on images sampled with guidance weights of a distribution.
+
+    Pairs with such weights need an estimator if there is a discriminator, and only then.
+    """
     if isinstance(stage, EstimateStage):
         if pairs.distribution is None or pairs.direction != "sample":
             names = ", ".join(GUIDANCE_DISTRIBUTIONS)
@@ -178,7 +182,7 @@ def _check_guidance(
 
 
 def _is_uvit(stages: Sequence[Stage], name: str) -> bool:
-    """Whether the model that a stage makes has levels around its core from a growth with `random` or `scratch`."""
+    """Whether a stage's model was grown with `random` or `scratch`, so that levels stand around its core."""
     by_name = {s.name: s for s in stages}
     while (stage := by_name.get(name)) is not None:
         if isinstance(stage, GrowStage) and stage.init != "preserve":
@@ -188,7 +192,7 @@ def _is_uvit(stages: Sequence[Stage], name: str) -> bool:
 
 
 def resolution_of(stages: Iterable[Stage], name: str) -> int | None:
-    """Image side of the model that a stage makes; None where only a checkpoint on disk knows."""
+    """Image side of the model that a stage makes; None if it depends on a checkpoint folder."""
     by_name = {s.name: s for s in stages}
     stage = by_name.get(name)
     if isinstance(stage, GrowStage):
@@ -199,8 +203,11 @@ def resolution_of(stages: Iterable[Stage], name: str) -> int | None:
 
 
 def with_parents(stages: Sequence[Stage]) -> list[Stage]:
-    """Every stage with its parent named. Where the recipe names none: the teacher of the pairs that a generator is
-    distilled from, or a weight estimated from; else the last model before it."""
+    """The stages with every parent filled in.
+
+    A `distill` or `estimate` stage without `from` starts from the teacher of its pairs, other stages from the last
+    model before them.
+    """
     done: list[Stage] = []
     for stage in stages:
         if stage.parent is None and not isinstance(stage, TrainStage):
@@ -210,7 +217,7 @@ def with_parents(stages: Sequence[Stage]) -> list[Stage]:
 
 
 def _parent_of(stage: Stage, earlier: Sequence[Stage]) -> str | None:
-    """What a stage starts from, after stages whose parents are named: None if nothing, or a mistake."""
+    """The parent of a stage, given earlier stages whose parents are filled in; None if there is none."""
     if stage.parent is not None or isinstance(stage, TrainStage):
         return stage.parent
     teachers = {s.name: s.parent for s in earlier if isinstance(s, PairsStage)}
@@ -220,7 +227,7 @@ def _parent_of(stage: Stage, earlier: Sequence[Stage]) -> str | None:
 
 
 def unknown(got: str, known: Iterable[str], what: str) -> str:
-    """`unknown key 'imagess'; did you mean 'images'?`, or all that there are."""
+    """`unknown key 'imagess'; did you mean 'images'?`, or the list of known ones."""
     known = list(known)
     near = difflib.get_close_matches(got, known, n=1, cutoff=0.5)
     return f"unknown {what} {got!r}; " + (

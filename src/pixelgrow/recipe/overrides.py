@@ -1,4 +1,4 @@
-"""Overrides of a recipe, `a.b=value`: which field is meant, and what was typed as a value for it."""
+"""Overrides of a recipe, `a.b=value`: finds the field and reads the value for its type."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Model = type[BaseModel]
 
 
 def override(raw: dict[str, Any], given: str) -> None:
-    """Set what `a.b=value` says in a recipe as it was read, in place. Raises UserError.
+    """Apply `a.b=value` to a recipe as it was read, in place. Raises UserError.
 
-    A stage is named by its name or its number, or as messages name it: `stages[0].train.images=1000`.
+    A stage is given by its name or its number, or as messages write it: `stages[0].train.images=1000`.
     """
     name, equals, text = given.partition("=")
     keys = _keys(raw.get("stages"), name.strip())
@@ -69,10 +69,10 @@ def _no_key(here: Any, keys: Sequence[str], given: str) -> UserError:
 
 
 def _value(text: str, given: str, types: Sequence[type] | None) -> Any:
-    """What was typed as a value for a field of some `types` (None: unknown).
+    """The value of a typed text for a field of some `types` (None: unknown).
 
-    A field that takes text has it as it was typed, `#`, colons and all; quotes around the whole may be left out. Others
-    have mappings and lists in YAML, numbers and truth values where the field takes any, and else the text.
+    A field of text takes it as typed, with `#` and colons; quotes around all of it are optional. Other fields take
+    mappings and lists in YAML, numbers and truth values if they allow any, else the text.
     """
     plain = text.strip()
     may_be_none = types is None or NoneType in types
@@ -108,7 +108,7 @@ def _unreadable(given: str) -> UserError:
 
 
 def _item(items: list[Any], key: str, given: str, stages: bool) -> int:
-    """Which item of a list `key` means: a number, or the name of a stage."""
+    """The index of an item in a list. `key`: its number, or the name of a stage."""
     if key.isdigit() and int(key) < len(items):
         return int(key)
     names = [_stage_name(entry) for entry in items] if stages else []
@@ -124,14 +124,14 @@ def _stage_name(entry: Any) -> str:
 
 
 def types_at(model: Model | None, key: str) -> list[type] | None:
-    """The classes that the field `key` of a model is made of; None for no such field."""
+    """The types that the field `key` of a model allows; None if there is no such field."""
     fields = model.model_fields.items() if model is not None else ()
     field = next((f for name, f in fields if key in (name, f.alias)), None)
     return None if field is None else _types(field.annotation)
 
 
 def _types(annotation: Any) -> list[type]:
-    """The classes that an annotation such as `tuple[DataSpec, ...] | None` is made of."""
+    """The types in an annotation such as `tuple[DataSpec, ...] | None`."""
     args = getattr(annotation, "__args__", None)
     if args is None:
         return [annotation] if isinstance(annotation, type) else []

@@ -1,4 +1,4 @@
-"""YAML as recipes have it: without the values that surprise, and with a word for what a value is."""
+"""YAML for recipes: without its surprising values, and with names of values for messages."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ for _kind, _rule in _OURS.items():
 
 
 def scalar(text: str) -> Any:
-    """A plain word as YAML reads it: a number, a truth value, None, or the word. Raises yaml.YAMLError."""
+    """A plain YAML scalar: a number, a truth value, None, or the text. Raises yaml.YAMLError."""
     loader = Loader("")
     return loader.construct_object(yaml.ScalarNode(loader.resolve(yaml.ScalarNode, text, (True, False)), text))
 
 
 def kind_of(value: Any) -> str:
-    """What a value is, for messages."""
+    """A value's kind, for messages: `a list`."""
     names = {type(None): "nothing", dict: "a mapping", list: "a list", str: f"the text {value!r}"}
     return names.get(type(value), repr(value))

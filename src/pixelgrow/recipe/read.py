@@ -1,4 +1,4 @@
-"""Reading a recipe: YAML and `a.b=c` overrides to a `Recipe`, and every mistake to a line that says where it is."""
+"""Reading a recipe: YAML and `a.b=c` overrides become a `Recipe`. A mistake is one line that says where it is."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def builtin() -> list[str]:
-    """Names of the recipes that come with the package."""
+    """Names of the package's recipes."""
     return sorted(p.stem for p in FOLDER.glob("*.yaml"))
 
 
 def load_recipe(recipe: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """The recipe at a path, or of a name that the package carries, with overrides such as `stages.core.images=1000`.
+    """Read a recipe from a path, or by the name of one of the package's, with overrides (`stages.core.images=1000`).
 
-    Raises UserError, one line, for whatever is wrong in it.
+    Raises UserError, one line, for any mistake in it.
     """
     with reading(recipe):
         path = next((p for p in (Path(recipe), FOLDER / f"{recipe}.yaml") if p.is_file()), None)
@@ -77,7 +77,7 @@ def _verbs() -> str:
 
 
 def read_recipe(raw: dict[str, Any], where: str) -> Recipe:
-    """The recipe that a mapping says; `where` it comes from, for messages. Raises UserError."""
+    """Read a recipe from a mapping. `where`: its name, for messages. Raises UserError."""
     entries = raw.get("stages")
     head = _build(Head, {k: v for k, v in raw.items() if k != "stages"}, [], where, also=["stages"])
     if not isinstance(entries, list) or not entries:
@@ -135,7 +135,7 @@ def _keys(model: type[BaseModel]) -> list[str]:
 
 
 def _model_at(model: type[BaseModel], loc: Iterable[str | int]) -> type[BaseModel]:
-    """The model whose keys stand at `loc` below `model`."""
+    """The pydantic model of the mapping at `loc` in `model`."""
     for part in loc:
         if isinstance(part, int):
             continue

@@ -1,4 +1,4 @@
-"""What a recipe says: its stages in order, and what they all share, as validated settings."""
+"""A recipe's settings, validated: its stages in order, and what all stages share."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from pixelgrow.onestep.settings import LossSettings, Preset, with_preset
 from pixelgrow.recipe.data import HeldoutSpec, LatentSpec, Mixture, TextSpec
 from pixelgrow.training.settings import TrainSettings
 
-NAME = r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?$"  # of recipes and stages: they become folders
-RESERVED = ("data", "latents", "text", "report.html")  # what a run writes beside its stages' folders
+NAME = r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9_-])?$"  # of recipes and stages, which become folders
+RESERVED = ("data", "latents", "text", "report.html")  # a run's own files and folders, beside those of its stages
 
 
 class TrainedStage(TrainSettings):
-    """What stages that train share: a name, a parent, and the training settings."""
+    """Base of the stages that train: a name, a parent, and the training settings."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_by_name=True, validate_by_alias=True)
     free: ClassVar[frozenset[str]] = frozenset(  # settings that may change while the stage is unfinished
@@ -38,7 +38,7 @@ class TrainedStage(TrainSettings):
 
 
 class ModelStage(TrainedStage):
-    """What stages that make a checkpoint share: data of their own, and how the checkpoint is sampled."""
+    """Base of the stages that make a checkpoint: `data` of their own, and the checkpoint's `sampling` defaults."""
 
     data: Mixture | None = None
     sampling: SamplingSpec | None = None
@@ -50,7 +50,7 @@ def is_folder(parent: str) -> bool:
 
 
 class TrainStage(ModelStage):
-    """Train a core in its Shallow-UViT from nothing; or, with `from`, a checkpoint on other data or other terms."""
+    """Train a new Shallow-UViT; with `from`, train a checkpoint further, with other data or settings."""
 
     size: str | None = None
     resolution: int | None = Field(None, ge=1)
@@ -69,22 +69,23 @@ class TrainStage(ModelStage):
     def _new_or_from(self) -> TrainStage:
         shape = {"size", "resolution", "stride", "patch", "diffusion"} & self.model_fields_set
         if self.parent is not None and shape:
-            raise ValueError(f"{min(shape)} comes from the checkpoint named by `from`; drop one of the two")
+            raise ValueError(f"{min(shape)} comes from the checkpoint named in `from`; drop one of the two")
         if self.parent is None and (self.size is None or self.resolution is None):
-            raise ValueError("a stage without `from` needs both `size` and `resolution`")
+            raise ValueError("a stage without `from` needs `size` and `resolution`")
         if self.resolution is not None and self.resolution % self.stride:
             raise ValueError(f"resolution {self.resolution} is not a multiple of the stride {self.stride}")
         return self
 
 
 class GrowStage(ModelStage):
-    """Grow a checkpoint to a higher resolution, then train.
+    """Grow a checkpoint to a higher resolution, then train it.
 
-    `init`: new levels at random around the core (`random`), or so that the function is kept (`preserve`); `scratch`
-    takes the shape of `random` and loads nothing. `core`: `frozen`, `finetune`, or `{unfreeze_after: N}`, which freezes
-    it for the first N images of the run. Schedules count all `images`, and go on through the unfreezing.
-    `to`: one resolution, or several in ascending order to grow in steps before training. `preserve` grows by exact
-    rungs (docs/exact-growth.md) unless `exact: false`.
+    `to`: the resolution, or several in ascending order, to grow in steps before training.
+    `init`: `random` puts new levels with random weights around the core. `preserve` adds levels so that the function
+    stays the same, by exact rungs (docs/exact-growth.md) unless `exact: false`. `scratch` is `random` without the
+    core's weights.
+    `core`: `frozen`, `finetune`, or `{unfreeze_after: N}`, which freezes the core for the first N images of the run.
+    Schedules count all `images` and go on through the unfreezing.
     """
 
     to: tuple[int, ...] = Field(min_length=1)
@@ -94,16 +95,16 @@ class GrowStage(ModelStage):
     patch: int | None = Field(None, ge=1, description="pixels per cell of the new top map")
     blocks: int = Field(1, ge=1, description="residual blocks in each new half level")
     exact: bool = Field(
-        True, description="with preserve: the image averages down to the one from below, for all weights"
+        True, description="with preserve: box_down of the image is the image from below, for any weights"
     )
     until: float | None = Field(
         None, gt=0, description="exact rungs are evaluated up to this sigma at the core; .inf: all"
     )
     pairs: str | None = Field(None, description="of a one-step generator: the stage that made its teacher's pairs")
-    fraction: float = Field(1.0, gt=0, le=1, description="of the pairs")
-    estimator: str | None = Field(None, description="of a guided generator: the stage that labels real pictures")
+    fraction: float = Field(1.0, gt=0, le=1, description="share of the pairs to train on")
+    estimator: str | None = Field(None, description="of a guided generator: the stage that estimates weights of images")
     preset: Preset | None = None
-    base_blocks: int = Field(0, ge=0, description="of a one-step generator: its last residual blocks, which train too")
+    base_blocks: int = Field(0, ge=0, description="of a one-step generator: how many of its last blocks train too")
     losses: LossSettings | None = None
 
     @model_validator(mode="before")
@@ -123,7 +124,7 @@ class GrowStage(ModelStage):
     def _regimes(self) -> GrowStage:
         if self.unfreeze_after is not None:
             if self.core != "frozen":
-                raise ValueError(f"unfreeze_after goes with core: frozen, not with core: {self.core}")
+                raise ValueError(f"unfreeze_after needs core: frozen, got core: {self.core}; drop one of the two")
             if -(-self.unfreeze_after // self.batch) * self.batch >= self.images:
                 raise ValueError(
                     f"unfreeze_after: got {self.unfreeze_after}, which leaves no step of {self.batch} images before "
@@ -132,13 +133,13 @@ class GrowStage(ModelStage):
         if self.pairs is None:
             odd = {"fraction", "estimator", "losses", "preset", "base_blocks"} & self.model_fields_set
             if odd:
-                raise ValueError(f"{min(odd)} is for the growth of a one-step generator; write pairs: too, or drop it")
+                raise ValueError(f"{min(odd)} is for the growth of a one-step generator; add pairs:, or drop it")
         else:
             _no_denoiser(self)
             if self.base_blocks and self.trains_core:
-                raise ValueError("base_blocks is for a frozen base; drop it, or core: finetune")
+                raise ValueError("base_blocks is for a frozen base; drop it or core: finetune")
             if self.unfreeze_after is not None:
-                raise ValueError("unfreeze_after is for the growth of a denoiser; drop it, or write core: finetune")
+                raise ValueError("unfreeze_after is for the growth of a denoiser; drop it or write core: finetune")
         if self.init != "preserve" and (odd := {"exact", "until"} & self.model_fields_set):
             raise ValueError(f"{min(odd)} is for init: preserve, not for init: {self.init}; drop it")
         if self.until is not None and (self.pairs is not None or not self.exact):
@@ -156,24 +157,24 @@ class GrowStage(ModelStage):
 
 
 def _no_denoiser(stage: ModelStage) -> None:
-    """ValueError if the training of a one-step generator is told what is a denoiser's alone."""
+    """Raise ValueError if the stage of a one-step generator has settings that only a denoiser's training has."""
     odd = {"noise", "weighting", "weighting_bias", "multiscale", "cond_dropout", "sampling"} & stage.model_fields_set
     if odd:
-        raise ValueError(f"{min(odd)} is for the training of a denoiser, a one-step generator has none; drop it")
+        raise ValueError(f"{min(odd)} is for the training of a denoiser, not of a one-step generator; drop it")
     if stage.data is not None:
         raise ValueError("data: a one-step generator trains on the data of its pairs; drop it")
 
 
 class DistillStage(ModelStage):
-    """Distil a teacher, that of the pairs, to a one-step generator (PaGoDA, arXiv 2405.14822) on the stage `pairs`.
+    """Distil the teacher of `pairs` to a one-step generator (PaGoDA, arXiv 2405.14822).
 
-    Where the pairs' guidance follows a distribution, generator and discriminator are conditioned on the weight, and
-    `estimator` names the stage whose estimates stand for the weights of real images. Learning rate, betas and decay are
-    ours; `preset: paper` or `released-code` fills in what is known of theirs.
+    If the pairs' guidance follows a distribution, generator and discriminator are conditioned on the guidance weight,
+    and the `estimator` stage estimates the weights of real images. Learning rate, betas and decay are ours; `preset:
+    paper` or `released-code` sets the published ones.
     """
 
     pairs: str
-    fraction: float = Field(1.0, gt=0, le=1, description="of the pairs; the paper found 1% enough")
+    fraction: float = Field(1.0, gt=0, le=1, description="share of the pairs to train on; 1% is enough in the paper")
     estimator: str | None = None
     preset: Preset | None = None
     losses: LossSettings = LossSettings()
@@ -192,13 +193,13 @@ class DistillStage(ModelStage):
 
 
 class PairsStage(Spec):
-    """Join a teacher's data with latents by its ODE, for distilling it (PaGoDA, arXiv 2405.14822).
+    """Make pairs of image and latent with a teacher's ODE, for its distillation (PaGoDA, arXiv 2405.14822).
 
-    `n` images are inverted, and their mirror images too with `flip`; with `direction: sample` the teacher makes an
-    image from each of `n` latents instead (the distillation baseline). `guidance` 1 is none, as in the paper's
-    inversion; the name of a distribution gives each image a weight of its own, and a generator that is distilled from
-    such pairs is conditioned on it: `captions`, `recaptions`, or, where samples have several captions, `mixed`: the
-    first distribution for the caption that came first, the second for the others, as in the paper.
+    `direction: invert` computes the latents of `n` images, with `flip` those of their mirror images too. `direction:
+    sample` computes images from `n` random latents (the paper's baseline).
+    `guidance`: a weight; 1 is none, as in the paper's inversion. The name of a distribution gives each image its own
+    weight, which the distilled generator is conditioned on: `captions`, `recaptions`, or `mixed`. With `mixed`, a
+    sample's first caption has a weight of `captions`, its others of `recaptions`, as in the paper.
     """
 
     free: ClassVar[frozenset[str]] = frozenset({"batch", "workers", "bad_limit"})
@@ -214,7 +215,7 @@ class PairsStage(Spec):
     flip: bool = False
     batch: int = Field(64, ge=1)
     shard: int = Field(1024, ge=1, description="images in a file; a multiple of batch")
-    workers: int | None = Field(None, ge=1, description="shards made side by side; if left out, one on each GPU")
+    workers: int | None = Field(None, ge=1, description="shards made at the same time; one per GPU if left out")
     bad_limit: float = Field(0.01, ge=0, le=1)
 
     @field_validator("direction", mode="before")
@@ -248,8 +249,11 @@ class PairsStage(Spec):
 
 
 class EstimateStage(TrainedStage):
-    """Learn what guidance weight an image was sampled with, from `pairs` with weights of a distribution (PaGoDA, arXiv
-    2405.14822); network and settings are ours. A tenth of the pairs is held out."""
+    """Train an estimator of the guidance weight that an image was sampled with (PaGoDA, arXiv 2405.14822).
+
+    It trains on `pairs` sampled with weights of a distribution. A tenth of them is held out. Network and settings are
+    ours.
+    """
 
     pairs: str
     snapshot_every: int | None = Field(0, ge=0)
@@ -269,14 +273,14 @@ class EstimateStage(TrainedStage):
         }
         odd = (images | {"activation_checkpointing"}) & self.model_fields_set
         if odd:
-            raise ValueError(f"{min(odd)}: an estimator trains on what its teacher sees in pictures; drop it")
+            raise ValueError(f"{min(odd)}: an estimator trains on its teacher's features, not on images; drop it")
         return self
 
 
 class EvaluateStage(SamplingSpec):
-    """Draw held-out prompts, ask the checker (scenes), and measure the held-out error by noise level.
+    """Sample held-out prompts, score the samples with the checker (scenes), and measure the held-out error.
 
-    Sampling settings that are left out are the checkpoint's own.
+    Sampling settings that are left out are the checkpoint's.
     """
 
     free: ClassVar[frozenset[str]] = frozenset({"batch"})
@@ -299,22 +303,20 @@ VERBS: dict[str, type[Stage]] = {
 
 
 def makes_generator(stage: Stage) -> bool:
-    """Whether what a stage makes is a one-step generator."""
+    """Whether a stage makes a one-step generator."""
     return isinstance(stage, DistillStage) or (isinstance(stage, GrowStage) and stage.pairs is not None)
 
 
 def wrong_kind(stage: Stage, parent: str, generator: bool) -> str | None:
-    """What is wrong with a stage whose parent is a one-step `generator`, or is none; None if nothing is."""
+    """What is wrong with a stage whose parent is a one-step `generator`, or a denoiser; None if nothing is."""
     if isinstance(stage, EvaluateStage):
         return None
     if not isinstance(stage, GrowStage):
-        return (
-            f"from: {parent} is a one-step generator, expected a multi-step model; name another" if generator else None
-        )
+        return f"from: {parent} is a one-step generator, expected a multi-step model; name one" if generator else None
     if generator and stage.pairs is None:
-        return f"{parent} is a one-step generator: write pairs: and the name of its pairs' stage"
+        return f"{parent} is a one-step generator: add pairs: and the stage of its pairs"
     if not generator and stage.pairs is not None:
-        return f"pairs: {parent} is a multi-step model, which grows without; drop it"
+        return f"pairs: {parent} is a multi-step model, which grows without pairs; drop it"
     return None
 
 
@@ -330,7 +332,7 @@ class Head(Spec):
 
 
 class Recipe(Head):
-    """A whole recipe; read one with `pixelgrow.recipe.read.load_recipe`."""
+    """A whole recipe. `pixelgrow.recipe.read.load_recipe` reads one."""
 
     stages: tuple[Stage, ...] = Field(min_length=1)
 

@@ -1,4 +1,5 @@
-"""The stages of a recipe: what each does in its folder. `pixelgrow.run` calls them in order.
+"""The stages of a recipe, one module each. `pixelgrow.run` calls them in order; each works in a folder of its own.
 
-Here data, models, training and files meet; `materials.py` is what stages share, `record.py` what each writes down.
+This room joins data, models, training and files. `data.py` opens the sources, `materials.py` holds what all stages
+share, `record.py` reads and writes `stage.json`.
 """

@@ -1,4 +1,4 @@
-"""The data of a run's stages: sources opened once, what is held out of them, and whether they are what they were."""
+"""The data of a run's stages: opens sources once, holds a part out, and says how data differ from an earlier run's."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from pixelgrow.errors import UserError
 from pixelgrow.recipe.data import DataSpec
 from pixelgrow.recipe.stages import DistillStage, GrowStage, ModelStage, PairsStage, Recipe, Stage
 
-SAMPLES = "data"  # in a run's folder: lists of samples, to name what differs in changed data
+SAMPLES = "data"  # in a run's folder: lists of samples, to name the files that differ
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Sources to train on; `weights` None: in proportion to their sizes."""
+    """Sources to train on. `weights`: their shares; None for shares in proportion to their sizes."""
 
     sources: list[Source]
     weights: list[float] | None
@@ -44,14 +44,14 @@ class Mixture:
 
 @dataclass
 class StageData:
-    """The sources of a recipe's stages, indexed once for a run, when they are first needed."""
+    """The sources of a recipe's stages. Each is indexed once a run, when it is first needed."""
 
     recipe: Recipe
-    classes: tuple[str, ...] = field(default=(), init=False)  # of the class folders opened so far, in order of labels
+    classes: tuple[str, ...] = field(default=(), init=False)  # names of classes by label
     _opened: dict[tuple[DataSpec, ...], tuple[Mixture, list[Source]]] = field(default_factory=dict, init=False)
 
     def specs(self, stage: ModelStage | PairsStage) -> tuple[DataSpec, ...]:
-        """The data of a stage: those of its pairs, if it has pairs, else its own, or the recipe's."""
+        """The data that a stage trains on: those of its pairs; else its own; else the recipe's."""
         if isinstance(stage, DistillStage | GrowStage) and stage.pairs is not None:
             made = self.recipe.stage(stage.pairs)
             assert isinstance(made, PairsStage)
@@ -59,12 +59,12 @@ class StageData:
         return stage.data if stage.data is not None else self.recipe.data
 
     def mixture(self, stage: ModelStage | PairsStage) -> Mixture:
-        """What a stage trains on, opened."""
+        """The opened sources that a stage trains on, without their held-out part."""
         return self._open(self.specs(stage))[0]
 
     @cached_property
     def heldout_sources(self) -> list[Source]:
-        """The held-out part, the same for every stage of the run."""
+        """The held-out sources, the same for every stage of a run."""
         spec = self.recipe.heldout
         if not spec.source:
             return self._open(self.recipe.data)[1]
@@ -73,7 +73,7 @@ class StageData:
         return sources
 
     def images(self, stage: ModelStage | PairsStage, size: tuple[int, int]) -> Account:
-        """What a stage of `size` (h, w) pixels sees of the images that it trains on, or makes pairs of."""
+        """How many images a stage of `size` (h, w) pixels uses, to train on or to make pairs of."""
         mixture = self.mixture(stage)
         account = account_of(mixture.sources, size)
         if isinstance(stage, PairsStage) and mixture.weights is None:
@@ -81,23 +81,23 @@ class StageData:
         return account
 
     def prompts(self, count: int, size: tuple[int, int], unreadable: int = 0) -> Account:
-        """What an evaluation on `count` prompts at `size` (h, w) pixels sees of the images that are held out.
+        """How many held-out images an evaluation on `count` prompts at `size` (h, w) pixels uses.
 
-        `unreadable`: bad ones among those that it came to.
+        `unreadable`: number of images that could not be decoded.
         """
         held = self.heldout_sources
         if self.recipe.heldout.source:
             account = account_of(held, size)
-        else:  # the rest of their sources is in the account of the stages that train
+        else:  # the account of the stages that train covers the rest of these sources
             small = sum(len(source) - len(large_enough(source, size)) for source in held)
             account = Account(sum(map(len, held)), {"too small": small})
         account = replace(account.but("bad", unreadable), things="held-out images")
         return account.but("beyond prompts", max(0, account.seen - count))
 
     def heldout_order(self, size: tuple[int, int]) -> Iterator[tuple[Source, int]]:
-        """Held-out samples of `size` (h, w) pixels and above, one of each source in turn.
+        """Held-out samples of at least `size` (h, w) pixels: (source, number), one of each source in turn.
 
-        Scenes stand in their own order, files in a shuffled one, the same at every size.
+        Scenes keep their order. Files are shuffled, in the same order for every size.
         """
         turns = []
         for source in self.heldout_sources:
@@ -115,7 +115,7 @@ class StageData:
                     yield item
 
     def check_apart(self, sources: Sequence[Source]) -> None:
-        """UserError if a source to train on is one that is held out, or scenes of the same split."""
+        """Raise UserError if a source is both trained on and held out, or scenes of both have the same split."""
         for source, held in product(sources, self.heldout_sources):
             if isinstance(source, Scenes) and isinstance(held, Scenes) and source.split == held.split:
                 raise UserError(
@@ -138,8 +138,10 @@ class StageData:
         return found
 
     def explain(self, folder: Path, stage: Stage, key: str, was: Any) -> str:
-        """How the source under a `key` of `describe(stage)` differs from what had the fingerprint `was`, in words; ""
-        for other keys. `folder`: of the run."""
+        """How a source differs from the one with the fingerprint `was`, in words.
+
+        `folder`: of the run. `key`: of `describe(stage)`; "" is returned for keys that are not fingerprints.
+        """
         found = re.fullmatch(r"(data|heldout)\[(\d+)\]\.fingerprint", key)
         sources = self._used(stage)[found[1]] if found else []
         number = int(found[2]) if found else 0
@@ -150,8 +152,8 @@ class StageData:
             return "the data (scenes: their n, captions, seed or split) changed since it was begun"
         if not was.startswith(FORM):
             return (
-                f"an earlier version began it and knew {source.name} by the times of its files, so this one cannot see "
-                "whether it is as it was"
+                f"an earlier version began it and identified {source.name} by the times of its files, so this version "
+                "cannot check that it is unchanged"
             )
         if was.startswith(source.fingerprint):
             return f"what is held out of {source.name} changed since it was begun (heldout or seed)"
@@ -159,7 +161,7 @@ class StageData:
         return f"{source.name} changed since it was begun{what and ': '}{what}"
 
     def list_samples(self, folder: Path, stage: Stage) -> None:
-        """Keep lists of what a stage's sources of files hold, in a run's `folder`, for `explain`."""
+        """Write lists of the samples in a stage's sources of files to a run's `folder`, for `explain`."""
         for source in map(whole, chain(*self._used(stage).values())):
             if isinstance(source, FileSource):
                 write_samples(folder / SAMPLES, source)
@@ -170,7 +172,7 @@ class StageData:
         return {"data": data, "heldout": self.heldout_sources}
 
     def _open(self, specs: tuple[DataSpec, ...]) -> tuple[Mixture, list[Source]]:
-        """The mixture without what is held out of it, and what is held out; indexed once for a run."""
+        """The mixture without its held-out part, and the held-out sources."""
         if specs not in self._opened:
             self._opened[specs] = self._index(specs)
         return self._opened[specs]
@@ -180,7 +182,7 @@ class StageData:
         self._check_classes(sources)
         held: list[Source] = []
         for i, source in enumerate(sources):
-            if isinstance(source, Scenes):  # their held-out captions are a split of their own
+            if isinstance(source, Scenes):  # they have a split of held-out captions
                 held.append(Scenes(n=1024, captions=1024, seed=source.seed, split="heldout"))
             elif not self.recipe.heldout.source:
                 spec = self.recipe.heldout
@@ -189,8 +191,10 @@ class StageData:
         return Mixture(sources, weights), held
 
     def _check_classes(self, sources: Sequence[Source]) -> None:
-        """UserError if class folders meet a text encoder, captions meet labels, or classes are more than the labels or
-        others than before."""
+        """Raise UserError unless the sources fit the recipe's text: captions for an encoder, classes for labels.
+
+        All sources must have the same classes, no more than the recipe says.
+        """
         spec = self.recipe.text
         for source in sources:
             names: tuple[str, ...] = getattr(source, "classes", ())
@@ -221,7 +225,7 @@ class StageData:
 
 
 def whole(source: Source) -> Source:
-    """The source that a view is a part of."""
+    """The source itself, or the whole source of a subset."""
     return source.parent if isinstance(source, Subset) else source
 
 

@@ -1,4 +1,4 @@
-"""The `distill` stage, and the `grow` stage of a generator: from a teacher and its pairs to a one-step checkpoint."""
+"""The `distill` stage, and the `grow` stage of a generator: both train a one-step generator on a teacher's pairs."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from pixelgrow.training.loop import CHECKPOINT
 from pixelgrow.training.monitor import Hook, grid_hook
 from pixelgrow.writing import read_json, write_json
 
-COLUMNS = 8
+COLUMNS = 8  # of a sample grid
 logger = logging.getLogger(__name__)
 
 
 def distill_stage(stage: DistillStage, parent: Parent, folder: Path, materials: Materials) -> dict[str, Any]:
-    """Run a `distill` stage; returns the numbers of its run."""
+    """Run or resume a `distill` stage; returns the numbers of its run."""
     teacher, config = checkpoint.load(parent.folder)
     distribution = materials.pairs_of(stage).stage.distribution
     seed = rng.seed_of(materials.recipe.seed, "weights", stage.name)
@@ -53,13 +53,13 @@ def distill_stage(stage: DistillStage, parent: Parent, folder: Path, materials: 
 
 
 def measured_by(losses: LossSettings) -> dict[str, Any]:
-    """What the lineage says of models from outside that a generator was judged by, where there are any."""
+    """Names and fingerprints of the feature networks from outside that a loss uses, for the lineage."""
     used = networks_used(losses)
     return {"networks": used} if used else {}
 
 
 def grow_generator_stage(stage: GrowStage, parent: Parent, folder: Path, materials: Materials) -> dict[str, Any]:
-    """Run a `grow` stage of a one-step generator: decoder halves on its features, the rest frozen."""
+    """Run or resume the `grow` stage of a one-step generator: adds decoder halves to its features, freezes the rest."""
     if stage.pairs is None:
         raise UserError(f"stage {stage.name!r}: {stage.parent} is a one-step generator: write pairs: STAGE to grow it")
     growth = read_json(folder / REPORT) or _make_start(stage, parent, folder, materials)
@@ -99,7 +99,7 @@ def _fit(
     materials: Materials,
     lineage: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """Train a generator on its teacher's pairs, going on where it was cut off; write `folder/checkpoint`."""
+    """Train a generator on its teacher's pairs, or resume; write the first average to `folder/checkpoint`."""
     recipe, settings = materials.recipe, stage.training()
     made = materials.pairs_of(stage)
     pairs, teacher_folder = Pairs(made.folder, stage.fraction), made.teacher
@@ -140,8 +140,8 @@ def _fit(
 
     if teacher.resolution > generator.resolution:
         raise UserError(
-            f"the pairs are of a teacher of {teacher.resolution} px, this stage draws at {generator.resolution} px: "
-            "name pairs of one that is no larger"
+            f"the teacher of the pairs works at {teacher.resolution} px, this stage at {generator.resolution} px: "
+            "name pairs of a teacher that is no larger"
         )
     low = (teacher.resolution, teacher.resolution)
     solver = pairs.facts["solver"]
@@ -150,13 +150,11 @@ def _fit(
     with torch.no_grad():
         small = box_down(images, generator.resolution // teacher.resolution)
         rows = [slice(start, start + settings.micro_batch) for start in range(0, len(small), settings.micro_batch)]
-        told: float | None = None
-        if (
-            distribution is not None
-        ):  # the teacher's own weight, as far as the distribution goes, is what the checkpoint is drawn with
+        guidance: float | None = None  # of a guided generator's samples: its teacher's, clipped to the distribution
+        if distribution is not None:
             usual = float(teacher_config.sampling.get("guidance", GRID_GUIDANCE))
-            told = min(max(usual, spread_of(distribution).low), spread_of(distribution).high)
-        weight = float(solver["guidance"]) if told is None else told
+            guidance = min(max(usual, spread_of(distribution).low), spread_of(distribution).high)
+        weight = float(solver["guidance"]) if guidance is None else guidance
         latents = torch.cat([ode.to_latent(Guided(teacher, cond[r], guidance=weight), small[r]) for r in rows])
         solved = sample(
             teacher,
@@ -168,22 +166,22 @@ def _fit(
         ).images
     prior = initial_noise(low, recipe.seed, range(len(images)), generator.space.channels).to(materials.device)
     latents, prior = (reduced(z, generator.latent_resolution) for z in (latents, prior))
-    watch = Watch(generator, features, Watched(images, cond, latents, prior, solved, told), settings.micro_batch)
+    watch = Watch(generator, features, Watched(images, cond, latents, prior, solved, guidance), settings.micro_batch)
     columns = min(COLUMNS, len(images))
     write_prompts(folder, held.captions[:columns])
     hooks = [
         Hook("validation", settings.validate_every or 0, watch.numbers, at_start=True),
         grid_hook(
-            lambda: materials.pictures(watch.grid(columns)),
+            lambda: materials.decode(watch.grid(columns)),
             folder,
             settings.sample_every or 0,
             columns,
             materials.patches(generator),
-            slice(columns, 3 * columns),  # of its rows, those that the generator draws
+            slice(columns, 3 * columns),  # the generator's rows of the grid
         ),
     ]
     result = loop.train(
         objective, stream.batches, settings, folder, seed=seed, hooks=hooks, name=f"{recipe.name}/{stage.name}"
     )
-    sampling = {} if told is None else {"guidance": told}
+    sampling = {} if guidance is None else {"guidance": guidance}
     return finish(result, GENERATOR, generator, folder / CHECKPOINT, materials, lineage, loader, sampling)

@@ -1,4 +1,4 @@
-"""The `estimate` stage: what guidance weight a picture was drawn with, learnt from pictures of known weights."""
+"""The `estimate` stage: train an estimator of the guidance weight that an image was sampled with."""
 
 from __future__ import annotations
 
@@ -32,18 +32,17 @@ from pixelgrow.training import loop
 from pixelgrow.training.monitor import Hook
 from pixelgrow.writing import write_json
 
-HELD = 10  # one pair of so many is held out: the last ones, which no step has seen
+HELD = 10  # one pair in ten is held out: the last ones
 logger = logging.getLogger(__name__)
 
 
 def estimate_stage(stage: EstimateStage, parent: Parent, folder: Path, materials: Materials) -> dict[str, Any]:
-    """Run an `estimate` stage; returns the numbers of its run."""
+    """Run or resume an `estimate` stage; returns the numbers of its run."""
     made, settings = materials.pairs_of(stage), stage.training()
     pairs, mixture = Pairs(made.folder), materials.data.mixture(made.stage)
     pairs.check([parent.config.sha256], mixture.describe())
-    assert (
-        pairs.distribution is not None and pairs.images is not None and pairs.guidance is not None
-    )  # seen to by the recipe
+    # The recipe has been checked for these.
+    assert pairs.distribution is not None and pairs.images is not None and pairs.guidance is not None
     if len(pairs) < 2:
         raise UserError(f"stage {stage.name!r}: {stage.pairs} has {len(pairs)} pair, expected 2 or more; raise its n:")
     kept = len(pairs) - max(1, len(pairs) // HELD)
@@ -51,7 +50,7 @@ def estimate_stage(stage: EstimateStage, parent: Parent, folder: Path, materials
     texts = [caption(mixture.sources, origin) for origin in pairs.origins]
     materials.encode(texts)
     features = TeacherFeatures(checkpoint.load(parent.folder, materials.device)[0])
-    logger.info("%s: the teacher looks at %d pictures", stage.name, len(pairs))
+    logger.info("%s: extracting the teacher's features of %d images", stage.name, len(pairs))
     descriptions = torch.cat(
         [
             described(
@@ -72,10 +71,10 @@ def estimate_stage(stage: EstimateStage, parent: Parent, folder: Path, materials
     estimator = estimator.to(materials.device)
 
     def error(of: Tensor, truth: Tensor) -> float:
-        said = estimator(of.to(materials.device)).float().cpu()
-        return float((said - truth).square().mean().sqrt())
+        estimate = estimator(of.to(materials.device)).float().cpu()
+        return float((estimate - truth).square().mean().sqrt())
 
-    def look(_: int) -> dict[str, float]:
+    def validate(_: int) -> dict[str, float]:
         rmse = error(descriptions[kept:], held)
         return {"rmse": rmse, "share": rmse / estimator.spread.std}
 
@@ -85,7 +84,7 @@ def estimate_stage(stage: EstimateStage, parent: Parent, folder: Path, materials
         settings,
         folder,
         seed=seed,
-        hooks=[Hook("validation", settings.validate_every or 0, look, at_start=True)],
+        hooks=[Hook("validation", settings.validate_every or 0, validate, at_start=True)],
         name=f"{materials.recipe.name}/{stage.name}",
     )
     estimator.eval()
@@ -95,7 +94,7 @@ def estimate_stage(stage: EstimateStage, parent: Parent, folder: Path, materials
         facts = save_estimator(folder, estimator, parent.config.sha256, rmse)
     write_json(folder / FACTS, facts)
     deviation = estimator.spread.std
-    logger.info("%s: held-out error %.3g of the weight, where a constant guess has %.3g", stage.name, rmse, deviation)
+    logger.info("%s: held-out RMSE %.3g of the weight; a constant guess has %.3g", stage.name, rmse, deviation)
     return {
         "images": result.images,
         "pairs": len(pairs),

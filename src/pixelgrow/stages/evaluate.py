@@ -1,6 +1,6 @@
-"""The `evaluate` stage: samples of held-out prompts, scored by the checker where these are scenes, and held-out error.
+"""The `evaluate` stage: samples of held-out prompts, the checker's scores (scenes only), and held-out error.
 
-Images are made, measured and dropped batch by batch, so the device's memory does not grow with their number.
+Images are sampled and measured batch by batch, so the memory used does not grow with their number.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def evaluate_stage(stage: EvaluateStage, parent: Parent, folder: Path, materials
     side = model.resolution
     held = materials.heldout(stage.prompts, (side, side))
     if len(held.captions) < stage.prompts:
-        logger.warning("%s: %d held-out prompts, of %d asked for", stage.name, len(held.captions), stage.prompts)
+        logger.warning("%s: got %d held-out prompts, expected %d", stage.name, len(held.captions), stage.prompts)
     size = (materials.factor * side, materials.factor * side)
     materials.sees(stage.name, materials.data.prompts(stage.prompts, size, len(held.bad)))
     materials.encode(held.captions)
@@ -65,7 +65,7 @@ def evaluate_stage(stage: EvaluateStage, parent: Parent, folder: Path, materials
             numbers, cond = range(rows.start, rows.stop), materials.cond(held.captions[rows])
             began = time.perf_counter()
             samples = samples_of(cond, index=numbers)
-            images = materials.pictures(samples.images)
+            images = materials.decode(samples.images)
             pixels = to_uint8(images)
             seconds, nfe = seconds + time.perf_counter() - began, samples.nfe
             seams.add(images)
@@ -99,6 +99,6 @@ def evaluate_stage(stage: EvaluateStage, parent: Parent, folder: Path, materials
 
 
 def _questions(held: HeldOut) -> list[Any]:
-    """The checker's questions for each prompt; none unless all of them are scenes."""
+    """The checker's questions for each prompt; empty unless all prompts are of scenes."""
     found = [source.scene(i).questions for source, i in held.origins if isinstance(source, Scenes)]
     return found if len(found) == len(held.captions) else []

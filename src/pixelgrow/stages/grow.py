@@ -1,4 +1,4 @@
-"""The `grow` stage: a parent checkpoint becomes a larger one (`start/`, `growth.json`), which is then trained."""
+"""The `grow` stage: grow a parent checkpoint to a higher resolution (`start/`, `growth.json`), then train it."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ logger = logging.getLogger(__name__)
 
 
 def grow_stage(stage: GrowStage, parent: Parent, folder: Path, materials: Materials) -> dict[str, Any]:
-    """Run a `grow` stage; returns the numbers of its run. What is there already is not done again.
+    """Run or resume a `grow` stage; returns the numbers of its run.
 
-    With `unfreeze_after`, as in the paper (arXiv 2405.16759), one run goes through the unfreezing: one learning-rate
-    schedule over `images`, one stream of data; weights, averages and optimizer state are carried on. The paper does not
-    say how the core starts to train; ours: with an empty optimizer state, at the rate of the schedule.
+    `unfreeze_after` is one training run, as in the paper (arXiv 2405.16759): one learning-rate schedule over `images`
+    and one stream of data; weights, averages and optimizer state are carried on. The paper does not say how the core
+    starts to train. Ours: with an empty optimizer state, at the rate of the schedule.
     """
     growth = read_json(folder / REPORT) or make_start(stage, parent, folder, materials)
     loaded = list(growth["frozen"])
@@ -40,23 +40,23 @@ def grow_stage(stage: GrowStage, parent: Parent, folder: Path, materials: Materi
     if stage.unfreeze_after is None:
         freeze(denoiser.net, loaded)
         return fit(denoiser, stage, stage.training(), folder, materials, lineage)
-    # Each phase is a fresh model with the state of the one before: nothing that a frozen phase set up outlives it.
-    warm, frees = folder / FROZEN, stage.unfreeze_after
-    first = read_json(warm / RESULT)
-    if first is None or not (state.newest(folder / "state") or state.newest(warm / "state") >= frees):
+    # The second phase is a new model that loads the state of the first: no hook or optimizer of the first is reused.
+    frozen, stop_at = folder / FROZEN, stage.unfreeze_after
+    first = read_json(frozen / RESULT)
+    if first is None or not (state.newest(folder / "state") or state.newest(frozen / "state") >= stop_at):
         freeze(denoiser.net, loaded)
-        alone = [*parent.config.lineage, entry | {"images": frees}]
-        first = fit(denoiser, stage, stage.training(), warm, materials, alone, until=frees)
-        write_json(warm / RESULT, first)
+        alone = [*parent.config.lineage, entry | {"images": stop_at}]
+        first = fit(denoiser, stage, stage.training(), frozen, materials, alone, stop_at=stop_at)
+        write_json(frozen / RESULT, first)
         denoiser, _ = checkpoint.load(folder / START)
-    lineage = [*parent.config.lineage, entry | {"unfrozen_after": frees}]
-    second = fit(denoiser, stage, stage.training(), folder, materials, lineage, after=warm)
-    state.clear(warm / "state")
+    lineage = [*parent.config.lineage, entry | {"unfrozen_after": stop_at}]
+    second = fit(denoiser, stage, stage.training(), folder, materials, lineage, after=frozen)
+    state.clear(frozen / "state")
     return second | {"phases": [first, second]}
 
 
 def lineage_entry(stage: GrowStage, parent: Parent, growth: dict[str, Any], materials: Materials) -> dict[str, Any]:
-    """What a growth adds to the lineage, of denoisers and generators alike."""
+    """The lineage's entry for a growth, of denoisers and generators alike."""
     return {
         "stage": stage.name,
         "verb": "grow",
@@ -71,7 +71,7 @@ def lineage_entry(stage: GrowStage, parent: Parent, growth: dict[str, Any], mate
 
 
 def make_start(stage: GrowStage, parent: Parent, folder: Path, materials: Materials) -> dict[str, Any]:
-    """Write `start/`, the grown model before its first step, `growth.json`, and samples of both models."""
+    """Write `start/`, the grown model before its first step, `growth.json`, and samples of parent and grown model."""
     before, _ = checkpoint.load(parent.folder, materials.device)
     side = stage.to[-1]
     held = materials.heldout(WATCHED, (side, side))
@@ -91,7 +91,7 @@ def make_start(stage: GrowStage, parent: Parent, folder: Path, materials: Materi
         batch=stage.micro_batch,
     )
     frozen = [] if stage.trains_core else report.loaded
-    sample_both(folder, before, model, cond, materials.recipe.seed, guided_batch(stage), materials.pictures)
+    sample_both(folder, before, model, cond, materials.recipe.seed, guided_batch(stage), materials.decode)
     save(folder / START, model, materials, parent.config.lineage)
     summary = report.to_dict() | {"frozen": frozen}
     write_json(folder / REPORT, summary)
@@ -106,12 +106,14 @@ def sample_both(
     cond: Cond,
     seed: int,
     batch: int = 16,
-    pictures: Callable[[Tensor], Tensor] = lambda images: images,
+    decode: Callable[[Tensor], Tensor] = lambda images: images,
 ) -> None:
-    """Write `before.png` and `after.png`: what a parent and its child draw of the same prompts and noise; `pictures`:
-    what makes pictures of their images."""
+    """Write `before.png` and `after.png`: samples of a parent and of the grown model, of the same prompts and noise.
+
+    `decode`: the models' images to pixels.
+    """
     for name, denoiser in (("before", before), ("after", after)):
-        drawn = sample(
+        found = sample(
             denoiser,
             cond[:GRID],
             size=(denoiser.resolution, denoiser.resolution),
@@ -120,7 +122,7 @@ def sample_both(
             guidance=GRID_GUIDANCE,
             batch=batch,
         )
-        save_grid(pictures(drawn.images).cpu(), folder / f"{name}.png")
+        save_grid(decode(found.images).cpu(), folder / f"{name}.png")
 
 
 def _kept(growth: dict[str, Any]) -> str:

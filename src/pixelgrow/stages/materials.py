@@ -1,4 +1,4 @@
-"""What the stages of a run share: opened data, the held-out part, the text cache, the device."""
+"""What the stages of a run share: data, held-out images, the text cache, the autoencoder, the device."""
 
 from __future__ import annotations
 
@@ -48,8 +48,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A part kept from training: pixels uint8 (H, W, 3) of each image, captions, origins; `bad`: files passed over.
-    `encode`: from images (B, 3, H, W) in [-1, 1] to what the stages work on."""
+    """Images kept from training: `pixels` uint8 (H, W, 3) and captions of each, and where they come from.
+
+    `bad`: files that could not be read. `encode`: images (B, 3, H, W) in [-1, 1] to what the stages work on.
+    """
 
     pixels: list[np.ndarray]
     captions: list[str]
@@ -61,18 +63,18 @@ class HeldOut:
         return len(self.pixels)
 
     def batch(self, rows: slice) -> Tensor:
-        """Images (B, 3, h, w) in [-1, 1], or latents, of some rows."""
+        """Some of the images (B, 3, h, w) in [-1, 1], or their latents."""
         return self.encode(to_tensor(np.stack(self.pixels[rows])))
 
     @property
     def images(self) -> Tensor:
-        """All of them, for the few that a training watches."""
+        """All images at once; only for few of them."""
         return self.batch(slice(None))
 
 
 @dataclass(frozen=True)
 class MadePairs:
-    """Where a stage's pairs are, the stage that made them, and the folder of the checkpoint of their teacher."""
+    """The folder of a stage's pairs, the stage that made them, and the checkpoint folder of their teacher."""
 
     folder: Path
     stage: PairsStage
@@ -81,17 +83,16 @@ class MadePairs:
 
 @dataclass
 class Materials:
-    """Opened once for a run, each part when it is first asked for."""
+    """What the stages of a run share. Each part is opened once, when it is first used."""
 
     recipe: Recipe
     folder: Path
     device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-
-    note: Callable[[str, Any], None] = field(default=lambda name, value: None, init=False)  # into a stage's record
+    note: Callable[[str, Any], None] = field(default=lambda name, value: None, init=False)  # of the stage's record
 
     @cached_property
     def data(self) -> StageData:
-        """The sources of the stages."""
+        """The sources of the recipe."""
         return StageData(self.recipe)
 
     @cached_property
@@ -101,36 +102,36 @@ class Materials:
 
     @cached_property
     def autoencoder(self) -> Autoencoder | None:
-        """What stands in front of the data and behind the samples; None where stages work on pixels."""
+        """The autoencoder between pixels and the stages' images; None if the stages work on pixels."""
         spec = self.recipe.latent
         return Autoencoder(spec.autoencoder, self.device) if spec else None
 
     @property
     def space(self) -> Space:
-        """What the stages' images are."""
+        """Channels and range of the stages' images."""
         return self.autoencoder.space if self.autoencoder else PIXELS
 
     @property
     def factor(self) -> int:
-        """Pixels of a picture's side for each of the stages' images'."""
+        """Pixels per side of one latent; 1 without an autoencoder."""
         return self.autoencoder.factor if self.autoencoder else 1
 
     @property
     def latent(self) -> dict[str, str]:
-        """The autoencoder as checkpoints and `stage.json` name it; empty for pixels."""
+        """Name and fingerprint of the autoencoder, for checkpoints and `stage.json`; empty for pixels."""
         made = self.autoencoder
         return {"autoencoder": made.name, "fingerprint": made.fingerprint} if made else {}
 
-    def pictures(self, images: Tensor) -> Tensor:
-        """The stages' images (B, C, h, w) as pictures (B, 3, H, W) in [-1, 1]."""
+    def decode(self, images: Tensor) -> Tensor:
+        """The stages' images (B, C, h, w) as pixels (B, 3, H, W) in [-1, 1]."""
         return self.autoencoder.decode(images) if self.autoencoder else images
 
     def patches(self, model: Denoiser | Generator) -> list[int]:
-        """Sides of a model's patches in pixels of its pictures: where seams would show."""
+        """Sides of a model's patches in pixels: where seams would show."""
         return [self.factor * side for side in model.net.config.patches]
 
     def seen(self, sources: Sequence[Source], side: int) -> list[Source]:
-        """Sources as a stage of `side` trains on them: themselves, or their latents, which are made here."""
+        """The sources as a stage of `side` trains on them: as they are, or encoded to latents."""
         if self.autoencoder is None:
             return list(sources)
         folder = self.folder / "latents"
@@ -146,21 +147,21 @@ class Materials:
         return MadePairs(self.folder / made.name, made, self.checkpoint(made.parent))
 
     def checkpoint(self, parent: str) -> Path:
-        """The checkpoint folder that a `from` means: of a stage of this run, or of its own."""
+        """The checkpoint folder that a `from` names: of a stage of this run, or any other."""
         return find(parent) if is_folder(parent) else self.folder / parent / CHECKPOINT
 
     def sees(self, stage: str, *accounts: Account) -> None:
-        """Say, and write into a stage's record, what it sees of its data."""
+        """Log how many of its images a stage uses, and write it into the stage's record."""
         for account in accounts:
             logger.info("%s: %s", stage, account.line())
         self.note("sees", [account.stored() for account in accounts])
 
     def images(self, stage: ModelStage | PairsStage, side: int) -> Account:
-        """What a stage that works at `side` sees of the images that it trains on."""
+        """How many images a stage that works at `side` trains on, or makes pairs of."""
         return self.data.images(stage, (self.factor * side, self.factor * side))
 
     def loader(self, mixture: Mixture, side: int, settings: TrainSettings, seed: int, bad_path: Path) -> Loader:
-        """The stream of training images of `side` pixels; `bad_path`: where bad files are listed."""
+        """A loader of training images of `side` pixels. `bad_path`: the list of bad files."""
         return Loader(
             self.seen(mixture.sources, side),
             mixture.weights,
@@ -174,10 +175,9 @@ class Materials:
         )
 
     def heldout(self, n: int, size: tuple[int, int]) -> HeldOut:
-        """Up to `n` held-out images at a stage's `size` (h, w), centre crops; the same ones whenever they are asked
-        for.
+        """Up to `n` held-out images of `size` (h, w), centre crops; the same ones at every call.
 
-        Files in order of a hash, scenes in their own; unreadable and too small ones are passed over.
+        Images that are unreadable or too small are passed over.
         """
         images: list[np.ndarray] = []
         captions: list[str] = []
@@ -204,19 +204,22 @@ class Materials:
         return UserError(f"held-out data ({names}) has no readable image of {size[0]}x{size[1]} or larger; add some")
 
     def check(self, stage: Stage, side: int) -> None:
-        """Raise UserError if a stage that works at `side` pixels finds no image, to train on or held out, or too many
-        bad ones, trains on what is held out, or may not mirror any image that it is told to."""
+        """Raise UserError if the data do not serve a stage that works on images of `side`.
+
+        Some images must be large enough, both to train on and held out, and not too many bad. Training and held-out
+        data must differ. A stage with `flip` needs a source that may be mirrored.
+        """
         size = (self.factor * side, self.factor * side)
         if isinstance(stage, ModelStage | PairsStage):
             losses = stage.losses if isinstance(stage, DistillStage | GrowStage) else None
             if losses and self.autoencoder and networks_used(losses):
                 raise UserError(
-                    f"stage {stage.name!r}: losses: models from outside see pictures, not latents: leave distance and "
+                    f"stage {stage.name!r}: losses: models from outside read pixels, not latents: leave distance and "
                     "discriminator to the teacher, and similarity out"
                 )
             if stage.flip and self.autoencoder:
                 raise UserError(
-                    f"stage {stage.name!r}: flip mirrors pictures, but latents are made once, of pictures as they are: "
+                    f"stage {stage.name!r}: flip mirrors images, but each image is encoded to latents once, as it is: "
                     "drop it"
                 )
             sources = self.data.mixture(stage).sources
@@ -235,7 +238,7 @@ class Materials:
             raise self._none_held_out(size)
 
     def account(self, held: HeldOut, mixture: Mixture, bad: BadFiles) -> None:
-        """Add the held-out files that could not be read to the account of the source that they were held out of."""
+        """Add held-out files that could not be read to the account of the source that they were held out of."""
         for source, file in held.bad:
             of = [whole(s) for s in mixture.sources]
             if isinstance(source, Subset) and source.parent in of:
@@ -244,7 +247,7 @@ class Materials:
                 logger.warning("%s: bad file %s: %s", source.name, file.key, file.reason)
 
     def encode(self, captions: Iterable[str]) -> None:
-        """Put every caption that a stage uses into the text cache, and say which are longer than the encoder reads."""
+        """Encode every caption that a stage uses into the text cache; warn of those longer than the encoder reads."""
         distinct = list(dict.fromkeys(captions))
         if done := self.text.ensure(distinct):
             logger.info("encoded %s captions", f"{done:,}")
@@ -254,19 +257,19 @@ class Materials:
         self.note("cut", asdict(cut))
 
     def cond(self, captions: Sequence[str]) -> Cond:
-        """The conditions of captions, encoded first where they are not yet."""
+        """The conditions of captions, which are encoded first if they are not in the cache."""
         self.text.ensure(captions)
         return self.text.cond(captions).to(self.device)
 
     def tokens(self, captions: Sequence[str], batch: int = 64) -> Iterator[Tensor]:
-        """The real tokens (N, dim) of encoded captions, `batch` captions at a time."""
+        """The tokens (N, dim) of encoded captions without padding, `batch` captions at a time."""
         for start in range(0, len(captions), batch):
             some = self.text.cond(captions[start : start + batch])
             assert some.tokens is not None and some.mask is not None
             yield some.tokens[some.mask]
 
     def describe(self, stage: Stage) -> dict[str, Any]:
-        """All that decides what a stage does, but its parents: for `stage.json`."""
+        """A stage's settings and the fingerprints of what it uses, except its parents, for `stage.json`."""
         spec = self.recipe.text
         settings = stage.model_dump(mode="json", by_alias=True, exclude={"data"})
         settings |= {"seed": self.recipe.seed}

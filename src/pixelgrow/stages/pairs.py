@@ -1,4 +1,4 @@
-"""The `pairs` stage: a teacher's data joined with latents, in shards that are done once."""
+"""The `pairs` stage: joins images with a teacher's latents, shard by shard. A finished shard is never made again."""
 
 from __future__ import annotations
 
@@ -31,19 +31,22 @@ from pixelgrow.stages.train import Parent
 from pixelgrow.training.log import Display
 from pixelgrow.writing import write_json
 
-CHECKED = 16  # images that are inverted and solved back
-DESCRIBED = 16384  # pairs whose latents are described
+CHECKED = 16  # images of the round trip: inverted and solved back
+DESCRIBED = 16384  # pairs whose latents' statistics are measured
 logger = logging.getLogger(__name__)
 
 
 class _Stopped(Exception):
-    """Raised in a worker when another has failed or the run is stopped."""
+    """Raised in a worker after another worker has failed or the run was stopped."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What every shard of a stage is made with. `decoding`: held by the one worker that asks the loader. `stopped`: set
-    when a worker has failed or the run is stopped, and seen at the next evaluation."""
+    """What a worker makes shards with.
+
+    `decoding`: a lock of the loader, which all workers share. `stopped`: set when a worker fails or the run is stopped;
+    every worker checks it at each network evaluation.
+    """
 
     stage: PairsStage
     denoiser: Denoiser
@@ -71,7 +74,7 @@ class Work:
         return denoised
 
     def weights(self, numbers: range, origin: Tensor) -> Tensor | None:
-        """The guidance weight (B,) of each number of the stream, with such an `origin`; None without a distribution."""
+        """Guidance weights (B,) of positions in the stream with their `origin`; None if there is no distribution."""
         if self.stage.distribution is None:
             return None
         caption = origin[:, 3] if self.loader.several else None
@@ -80,9 +83,9 @@ class Work:
     def batches(
         self, start: int, stop: int, decode: bool = True
     ) -> Iterator[tuple[Tensor, tuple[str, ...], Tensor, range]]:
-        """Images (B, 3, h, w), captions, origins (B, 3 or 4) and numbers of the stream from image `start` to `stop`.
+        """Images (B, 3, h, w), captions, origins (B, 3 or 4) and positions of the stream from `start` to `stop`.
 
-        Without `decode`, there are no images: (B, 3, 0, 0).
+        Without `decode`, images are (B, 3, 0, 0).
         """
         for at in range(start, stop, self.stage.batch):
             with self.decoding:
@@ -98,7 +101,7 @@ class Work:
 
     @torch.no_grad()
     def shard(self, start: int, stop: int, note: Callable[[int], None]) -> dict[str, Tensor]:
-        """The pairs of the images `start` to `stop` of the stream; `note` is told how many more are done."""
+        """The pairs of the stream's positions `start` to `stop`. `note` is called with the size of each batch done."""
         found: dict[str, list[Tensor]] = {}
 
         def keep(**tensors: Tensor) -> None:
@@ -114,9 +117,9 @@ class Work:
             given = {} if weights is None else {"guidance": weights}
             if sampled:
                 z = initial_noise((side, side), self.seed, numbers, channels)
-                drawn = self.ode.to_image(denoise, z.to(device))
-                drawn = self.denoiser.space.bound(drawn, self.denoiser.exact_factors)
-                keep(latent=z.half(), image=drawn.half(), origin=origin, **given)
+                samples = self.ode.to_image(denoise, z.to(device))
+                samples = self.denoiser.space.bound(samples, self.denoiser.exact_factors)
+                keep(latent=z.half(), image=samples.half(), origin=origin, **given)
             else:
                 keep(latent=self.ode.to_latent(denoise, images.to(device)).half(), origin=origin, **given)
                 may = torch.tensor([self._mirrors(int(source)) for source in origin[:, 0]])
@@ -135,8 +138,10 @@ class Work:
 
 
 def make(name: str, works: Sequence[Work], jobs: Sequence[tuple[Path, int, int]]) -> float | None:
-    """Write the shards of `jobs` (file, first image, end): each of `works`, in a thread of its own, the next one.
-    Returns images a second; None if there were none."""
+    """Write the shards of `jobs` (file, start, stop), one thread for each of `works`. Each takes the next job.
+
+    Returns images per second; None if there are no jobs.
+    """
     left, taking, counting, done = iter(jobs), threading.Lock(), threading.Lock(), 0
 
     def worker(work: Work) -> None:
@@ -172,14 +177,14 @@ def make(name: str, works: Sequence[Work], jobs: Sequence[tuple[Path, int, int]]
 
 
 def devices_of(stage: PairsStage, device: torch.device) -> list[torch.device]:
-    """The device of each worker: every GPU in turn, or `device`."""
+    """The device of each worker: the GPUs in turn, or `device`."""
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     workers = stage.workers or max(1, gpus)
     return [torch.device("cuda", i % gpus) if gpus else device for i in range(workers)]
 
 
 def pairs_stage(stage: PairsStage, parent: Parent, folder: Path, materials: Materials) -> dict[str, Any]:
-    """Run a `pairs` stage; returns the numbers of its run. Shards that are there and whole are not made again."""
+    """Run or resume a `pairs` stage; returns the numbers of its run."""
     denoiser, _ = checkpoint.load(parent.folder, materials.device)
     seed = rng.seed_of(materials.recipe.seed, "stage", stage.name)
     side = denoiser.resolution
@@ -195,7 +200,9 @@ def pairs_stage(stage: PairsStage, parent: Parent, folder: Path, materials: Mate
         bad_path=folder / BAD_FILES,
     )
     if stage.direction == "invert" and stage.n > len(loader):
-        logger.warning("%s: %d of %d images: some are inverted more than once", stage.name, stage.n, len(loader))
+        logger.warning(
+            "%s: n is %d, the data have %d images: some are inverted more than once", stage.name, stage.n, len(loader)
+        )
     materials.sees(stage.name, materials.images(stage, side))
     materials.encode(loader.texts())
     ode = Ode(stage.sampler, stage.steps, denoiser.sigma_min, denoiser.sigma_max)
@@ -210,10 +217,10 @@ def pairs_stage(stage: PairsStage, parent: Parent, folder: Path, materials: Mate
     pairs, some = 0, []
     for i in range(len(starts)):
         shard = read_shard(shard_path(folder, i))
-        assert shard is not None  # it was made or seen to be whole just now
-        some.append(shard["latent"][: max(0, DESCRIBED - pairs)].clone())  # the rest of the shard is let go
+        assert shard is not None  # it was made or read just now
+        some.append(shard["latent"][: max(0, DESCRIBED - pairs)].clone())  # a copy, so that the shard is freed
         pairs += len(shard["latent"])
-    logger.info("%s: %d pairs; inverting %d images and solving them back", stage.name, pairs, min(CHECKED, stage.n))
+    logger.info("%s: %d pairs; measuring a round trip of %d images", stage.name, pairs, min(CHECKED, stage.n))
     images, captions, origin, checked = next(work.batches(0, min(CHECKED, stage.n)))
     denoise = work.denoise(materials.cond(captions), work.weights(checked, origin))
     facts: dict[str, Any] = {
@@ -233,7 +240,7 @@ def pairs_stage(stage: PairsStage, parent: Parent, folder: Path, materials: Mate
     for band, numbers in facts["latents"].items():
         logger.info("latents, %s: %s", band, ", ".join(f"{k} {v:g}" for k, v in numbers.items()))
     psnrs = ", ".join(f"{v:g} dB from sigma {k}" for k, v in facts["round_trip_psnr"].items())
-    logger.info("inverted and solved back: %s", psnrs)
+    logger.info("round trip: %s", psnrs)
     return {
         "images": stage.n,
         "pairs": pairs,

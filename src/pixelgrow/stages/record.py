@@ -1,4 +1,4 @@
-"""`stage.json`: what a stage was told, what it started from, whether it is done. A changed stage is refused by it."""
+"""`stage.json`: a stage's settings, the hashes of its parents, and whether it is done. It shows what has changed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAMES = {  # settings that name a model, and those with its fingerprint
 class Record:
     """The `stage.json` of a stage's folder: `settings`, `parents` (hashes), `done`, and the numbers of its run.
 
-    A hidden copy is written beside it, and read where it is damaged. Raises UserError if both are.
+    A hidden copy beside it is read if it is damaged. Raises UserError if both are.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -63,11 +63,10 @@ class Record:
         free: Set[str] = frozenset(),
         explain: Callable[[str, Any], str] = lambda key, was: "",
     ) -> None:
-        """Raise UserError, naming the first setting that changed, if the stage was begun with others.
+        """Raise UserError if a setting or parent has changed since the stage began, naming the first.
 
-        `parents` None: they are not known yet, and not compared. `free`: settings that may change; so may the paths of
-        what is compared by its content. `explain(key, was)`: what changed, in words, where its value says little; "" to
-        show the values.
+        `parents`: None if they do not exist yet; they are not compared then. `free`: settings that may change. Paths of
+        what is compared by its content may change, too. `explain(key, was)`: the change in words; "" to show values.
         """
         if not self.values:
             return
@@ -94,7 +93,7 @@ class Record:
         self.write({**self.values, "settings": dict(settings), "parents": dict(parents), "done": False})
 
     def note(self, name: str, value: Any) -> None:
-        """Write down one thing about the run that goes on."""
+        """Write down one value about the run in progress."""
         self.write({**self.values, name: value})
 
     def finish(self, **numbers: Any) -> None:
@@ -109,12 +108,12 @@ class Record:
 
 
 def _by_name(parents: Mapping[str, Any]) -> dict[str, Any]:
-    """The hashes of parents by the names of their stages; of a folder, whatever its path."""
+    """The hashes of parents by the names of their stages. All checkpoint folders have one name."""
     return {FOLDER if is_folder(name) else name: digest for name, digest in parents.items()}
 
 
 def _may_change(key: str, was: Mapping[str, Any], new: Mapping[str, Any], free: Set[str]) -> bool:
-    """Whether a setting may be another one: as it is free, or only the path of what is compared by its content."""
+    """Whether a setting may change: it is free, or the path of something that is compared by its content."""
     if key == "from":
         return is_folder(str(was.get(key))) and is_folder(str(new.get(key)))  # parents are compared by their hashes
     if key.startswith("networks.") or NAMES.get(key) in new:
@@ -124,8 +123,11 @@ def _may_change(key: str, was: Mapping[str, Any], new: Mapping[str, Any], free: 
 
 
 def done_before(recipe: Recipe, folder: Path) -> list[str]:
-    """The stages of a recipe that are done in its folder. Raises UserError if one was begun with other settings of its
-    own, or another seed; whether its data are still the same shows when it runs."""
+    """Names of the stages of a recipe that are done in its folder.
+
+    Raises UserError if a stage was begun with other settings or another seed. Data are not opened, so a change of data
+    is found only when the recipe runs.
+    """
     records = {stage.name: Record(folder / stage.name) for stage in recipe.stages}
     for stage in recipe.stages:
         was = records[stage.name].values.get("settings", {})
@@ -135,7 +137,7 @@ def done_before(recipe: Recipe, folder: Path) -> list[str]:
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings and lists as one mapping of dotted keys; an empty one stands for itself."""
+    """Nested mappings and lists as one mapping with dotted keys; an empty mapping or list is a value."""
     items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else None
     if items is None or not value:
         return {prefix: value}

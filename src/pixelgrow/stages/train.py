@@ -1,4 +1,4 @@
-"""The `train` stage, and the training that follows a growth: from a denoiser to a checkpoint in the stage's folder."""
+"""The `train` stage, and the training after a growth: both train a denoiser and write a checkpoint."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ from pixelgrow.training.settings import TrainSettings
 from pixelgrow.writing import writing
 
 WATCHED = 64  # held-out images of the validation loss
-SPREAD = 4096  # captions that tell how text tokens are spread
-GRID = 16  # pictures of a sample grid
+SPREAD = 4096  # captions whose tokens are whitened
+GRID = 16  # images of a sample grid
 GRID_STEPS, GRID_GUIDANCE = 16, 2.0
 
 
@@ -45,7 +45,7 @@ class Parent:
 
 
 def read_parent(folder: Path, materials: Materials) -> Parent:
-    """The parent's configuration; UserError if it was trained with another text encoder than the recipe's."""
+    """A parent's configuration. Raises UserError if its text encoder, autoencoder or classes are not the recipe's."""
     config = checkpoint.read_config(folder)
     theirs, ours = config.text.get("fingerprint"), materials.text.fingerprint
     if theirs and theirs != ours:
@@ -53,28 +53,28 @@ def read_parent(folder: Path, materials: Materials) -> Parent:
         raise UserError(
             f"{folder} was trained with the text encoder {config.text.get('encoder')!r} "
             f"(max_tokens {config.text.get('max_tokens')}), the recipe says {spec.encoder!r} ({spec.max_tokens}): "
-            "write the recipe's text: as the checkpoint's"
+            "write the checkpoint's encoder into the recipe's text:"
         )
     if config.latent.get("fingerprint") != materials.latent.get("fingerprint"):
         raise UserError(
-            f"{folder} draws {_drawn(config.latent)}, the recipe says {_drawn(materials.latent)}: write the recipe's "
-            "latent: as the checkpoint's"
+            f"{folder} makes {_images(config.latent)}, the recipe says {_images(materials.latent)}: write the "
+            "checkpoint's autoencoder into the recipe's latent:"
         )
     names, have = config.text.get("classes"), materials.data.classes
     if names and have and names != list(have):
         raise UserError(
             f"{folder} was trained on the classes {', '.join(names)}, the data have {', '.join(have)}: "
-            "name the folders as they were"
+            "give the class folders the names of the checkpoint's classes"
         )
     return Parent(folder, config)
 
 
-def _drawn(latent: Mapping[str, Any]) -> str:
+def _images(latent: Mapping[str, Any]) -> str:
     return f"latents of {latent['autoencoder']}, {str(latent.get('fingerprint'))[:12]}" if latent else "pixels"
 
 
 def new_denoiser(stage: TrainStage, materials: Materials) -> Denoiser:
-    """A fresh Shallow-UViT, its weights a function of the recipe's seed and the stage's name."""
+    """A new Shallow-UViT; its weights are a function of the recipe's seed and the stage's name."""
     assert stage.size is not None and stage.resolution is not None
     text = materials.text
     classes = materials.recipe.text.classes
@@ -88,7 +88,7 @@ def new_denoiser(stage: TrainStage, materials: Materials) -> Denoiser:
 
 
 def train_stage(stage: TrainStage, parent: Parent | None, folder: Path, materials: Materials) -> dict[str, Any]:
-    """Run a `train` stage; returns the numbers of its run."""
+    """Run or resume a `train` stage; returns the numbers of its run."""
     entry = {"stage": stage.name, "verb": "train", "recipe": materials.recipe.name, "images": stage.images}
     if parent is None:
         denoiser = new_denoiser(stage, materials)
@@ -107,43 +107,42 @@ def fit(
     lineage: list[dict[str, Any]],
     *,
     fresh: bool = False,
-    until: int | None = None,
+    stop_at: int | None = None,
     after: Path | None = None,
 ) -> dict[str, Any]:
-    """Train what requires gradients, going on where it was cut off; write `folder/checkpoint`, of the first average.
+    """Train the parameters that require gradients, or resume; write the first average to `folder/checkpoint`.
 
-    `fresh`: the network is new, and learns from the captions how its text tokens are spread. `until`, `after`: of a
-    stage in phases, see `loop.train`.
+    `fresh`: the network is new, so its text whitening is set from the captions. `stop_at`, `after`: of a stage in
+    phases, see `loop.train`.
     """
     recipe = materials.recipe
     denoiser = denoiser.to(materials.device)
     side = denoiser.resolution
-    # Each stage has a stream of its own: a grown model does not meet the core's images and noise again.
+    # Each stage has its own stream: a grown model does not repeat the order and noise of its core's training.
     seed = rng.seed_of(recipe.seed, "stage", stage.name, "")
     mixture = materials.data.mixture(stage)
-    bad_path = materials.folder / stage.name / BAD_FILES  # one account for the phases of a stage
+    bad_path = materials.folder / stage.name / BAD_FILES  # shared by the phases of a stage
     loader = materials.loader(mixture, side, settings, seed, bad_path)
     held = materials.heldout(WATCHED, (side, side))
     materials.account(held, mixture, loader.bad)
     materials.sees(stage.name, materials.images(stage, side))
     texts = list(loader.texts())
-    materials.encode(chain(texts, held.captions))  # at once: the encoder is loaded and dropped once
+    materials.encode(chain(texts, held.captions))  # in one call, which loads the encoder once
     if fresh and not materials.recipe.text.classes:
         denoiser.net.core.whiten(materials.tokens(texts[:: -(-len(texts) // SPREAD)]))
     cond = materials.cond(held.captions)
 
-    def pictures() -> Tensor:
-        few = cond[:GRID]
-        drawn = sample(
+    def samples() -> Tensor:
+        found = sample(
             denoiser,
-            few,
+            cond[:GRID],
             size=(side, side),
             seed=recipe.seed,
             steps=GRID_STEPS,
             guidance=GRID_GUIDANCE,
             batch=guided_batch(settings),
         )
-        return materials.pictures(drawn.images)
+        return materials.decode(found.images)
 
     sampling = stage.sampling.given if stage.sampling else {}
 
@@ -156,7 +155,7 @@ def fit(
         validation_hook(
             denoiser, held.images, cond, settings.validate_every or 0, seed=recipe.seed, batch=settings.micro_batch
         ),
-        grid_hook(pictures, folder, settings.sample_every or 0, columns=8, patches=materials.patches(denoiser)),
+        grid_hook(samples, folder, settings.sample_every or 0, columns=8, patches=materials.patches(denoiser)),
     ]
     result = loop.train(
         DenoiseObjective(denoiser, materials.text, settings, seed),
@@ -167,7 +166,7 @@ def fit(
         hooks=hooks,
         name=f"{recipe.name}/{folder.relative_to(materials.folder)}",
         keep=keep,
-        until=until,
+        stop_at=stop_at,
         after=after,
     )
     return finish(
@@ -186,7 +185,7 @@ def finish(
     sampling: dict[str, Any] | None = None,
     noise: NoiseConfig | None = None,
 ) -> dict[str, Any]:
-    """Write the checkpoint of a run that is through, of its first average; returns the numbers of the run."""
+    """Write the first average of a finished training as a checkpoint; returns the numbers of the run."""
     averages = result.averages[part]
     with averages[0].applied() if averages else nullcontext():
         digest = save(folder, model, materials, lineage, sampling, noise)
@@ -206,12 +205,12 @@ def finish(
 
 
 def guided_batch(settings: TrainSettings) -> int:
-    """Pictures that are drawn at a time: guidance evaluates two rows of each, no more in all than a micro-batch."""
+    """Images sampled at a time: guidance doubles the rows, which must be no more than a micro-batch."""
     return max(1, settings.micro_batch // 2)
 
 
 def write_prompts(folder: Path, captions: Sequence[str]) -> None:
-    """`samples/prompts.txt`: what the pictures of a grid were asked to be, one a line."""
+    """Write `samples/prompts.txt`, the prompts of a grid's images, one a line."""
     path = folder / "samples" / "prompts.txt"
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -226,7 +225,7 @@ def save(
     sampling: dict[str, Any] | None = None,
     noise: NoiseConfig | None = None,
 ) -> str:
-    """Write a checkpoint of the run; returns the hash of its weights. Raises UserError if the disk is full."""
+    """Write a checkpoint; returns the hash of its weights. Raises UserError if the disk is full."""
     text = materials.recipe.text
     config = CheckpointConfig(
         network=model.net.config,
@@ -243,6 +242,6 @@ def save(
 
 
 def parameters_of(model: Denoiser | Generator) -> Mapping[str, int]:
-    """Parameters in all, and how many of them train."""
+    """Number of all parameters, and of those that train."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return {"all": sum(n for n, _ in sizes), "training": sum(n for n, trains in sizes if trains)}

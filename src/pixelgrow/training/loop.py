@@ -76,26 +76,26 @@ def train(
     flops: float | None = None,
     console: Console | None = None,
     keep: Keep | None = None,
-    until: int | None = None,
+    stop_at: int | None = None,
     after: Path | None = None,
 ) -> TrainResult:
     """Train until `settings.images` have been seen; resumes from `folder/state` if there is one.
 
     A run in phases with different frozen tensors takes one call for each phase, with the same settings: one schedule
-    runs through them all. The first phase ends at `until` images; the second names the first's folder in `after`.
+    runs through them all. The first phase ends at `stop_at` images; the second names the first's folder in `after`.
 
     batches: position in the stream -> the micro-batches from there on, of `settings.micro_batch` images each.
     folder: gets `state/`, `log.jsonl`, `tensorboard/`, `snapshots/`. The modules hold the last weights at the end.
     flops: per image, forward and backward; counted on the first batch if None.
     keep: writes a checkpoint of the modules. If bad data or non-finite steps stop the run, it is called as
     keep(folder / "checkpoint", images seen) while the modules hold the first averages. Not called before any good step.
-    until: images of the whole run after which this phase ends; `settings.images` if None.
+    stop_at: images of the whole run after which this phase ends; `settings.images` if None.
     after: folder of the phase before, read if `folder` has no state. Counters, weights, averages and optimizer state
     are taken from there. Tensors that were frozen in it start from the module's weights, with averages equal to them
     and an empty optimizer state.
     Raises UserError (damaged state, full disk, bad data, too many non-finite steps) and Interrupted.
     """
-    run = Training(objective, settings, Path(folder), seed, keep, until, after)
+    run = Training(objective, settings, Path(folder), seed, keep, stop_at, after)
     return run.run(batches, hooks, name, flops, console)
 
 
@@ -109,11 +109,11 @@ class Training:
         folder: Path,
         seed: int,
         keep: Keep | None = None,
-        until: int | None = None,
+        stop_at: int | None = None,
         after: Path | None = None,
     ) -> None:
         self.objective, self.settings, self.folder, self.seed, self.keep = objective, settings, folder, seed, keep
-        self.until = settings.images if until is None else until
+        self.stop_at = settings.images if stop_at is None else stop_at
         self.device = next(p for m in objective.modules.values() for p in m.parameters()).device
         self.dtype = precision.training_dtype(settings.precision, self.device)
         self.parameters = {part: optim.trainable(m) for part, m in objective.modules.items()}
@@ -308,10 +308,10 @@ class Training:
             with (
                 process.settings(self.device, s.compile),
                 stop_signals() as stop,
-                Display(name, self.until, c.images, console) as display,
+                Display(name, self.stop_at, c.images, console) as display,
             ):
                 while True:
-                    done = c.images >= self.until
+                    done = c.images >= self.stop_at
                     if not self.bad:
                         self.good = self._now(log.lines)
                     if stop or done or (c.images and (self.clock.due or crossed(s.save_every, before, c.images))):
@@ -341,7 +341,7 @@ class Training:
                         raise
                     meter.add(s.batch, worked, waited)
                     c.seconds += worked + waited
-                    if crossed(s.log_every, before, c.images) or c.images >= self.until:
+                    if crossed(s.log_every, before, c.images) or c.images >= self.stop_at:
                         self._report(log, meter)
                     display.update(c.images, meter.note)
         finally:
@@ -366,12 +366,12 @@ class Training:
     def _look(self, hooks: Sequence[Hook], before: int, log: Log) -> None:
         """Write a snapshot of the averages and run hooks, if due."""
         c, s = self.counters, self.settings
-        if s.snapshot_every and c.images and (crossed(s.snapshot_every, before, c.images) or c.images >= self.until):
+        if s.snapshot_every and c.images and (crossed(s.snapshot_every, before, c.images) or c.images >= self.stop_at):
             for part, emas in self.averages.items():
                 kept = {f"{e.length}/{n}": t.half() for e in emas for n, t in e.tensors.items()}
                 state.write_tensors(self.folder / "snapshots" / part / f"{c.images:012d}.safetensors", kept)
         for hook in hooks:
-            if hook.due(before, c.images, self.until):
+            if hook.due(before, c.images, self.stop_at):
                 with monitor.averaged(self.objective, self.averages, self.device, self.dtype):
                     values = hook.run(c.images)
                 if values:
