@@ -15,14 +15,10 @@ def test_every_file_is_named_and_every_name_is_a_file() -> None:
     named: set[str] = set()
     room = ""
     for line in listed.splitlines():
-        if head := re.match(r"\*\*(\w+)/\*\*|\*\*The (root|other rooms)\*\*", line):
-            room = head[1] or ""
-        if not line.startswith("| `"):
-            continue
-        first, rest = line.strip("| ").split(" | ", 1)
-        folders = re.findall(r"`([\w/]+)/`", first)
-        inside = re.findall(r"`(\w+\.py)`", first + (rest if folders else ""))
-        named |= {"/".join([p for p in (room, *folders, f) if p]) for f in inside}
+        if head := re.fullmatch(r"\*\*(The root|[\w/]+/)\*\*", line):
+            room = head[1].removeprefix("The root")
+        elif row := re.match(r"\| `(\w+\.py)` \| .+ \|", line):
+            named.add(room + row[1])
     files = {p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py") if not p.name.startswith("__")}
     assert named - files == set() and files - named == set()
 
