@@ -67,7 +67,7 @@ def run(recipe: Recipe, root: Path = Path("runs")) -> Path:
 def _check(recipe: Recipe, materials: Materials, records: Mapping[str, Record]) -> None:
     """Check every stage before any of them runs: settings, networks, parents on disk, data."""
     for stage in recipe.stages:
-        explain = partial(materials.data.explain, materials.folder, stage)
+        explain = partial(materials.data.explain, stage)
         records[stage.name].check(materials.describe(stage), free=stage.free, explain=explain)
     _warn_of_missing_parents(recipe, records)
     nets = networks(recipe)
@@ -82,12 +82,12 @@ def _run_stage(stage: Stage, record: Record, materials: Materials, where: str) -
     """Run a stage that is not done. `where`: the stage's number and name, for messages."""
     parent = _parent(stage, materials)
     settings, parents = materials.describe(stage), _hashes(stage, parent, materials.folder)
-    record.check(settings, parents, stage.free, partial(materials.data.explain, materials.folder, stage))
+    record.check(settings, parents, stage.free, partial(materials.data.explain, stage))
     if record.done:
         logger.info("%s: already done", where)
         return
     logger.info("%s: %s", where, "resuming" if record.values else "starting")
-    materials.data.list_samples(materials.folder, stage)
+    materials.data.list_samples(stage)
     _warn_of_micro_batches(stage, record)
     record.begin(settings, parents)
     reset_peak(materials.device)

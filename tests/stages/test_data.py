@@ -85,6 +85,14 @@ def test_changed_data_are_refused_and_the_difference_is_named(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("make", [classes, paired])
+def test_a_run_does_not_train_on_its_own_images(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    folder = make(tmp_path / "set")
+    text = {"encoder": "minilm"} if make is paired else {"classes": 2}
+    with pytest.raises(UserError, match=r"runs/r: this run's folder lies in .*set, whose images .* with --runs"):
+        run(recipe(folder, text=text), folder / "runs")
+
+
 def test_another_held_out_part_is_refused_and_named(copied: Path) -> None:
     with pytest.raises(UserError, match=r"what is held out of .*/set changed since it was begun \(heldout or seed\)"):
         run(recipe(copied / "set", heldout={"fraction": 0.4}), copied / "runs")
@@ -141,7 +149,7 @@ def test_every_stage_reports_what_it_sees(tmp_path: Path, caplog: pytest.LogCapt
 
 
 def test_held_out_images_have_one_order_at_every_size(tmp_path: Path) -> None:
-    data = StageData(recipe(classes(tmp_path / "set", 80), heldout={"fraction": 0.3}))  # 40 to 119 wide, 30 high
+    data = StageData(recipe(classes(tmp_path / "set", 80), heldout={"fraction": 0.3}), None)  # 40 to 119 wide, 30 high
     orders = {w: [s.key(i) for s, i in data.heldout_order((30, w))] for w in (1, 60, 90)}
     for w, order in orders.items():
         assert order == [key for key in orders[1] if 40 + int(key[2:-4]) >= w]

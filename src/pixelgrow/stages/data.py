@@ -16,6 +16,7 @@ from pixelgrow.data.account import Account, account_of
 from pixelgrow.data.order import shuffled
 from pixelgrow.data.scenes.source import Scenes
 from pixelgrow.data.sources.base import Source, Subset, heldout_split, large_enough
+from pixelgrow.data.sources.folders import ClassFolder, PairedFolder
 from pixelgrow.data.sources.identity import FORM, differences, write_samples
 from pixelgrow.data.sources.index import FileSource
 from pixelgrow.data.sources.opening import open_mixture
@@ -44,9 +45,13 @@ class Mixture:
 
 @dataclass
 class StageData:
-    """The sources of a recipe's stages. Each is indexed once a run, when it is first needed."""
+    """The sources of a recipe's stages. Each is indexed once a run, when it is first needed.
+
+    `folder`: the run's; None where nothing is run.
+    """
 
     recipe: Recipe
+    folder: Path | None
     classes: tuple[str, ...] = field(default=(), init=False)  # names of classes by label
     _opened: dict[tuple[DataSpec, ...], tuple[Mixture, list[Source]]] = field(default_factory=dict, init=False)
 
@@ -69,6 +74,7 @@ class StageData:
         if not spec.source:
             return self._open(self.recipe.data)[1]
         sources, _ = open_mixture(spec.opening)
+        self._check_place(sources)
         self._check_classes(sources)
         return sources
 
@@ -137,10 +143,10 @@ class StageData:
             found["data"] = self.mixture(stage).describe()
         return found
 
-    def explain(self, folder: Path, stage: Stage, key: str, was: Any) -> str:
+    def explain(self, stage: Stage, key: str, was: Any) -> str:
         """How a source differs from the one with the fingerprint `was`, in words.
 
-        `folder`: of the run. `key`: of `describe(stage)`; "" is returned for keys that are not fingerprints.
+        `key`: of `describe(stage)`; "" is returned for keys that are not fingerprints.
         """
         found = re.fullmatch(r"(data|heldout)\[(\d+)\]\.fingerprint", key)
         sources = self._used(stage)[found[1]] if found else []
@@ -157,14 +163,16 @@ class StageData:
             )
         if was.startswith(source.fingerprint):
             return f"what is held out of {source.name} changed since it was begun (heldout or seed)"
-        what = differences(folder / SAMPLES, was[: len(source.fingerprint)], source)
+        assert self.folder is not None
+        what = differences(self.folder / SAMPLES, was[: len(source.fingerprint)], source)
         return f"{source.name} changed since it was begun{what and ': '}{what}"
 
-    def list_samples(self, folder: Path, stage: Stage) -> None:
-        """Write lists of the samples in a stage's sources of files to a run's `folder`, for `explain`."""
+    def list_samples(self, stage: Stage) -> None:
+        """Write lists of the samples in a stage's sources of files to the run's folder, for `explain`."""
+        assert self.folder is not None
         for source in map(whole, chain(*self._used(stage).values())):
             if isinstance(source, FileSource):
-                write_samples(folder / SAMPLES, source)
+                write_samples(self.folder / SAMPLES, source)
 
     def _used(self, stage: Stage) -> dict[str, list[Source]]:
         """The sources of a stage under the keys of `describe`."""
@@ -179,6 +187,7 @@ class StageData:
 
     def _index(self, specs: tuple[DataSpec, ...]) -> tuple[Mixture, list[Source]]:
         sources, weights = open_mixture([spec.opening | _weight(spec) for spec in specs])
+        self._check_place(sources)
         self._check_classes(sources)
         held: list[Source] = []
         for i, source in enumerate(sources):
@@ -189,6 +198,17 @@ class StageData:
                 sources[i], rest = heldout_split(source, spec.fraction, self.recipe.seed, at_most=spec.at_most)
                 held.append(rest)
         return Mixture(sources, weights), held
+
+    def _check_place(self, sources: Sequence[Source]) -> None:
+        """UserError if the run's own images would be among a source's."""
+        for source in sources:
+            if self.folder is None or not isinstance(source, ClassFolder | PairedFolder):
+                continue
+            if self.folder.resolve().is_relative_to(Path(source.name).resolve()):
+                raise UserError(
+                    f"{self.folder}: this run's folder lies in {source.name}, whose images it trains on, and its own "
+                    "would be among them; name a folder elsewhere with --runs"
+                )
 
     def _check_classes(self, sources: Sequence[Source]) -> None:
         """Raise UserError unless the sources fit the recipe's text: captions for an encoder, classes for labels.

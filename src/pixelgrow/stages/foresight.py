@@ -32,7 +32,7 @@ def foreseen(recipe: Recipe) -> Foresight:
 
     Reads the header of every image, as a run does when it starts. Raises UserError for data that a run would refuse.
     """
-    data, nets, accounts = StageData(recipe), networks(recipe), dict[str, Account]()
+    data, nets, accounts = StageData(recipe, None), networks(recipe), dict[str, Account]()
     factor = Autoencoder(recipe.latent.autoencoder).factor if recipe.latent else 1
     held = [recipe.heldout] if recipe.heldout.source else recipe.data
     for stage in recipe.stages:

@@ -93,7 +93,7 @@ class Materials:
     @cached_property
     def data(self) -> StageData:
         """The sources of the recipe."""
-        return StageData(self.recipe)
+        return StageData(self.recipe, self.folder)
 
     @cached_property
     def text(self) -> TextCache:
