@@ -100,6 +100,25 @@ def test_the_teachers_features_are_the_default() -> None:
     assert isinstance(networks.distance, FeatureDistance) and networks.distance.features is teacher
 
 
+def test_feature_networks_are_known_by_name_and_fingerprint_and_captions_need_a_clip(tmp_path: Path) -> None:
+    save_vision(tmp_path / "vit", "ViT")
+    save_both(tmp_path / "clip")
+    vit, clip = str(tmp_path / "vit"), str(tmp_path / "clip")
+    losses = LossSettings(distance=vit, discriminator=clip, similarity=SimilaritySettings(model=clip))
+    prints = {name: describe(name).fingerprint for name in (vit, clip)}
+    used = {"distance": f"{vit} {prints[vit]}", "discriminator": f"{clip} {prints[clip]}"}
+    assert networks_used(losses) == used | {"similarity": f"{clip} {prints[clip]}"}
+    with pytest.raises(UserError, match="is of type 'vit', expected 'clip'"):
+        networks_used(LossSettings(similarity=SimilaritySettings(model=vit)))
+    teacher = TeacherFeatures(shallow())
+    networks = load_networks(losses, teacher)
+    assert isinstance(networks.similarity, ClipSimilarity) and isinstance(networks.distance, FeatureDistance)
+    looks = images_of(2, 8), cond(2), torch.zeros(2, 2)
+    for found, name in ((networks.features, clip), (networks.distance.features, vit)):
+        want = VisionFeatures(load_vision(name), teacher)(*looks)
+        assert all(torch.equal(a, b) for a, b in zip(found(*looks).tokens, want.tokens, strict=True))
+
+
 # --- LPIPS ------------------------------------------------------------------------------------------------------------
 
 

@@ -272,6 +272,16 @@ def test_a_teacher_from_outside_is_inverted_and_distilled(tmp_path: Path, kind: 
         made.latent_size((7, 8))
 
 
+def test_a_generator_from_outside_starts_as_its_teacher_at_the_highest_noise() -> None:
+    teacher = OutsideDenoiser(unet(), scheduler(), sigma_max=20.0)
+    made, z = OutsideGenerator(teacher), torch.randn(2, 3, 8, 8)
+    assert torch.equal(made(z, cond(2)), teacher(20 * z, torch.full((2,), 20.0), cond(2)))
+    assert (made.resolution, made.latent_resolution, made.guided) == (8, 8, False)
+    with torch.no_grad():
+        made.last_layer.zero_()  # a copy, which trains
+    assert teacher.unet.conv_out.weight.any() and made.last_layer.requires_grad
+
+
 def test_the_output_layer_of_a_generator_from_outside_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     made = OutsideGenerator(OutsideDenoiser(unet(), scheduler()))
     compiled: list[nn.Module] = []

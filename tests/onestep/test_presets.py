@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from pixelgrow.errors import UserError
 from pixelgrow.growth import freeze, grow_network, grown_config, last_blocks
+from pixelgrow.onestep.settings import LossSettings
 from pixelgrow.plan.shapes import networks
 from pixelgrow.recipe.read import read_recipe
 from pixelgrow.recipe.stages import DistillStage, GrowStage
@@ -92,6 +94,29 @@ def test_mistakes_are_one_line(distill: dict[str, Any], grow: dict[str, Any], wo
     with pytest.raises(UserError) as error:
         networks(stages(distill, grow))
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"features": -0.1},
+        {"pixels": -0.1},
+        {"scale": 0},
+        {"discriminator_rate": 0},
+        {"discriminator": "lpips"},
+        {"augment": ["flip"]},
+        {"similarity": {"model": "x", "weight": -0.1}},
+        {"similarity": {}},
+        {"weight": 1},
+    ],
+)
+def test_losses_that_mean_nothing_are_refused(given: dict[str, Any]) -> None:
+    (name,) = given
+    with pytest.raises(ValidationError, match=name):
+        LossSettings(**given)
+    edge = {"features": 0, "pixels": 0, "scale": 1e-9, "discriminator_rate": 1e-9}
+    if name in edge:
+        assert getattr(LossSettings(**{name: edge[name]}), name) == edge[name]
 
 
 def test_the_last_blocks_of_a_base_train_and_the_rest_of_it_stays() -> None:
