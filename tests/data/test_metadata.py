@@ -129,6 +129,19 @@ def test_bad_rows_of_a_csv_are_counted_with_the_lines_that_they_swallow(tmp_path
     }
 
 
+def test_a_missing_image_of_a_row_of_several_lines_is_one_sample(tmp_path: Path) -> None:
+    (tmp_path / "0.png").write_bytes(an_image())
+    write_csv(tmp_path, [{"file_name": f"{i}.png", "text": "three\nlines\nof text"} for i in range(2)])
+    assert [(bad.key, bad.samples) for bad in as_files(tmp_path).bad] == [("1.png", 1)]
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.jsonl"])
+def test_another_encoding_is_named(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes("file_name,text\na.png,a\n".encode("utf-16"))
+    with pytest.raises(UserError, match="it is UTF-16; expected UTF-8"):
+        open_source(str(tmp_path))
+
+
 def test_rows_of_a_csv_are_read_again(tmp_path: Path) -> None:
     for i in range(2):
         (tmp_path / f"{i}.png").write_bytes(an_image(shade=i))

@@ -110,6 +110,11 @@ def test_what_a_file_is_its_bytes_say(tmp_path: Path) -> None:
     assert reasons(classes)["a/real.gif"] == "a GIF file, not a JPEG, PNG or WebP image"
 
 
+def test_pairs_are_in_the_order_of_their_images() -> None:
+    """A sample that webdataset's key finds stands where its image does: the order of a source is that of its names."""
+    assert match(["a.seg.png", "a.txt", "b.png", "b.txt"], lambda i: True).pairs == [(0, 1), (2, 3)]
+
+
 @pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
 def test_the_unicode_form_of_a_name_makes_no_difference(forms: tuple[str, str], tmp_path: Path) -> None:
     image, caption = (unicodedata.normalize(form, "été.jpg") for form in forms)
