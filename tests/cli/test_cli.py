@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pytest
@@ -18,7 +18,6 @@ from PIL import Image
 from pixelgrow import checkpoint
 from pixelgrow.checkpoint import CheckpointConfig
 from pixelgrow.cli.main import share_cores
-from pixelgrow.cli.sample import save_png
 from pixelgrow.diffusion.denoiser import Denoiser
 from pixelgrow.models.sizes import core_config, shallow_uvit
 from pixelgrow.models.uvit import UViT
@@ -85,7 +84,10 @@ def test_help_is_quick_and_leaves_torch_alone() -> None:
     ("words", "expected"),
     [
         (["rnu"], "there is no verb 'rnu'; did you mean run?"),
-        (["xyz"], "there is no verb 'xyz'; expected one of average, data, demo, edit, grow, info, plan, run, sample"),
+        (
+            ["xyz"],
+            "there is no verb 'xyz'; expected one of average, data, demo, edit, graft, grow, info, plan, run, sample",
+        ),
         (["edit"], "edit: a verb is missing; expected one of inpaint, interpolate, transfer, upscale"),
         (["edit", "inpant"], "edit: there is no verb 'inpant'; did you mean inpaint?"),
         (["run"], "run: RECIPE is missing (A recipe"),
@@ -115,7 +117,7 @@ def test_help_is_quick_and_leaves_torch_alone() -> None:
         (["run", LONG], "File name too long"),
         (["run", "smoke", "--dry-run", "--set", f"text.encoder={LONG}"], "File name too long"),
         (["average", LONG, "--length", "0.1", "-o", "out"], "File name too long"),
-        (["average", "MODEL", "--length", "0.1", "-o", LONG], "is not a stage that has trained"),
+        (["average", "MODEL", "--length", "0.1", "-o", LONG], "is no stage that was trained"),
         (["sample", "MODEL", "1", "-o", f"{LONG}/x.png"], "File name too long"),
         (["grow", "MODEL", "--to", "32", "-o", LONG], "File name too long"),
         (["plan", "--size", "giant"], "got 'giant', expected one of tiny, small"),
@@ -144,7 +146,7 @@ def test_help_is_quick_and_leaves_torch_alone() -> None:
         (["data", "images/0/a.png"], "images/0/a.png: a single image is no source"),
         (["grow", "MODEL", "--to", "24", "-o", "out"], "cannot grow from 16 to 24 px"),
         (["grow", "MODEL", "--to", "0", "-o", "out"], "cannot grow from 16 to 0 px"),
-        (["average", "MODEL", "--length", "0.1", "-o", "out"], "is not a stage that has trained"),
+        (["average", "MODEL", "--length", "0.1", "-o", "out"], "is no stage that was trained"),
         (["grow", "MODEL", "--to", "32", "-o", "MODEL"], "holds a checkpoint already"),
         (["grow", "MODEL", "--to", "32", "-o", "."], "cannot be written to '.'"),
         (["grow", "MODEL", "--to", "32", "-o", "images"], "images holds 0 and 2 more"),
@@ -188,7 +190,7 @@ def test_another_average_of_a_stage_becomes_a_checkpoint(model: Path, run_cli: R
     [
         ("pixelgrow.model.sample", "sample MODEL 1", "run it again with a smaller --batch"),
         ("pixelgrow.cli.grow.grow", "grow MODEL --to 32 -o out --data images", "grow it by a recipe's grow stage"),
-        ("pixelgrow.model.sample", "edit upscale MODEL small.png --prompt 1", "crop the picture"),
+        ("pixelgrow.model.sample", "edit upscale MODEL small.png --prompt 1", "crop the image"),
         ("pixelgrow.plan.recipe.parts_of", "info MODEL", "use a machine with more memory"),
     ],
 )
@@ -263,12 +265,14 @@ def test_sample_writes_single_files_that_the_grid_holds(model: Path, run_cli: Ru
 def test_single_files_are_written_as_they_are_made(
     model: Path, run_cli: RunCli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(image: Image.Image, path: Path, facts: object) -> None:
+    save = Image.Image.save
+
+    def full(image: Image.Image, path: Path, **settings: Any) -> None:
+        save(image, path, **settings)
         if "0003" in path.name:
             raise OSError(errno.ENOSPC, "No space left on device")
-        save_png(image, path, facts)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("pixelgrow.cli.sample.save_png", full)
+    monkeypatch.setattr(Image.Image, "save", full)
     words = ["sample", model, "0", "-n", "5", "--steps", "1", "--batch", "2", "-o", "many"]
     result = run_cli(*words, cwd=tmp_path)
     assert (result.code, "cannot write many/0003-0.png: No space left" in result.err) == (2, True)

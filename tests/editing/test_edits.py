@@ -639,9 +639,9 @@ def test_interpolations_are_strips_and_gifs(run_cli: RunCli, files: Path, tmp_pa
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("inpaint many a.png --prompt 1", "Missing option '--mask'"),
-        ("inpaint many a.png --mask mask.png", "Missing option '--prompt'"),
-        ("inpaint many", "Missing argument 'IMAGE'"),
+        ("inpaint many a.png --prompt 1", "edit inpaint: --mask is missing (Mask of"),
+        ("inpaint many a.png --mask mask.png", "edit inpaint: --prompt is missing"),
+        ("inpaint many", "edit inpaint: IMAGE is missing"),
         ("inpaint many none.png --mask mask.png --prompt 1", "cannot read none.png: No such file"),
         ("inpaint many a.png --mask none.png --prompt 1", "cannot read none.png: No such file"),
         ("inpaint many . --mask mask.png --prompt 1", "cannot read .: Is a directory"),
@@ -659,10 +659,10 @@ def test_interpolations_are_strips_and_gifs(run_cli: RunCli, files: Path, tmp_pa
         ("transfer many a.png --from 1 --to 2 --strength 2", "strength=2.0: expected more than 0 and at most 1"),
         ("upscale many a.png --prompt 1", "cannot be enlarged to 16 px: expected a shorter side of 8, 4, 2, 1"),
         ("interpolate many --prompt 1", "both ends are the same"),
-        ("interpolate many --prompt 1 --seed 1 --seed 2 --fit", "--fit: there is no picture to scale and crop"),
+        ("interpolate many --prompt 1 --seed 1 --seed 2 --fit", "--fit: there is no image to scale and crop"),
         ("interpolate many --prompt 1 --image a.png", "and 1 images: expected one or two prompts"),
         ("interpolate many --prompt 1 --seed 1 --seed 2 -o x.webp", "ends in .png (a strip) or .gif"),
-        ("unpaint", "No such command 'unpaint'"),
+        ("unpaint", "edit: there is no verb 'unpaint'; did you mean inpaint?"),
     ],
 )
 def test_a_mistake_is_one_line(words: str, expected: str, run_cli: RunCli, files: Path) -> None:
@@ -679,7 +679,7 @@ def test_out_of_memory_says_what_an_edit_can_do(run_cli: RunCli, files: Path, mo
 
     monkeypatch.setattr(editing, "inpaint", inpaint)
     result = run_cli("edit", *["inpaint", "many", "a.png", "--mask", "mask.png", "--prompt", "1"], cwd=files)
-    assert result.code == 2 and "out of memory (much): crop the picture" in result.err and "--batch" not in result.err
+    assert result.code == 2 and "out of memory (much): crop the image" in result.err and "--batch" not in result.err
 
 
 def test_a_prompt_of_words_needs_a_model_of_words(run_cli: RunCli, files: Path) -> None:

@@ -1,4 +1,5 @@
-"""The command line: one file a verb, or two where a verb has work of its own behind it (`sample`, `grow`, `average`).
+"""The command line. `main` is the entry point; `verbs`, `edit` and `data` declare the verbs and their options; a verb
+with work of its own has a file for it.
 
 The topmost room: it may import every other, and none imports it. Slow imports wait inside the verbs, so that `--help`
 and a mistyped option answer at once.

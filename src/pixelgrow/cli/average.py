@@ -1,4 +1,4 @@
-"""The `average` verb: the snapshots that a stage left to a checkpoint of another average of its weights."""
+"""The `average` verb: from a stage's snapshots to a checkpoint with another average of its weights."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pixelgrow.writing import reading, writing
 
 
 def average_checkpoint(stage: Path, length: float, out: Path, images: int | None = None) -> str:
-    """Write the average of `length` (sigma_rel) as of `images` to `out`; returns a line on it. Raises UserError.
+    """Write the average of `length` (sigma_rel) at `images` seen to `out`; returns a line on it. Raises UserError.
 
-    stage: a stage's folder, with `checkpoint/` and `snapshots/`. What did not train is the checkpoint's own.
+    stage: a stage's folder, with `checkpoint/` and `snapshots/`. Tensors without a snapshot are the checkpoint's.
     """
     with reading(stage):
         trained = (stage / CHECKPOINT / checkpoint.CONFIG).is_file()
     if not trained:
-        raise UserError(f"{stage} is not a stage that has trained: expected a folder such as runs/photos/core")
+        raise UserError(f"{stage} is no stage that was trained: expected a folder such as runs/photos/core")
     checkpoint.check_target(out)
     if out.resolve() == (stage / CHECKPOINT).resolve():
         raise UserError(f"{out} is the stage's own checkpoint: name another folder")

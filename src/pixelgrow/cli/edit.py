@@ -1,4 +1,4 @@
-"""The command line's `edit`: its verbs and their options."""
+"""The verbs of `edit` with their options and help."""
 
 from __future__ import annotations
 
@@ -9,45 +9,58 @@ import typer
 
 edit = typer.Typer(rich_markup_mode=None)
 
-Checkpoint = Annotated[str, typer.Argument(help="A folder of a checkpoint or stage, a built-in model, a hub name.")]
-Picture = Annotated[Path, typer.Argument(metavar="IMAGE", help="A JPEG, PNG or WebP file.")]
-Prompt = Annotated[str, typer.Option("--prompt", help="What the picture shows; of a model of classes, its class.")]
-Out = Annotated[Path, typer.Option("-o", "--out", help="The PNG to write.")]
-Seed = Annotated[int | None, typer.Option("--seed", help="Of the noise, or of the first latent that is tried; else 0.")]
-Fit = Annotated[bool, typer.Option("--fit", help="Scale and crop to the model's square, a mask with its picture.")]
+Checkpoint = Annotated[
+    str, typer.Argument(help="A checkpoint's or stage's folder, a built-in model (tiny, tiny-onestep), or a hub name.")
+]
+Image = Annotated[Path, typer.Argument(help="A JPEG, PNG or WebP file.")]
+Prompt = Annotated[str, typer.Option("--prompt", help="What the image shows; a class for a model of classes.")]
+Out = Annotated[Path, typer.Option("-o", "--out", help="The .png to write.")]
+Seed = Annotated[int | None, typer.Option("--seed", help="Random seed. Default: 0.")]
+Fit = Annotated[bool, typer.Option("--fit", help="Scale and crop the image, and its mask, to the model's square.")]
 Teacher = Annotated[
     str | None,
-    typer.Option("--teacher", help="One step: the multi-step checkpoint whose ODE shows where the descent begins."),
+    typer.Option(
+        "--teacher", help="One-step: the multi-step checkpoint to invert the image with, where fitting starts."
+    ),
 ]
-Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Multi-step: solver steps.")]
+Steps = Annotated[int | None, typer.Option("--steps", min=1, help="Multi-step: sampling steps.")]
 Guidance = Annotated[
     float | None,
-    typer.Option("--guidance", min=0, help="Multi-step or guided: to the prompt; 1: none."),
+    typer.Option("--guidance", min=0, help="Multi-step, or one-step with guidance: guidance weight; 1 is none."),
 ]
 Sampler = Annotated[str | None, typer.Option("--sampler", help="Multi-step: dpm++2m, heun, ddim or ddpm.")]
 Iterations = Annotated[
     int | None,
     typer.Option(
-        "--iterations", min=0, help="One step: of the descent, at most; else 200, from a teacher's latent 30."
+        "--iterations", min=0, help="One-step: most steps to fit the latent. Default: 200; 30 with --teacher."
     ),
 ]
-Starts = Annotated[int | None, typer.Option("--starts", min=1, help="One step: latents tried before the descent.")]
-Prior = Annotated[float | None, typer.Option("--prior", help="One step: how much likely latents are preferred.")]
+Starts = Annotated[
+    int | None,
+    typer.Option("--starts", min=1, help="One-step: random latents to try first; the best is fitted. Default: 8."),
+]
+Prior = Annotated[
+    float | None, typer.Option("--prior", help="One-step: weight of the latent's prior in the fit. Default: 0.01.")
+]
 Tolerance = Annotated[
-    float | None, typer.Option("--tolerance", help="One step: the error, of [-1, 1], at which the descent ends.")
+    float | None,
+    typer.Option("--tolerance", help="One-step: stop fitting at this error of pixels in [-1, 1]. Default: 0.02."),
 ]
 
 
 @edit.callback()
 def _about() -> None:
-    """Edit pictures, with a multi-step model or a one-step generator."""
+    """Edit images: inpaint, upscale, transfer, interpolate.
+
+    Multi-step models and one-step generators both edit; options for one kind say so.
+    """
 
 
 @edit.command()
 def inpaint(
     checkpoint: Checkpoint,
-    image: Picture,
-    mask: Annotated[Path, typer.Option("--mask", help="As large as the picture: black is kept, the rest filled.")],
+    image: Image,
+    mask: Annotated[Path, typer.Option("--mask", help="Mask of the image's size: black is kept, the rest is filled.")],
     prompt: Prompt,
     out: Out = Path("inpainted.png"),
     fit: Fit = False,
@@ -60,7 +73,11 @@ def inpaint(
     prior: Prior = None,
     tolerance: Tolerance = None,
 ) -> None:
-    """Fill what a mask covers by the prompt; all else stays as it is."""
+    """Fill the masked part of an image. All other pixels stay as they are.
+
+    \b
+    pixelgrow edit inpaint tiny photo.png --mask mask.png --prompt "a red circle"
+    """
     _edit(
         "inpaint", checkpoint, [prompt], out, images=[image], mask=mask, fitted=fit, arguments={"seed": seed},
         settings=_settings(steps, guidance, sampler, iterations, starts, prior, tolerance),
@@ -70,7 +87,7 @@ def inpaint(
 @edit.command()
 def upscale(
     checkpoint: Checkpoint,
-    image: Picture,
+    image: Image,
     prompt: Prompt,
     out: Out = Path("upscaled.png"),
     teacher: Teacher = None,
@@ -83,7 +100,13 @@ def upscale(
     prior: Prior = None,
     tolerance: Tolerance = None,
 ) -> None:
-    """Enlarge a picture of half, a quarter ... of the model's side; averaged down again, it is the one given."""
+    """Upscale a small image to the model's resolution.
+
+    The image's shorter side is the model's divided by 2, 4, 8 and so on. Averaged down, the result is the image given.
+
+    \b
+    pixelgrow edit upscale tiny small.png --prompt "a red circle"
+    """
     _edit(
         "upscale", checkpoint, [prompt], out, images=[image], teacher=teacher, arguments={"seed": seed},
         settings=_settings(steps, guidance, sampler, iterations, starts, prior, tolerance),
@@ -93,12 +116,13 @@ def upscale(
 @edit.command()
 def transfer(
     checkpoint: Checkpoint,
-    image: Picture,
-    source: Annotated[str, typer.Option("--from", help="What the picture shows: a prompt, or a class.")],
-    target: Annotated[str, typer.Option("--to", help="What it is to show.")],
+    image: Image,
+    source: Annotated[str, typer.Option("--from", help="What the image shows: a prompt or a class.")],
+    target: Annotated[str, typer.Option("--to", help="What the result is to show: a prompt or a class.")],
     out: Out = Path("transferred.png"),
     strength: Annotated[
-        float | None, typer.Option("--strength", help="Multi-step: how far back to noise, in (0, 1].")
+        float | None,
+        typer.Option("--strength", help="Multi-step: how far back towards noise, in (0, 1]. Default: 0.7."),
     ] = None,
     teacher: Teacher = None,
     fit: Fit = False,
@@ -111,7 +135,11 @@ def transfer(
     prior: Prior = None,
     tolerance: Tolerance = None,
 ) -> None:
-    """Change what a picture shows from one prompt, or class, to another."""
+    """Change an image from one prompt or class to another.
+
+    \b
+    pixelgrow edit transfer tiny photo.png --from "a red circle" --to "a blue star"
+    """
     _edit(
         "transfer", checkpoint, [source, target], out, images=[image], teacher=teacher, fitted=fit,
         arguments={"strength": strength, "seed": seed},
@@ -122,11 +150,17 @@ def transfer(
 @edit.command()
 def interpolate(
     checkpoint: Checkpoint,
-    prompts: Annotated[list[str], typer.Option("--prompt", help="Of one end, and of the other; one: of both.")],
-    out: Out = Path("interpolated.gif"),
-    frames: Annotated[int, typer.Option("--frames", help="Pictures, both ends among them.")] = 8,
-    images: Annotated[list[Path] | None, typer.Option("--image", help="The ends' pictures: give two.")] = None,
-    seeds: Annotated[list[int] | None, typer.Option("--seed", help="The ends' seeds: one or two; else 0.")] = None,
+    prompts: Annotated[list[str], typer.Option("--prompt", help="Prompt of both ends; give two for one each.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The .gif to write, or a .png with all frames.")] = Path(
+        "interpolated.gif"
+    ),
+    frames: Annotated[int, typer.Option("--frames", help="Number of images, both ends included.")] = 8,
+    images: Annotated[
+        list[Path] | None, typer.Option("--image", help="Start from images in place of seeds: give two, one an end.")
+    ] = None,
+    seeds: Annotated[
+        list[int] | None, typer.Option("--seed", help="Random seed of both ends; give two for one each. Default: 0.")
+    ] = None,
     teacher: Teacher = None,
     fit: Fit = False,
     steps: Steps = None,
@@ -137,7 +171,12 @@ def interpolate(
     prior: Prior = None,
     tolerance: Tolerance = None,
 ) -> None:
-    """From one prompt, seed or picture to another: a GIF, or a strip where --out ends in .png."""
+    """Interpolate between two prompts, seeds or images.
+
+    \b
+    pixelgrow edit interpolate tiny --prompt "a red circle" --prompt "a blue star"
+    pixelgrow edit interpolate tiny --prompt "a red circle" --seed 1 --seed 2 -o strip.png
+    """
     _edit(
         "interpolate", checkpoint, prompts, out, images=images or [], teacher=teacher, fitted=fit,
         arguments={"frames": frames, "seeds": seeds or None},

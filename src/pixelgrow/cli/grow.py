@@ -1,4 +1,4 @@
-"""The `grow` verb: a checkpoint on disk to a larger one beside it, with no training."""
+"""The `grow` verb: from a checkpoint to one of higher resolution, without training."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WATCHED = 64  # images that both models are measured on
 
 
 def grow_checkpoint(name: str, to: int, out: Path, *, source: str, init: str, kind: str = "auto", seed: int = 0) -> str:
-    """Grow a checkpoint to `to` pixels and write it to `out`; returns the report in words. Raises UserError."""
+    """Grow a checkpoint to `to` pixels and write it to `out`; returns the report as text. Raises UserError."""
     if init not in get_args(Init):
         raise UserError(f"--init {init!r}: expected one of {', '.join(get_args(Init))}")
     with writing(out):
@@ -36,14 +36,16 @@ def grow_checkpoint(name: str, to: int, out: Path, *, source: str, init: str, ki
         raise UserError(
             f"{name} is a one-step generator: it grows by a recipe's grow stage, with pairs: of its teacher"
         )
-    grown_config(model.denoiser.net.config, to, cast("Init", init))  # a mistake here is told before data are read
+    grown_config(model.denoiser.net.config, to, cast("Init", init))  # before data are read
     spec = {"source": source} | ({"split": "heldout"} if source == "scenes" else {"kind": kind})
     (opened,), _ = open_mixture(spec)
     _check_classes(model, opened)
     if model.autoencoder is not None:
-        opened = Latents(opened, model.autoencoder, model.denoiser.space.channels, out)  # made for this once, not kept
+        opened = Latents(
+            opened, model.autoencoder, model.denoiser.space.channels, out
+        )  # encoded for this call, not kept
     batch = take(opened, WATCHED, (to, to))
-    logger.info("growing to %d px; measuring and drawing both on %d images of %s", to, len(batch.text), source)
+    logger.info("growing to %d px; measuring and sampling both models on %d images of %s", to, len(batch.text), source)
     cond = model.encode(batch.text)
     child, report = grow(
         model.denoiser, to, cast("Init", init), images=batch.image.to(model.device), cond=cond, seed=seed
@@ -58,7 +60,7 @@ def grow_checkpoint(name: str, to: int, out: Path, *, source: str, init: str, ki
         sample_both(beside, model.denoiser, child, cond, seed, decode=model.decode)
         write_json(beside / REPORT, report.to_dict())
         checkpoint.save(out, child, config)
-    return describe(report.to_dict()) + f"\nwritten to {out}; the report and pictures of both to {beside}"
+    return describe(report.to_dict()) + f"\nwritten to {out}; the report and samples of both to {beside}"
 
 
 def _check_classes(model: Model, source: Source) -> None:

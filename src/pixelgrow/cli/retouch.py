@@ -1,4 +1,4 @@
-"""The `edit` verbs: picture files in, a picture file out that carries its settings."""
+"""The `edit` verbs: from image files to an image file with its settings as metadata."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pixelgrow.cli.sample import check_grid, check_writable, save_png, show_progress
+from pixelgrow.cli.sample import check_grid, check_writable, replacing, save_png, show_progress, typed
 from pixelgrow.data.images import BadImage, fit, read_header, read_image
 from pixelgrow.editing import edits as editing
 from pixelgrow.errors import UserError
 from pixelgrow.model import Model, find
 from pixelgrow.pictures import columns_of, grid
-from pixelgrow.writing import reading, writing
+from pixelgrow.writing import reading
 
 PAUSE = 120  # milliseconds of a GIF's frame
 STRIP = 8  # frames of one row; more make a grid
@@ -24,10 +24,9 @@ STRIP = 8  # frames of one row; more make a grid
 
 @dataclass(frozen=True)
 class Request:
-    """An edit: `verb` of `editing` with its own `arguments`, the pictures' files among them under `images` and `mask`.
+    """An edit: a function of `editing.edits` (`verb`), its files (`images`, `mask`) and other `arguments`.
 
-    `fitted`: scale and crop pictures to the model's square, the mask with its picture. `settings` of the model's kind,
-    None where its own hold.
+    `fitted`: scale and crop images, and the mask, to the model's square. `settings`: None for the model's own.
     """
 
     verb: str
@@ -48,53 +47,47 @@ def retouch(request: Request) -> Path:
     if out.suffix.lower() != ".png" and not (strip and out.suffix.lower() == ".gif"):
         raise UserError(f"--out {out}: expected a name that ends in .png{' (a strip) or .gif' if strip else ''}")
     if request.fitted and not request.images:
-        raise UserError("--fit: there is no picture to scale and crop; drop it, or give two --image")
-    read = [_read(path) for path in request.images]
+        raise UserError("--fit: there is no image to scale and crop; drop it, or give two --image")
+    prompts, read = [typed(prompt) for prompt in request.prompts], [_read(path) for path in request.images]
     masks = [] if request.mask is None else [_mask(request.mask, read[0])]
     model = Model.from_pretrained(request.checkpoint)
     teacher = None if request.teacher is None else Model.from_pretrained(request.teacher, model.device)
     check_writable(out, out.parent, single=True)
     if out.is_dir():
-        raise UserError(f"--out {out}: that is a folder; expected the name of a picture to write")
+        raise UserError(f"--out {out}: that is a folder; expected the name of a file to write")
     if request.fitted:
         side = (model.resolution, model.resolution)
-        read = [fit(Image.fromarray(picture), side) for picture in read]
+        read = [fit(Image.fromarray(image), side) for image in read]
         masks = [_fit_mask(mask, model.resolution) for mask in masks]
     if strip and out.suffix.lower() == ".png":
         frames = request.arguments["frames"]
-        check_grid(
-            out,
-            read[0].shape[:2] if read else (model.side, model.side),
-            _columns(frames),
-            frames,
-            "fewer --frames, or a .gif",
-        )
+        size = read[0].shape[:2] if read else (model.side, model.side)
+        check_grid(out, size, _columns(frames), frames, "ask for fewer --frames, or name a .gif")
     keywords: dict[str, Any] = {k: v for k, v in request.arguments.items() if v is not None} | request.settings
     if teacher is not None:
         keywords["teacher"] = teacher
     keywords["progress"] = show_progress
     match request.verb:
         case "inpaint":
-            made = editing.inpaint(model, read, masks, request.prompts, **keywords)
+            made = editing.inpaint(model, read, masks, prompts, **keywords)
         case "upscale":
-            made = editing.upscale(model, read, request.prompts, **keywords)
+            made = editing.upscale(model, read, prompts, **keywords)
         case "transfer":
-            made = editing.transfer(model, read, *request.prompts, **keywords)
+            made = editing.transfer(model, read, *prompts, **keywords)
         case _:
-            made = editing.interpolate(model, request.prompts, images=read, **keywords)
+            made = editing.interpolate(model, prompts, images=read, **keywords)
     facts = {
         "edit": request.verb,
         "checkpoint": str(find(request.checkpoint)),
         "sha256": model.config.sha256,
-        "prompts": request.prompts,
+        "prompts": prompts,
         **({"images": [str(path) for path in request.images]} if request.images else {}),
         **({"mask": str(request.mask)} if request.mask else {}),
         **({"teacher": str(find(request.teacher))} if request.teacher else {}),
         **({"fit": True} if request.fitted else {}),
         **{k: v for k, v in (request.arguments | request.settings).items() if v is not None},
     }
-    with writing(out):
-        _save(made, out, facts)
+    _save(made, out, facts)
     return out
 
 
@@ -103,44 +96,43 @@ def _columns(frames: int) -> int:
     return frames if frames <= STRIP else columns_of(1, frames)
 
 
-def _save(pictures: list[Image.Image], out: Path, facts: dict[str, Any]) -> None:
-    """One picture, a strip or, by its name, a GIF whose comment has the settings."""
+def _save(images: list[Image.Image], out: Path, facts: dict[str, Any]) -> None:
+    """Write one image, all in one PNG, or a GIF with the settings as its comment. Raises CannotWrite."""
     if out.suffix.lower() == ".png":
-        save_png(grid(map(np.asarray, pictures), _columns(len(pictures)), len(pictures)), out, facts)
+        save_png(grid(map(np.asarray, images), _columns(len(images)), len(images)), out, facts)
         return
-    part = out.with_name(f".{out.name}.part")
-    pictures[0].save(
-        part, format="GIF", save_all=True, append_images=pictures[1:], duration=PAUSE, loop=0,
-        comment=json.dumps(facts).encode(),
-    )  # fmt: skip
-    part.replace(out)
+    with replacing(out) as part:
+        images[0].save(
+            part, format="GIF", save_all=True, append_images=images[1:], duration=PAUSE, loop=0,
+            comment=json.dumps(facts).encode(),
+        )  # fmt: skip
 
 
 def _read(path: Path) -> np.ndarray:
-    """A picture's file, uint8 (h, w, 3), at its own size."""
+    """An image file, uint8 (h, w, 3), at its own size."""
     try:
         with reading(path), path.open("rb") as file:
             size = read_header(file).size
             file.seek(0)
             return read_image(file, size)
     except BadImage as error:
-        raise UserError(f"{path} cannot be used ({error.reason}): expected a JPEG, PNG or WebP picture") from None
+        raise UserError(f"{path} cannot be used ({error.reason}): expected a JPEG, PNG or WebP image") from None
 
 
-def _mask(path: Path, picture: np.ndarray) -> np.ndarray:
-    """A mask's file, bool (h, w), True where it is not black; UserError unless it is as large as its picture."""
+def _mask(path: Path, image: np.ndarray) -> np.ndarray:
+    """A mask file, bool (h, w), True where it is not black; UserError unless it has its image's size."""
     mask: np.ndarray = _read(path).astype(bool).max(2)
-    if mask.shape != picture.shape[:2]:
-        (h, w), (ph, pw) = mask.shape, picture.shape[:2]
+    if mask.shape != image.shape[:2]:
+        (h, w), (ih, iw) = mask.shape, image.shape[:2]
         raise UserError(
-            f"--mask {path} is {h}x{w} (height x width), its picture {ph}x{pw}: expected one size; draw the mask over "
-            "the picture"
+            f"--mask {path} is {h}x{w} (height x width), its image {ih}x{iw}: expected the same size; make the mask "
+            "from the image"
         )
     return mask
 
 
 def _fit_mask(mask: np.ndarray, side: int) -> np.ndarray:
-    """A mask through the same window as its picture: True where any of it falls into a pixel."""
+    """A mask cropped and scaled as its image is: True where any of it falls into a pixel."""
     h, w = mask.shape
     scale = min(h, w) / side
     top, left = (h - side * scale) / 2, (w - side * scale) / 2

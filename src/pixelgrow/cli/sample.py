@@ -1,4 +1,4 @@
-"""The `sample` verb: prompts to PNG files that carry their settings."""
+"""The `sample` verb: from prompts to PNG files with their settings as metadata."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import os
 import re
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,15 +120,13 @@ def sample_images(request: Request) -> list[Path]:
     }
     if not single:
         sheet = grid(map(np.asarray, images), columns, len(each), numbered=request.preview)
-        with writing(request.out):
-            save_png(sheet, request.out, facts | {"prompts": each, "index": index})
+        save_png(sheet, request.out, facts | {"prompts": each, "index": index})
         return [request.out]
     stem = request.out.stem + "-" if png else ""
     paths = []
     for i, image, prompt in zip(index, images, each, strict=True):
         path = folder / f"{stem}{i:04d}-{_slug(prompt)}.png"
-        with writing(path):
-            save_png(image, path, facts | {"prompt": prompt, "index": i})
+        save_png(image, path, facts | {"prompt": prompt, "index": i})
         paths.append(path)
     return paths
 
@@ -156,7 +156,7 @@ def picked_numbers(text: str, count: int) -> list[int]:
 
 
 def typed(text: str) -> str:
-    """A command line's text as UTF-8, which a locale may have read otherwise; UserError if it is not."""
+    """A prompt of the command line as the UTF-8 that was typed, in any locale; UserError if it is not UTF-8."""
     try:
         return os.fsencode(text).decode("utf-8") if not text.isprintable() else text
     except UnicodeError as error:
@@ -176,7 +176,7 @@ def check_grid(out: Path, size: tuple[int, int], columns: int, count: int, inste
 
 
 def check_writable(out: Path, folder: Path, single: bool = False) -> None:
-    """Make `folder` and see that files can be written to it; UserError if not, or if a grid's name is a folder's."""
+    """Make `folder` and check that files can be written there; UserError if not, or if a grid's `out` is a folder."""
     with writing(out):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -187,7 +187,7 @@ def check_writable(out: Path, folder: Path, single: bool = False) -> None:
 
 
 def _guide(name: str, model: Model) -> Model | Network:
-    """The weaker model of a name: `base` is what the model was before its last `preserve` growth."""
+    """The guide of a name; `base` is the model before its last `preserve` growth."""
     if name == "base":
         return model.denoiser.base
     guide = Model.from_pretrained(name)
@@ -204,13 +204,28 @@ def parse_size(text: str) -> tuple[int, int]:
 
 
 def save_png(image: Image.Image, path: Path, facts: dict[str, Any]) -> None:
-    """Write a PNG whole or not at all, its settings as JSON in the text chunk `pixelgrow`."""
+    """Write a PNG with its settings as JSON in the text chunk `pixelgrow`. Raises CannotWrite."""
     info = PngImagePlugin.PngInfo()
     info.add_text("Software", f"pixelgrow {__version__}")
     info.add_text("pixelgrow", json.dumps(facts))
+    with replacing(path) as part:
+        image.save(part, format="PNG", pnginfo=info)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path`, which it replaces if it was written. Raises CannotWrite.
+
+    For images that can be made again: unlike `writing.atomic`, it does not wait for the disk.
+    """
     part = path.with_name(f".{path.name}.part")
-    image.save(part, format="PNG", pnginfo=info)
-    part.replace(path)
+    with writing(path):
+        try:
+            yield part
+            part.replace(path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
 
 
 def _read(file: Path | None) -> list[str]:
@@ -233,7 +248,7 @@ def _slug(prompt: str) -> str:
 
 
 def show_progress(done: int, total: int) -> None:
-    """A line that counts, where there is a terminal."""
+    """Show a line that counts steps, on a terminal."""
     if sys.stderr.isatty():
         end = "\n" if done == total else ""
         sys.stderr.write(f"\r{done} of {total} steps{end}")
