@@ -335,7 +335,9 @@ def test_data(run_cli: RunCli, tmp_path: Path) -> None:
     result = run_cli("data", "images", "--recipe", "smoke", cwd=tmp_path)
     assert result.code == 0, result.err
     assert (tmp_path / "contact-sheet.png").exists()
-    assert [line.split() for line in result.out.splitlines() if line.startswith("16x16")] == [["16x16", "3"]]
+    assert [line.split() for line in result.out.splitlines() if line.startswith("16x16")] == [
+        ["16x16", "sees", "3", "of", "3", "images"]
+    ]
 
 
 def test_data_names_bad_files(run_cli: RunCli, tmp_path: Path) -> None:

@@ -79,3 +79,27 @@ stages:
     mistaken = run_cli("run", recipe, "--dry-run", "--rate", "1e9", "--set", "text={encoder: minilm}", cwd=tmp_path)
     assert (mistaken.code, "set has class folders, not captions" in mistaken.err) == (2, True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["recipe.yaml", "set"]
+
+
+def test_what_a_recipe_would_see_and_refuse(run_cli: RunCli, tmp_path: Path) -> None:
+    folder = classes(tmp_path / "set", 20)
+    torn = folder / "a" / "0.png"
+    torn.write_bytes(torn.read_bytes()[:-30])
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        """
+name: seen
+text: {classes: 2}
+data: {source: set}
+stages: [{train: {name: core, size: tiny, resolution: 32, stride: 4, images: 8}}]
+"""
+    )
+    found = lines(run_cli("data", "set", "--recipe", recipe, cwd=tmp_path).out)
+    assert found["usable images"] == "19"
+    assert found["32x32"] == "sees 0 of 20 images: 10 too small, 10 held out"
+    small = run_cli("data", "set", "--recipe", recipe, "--sheet", tmp_path / "s.png", cwd=tmp_path)
+    assert small.err == ""
+    recipe.write_text(recipe.read_text().replace("{classes: 2}", "{encoder: minilm}"))
+    result = run_cli("data", "set", "--recipe", recipe, cwd=tmp_path)
+    assert (result.code, lines(result.out)["32x32"]) == (0, "sees 0 of 20 images: 20 too small")
+    assert result.err.startswith("a run of seen would be refused: set has class folders, not captions")

@@ -310,13 +310,23 @@ def test_inspection(tmp_path: Path) -> None:
     (tmp_path / "b/5.png").write_bytes(b"")
     (tmp_path / "b/6.gif").write_bytes(b"GIF89a")
     (tmp_path / "b/readme").write_bytes(b"")
-    found = inspect_source(open_source(str(tmp_path)), [(64, 64), (80, 80)], sheet=tmp_path / "out/sheet.png")
-    assert (found.files, found.samples, found.decoded) == (6, 4, 4)
+    source = open_source(str(tmp_path))
+    found = inspect_source(source, [(64, 64), (80, 80)], sheet=tmp_path / "out/sheet.png")
+    assert (found.files, found.samples, found.decoded) == (6, 3, 4)
     assert [(over.reason, over.count, over.example) for over in found.passed] == [(NEITHER, 1, "b/readme")]
     assert found.guess == "its 2 folders are taken for classes; write kind: classes to say so"
     assert {bad.key for bad in found.bad} == {"b/4.png", "b/5.png", "b/6.gif"}
     assert found.sides == ((64, 4),)
-    assert found.stages == (((64, 64), 4), ((80, 80), 1))
+    assert [(size, account.line()) for size, account in found.stages] == [
+        ((64, 64), "sees 3 of 6 images: 3 bad"),
+        ((80, 80), "sees 0 of 6 images: 3 too small, 3 bad"),
+    ]
+    for numbers, line in (
+        ([0, 1, 2], "sees 3 of 6 images: 1 held out, 2 bad"),
+        ([0, 3], "sees 1 of 6 images: 2 held out, 3 bad"),
+    ):
+        part = inspect_source(source, [(64, 64)], train=Subset(source, np.array(numbers), "part"))
+        assert part.stages[0][1].line() == line
     assert found.classes == (("a", 2), ("b", 2))
     why = {reason.example: reason.samples for reason in found.reasons()}
     assert why == {"b/4.png": 1, "b/5.png": 1, "b/6.gif": 1}

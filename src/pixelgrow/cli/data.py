@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,9 +12,11 @@ from typer.core import TyperGroup
 from pixelgrow.errors import UserError
 
 if TYPE_CHECKING:
+    from pixelgrow.data.sources.base import Source, Subset
     from pixelgrow.recipe.stages import Recipe
     from pixelgrow.text.cut import Cut
 
+logger = logging.getLogger(__name__)
 COUNT = "count"
 SHEET = Path("contact-sheet.png")
 
@@ -46,7 +49,7 @@ def count(
 ) -> None:
     """Look into a source of images: counts, sizes, captions, bad files, a contact sheet. Nothing is written into it."""
     from pixelgrow.data.badfiles import write_list
-    from pixelgrow.data.inspect import captions_in, inspect_source
+    from pixelgrow.data.inspect import STAGES, captions_in, inspect_source
     from pixelgrow.data.sources.base import strays_of
     from pixelgrow.data.sources.opening import open_source
     from pixelgrow.recipe.read import load_recipe
@@ -58,8 +61,8 @@ def count(
     sheet_path = sheet or (None if _within(SHEET, source) else SHEET)
     read = load_recipe(recipe) if recipe is not None else None
     opened = open_source({"source": source} | ({} if source == "scenes" else {"kind": kind}))
-    sizes = {"stages": _sizes(read)} if read is not None else {}
-    found = inspect_source(opened, decode=decode or None, sheet=sheet_path, **sizes)
+    stages, train = (STAGES, None) if read is None else (_sizes(read), _train(read, opened))
+    found = inspect_source(opened, stages, decode or None, sheet_path, train)
     if bad is not None:
         write_list(bad, opened, [*found.bad, *strays_of(opened)])
     cut = None if read is None or found.classes else _cut(read, captions_in(opened))
@@ -101,6 +104,25 @@ def _cut(recipe: Recipe, captions: list[str]) -> Cut | None:
         return None
     spec = describe(recipe.text.encoder, recipe.text.max_tokens)
     return cut_in(load_tokenizer(spec), list(dict.fromkeys(captions)), spec.max_tokens)
+
+
+def _train(recipe: Recipe, source: Source) -> Subset | None:
+    """What a run of the recipe would train on of a source; None if that is all of it.
+
+    Says what a run would refuse: class folders with a text encoder, captions without one.
+    """
+    from pixelgrow.data.scenes.source import Scenes
+    from pixelgrow.data.sources.base import heldout_split
+    from pixelgrow.stages.data import StageData
+
+    try:
+        StageData(recipe, None).check_classes([source])
+        if recipe.heldout.source or isinstance(source, Scenes):
+            return None
+        return heldout_split(source, recipe.heldout.fraction, recipe.seed, at_most=recipe.heldout.at_most)[0]
+    except UserError as error:
+        logger.warning("a run of %s would be refused: %s", recipe.name, error)
+        return None
 
 
 def _sizes(recipe: Recipe) -> list[tuple[int, int]]:

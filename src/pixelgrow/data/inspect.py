@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from pixelgrow.data.account import Account, account_of
 from pixelgrow.data.images import BadImage
 from pixelgrow.data.sources.base import (
     BadFile,
     PassedOver,
     Source,
+    Subset,
     bad_of,
     files_of,
     large_enough,
@@ -26,6 +28,7 @@ from pixelgrow.writing import writing
 
 SHEET = (4, 8)  # rows, columns of the contact sheet
 TILE = 128  # pixels
+STAGES = ((64, 64), (128, 128), (256, 256), (512, 512))  # sizes (h, w) of stages, where no recipe says which
 _LABEL = 30  # pixels below a tile
 _MAX_CAPTIONS = 20_000
 
@@ -56,14 +59,14 @@ class Inspection:
     name: str
     kind: str  # how its captions come
     files: int  # distinct images, those that are bad or lost included
-    samples: int  # usable (image, caption) pairs
+    samples: int  # usable (image, caption) pairs, without those that could not be decoded
     guess: str  # what was assumed about the source, if anything
     passed: tuple[PassedOver, ...]  # files that are no samples and no faults
     notes: tuple[tuple[str, int], ...]  # what else is true of some of its files, and of how many
     decoded: int  # samples that were decoded to look for damage
     bad: tuple[BadFile, ...]  # found by the index and by decoding
     sides: tuple[tuple[int, int], ...]  # (from this smaller side on, up to twice that: number of samples)
-    stages: tuple[tuple[tuple[int, int], int], ...]  # (a stage's size, number of samples it would see)
+    stages: tuple[tuple[tuple[int, int], Account], ...]  # (a stage's size, what it would see)
     words: Lengths  # of the captions looked at
     characters: Lengths
     captions: int  # how many captions were looked at
@@ -83,25 +86,26 @@ class Inspection:
 
 def inspect_source(
     source: Source,
-    stages: Sequence[tuple[int, int]] = ((64, 64), (128, 128), (256, 256), (512, 512)),
+    stages: Sequence[tuple[int, int]] = STAGES,
     decode: int | None = 1000,
     sheet: str | os.PathLike[str] | None = None,
+    train: Subset | None = None,
 ) -> Inspection:
     """Look into an open source.
 
     `stages`: sizes (h, w) to count the usable samples for. `decode`: how many samples, evenly spaced, to decode in
-    search of damage that headers do not show; None is all. `sheet`: where to write a contact sheet (PNG).
+    search of damage that headers do not show; None is all. `sheet`: where to write a contact sheet (PNG). `train`: the
+    part of the source that stages would train on; None is all.
     """
-    bad = list(bad_of(source))
+    bad = {file.key: file for file in bad_of(source)}
     decoded = _spread(len(source), len(source) if decode is None else decode)
-    broken = {bad.key for bad in bad}
+    broken: list[int] = []
     for item in decoded:
         try:
             source.image(item, (TILE, TILE), (0.5, 0.5))
         except BadImage as error:
-            if source.key(item) not in broken:
-                broken.add(source.key(item))
-                bad.append(BadFile(source.key(item), error.reason))
+            broken.append(item)
+            bad.setdefault(source.key(item), BadFile(source.key(item), error.reason))
     classes: tuple[str, ...] = getattr(source, "classes", ())
     texts = captions_in(source)
     labels = Counter(texts) if classes else Counter[str]()
@@ -109,14 +113,14 @@ def inspect_source(
         name=source.name,
         kind=getattr(source, "kind", type(source).__name__.lower()),
         files=files_of(source),
-        samples=len(source),
+        samples=len(source) - len(broken),
         guess=getattr(source, "guess", ""),
         passed=getattr(source, "passed", ()),
         notes=getattr(source, "notes", ()),
         decoded=len(decoded),
-        bad=tuple(bad),
+        bad=tuple(bad.values()),
         sides=_histogram(sizes_of(source).min(axis=1)),
-        stages=tuple((size, len(large_enough(source, size))) for size in stages),
+        stages=tuple((size, _account(source, train, size, broken)) for size in stages),
         words=_lengths([len(text.split()) for text in texts]),
         characters=_lengths([len(text) for text in texts]),
         captions=len(texts),
@@ -125,6 +129,14 @@ def inspect_source(
         sheet=None if sheet is None else contact_sheet(source, sheet),
         shown=(source.key(0), source.key(_spread(len(source), SHEET[0] * SHEET[1])[-1])),
     )
+
+
+def _account(source: Source, train: Subset | None, size: tuple[int, int], broken: Sequence[int]) -> Account:
+    """What a stage of `size` (h, w) would see, without the samples whose numbers are `broken`."""
+    seen = large_enough(source, size)
+    if train is not None:
+        seen = np.intersect1d(seen, train.indices)
+    return account_of([train or source], size).but("bad", int(np.isin(broken, seen).sum()))
 
 
 def captions_in(source: Source) -> list[str]:

@@ -200,9 +200,9 @@ def inspection_tables(found: Inspection, cut: Cut | None = None) -> RenderableTy
     sides = _table("smaller side", "images")
     for low, n in found.sides:
         sides.add_row(f"{low} to {2 * low - 1} px", f"{n:,}")
-    stages = _table("a stage at", "sees images")
-    for (h, w), n in found.stages:
-        stages.add_row(f"{h}x{w}", f"{n:,}")
+    stages = _table("a stage at", "")
+    for (h, w), account in found.stages:
+        stages.add_row(f"{h}x{w}", Text(account.line()))
     guess = [Text(f"note: {found.guess}"), Text()] if found.guess else []
     parts: list[RenderableType] = [*guess, facts, Text(), sides, Text(), stages]
     if found.classes:

@@ -75,7 +75,7 @@ class StageData:
             return self._open(self.recipe.data)[1]
         sources, _ = open_mixture(spec.opening)
         self._check_place(sources)
-        self._check_classes(sources)
+        self.check_classes(sources)
         return sources
 
     def images(self, stage: ModelStage | PairsStage, size: tuple[int, int]) -> Account:
@@ -188,7 +188,7 @@ class StageData:
     def _index(self, specs: tuple[DataSpec, ...]) -> tuple[Mixture, list[Source]]:
         sources, weights = open_mixture([spec.opening | _weight(spec) for spec in specs])
         self._check_place(sources)
-        self._check_classes(sources)
+        self.check_classes(sources)
         held: list[Source] = []
         for i, source in enumerate(sources):
             if isinstance(source, Scenes):  # they have a split of held-out captions
@@ -210,7 +210,7 @@ class StageData:
                     "would be among them; name a folder elsewhere with --runs"
                 )
 
-    def _check_classes(self, sources: Sequence[Source]) -> None:
+    def check_classes(self, sources: Sequence[Source]) -> None:
         """Raise UserError unless the sources fit the recipe's text: captions for an encoder, classes for labels.
 
         All sources must have the same classes, no more than the recipe says.
