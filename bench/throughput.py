@@ -38,6 +38,7 @@ from bench.sampling_overhead import conditions
 from torch import Tensor
 
 from bench import untrained
+from pixelgrow import precision
 from pixelgrow.data.loader import Batch
 from pixelgrow.diffusion import denoiser as diffusion
 from pixelgrow.diffusion.denoiser import Denoiser
@@ -187,6 +188,7 @@ def whole_step(denoiser: Denoiser, x0: Tensor, under: Conditions, folder: Path) 
 
 
 @cpu.denormals_flushed()
+@precision.tf32()
 def measure(case: Case, under: Conditions) -> dict[str, Any]:
     """The numbers of a case, measured in this process."""
     device = torch.device(under.device)

@@ -76,6 +76,12 @@ def test_training_and_its_hooks_compute_in_tf32(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     seen: list[str] = []
 
+    def rate(*_: object) -> float:  # the speed of training is a share of it
+        seen.append(torch.get_float32_matmul_precision())
+        return 1e11
+
+    monkeypatch.setattr(monitor, "matmul_rate", rate)
+
     class Watching(toy.Toy):
         def loss(self, batch, part):
             seen.append(torch.get_float32_matmul_precision())

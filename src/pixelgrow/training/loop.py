@@ -300,8 +300,6 @@ class Training:
         c, s = self.counters, self.settings
         log = Log(self.folder, keep=c.lines, images=c.images)
         before = c.images - s.batch if c.images else 0
-        rate = monitor.matmul_rate(self.device, self.dtype)
-        meter = monitor.Meter(flops, rate)
         stream: Iterator[Any] | None = None
         fresh = True
         try:
@@ -310,6 +308,7 @@ class Training:
                 stop_signals() as stop,
                 Display(name, self.stop_at, c.images, console) as display,
             ):
+                meter = monitor.Meter(flops, monitor.matmul_rate(self.device, self.dtype))
                 while True:
                     done = c.images >= self.stop_at
                     if not self.bad:
