@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from pixelgrow import checkpoint
@@ -111,6 +112,24 @@ def test_any_failure_to_write_is_one_line(error: OSError, words: str) -> None:
     with pytest.raises(CannotWrite, match=f"^cannot write a: {words}") as caught, writing(Path("a")):
         raise error
     assert "saved" not in str(caught.value) and "again" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.EDQUOT, "make room there"),
+        (errno.EPERM, "allow writing there"),
+        (errno.EROFS, "allow writing there"),
+        (errno.EISDIR, "; name another place"),
+        (errno.ENAMETOOLONG, "; name another place"),
+    ],
+)
+def test_the_remedy_is_that_of_the_error(number: int, remedy: str) -> None:
+    for error in (OSError(number, "no"), SafetensorError(f"I/O error: no (os error {number})")):
+        with pytest.raises(CannotWrite, match=f"cannot write .*{remedy}"), writing(Path("a")):
+            raise error
+    with pytest.raises(SafetensorError, match="shape"), writing(Path("a")):
+        raise SafetensorError("shape")
 
 
 def test_only_what_goes_on_says_how_to_go_on(tmp_path: Path) -> None:

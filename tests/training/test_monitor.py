@@ -58,7 +58,7 @@ def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: p
     log.close()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "tensorboard").write_bytes(b"")
-    with pytest.raises(UserError, match="tensorboard: File exists"):
+    with pytest.raises(UserError, match="tensorboard is a file, not a folder"):
         Log(tmp_path / "other")
 
 
