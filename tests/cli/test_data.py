@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from cli_files import class_folder
 from conftest import RunCli
 from data.test_identity import classes, paired
 
@@ -103,3 +109,45 @@ stages: [{train: {name: core, size: tiny, resolution: 32, stride: 4, images: 8}}
     result = run_cli("data", "set", "--recipe", recipe, cwd=tmp_path)
     assert (result.code, lines(result.out)["32x32"]) == (0, "sees 0 of 20 images: 20 too small")
     assert result.err.startswith("a run of seen would be refused: set has class folders, not captions")
+
+
+def test_data(run_cli: RunCli, tmp_path: Path) -> None:
+    class_folder(tmp_path)
+    result = run_cli("data", "images", "--recipe", "smoke", cwd=tmp_path)
+    assert result.code == 0, result.err
+    assert (tmp_path / "contact-sheet.png").exists()
+    assert [line.split() for line in result.out.splitlines() if line.startswith("16x16")] == [
+        ["16x16", "sees", "3", "of", "3", "images"]
+    ]
+
+
+def test_data_names_bad_files(run_cli: RunCli, tmp_path: Path) -> None:
+    """One for each reason; all in a list like a run's; also where a name is no text, and ours is not its language."""
+    folder = class_folder(tmp_path)
+    for name in (b"x.png", b"y.png", b"\xe9.gif"):
+        (Path(os.fsdecode(os.fsencode(folder) + b"/0/" + name))).write_bytes(b"")
+    command = [sys.executable, "-m", "pixelgrow", "data", "images", "--bad", "bad.jsonl"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"LC_ALL": "C.UTF-8"})
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert [line[-2:] for line in lines if line and line[0] == "empty"] == [["3", "0/x.png"]]
+    rows = [json.loads(line) for line in (tmp_path / "bad.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert sorted(row["file"] for row in rows) == ["0/x.png", "0/y.png", "0/\udce9.gif"]
+    assert rows[0].keys() == {"source", "file", "reason", "fingerprint"}
+    (tmp_path / "taken").mkdir()
+    result = run_cli("data", "images", "--bad", "taken", cwd=tmp_path)
+    assert (result.code, "cannot write taken: Is a directory" in result.err) == (2, True)
+
+
+def test_names_are_shown_as_they_are(run_cli: RunCli, tmp_path: Path, model: Path) -> None:
+    names = ["cats [old]", "[bold]", ":cat:"]
+    for i, name in enumerate(names):
+        (tmp_path / "m[/a]" / name).mkdir(parents=True)
+        Image.new("RGB", (20 + i, 20)).save(tmp_path / "m[/a]" / name / "a.png")
+        (tmp_path / "m[/a]" / name / "b.png").write_bytes(b"")
+    result = run_cli("data", "m[/a]", cwd=tmp_path)
+    assert result.code == 0, result.err
+    for name in (*names, "m[/a] (class folders)", ":cat:/b.png"):
+        assert name in result.out
+    (tmp_path / "m[/b]").symlink_to(model)
+    assert "m[/b]" in run_cli("info", "m[/b]", cwd=tmp_path).out

@@ -1,5 +1,6 @@
-"""The `grow` verb: the images that growth is measured on must have the model's kind of conditions."""
+"""The `grow` verb: a checkpoint, a report and samples; images of the model's kind of conditions."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,6 +8,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from cli_files import class_folder
+from conftest import RunCli
+from pixelgrow import checkpoint
 from pixelgrow.cli.grow import _check_classes
 from pixelgrow.data import open_source
 from pixelgrow.errors import UserError
@@ -19,15 +23,15 @@ def classes(root: Path, *names: str) -> Any:
     return open_source({"source": str(root), "kind": "classes"})
 
 
-def model(**text: Any) -> Any:
+def of_text(**text: Any) -> Any:
     return SimpleNamespace(config=SimpleNamespace(text=text))
 
 
 def test_labels_must_mean_the_classes_of_the_model(tmp_path: Path) -> None:
     source = classes(tmp_path / "a", "cat", "dog")
     for text in ({"encoder": "labels:2"}, {"encoder": "labels:3"}, {"encoder": "labels:2", "classes": ["cat", "dog"]}):
-        _check_classes(model(**text), source)
-    _check_classes(model(encoder="minilm"), open_source("scenes"))
+        _check_classes(of_text(**text), source)
+    _check_classes(of_text(encoder="minilm"), open_source("scenes"))
     for text, images, message in (
         ({"encoder": "minilm"}, source, "has classes, and the model was trained on captions"),
         ({"encoder": "labels:2"}, open_source("scenes"), "has captions, and the model was trained on classes"),
@@ -36,4 +40,28 @@ def test_labels_must_mean_the_classes_of_the_model(tmp_path: Path) -> None:
         ({"encoder": "labels:3", "classes": ["ant", "cat", "dog"]}, source, r"expected those of the model"),
     ):
         with pytest.raises(UserError, match=message):
-            _check_classes(model(**text), images)
+            _check_classes(of_text(**text), images)
+
+
+def test_grow_writes_a_checkpoint(model: Path, run_cli: RunCli, tmp_path: Path) -> None:
+    denoiser, config = checkpoint.load(model)
+    sampling = {"guidance": 3.0, "interval": [0.5, 4.0]}
+    checkpoint.save(tmp_path / "small", denoiser, config.model_copy(update={"sampling": sampling}))
+    words = ["grow", tmp_path / "small", "--to", "32", "-o", tmp_path / "big", "--data", class_folder(tmp_path)]
+    result = run_cli(*words)
+    assert result.code == 0, result.err
+    # An interval is in sigma of the image, which the growth multiplies.
+    assert checkpoint.read_config(tmp_path / "big").sampling == {"guidance": 3.0, "interval": [1.0, 8.0]}
+    words = ["--guide", "base", "--interval", "0.1", "5", "--steps", "2", "-o", tmp_path / "guided.png"]
+    guided = run_cli("sample", tmp_path / "big", "0", *words)
+    assert guided.code == 0, guided.err
+    facts = json.loads(Image.open(tmp_path / "guided.png").text["pixelgrow"])  # type: ignore[attr-defined]
+    assert (facts["guide"], facts["interval"]) == ("base", [0.1, 5.0])
+    assert "grown from 16 to 32 px (preserve, exact)" in result.out
+    assert "0 dropped" in result.out
+    assert checkpoint.read_config(tmp_path / "big").lineage[-1]["to"] == 32
+    report = json.loads((tmp_path / "big-growth" / "growth.json").read_text(encoding="utf-8"))
+    assert report["resolution"] == [16, 32] and report["loaded"] and report["after"]
+    before, after = (tmp_path / "big-growth" / f"{name}.png" for name in ("before", "after"))
+    with Image.open(before) as low, Image.open(after) as high:
+        assert high.width > low.width

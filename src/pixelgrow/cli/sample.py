@@ -156,13 +156,13 @@ def picked_numbers(text: str, count: int) -> list[int]:
 
 
 def typed(text: str) -> str:
-    """A prompt of the command line as the UTF-8 that was typed, in any locale; UserError if it is not UTF-8."""
+    """A prompt of the command line as the UTF-8 that was typed, in any locale; UserError if it is not text."""
     try:
-        return os.fsencode(text).decode("utf-8") if not text.isprintable() else text
+        return os.fsencode(text).decode("utf-8")
     except UnicodeError as error:
-        raise UserError(
-            f"the prompt {text!a} is not UTF-8: expected a terminal of UTF-8, or a file (--prompts)"
-        ) from error
+        if text.isprintable():  # in the locale's own encoding
+            return text
+        raise UserError(f"the prompt {text!a} is not UTF-8: type it in a UTF-8 terminal, or use --prompts") from error
 
 
 def check_grid(out: Path, size: tuple[int, int], columns: int, count: int, instead: str) -> None:
