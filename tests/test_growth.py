@@ -11,7 +11,7 @@ from torch import Tensor
 from pixelgrow.diffusion.denoiser import Denoiser, DiffusionConfig
 from pixelgrow.diffusion.heldout import SIGMAS
 from pixelgrow.errors import UserError
-from pixelgrow.growth import detail_std, freeze, grow, grow_network, grown_config, kept_in, last_blocks, ungrown
+from pixelgrow.growth import detail_std, freeze, graft, grow, grow_network, grown_config, kept_in, last_blocks, ungrown
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.config import CoreConfig
 from pixelgrow.models.layers import box_down, up_nearest
@@ -328,6 +328,7 @@ def entry(parent: str, **more: Any) -> dict[str, Any]:
         ([entry("core", tensors={"loaded": 5})], ["core"]),  # grown, never trained
         ([entry("core"), {"verb": "train", "parent": "grown"}], []),
         ([{"verb": "grow", "init": "preserve"}], []),
+        ([entry("core"), {"verb": "cast", "parent": "wide"}], ["wide", "core"]),  # rounded, not trained
     ],
 )
 def test_the_models_that_a_model_contains(lineage: list[dict[str, Any]], kept: list[str]) -> None:
@@ -343,3 +344,50 @@ def test_the_last_blocks_of_a_base() -> None:
         last_blocks(config, 4)
     names = UViT(config).state_dict()
     assert all(any(name.startswith(prefix) for name in names) for prefix in last_blocks(config, 3))
+
+
+# --- a rung of one model on another -----------------------------------------------------------------------------------
+
+
+def on_top(low: UViT, to: int, seed: int, init: Any = "preserve") -> UViT:
+    """`low` with a rung of `to` px, all of whose weights are random."""
+    net, report = grow_network(low, grown_config(low.config, to, init), init)
+    torch.manual_seed(seed)
+    for name, p in net.named_parameters():
+        if name in report.new:
+            torch.nn.init.normal_(p, std=0.2)
+    return net
+
+
+def test_a_grafted_model_is_the_one_below_with_the_donors_rungs_above() -> None:
+    low = shallow().net
+    first, second = on_top(low, 32, 1), on_top(low, 32, 2)
+    highest = on_top(second, 64, 3)
+    x, s, c = held_out(2, 32), torch.tensor([0.3, 4.0]), cond(2)
+    for below, donor, taken in ((low, first, first), (first, second, second), (second, highest, highest)):
+        net, _ = graft(below, donor)
+        assert net.config == donor.config and not net.training
+        assert all(torch.equal(t, taken.state_dict()[name]) for name, t in net.state_dict().items())
+    whole, count = graft(low, first)
+    assert count == len(first.state_dict()) - len(low.state_dict())
+    assert torch.equal(Denoiser(whole)(x, s, c), Denoiser(first).eval()(x, s, c))
+    with torch.no_grad():
+        whole.core.null_token.zero_()
+    assert low.core.null_token.any()  # a copy
+    _, count = graft(first, second)  # the rung of 32 px gives way
+    assert count == len(second.state_dict()) - len(low.state_dict())
+
+
+def test_models_that_cannot_be_grafted_are_one_line() -> None:
+    low, other = shallow().net, shallow().net
+    with torch.no_grad():
+        other.core.null_token.add_(1)
+    wide = UViT(shallow_uvit("tiny", 16, patch=2, core=CORE))
+    for below, donor, words in (
+        (low, low, "the donor has no rung above its core"),
+        (wide, on_top(low, 32, 1), "the models below the rung have different shapes"),
+        (other, on_top(low, 32, 1), r"1 of \d+ tensors below the rung differ, core.null_token the first"),
+        (on_top(low, 32, 1), on_top(on_top(low, 32, 2), 64, 3), "tensors below the rung differ"),
+    ):
+        with pytest.raises(UserError, match=words):
+            graft(below, donor)

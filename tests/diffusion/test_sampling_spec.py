@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from pixelgrow.diffusion.sampling import MAX_STEPS
-from pixelgrow.diffusion.sampling_spec import SamplingSpec, check_one_step
+from pixelgrow.diffusion.sampling_spec import SamplingSpec, Spec, check_one_step
 from pixelgrow.diffusion.solvers import SAMPLERS
 from pixelgrow.errors import UserError
 
@@ -43,6 +43,13 @@ def test_what_is_left_out_is_the_librarys_own() -> None:
 def test_invalid_settings_are_refused(given: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         SamplingSpec(**given)
+
+
+def test_a_part_of_a_recipe_is_read_by_its_key_and_made_by_its_name() -> None:
+    class Part(Spec):
+        parent: str = Field(alias="from")
+
+    assert Part.model_validate({"from": "core"}) == Part(parent="core")
 
 
 def test_settings_stay_as_they_are() -> None:
