@@ -113,6 +113,9 @@ def test_feature_networks_are_known_by_name_and_fingerprint_and_captions_need_a_
     teacher = TeacherFeatures(shallow())
     networks = load_networks(losses, teacher)
     assert isinstance(networks.similarity, ClipSimilarity) and isinstance(networks.distance, FeatureDistance)
+    longest = networks.similarity.clip.longest
+    cut = networks.similarity.cut(["red", " ".join(["red"] * longest)])
+    assert (cut.captions, cut.total, cut.max_tokens, cut.unseen) == (1, 2, longest, "red red")
     looks = images_of(2, 8), cond(2), torch.zeros(2, 2)
     for found, name in ((networks.features, clip), (networks.distance.features, vit)):
         want = VisionFeatures(load_vision(name), teacher)(*looks)

@@ -170,7 +170,7 @@ def test_captions_that_are_cut_are_logged_and_recorded(tmp_path: Path, caplog: p
         cut = json.loads((tmp_path / "r" / stage / "stage.json").read_text(encoding="utf-8"))["cut"]
         assert cut == {"captions": 1, "total": 4, "max_tokens": 6, "unseen": unseen}
     said = [r.getMessage() for r in caplog.records if "does not see" in r.getMessage()]
-    assert said == [Cut(**cut).line()] * 2
+    assert said == [f"{stage}: {Cut(**cut).line()}" for stage in ("core", "eval")]
     assert (tmp_path / "r" / "report.html").read_text(encoding="utf-8").count(
         "1 of 4 captions is longer than 6 tokens"
     ) == 2

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from pixelgrow.external.vision import Clip, Lpips, describe, describe_clip, describe_lpips, load_clip, load_vision
 from pixelgrow.models.cond import Cond
-from pixelgrow.onestep.distill import Similarity
 from pixelgrow.onestep.features import Distance, FeatureDistance, Features, VisionFeatures
 from pixelgrow.onestep.losses import similarity_loss
 from pixelgrow.onestep.settings import LossSettings
+from pixelgrow.text.cut import Cut, cut_in
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class FeatureNetworks:
 
     features: Features
     distance: Distance
-    similarity: Similarity | None
+    similarity: ClipSimilarity | None
 
 
 def networks_named(losses: LossSettings) -> dict[str, str]:
@@ -88,3 +88,7 @@ class ClipSimilarity:
 
     def __call__(self, images: Tensor, texts: Sequence[str]) -> Tensor:
         return similarity_loss(self.clip.images(images), self.clip.texts(texts))
+
+    def cut(self, texts: Sequence[str]) -> Cut:
+        """Which of some distinct captions are longer than the CLIP reads."""
+        return cut_in(self.clip.tokenizer, texts, self.clip.longest)

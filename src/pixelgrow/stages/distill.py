@@ -37,6 +37,7 @@ from pixelgrow.training.monitor import Hook, grid_hook
 from pixelgrow.writing import read_json, write_json
 
 COLUMNS = 8  # of a sample grid
+LOOKED_AT = 4096  # captions, to see whether the CLIP of losses.similarity reads them whole
 logger = logging.getLogger(__name__)
 
 
@@ -115,10 +116,12 @@ def _fit(
     unread = {"beyond fraction": int(pairs.facts["pairs"]) - len(pairs), "too small": len(pairs) - len(stream.usable)}
     paired = Account(int(pairs.facts["pairs"]), unread, "pairs")
     materials.sees(stage.name, materials.images(stage, generator.resolution), paired)
-    materials.encode(chain(loader.texts(), stream.texts(), held.captions))
+    captions = materials.encode(stage.name, chain(loader.texts(), stream.texts(), held.captions))
     cond = materials.cond(held.captions)
     features = TeacherFeatures(teacher)
     networks = load_networks(losses, features, materials.device)
+    if networks.similarity is not None and (cut := networks.similarity.cut(captions[:LOOKED_AT])).captions:
+        logger.warning("%s: for losses.similarity, %s", stage.name, cut.line())
     distribution, labels = pairs.distribution, None
     if distribution is not None and stage.estimator is not None:
         folder_of = materials.folder / stage.estimator

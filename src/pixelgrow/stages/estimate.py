@@ -48,7 +48,7 @@ def estimate_stage(stage: EstimateStage, parent: Parent, folder: Path, materials
     kept = len(pairs) - max(1, len(pairs) // HELD)
     materials.sees(stage.name, Account(len(pairs), {"held out": len(pairs) - kept}, "pairs"))
     texts = [caption(mixture.sources, origin) for origin in pairs.origins]
-    materials.encode(texts)
+    materials.encode(stage.name, texts)
     features = TeacherFeatures(checkpoint.load(parent.folder, materials.device)[0])
     logger.info("%s: extracting the teacher's features of %d images", stage.name, len(pairs))
     descriptions = torch.cat(

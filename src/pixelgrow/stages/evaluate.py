@@ -47,7 +47,7 @@ def evaluate_stage(stage: EvaluateStage, parent: Parent, folder: Path, materials
         logger.warning("%s: got %d held-out prompts, expected %d", stage.name, len(held.captions), stage.prompts)
     size = (materials.factor * side, materials.factor * side)
     materials.sees(stage.name, materials.data.prompts(stage.prompts, size, len(held.bad)))
-    materials.encode(held.captions)
+    materials.encode(stage.name, held.captions)
     seed = materials.recipe.seed
     keywords: dict[str, Any] = {"size": (side, side), "seed": seed, "batch": stage.batch}
     if isinstance(model, Generator):

@@ -88,6 +88,7 @@ class Materials:
     recipe: Recipe
     folder: Path
     device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    _said: set[str] = field(default_factory=set, init=False)
     note: Callable[[str, Any], None] = field(default=lambda name, value: None, init=False)  # of the stage's record
 
     @cached_property
@@ -153,8 +154,14 @@ class Materials:
     def sees(self, stage: str, *accounts: Account) -> None:
         """Log how many of its images a stage uses, and write it into the stage's record."""
         for account in accounts:
-            logger.info("%s: %s", stage, account.line())
+            self._say(logging.INFO, f"{stage}: {account.line()}")
         self.note("sees", [account.stored() for account in accounts])
+
+    def _say(self, level: int, line: str) -> None:
+        """Log a line, once: a stage of two phases would repeat it."""
+        if line not in self._said:
+            self._said.add(line)
+            logger.log(level, "%s", line)
 
     def images(self, stage: ModelStage | PairsStage, side: int) -> Account:
         """How many images a stage that works at `side` trains on, or makes pairs of."""
@@ -246,15 +253,19 @@ class Materials:
             else:
                 logger.warning("%s: bad file %s: %s", source.name, file.key, file.reason)
 
-    def encode(self, captions: Iterable[str]) -> None:
-        """Encode every caption that a stage uses into the text cache; warn of those longer than the encoder reads."""
+    def encode(self, stage: str, captions: Iterable[str]) -> list[str]:
+        """Encode every caption that a stage uses into the text cache; warn of those longer than the encoder reads.
+
+        Returns the distinct captions.
+        """
         distinct = list(dict.fromkeys(captions))
         if done := self.text.ensure(distinct):
             logger.info("encoded %s captions", f"{done:,}")
         cut = self.text.cut(distinct)
         if cut.captions:
-            logger.warning("%s", cut.line())
+            self._say(logging.WARNING, f"{stage}: {cut.line()}")
         self.note("cut", asdict(cut))
+        return distinct
 
     def cond(self, captions: Sequence[str]) -> Cond:
         """The conditions of captions, which are encoded first if they are not in the cache."""

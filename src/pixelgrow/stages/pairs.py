@@ -204,7 +204,7 @@ def pairs_stage(stage: PairsStage, parent: Parent, folder: Path, materials: Mate
             "%s: n is %d, the data have %d images: some are inverted more than once", stage.name, stage.n, len(loader)
         )
     materials.sees(stage.name, materials.images(stage, side))
-    materials.encode(loader.texts())
+    materials.encode(stage.name, loader.texts())
     ode = Ode(stage.sampler, stage.steps, denoiser.sigma_min, denoiser.sigma_max)
     work = Work(stage, denoiser, ode, loader, materials, seed, threading.Lock(), threading.Event())
     devices = devices_of(stage, materials.device)

@@ -127,7 +127,7 @@ def fit(
     materials.account(held, mixture, loader.bad)
     materials.sees(stage.name, materials.images(stage, side))
     texts = list(loader.texts())
-    materials.encode(chain(texts, held.captions))  # in one call, which loads the encoder once
+    materials.encode(stage.name, chain(texts, held.captions))  # in one call, which loads the encoder once
     if fresh and not materials.recipe.text.classes:
         denoiser.net.core.whiten(materials.tokens(texts[:: -(-len(texts) // SPREAD)]))
     cond = materials.cond(held.captions)
