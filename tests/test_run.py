@@ -11,15 +11,13 @@ import subprocess
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -27,48 +25,25 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import pixelgrow
-import pixelgrow.stages.data
 import pixelgrow.training.state
-from pixelgrow.data.badfiles import BadFiles
+from conftest import RunCli
 from pixelgrow.data.loader import Batch
-from pixelgrow.diffusion.denoiser import Denoiser
-from pixelgrow.diffusion.sampling import Samples, sample
 from pixelgrow.errors import UserError
-from pixelgrow.recipe.read import Recipe, load_recipe, read_recipe
+from pixelgrow.recipe.read import load_recipe, read_recipe
 from pixelgrow.recipe.stages import RESERVED
 from pixelgrow.run import _hashes, _parent, _warn_of_micro_batches, _warn_of_missing_parents, less_memory, locked, run
-from pixelgrow.stages import grow, train
 from pixelgrow.stages.materials import Materials
 from pixelgrow.stages.record import Record
 from pixelgrow.training.denoise import DenoiseObjective
 from pixelgrow.training.objective import Terms
 from pixelgrow.training.optim import rate
 from pixelgrow.writing import CannotWrite
-
-WEIGHTS = "checkpoint/model.safetensors"
-
-
-class CliResult(Protocol):
-    """What `run_cli` returns; see conftest.py."""
-
-    code: int
-    out: str
-    err: str
-
-
-class RunCli(Protocol):
-    """The `run_cli` fixture; see conftest.py."""
-
-    def __call__(self, *args: str | Path, cwd: Path | None = None) -> CliResult: ...
+from runs import WEIGHTS, class_images, class_recipe, few_samples, only_core, own_files, record, stopped_after
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _few_samples() -> Iterator[None]:
-    """Few images and steps for sample grids and held-out errors: no test here depends on how well a model trains."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"GRID": 4, "GRID_STEPS": 2, "WATCHED": 8}.items():
-            for stages in (train, grow):
-                patch.setattr(stages, name, value)
+    with few_samples():
         yield
 
 
@@ -78,10 +53,6 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("runs")
     assert run(load_recipe("smoke"), root) == root / "smoke" / "report.html"
     return root / "smoke"
-
-
-def record(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "stage.json").read_text())
 
 
 def test_every_stage_writes_its_result(smoke: Path) -> None:
@@ -104,11 +75,8 @@ def test_every_stage_writes_its_result(smoke: Path) -> None:
     assert set(metrics["accuracy"]) >= {"background", "colour", "shape", "count"}
 
 
-def test_names_of_a_runs_own_files_are_reserved(smoke: Path, regimes: Path) -> None:
-    for folder, own in ((smoke, {"text", "report.html"}), (regimes, {"data", "report.html"})):
-        names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-        others = names - {path.parent.name for path in folder.glob("*/stage.json")}
-        assert own <= others <= set(RESERVED)
+def test_names_of_a_runs_own_files_are_reserved(smoke: Path) -> None:
+    assert {"text", "report.html"} <= own_files(smoke) <= set(RESERVED)
 
 
 def test_a_frozen_phase_keeps_the_core_to_the_bit(smoke: Path) -> None:
@@ -194,25 +162,6 @@ def test_a_changed_stage_is_refused(smoke: Path) -> None:
         with pytest.raises(UserError, match=words):
             run(load_recipe("smoke", [override]), smoke.parent)
     run(load_recipe("smoke", ["stages.core.workers=1", "stages.core.log_every=16"]), smoke.parent)
-
-
-class Stop(Exception):
-    pass
-
-
-@contextmanager
-def stopped_after(images: int) -> Iterator[None]:
-    """The run stops when it has saved its state at so many images."""
-    real = pixelgrow.training.state.save
-
-    def save(folder: Path, now: int, *rest: Any) -> None:
-        real(folder, now, *rest)
-        if now == images:
-            raise Stop
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr("pixelgrow.training.state.save", save)
-        yield
 
 
 def test_an_unfinished_stage_resumes_with_other_settings_that_are_free(
@@ -301,16 +250,6 @@ def test_a_generator_is_warned_of_other_micro_batches(tmp_path: Path, caplog: py
     assert "accumulate was 1, now 2" in caplog.text
 
 
-def only_core(folder: Path) -> Path:
-    """The smoke recipe with its core alone."""
-    from pixelgrow.recipe.read import FOLDER
-
-    text = (FOLDER / "smoke.yaml").read_text()
-    path = folder / "smoke.yaml"
-    path.write_text(text[: text.index("  - grow")])
-    return path
-
-
 def test_a_killed_run_resumes_to_the_same_bytes(smoke: Path, tmp_path: Path) -> None:
     recipe = only_core(tmp_path)
     command = [sys.executable, "-c", "from pixelgrow.cli.main import main; main()", "run", str(recipe)]
@@ -344,6 +283,15 @@ def test_sigterm_saves_and_says_how_to_resume(
     assert "Traceback" not in stopped.err
     assert run_cli("run", "smoke.yaml", cwd=tmp_path).code == 0
     assert (tmp_path / "runs/smoke/core" / WEIGHTS).read_bytes() == (smoke / "core" / WEIGHTS).read_bytes()
+
+
+def test_a_full_disk_says_that_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise CannotWrite("cannot write x: the disk is full; make room there")
+
+    monkeypatch.setattr("pixelgrow.run._execute", full)
+    with pytest.raises(UserError, match="x: the disk is full; make room there, then run the same command again"):
+        run(class_recipe(tmp_path, {"classes": 2}), tmp_path)
 
 
 def test_two_runs_in_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -506,254 +454,3 @@ def test_the_result_of_a_stage_is_the_average_of_its_weights(tmp_path: Path, mon
     result = load_file(tmp_path / "c" / "core" / WEIGHTS)
     for name in moved(states[-1]):
         assert result[name].equal(states[-1][f"ema/0.25/denoiser/net.{name}"])
-
-
-# --- the regimes of growth, on class folders --------------------------------------------------------------------------
-
-
-def class_images(root: Path) -> Path:
-    """A folder of two classes with twelve images each."""
-    rng = np.random.default_rng(0)
-    for label in ("dark", "light"):
-        folder = root / "images" / label
-        folder.mkdir(parents=True)
-        for i in range(12):
-            pixels = rng.integers(0, 100, (64, 64, 3)) + (150 if label == "light" else 0)
-            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
-    return root / "images"
-
-
-@pytest.fixture(scope="module")
-def regimes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that grows one core in four ways, from a folder of two classes."""
-    root = tmp_path_factory.mktemp("classes")
-    class_images(root)
-    small = "images: 8, batch: 8, sample_every: 0, validate_every: 0, snapshot_every: 0"
-    (root / "recipe.yaml").write_text(f"""
-name: classes
-text: {{classes: 2}}
-data: {{source: {root / "images"}}}
-heldout: {{fraction: 0.2}}
-stages:
-  - train: {{name: core, size: tiny, resolution: 16, {small}}}
-  - grow: {{name: frozen, from: core, to: 32, init: random, core: frozen, {small}}}
-  - grow: {{name: finetune, from: core, to: 32, init: random, core: finetune, {small}}}
-  - grow: {{name: scratch, from: core, to: 32, init: scratch, {small}}}
-  - grow: {{name: twice, from: core, to: [32, 64], {small}}}
-  - train: {{name: tuned, from: frozen, sampling: {{steps: 2, guidance: 1}}, {small}}}
-  - evaluate: {{name: eval, prompts: 4}}
-""")
-    run(load_recipe(root / "recipe.yaml"), root)
-    return root / "classes"
-
-
-def core_of(folder: Path) -> dict[str, Any]:
-    return {n: t for n, t in load_file(folder / WEIGHTS).items() if n.startswith("core.")}
-
-
-def test_regimes_of_growth(regimes: Path) -> None:
-    core = core_of(regimes / "core")
-
-    def kept(stage: str) -> list[bool]:
-        grown = core_of(regimes / stage)
-        assert grown.keys() == core.keys()
-        return [grown[n].equal(core[n]) for n in core]
-
-    assert all(kept("frozen"))
-    assert not all(kept("finetune"))
-    assert not all(kept("scratch"))
-    assert all(kept("twice"))
-    assert not all(kept("tuned"))
-    growth = json.loads((regimes / "scratch" / "growth.json").read_text())
-    assert growth["loaded"] == []
-    parameters = record(regimes / "frozen")["result"]["parameters"]
-    assert parameters["all"] - parameters["training"] == sum(t.numel() for t in core.values())
-
-
-def test_no_evaluation_takes_more_rows_than_a_micro_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows: set[int] = set()
-    real = Denoiser.forward
-
-    def forward(self: Denoiser, x: Tensor, *rest: Any) -> Tensor:
-        rows.add(len(x))
-        return real(self, x, *rest)
-
-    small = "images: 8, batch: 8, accumulate: 4, validate_every: 8, sample_every: 8, snapshot_every: 0"
-    (tmp_path / "recipe.yaml").write_text(f"""
-name: c
-text: {{classes: 2}}
-data: {{source: {class_images(tmp_path)}}}
-stages:
-  - train: {{name: core, size: tiny, resolution: 16, {small}}}
-  - grow: {{name: grown, to: 32, {small}}}
-  - evaluate: {{name: eval, prompts: 4, steps: 1, guidance: 1, batch: 2}}
-""")
-    monkeypatch.setattr(Denoiser, "forward", forward)
-    run(load_recipe(tmp_path / "recipe.yaml"), tmp_path)
-    assert max(rows) == 2
-
-
-def test_a_full_disk_says_that_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any) -> None:
-        raise CannotWrite("cannot write x: the disk is full; make room there")
-
-    monkeypatch.setattr("pixelgrow.run._execute", full)
-    with pytest.raises(UserError, match="x: the disk is full; make room there, then run the same command again"):
-        run(class_recipe(tmp_path, {"classes": 2}), tmp_path)
-
-
-def test_evaluation_holds_one_batch_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The images of a batch are gone before the next are made; the metrics are those of one batch of all of them."""
-    live: list[weakref.ref[Tensor]] = []
-
-    def watched(*args: Any, **settings: Any) -> Samples:
-        assert not [t for t in live if t() is not None]
-        made = sample(*args, **settings)
-        live.append(weakref.ref(made.images))
-        return made
-
-    monkeypatch.setattr("pixelgrow.stages.evaluate.sample", watched)
-    small = "images: 8, batch: 8, validate_every: 0, sample_every: 0, snapshot_every: 0"
-    (tmp_path / "recipe.yaml").write_text(f"""
-name: c
-data: {{source: scenes, n: 40, captions: 8}}
-stages:
-  - train: {{name: core, size: tiny, resolution: 32, {small}}}
-  - evaluate: {{name: whole, prompts: 5, steps: 1, batch: 5}}
-  - evaluate: {{name: parts, prompts: 5, steps: 1, batch: 2}}
-""")
-    run(load_recipe(tmp_path / "recipe.yaml"), tmp_path)
-    assert len(live) == 1 + 3
-    whole, parts = (json.loads((tmp_path / "c" / name / "metrics.json").read_text()) for name in ("whole", "parts"))
-    for key in ("error", "seams", "accuracy"):
-        assert parts[key] == pytest.approx(whole[key], rel=1e-4)
-    assert (parts["prompts"], parts["nfe"]) == (5, 2)
-    grids = [np.asarray(Image.open(tmp_path / "c" / name / "samples" / "grid.png"), int) for name in ("whole", "parts")]
-    assert np.abs(grids[0] - grids[1]).max() <= 1
-
-
-def test_evaluation_without_a_checker(regimes: Path) -> None:
-    metrics = json.loads((regimes / "eval" / "metrics.json").read_text())
-    assert "accuracy" not in metrics
-    assert (metrics["sampling"]["steps"], metrics["sampling"]["guidance"], metrics["nfe"]) == (2, 1, 2)
-    assert (regimes / "eval" / "samples" / "grid.png").exists()
-
-
-def test_a_model_of_classes_knows_their_names(regimes: Path) -> None:
-    model = pixelgrow.load(regimes / "frozen")
-    assert model.config.text["classes"] == ["dark", "light"]
-    named, numbered = (model.sample([prompt], steps=1)[0].tobytes() for prompt in ("light", "1"))
-    assert named == numbered
-
-
-def class_recipe(folder: Path, text: dict[str, Any], **more: Any) -> Recipe:
-    stage = {"train": {"name": "core", "size": "tiny", "resolution": 16, "images": 8, "batch": 8} | more}
-    return read_recipe(
-        {"name": "c", "text": text, "data": {"source": str(class_images(folder))}, "stages": [stage]}, "test"
-    )
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ({}, r"has class folders, not captions, .* 'minilm' .* write text: \{classes: 2\}"),
-        ({"classes": 1}, r"has 2 class folders, the recipe says text: \{classes: 1\}: write \{classes: 2\}"),
-    ],
-)
-def test_class_folders_are_no_captions(tmp_path: Path, text: dict[str, Any], words: str) -> None:
-    with pytest.raises(UserError, match=words) as error:
-        run(class_recipe(tmp_path, text), tmp_path)
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "c" / "core").exists()
-
-
-def test_a_label_means_one_class(tmp_path: Path) -> None:
-    other = class_images(tmp_path / "other")
-    (other / "dark").rename(other / "middle")
-    with pytest.raises(UserError, match=r"folders of other classes \(light, middle\) than .* \(dark, light\)"):
-        run(class_recipe(tmp_path, {"classes": 2}, data={"source": str(other)}), tmp_path)
-
-
-def materials_of(folder: Path) -> Materials:
-    other = folder.parent / "other"
-    if not other.exists():
-        shutil.copytree(folder, other)
-    sources = [{"source": str(folder), "weight": 3}, {"source": str(other), "weight": 1}]
-    raw = {"name": "mix", "data": sources, "heldout": {"fraction": 0.3}, "text": {"classes": 2}}
-    stage = {"train": {"name": "core", "size": "tiny", "resolution": 16, "images": 8}}
-    return Materials(read_recipe(raw | {"stages": [stage]}, "test"), folder)
-
-
-def test_data_are_indexed_once_for_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    opened: list[Any] = []
-    real = pixelgrow.stages.data.open_mixture
-    monkeypatch.setattr("pixelgrow.stages.data.open_mixture", lambda specs: opened.append(specs) or real(specs))
-    recipe = class_recipe(tmp_path, {"classes": 2}, data={"source": str(tmp_path / "images")})
-    materials = Materials(recipe, tmp_path)
-    for _ in range(3):
-        materials.describe(recipe.stages[0])
-    assert len(opened) == 1
-
-
-def test_what_is_held_out_is_not_trained_on(tmp_path: Path) -> None:
-    materials = materials_of(class_images(tmp_path))
-    mixture = materials.data.mixture(materials.recipe.stages[0])  # type: ignore[arg-type]
-    assert mixture.weights == [3, 1]
-    train, held = mixture.sources[0], materials.data.heldout_sources[0]
-    keys = [{s.key(i) for i in range(len(s))} for s in (train, held)]
-    assert len(keys[0]) + len(keys[1]) == 24
-    assert not keys[0] & keys[1]
-    assert len(materials.heldout(5, (16, 16)).images) == 5
-
-
-def test_a_bad_held_out_file_is_accounted_for(tmp_path: Path) -> None:
-    folder = class_images(tmp_path)
-    name = materials_of(folder).data.heldout_sources[0].key(0)
-    path = next(p for p in folder.rglob("*.png") if str(p).endswith(name))
-    path.write_bytes(path.read_bytes()[:2000])
-    materials = materials_of(folder)
-    mixture = materials.data.mixture(materials.recipe.stages[0])  # type: ignore[arg-type]
-    bad = BadFiles(mixture.sources, 0.5, tmp_path / "bad_files.jsonl")
-    materials.account(materials.heldout(100, (16, 16)), mixture, bad)
-    assert [file.key for file in bad.files()] == [name]
-
-
-def test_the_phases_of_a_stage_share_an_account_of_bad_files(tmp_path: Path) -> None:
-    """Half of the files are bad. The first phase finds nearly all of them."""
-    folder = class_images(tmp_path)
-    for path in sorted(folder.rglob("*.png"))[::2]:
-        path.write_bytes(path.read_bytes()[:2000])
-    small = "batch: 8, bad_limit: 1, sample_every: 0, validate_every: 0, snapshot_every: 0"
-    (tmp_path / "recipe.yaml").write_text(f"""
-name: c
-text: {{classes: 2}}
-data: {{source: {folder}}}
-heldout: {{fraction: 0.2}}
-stages:
-  - train: {{name: core, size: tiny, resolution: 16, images: 8, {small}}}
-  - grow: {{name: grown, to: 32, core: {{unfreeze_after: 48}}, images: 56, {small}}}
-""")
-    run(load_recipe(tmp_path / "recipe.yaml"), tmp_path)
-    grown = tmp_path / "c" / "grown"
-    result = record(grown)["result"]
-    first, second = (phase["bad_files"] for phase in result["phases"])
-    assert 0 < first <= second == result["bad_files"]
-    assert len((grown / "bad_files.jsonl").read_text().splitlines()) == second
-    assert not (grown / "frozen" / "bad_files.jsonl").exists()
-
-
-def test_growth_in_steps_is_one_identity(regimes: Path) -> None:
-    growth = json.loads((regimes / "twice" / "growth.json").read_text())
-    assert growth["resolution"] == [16, 64]
-    assert len(growth["loaded"]) == len(load_file(regimes / "core" / WEIGHTS))
-    assert growth["frozen"] == growth["loaded"]
-    assert growth["before"] == pytest.approx(growth["after"])
-
-
-def test_a_parent_of_another_text_encoder_is_refused(regimes: Path) -> None:
-    recipe = load_recipe(
-        "smoke",
-        ["name=other", f"stages=[{{grow: {{name: g, from: {regimes / 'core'}, to: 32, images: 8, batch: 8}}}}]"],
-    )
-    with pytest.raises(UserError, match="was trained with the text encoder 'labels:2'"):
-        run(recipe, regimes.parent)

@@ -12,7 +12,7 @@ from pixelgrow import checkpoint
 from pixelgrow.recipe.read import load_recipe
 from pixelgrow.run import run
 from pixelgrow.stages import distill, train
-from test_run import class_images
+from runs import class_images
 
 
 @pytest.mark.parametrize(("of", "init", "side"), [("classes", "preserve", 8), ("captions", "random", 16)])
