@@ -180,7 +180,7 @@ def materials_of(folder: Path) -> Materials:
     sources = [{"source": str(folder), "weight": 3}, {"source": str(other), "weight": 1}]
     raw = {"name": "mix", "data": sources, "heldout": {"fraction": 0.3}, "text": {"classes": 2}}
     stage = {"train": {"name": "core", "size": "tiny", "resolution": 16, "images": 8}}
-    return Materials(read_recipe(raw | {"stages": [stage]}, "test"), folder)
+    return Materials(read_recipe(raw | {"stages": [stage]}, "test"), folder.parent / "run")
 
 
 def test_data_are_indexed_once_for_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,7 +200,7 @@ class StageData:
         return Mixture(sources, weights), held
 
     def _check_place(self, sources: Sequence[Source]) -> None:
-        """UserError if the run's own images would be among a source's."""
+        """Raise UserError if the run writes its own images into a folder that it trains on."""
         for source in sources:
             if self.folder is None or not isinstance(source, ClassFolder | PairedFolder):
                 continue
