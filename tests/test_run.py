@@ -341,10 +341,20 @@ stages:
     assert not (tmp_path / "c" / "core").exists()
 
 
-def test_nothing_is_trained_before_every_shape_fits(tmp_path: Path) -> None:
-    too_coarse = load_recipe("smoke", ["stages.grown.patch=32"])
-    with pytest.raises(UserError, match="patch 32 does not fit a growth to 32 px"):
-        run(too_coarse, tmp_path)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["patch=32"], "patch 32 does not fit a growth to 32 px"),
+        (["until=90"], "until: got 90, expected a sigma between the model's sigma_min 0.002 and sigma_max 80"),
+        (["until=0.001"], "until: got 0.001, expected a sigma between the model's sigma_min 0.002 and sigma_max 80"),
+        (["until=0.05", "noise={mean: 4, std: 0.5}"], "until: 0.05 is below 99.9% of the training noise"),
+        (["until=1", "to=[32, 64]", "noise={mean: 4, std: 0.5}"], "until: 1 is below 99.9% of the training noise"),
+    ],
+)
+def test_nothing_is_trained_before_every_shape_and_gate_fits(tmp_path: Path, settings: list[str], message: str) -> None:
+    recipe = load_recipe("smoke", ["stages.grown.init=preserve", *(f"stages.grown.{s}" for s in settings)])
+    with pytest.raises(UserError, match=re.escape(f"stage 'grown': {message}")):
+        run(recipe, tmp_path)
     assert not (tmp_path / "smoke" / "core").exists()
 
 

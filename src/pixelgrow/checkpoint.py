@@ -306,7 +306,7 @@ def _load(folder: Path, objective: Objective) -> tuple[UViT, CheckpointConfig]:
 
 def model_card(config: CheckpointConfig) -> str:
     """A model card in the hub's format: the model and its lineage. It states no licence; that is up to the author."""
-    rungs = ", ".join(f"{r.resolution} px ({r.attach})" for r in config.network.rungs)
+    rungs = ", ".join(f"{r.resolution} px ({r.kind})" for r in config.network.rungs)
     lines = [
         "---", "library_name: pixelgrow", "pipeline_tag: text-to-image", "---", "",
         f"# A pixelgrow {config.network.size} model at {config.network.resolution} px", "",

@@ -129,10 +129,10 @@ def grown_config(
                half of it for rungs that only add details
     generator  the growth of a one-step generator: decoder halves only
     exact      with `preserve`: a rung whose averaged image is the image from below for all weights
-    until      gate of an exact rung of a denoiser, in core units; default `GATE` at the resolution of its lowest level,
-               inf for none
+    until      gate of an exact rung of a denoiser, in core units, inf for none; default `GATE` at the resolution of its
+               lowest level, but at most the gate of the rung below
 
-    Raises UserError if `to`, `patch` or `init` do not fit.
+    Raises UserError if `to`, `patch`, `init`, `exact` or `until` do not fit.
     """
     if generator and init == "scratch":
         raise UserError("init: scratch is not for one-step generators; expected preserve or random")
@@ -163,14 +163,31 @@ def grown_config(
     if generator:
         attach = "image" if init == "preserve" else "features"
     exact = exact and init == "preserve"
-    if not exact or generator:
-        until = None
-    elif until is None:
-        until = GATE * config.core_resolution / sides[0]
-    elif until == math.inf:
-        until = None
+    until = None if generator or around else _gate(config, sides[0], exact, until)
     rung = RungConfig(levels=kept + new, patch=patch, attach=attach, detail_std=detail_std, exact=exact, until=until)
     return config.model_copy(update={"rungs": (rung,) if around else (*config.rungs, rung)}).checked()
+
+
+def _gate(config: NetConfig, lowest: int, exact: bool, until: float | None) -> float | None:
+    """The gate of a new rung whose lowest level is at `lowest` px; None for none. Raises UserError if it does not fit.
+
+    Where the rung below is closed it has no features to give, so a gate is at most that of the rung below.
+    """
+    below = config.rungs[-1].until or math.inf
+    if not exact:
+        if below < math.inf:
+            raise UserError(
+                f"exact: got false, but the rung below has a gate (until {below:g}), and only exact rungs have one: "
+                "drop it"
+            )
+        return None
+    if until is None:
+        until = min(GATE * config.core_resolution / lowest, below)
+    if until > below:
+        raise UserError(
+            f"until: got {until:g}, expected at most {below:g}, the gate of the rung below; lower it or drop it"
+        )
+    return None if until == math.inf else until
 
 
 def check_gate(until: float | None, config: DiffusionConfig) -> None:

@@ -57,11 +57,14 @@ def test_grow_writes_a_checkpoint(model: Path, run_cli: RunCli, tmp_path: Path) 
     assert guided.code == 0, guided.err
     facts = json.loads(Image.open(tmp_path / "guided.png").text["pixelgrow"])  # type: ignore[attr-defined]
     assert (facts["guide"], facts["interval"]) == ("base", [0.1, 5.0])
-    assert "grown from 16 to 32 px (preserve, exact)" in result.out
+    assert "grown from 16 to 32 px (preserve, exact until sigma 1 at the core)" in result.out
+    assert "32 px on base, exact until sigma 1, patch 2" in run_cli("info", tmp_path / "big").out
+    assert "32 px (base, exact until sigma 1)" in (tmp_path / "big" / "README.md").read_text(encoding="utf-8")
     assert "0 dropped" in result.out
     assert checkpoint.read_config(tmp_path / "big").lineage[-1]["to"] == 32
     report = json.loads((tmp_path / "big-growth" / "growth.json").read_text(encoding="utf-8"))
     assert report["resolution"] == [16, 32] and report["loaded"] and report["after"]
+    assert (report["exact"], report["until"]) == (True, 1.0)
     before, after = (tmp_path / "big-growth" / f"{name}.png" for name in ("before", "after"))
     with Image.open(before) as low, Image.open(after) as high:
         assert high.width > low.width

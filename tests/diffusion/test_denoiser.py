@@ -17,6 +17,7 @@ from pixelgrow.diffusion.denoiser import (
     Prediction,
     Weighting,
     coefficients,
+    column,
     loss,
     weight,
 )
@@ -24,7 +25,7 @@ from pixelgrow.errors import UserError
 from pixelgrow.growth import Init, grow_network, grown_config
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.config import CoreConfig
-from pixelgrow.models.layers import box_down
+from pixelgrow.models.layers import box_down, up_nearest
 from pixelgrow.models.sizes import shallow_uvit
 from pixelgrow.models.uvit import UViT
 
@@ -171,6 +172,20 @@ def test_a_rung_adds_to_the_image_from_below(exact: bool) -> None:
     torch.testing.assert_close(high.base(x, sigma, c), up)
     with pytest.raises(UserError, match="no base path"):
         low.base(x, sigma, c)
+
+
+@torch.no_grad()
+def test_a_plain_rung_adds_in_the_order_of_earlier_versions() -> None:
+    """So checkpoints of then generate the same images, bit for bit."""
+    _, high = grown(exact=False)
+    rung, x, sigma = high.net.config.rungs[1], torch.randn(3, 3, 32, 32), torch.tensor([0.05, 0.5, 7.0])
+    below = next(high.rungs(x, sigma, cond(3)))
+    up = up_nearest(below.image, 2)
+    c_in = column(coefficients("edm", sigma, 0.5)[2])
+    c_skip, c_out = map(column, coefficients("edm", sigma, 0.2)[:2])
+    out = high.net.rung(rung, torch.cat([c_in * x, up / 0.5], 1), below.ctx, below.features)
+    want = (up + (out.gain * c_skip) * (x - up_nearest(box_down(x, 2), 2))) + c_out * out.image
+    assert torch.equal(high(x, sigma, cond(3)), want)
 
 
 def test_a_gate_is_open_at_its_own_level_however_that_is_rounded() -> None:

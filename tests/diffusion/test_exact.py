@@ -241,9 +241,21 @@ def test_a_gate_outside_of_the_noise_levels_is_one_line(until: float) -> None:
 
 def test_gates_do_not_open_above_those_below() -> None:
     low = grown_config(shallow(8).net.config, 16, "preserve", until=0.5)
+    for until in (0.6, INF):
+        with pytest.raises(UserError, match=rf"until: got {until:g}, expected at most 0\.5, the gate of the"):
+            grown_config(low, 32, "preserve", until=until)
+    with pytest.raises(UserError, match=r"exact: got false, but the rung below has a gate \(until 0\.5\)"):
+        grown_config(low, 32, "preserve", exact=False)
+    high = grown_config(low, 32, "preserve", until=0.5)
+    wrong = {"rungs": (*high.rungs[:-1], high.rungs[-1].model_copy(update={"until": 0.6}))}
     with pytest.raises(ValueError, match=r"until 0\.6 of the rung at 32 px exceeds 0\.5"):
-        grown_config(low, 32, "preserve", until=0.6)
-    assert grown_config(low, 32, "preserve").rungs[-1].until == 0.5  # 2.0 at 32 px
+        high.model_copy(update=wrong).checked()
+
+
+def test_a_default_gate_is_at_most_the_gate_below() -> None:
+    for until, expected in ((0.7, 0.5), (0.3, 0.3)):  # 2.0 at 32 px is 0.5 at the core
+        low = grown_config(shallow(8).net.config, 16, "preserve", until=until)
+        assert grown_config(low, 32, "preserve").rungs[-1].until == expected
 
 
 # --- within [-1, 1], and previews ---------------------------------------------------------------------------------

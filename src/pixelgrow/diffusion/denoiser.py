@@ -236,8 +236,10 @@ class Denoiser(nn.Module):
         out = self.net.rung(rung, torch.cat([c_in * x, image / self.config.sigma_data], 1), ctx, below.features)
         assert out.gain is not None
         f = out.image.to(x.dtype)
-        added = (out.gain * c_skip) * detail + c_out * (details(f, k) if rung.exact else f)
-        return RungImage(image + (added if open_ is None else column(open_) * added), out.features, ctx)
+        if open_ is not None:
+            c_skip, c_out = column(open_) * c_skip, column(open_) * c_out
+        image = image + (out.gain * c_skip) * detail + c_out * (details(f, k) if rung.exact else f)
+        return RungImage(image, out.features, ctx)
 
 
 class NoiseConfig(Frozen):

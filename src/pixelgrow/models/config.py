@@ -97,6 +97,12 @@ class RungConfig(Frozen):
         """Whether it has decoder halves only, as in a grown generator."""
         return self.attach in ("image", "features")
 
+    @property
+    def kind(self) -> str:
+        """For people to read: what it attaches to, whether it is exact, and its gate: `base, exact until sigma 1`."""
+        gate = "" if self.until is None else f" until sigma {self.until:g}"
+        return f"{self.attach}{', exact' if self.exact else ''}{gate}"
+
 
 def exact_sides(rungs: Sequence[RungConfig]) -> list[int]:
     """Resolutions at which the averaged image of the last rung is exactly that of a lower rung; its own is the last."""

@@ -5,14 +5,17 @@ from __future__ import annotations
 from os.path import expanduser
 from pathlib import Path
 
+import torch
+
 from pixelgrow.checkpoint import read_config
-from pixelgrow.diffusion.denoiser import DiffusionConfig
+from pixelgrow.diffusion.denoiser import Denoiser, DiffusionConfig, NoiseSchedule
 from pixelgrow.errors import UserError
 from pixelgrow.external.autoencoder import Autoencoder
-from pixelgrow.growth import check_gate, grown_config, last_blocks
+from pixelgrow.growth import check_gate, freeze, grown_config, inherited, last_blocks
 from pixelgrow.model import find, one_step_settings
 from pixelgrow.models.config import PIXELS, CoreConfig, NetConfig, Space
 from pixelgrow.models.sizes import core_config, shallow_uvit
+from pixelgrow.models.uvit import UViT
 from pixelgrow.recipe.data import TextSpec
 from pixelgrow.recipe.stages import (
     DistillStage,
@@ -38,8 +41,25 @@ def networks(recipe: Recipe) -> dict[str, NetConfig]:
         if stage.parent is not None and is_folder(stage.parent):
             _check_kind(stage, stage.parent)
         if isinstance(stage, ModelStage):
-            nets[stage.name] = network(stage, nets, recipe, space)
+            try:
+                nets[stage.name] = network(stage, nets, recipe, space)
+                if isinstance(stage, GrowStage):
+                    _check_noise(stage, nets, recipe)
+            except UserError as error:
+                raise UserError(f"stage {stage.name!r}: {error}") from None
     return nets
+
+
+def _check_noise(stage: GrowStage, nets: dict[str, NetConfig], recipe: Recipe) -> None:
+    """UserError if a stage that trains gated rungs alone has no training noise below their gates."""
+    config = nets[stage.name]
+    if stage.trains_core or config.rungs[-1].until is None:
+        return
+    with torch.device("meta"):
+        denoiser = Denoiser(UViT(config), diffusion_of(stage.name, recipe))
+    old = parent_network(str(stage.parent), nets)
+    freeze(denoiser.net, inherited(denoiser.net.state_dict(), config, old))
+    NoiseSchedule(stage.noise, denoiser, denoiser.trained_until)
 
 
 def _check_kind(stage: Stage, folder: str) -> None:
@@ -69,8 +89,8 @@ def network(stage: ModelStage, nets: dict[str, NetConfig], recipe: Recipe, space
         if stage.pairs is not None and config.guided != _guidance_varies(stage.pairs, recipe):
             is_, follows = ("is", "follows no") if config.guided else ("is not", "follows a")
             raise UserError(
-                f"stage {stage.name!r}: {stage.parent} {is_} conditioned on the guidance weight, but the guidance of "
-                f"the pairs {stage.pairs} {follows} distribution: name pairs like those that it was distilled on"
+                f"{stage.parent} {is_} conditioned on the guidance weight, but the guidance of the pairs {stage.pairs} "
+                f"{follows} distribution: name pairs like those that it was distilled on"
             )
         check_gate(stage.until, diffusion_of(str(stage.parent), recipe))
         for to in stage.to:

@@ -141,7 +141,7 @@ def checkpoint_tables(folder: Path, config: CheckpointConfig, parts: dict[str, i
     defaults = f"one evaluation, latents of {net.latent_resolution} px" if one_step else "the library's defaults"
     facts = Table(box=None, show_header=False, pad_edge=False)
     rungs = ", ".join(
-        f"{'-'.join(str(v.resolution) for v in r.levels)} px on {r.attach}, patch {r.patch}" for r in net.rungs
+        f"{'-'.join(str(v.resolution) for v in r.levels)} px on {r.kind}, patch {r.patch}" for r in net.rungs
     )
     rows = {
         "checkpoint": str(folder),

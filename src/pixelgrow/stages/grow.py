@@ -134,7 +134,8 @@ def describe(growth: dict[str, Any]) -> str:
     low, high = growth["resolution"]
     counts = ", ".join(f"{len(growth[k])} {k}" for k in ("loaded", "new", "dropped", "frozen") if k in growth)
     size = growth["parameters"]
-    exact = ", exact" if growth.get("exact") else ""
+    gate = f" until sigma {growth['until']:g} at the core" if growth.get("until") else ""
+    exact = f", exact{gate}" if growth.get("exact") else ""
     lines = [
         f"grown from {low} to {high} px ({growth['init']}{exact}): {counts} tensors; "
         f"{size['loaded']:,} parameters loaded, {size['new']:,} new",
