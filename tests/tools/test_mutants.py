@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import importlib
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 pytest.importorskip("mutmut")
-TOOL = Path(__file__).parents[2] / "tools" / "mutants.py"
 CODE = '''"""Documentation."""
 import logging
 from typing import Literal
@@ -37,14 +35,10 @@ def work(x: int, y: int | None = None) -> int:
 '''
 
 
-@pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("mutants", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["mutants"] = module
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "tools"))
+    return importlib.import_module("mutations")
 
 
 def test_behaviour_is_changed_and_words_are_left_out(tool: ModuleType, tmp_path: Path) -> None:
