@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import pixelgrow
 from cli_files import class_folder
 from conftest import RunCli
 from pixelgrow.cli.main import share_cores
@@ -38,6 +39,13 @@ def test_help_is_quick_and_leaves_torch_alone() -> None:
     loaded_torch, loaded_pydantic, seconds = last.split()
     assert (loaded_torch, loaded_pydantic) == ("False", "False")
     assert float(seconds) < 0.5
+
+
+def test_the_version_and_short_help(run_cli: RunCli) -> None:
+    assert run_cli("--version").out == f"pixelgrow {pixelgrow.__version__}\n"
+    for words in ([], ["sample"], ["edit", "inpaint"], ["data"]):
+        short, long = run_cli(*words, "-h"), run_cli(*words, "--help")
+        assert (short.code, short.out) == (0, long.out) and short.out.startswith("Usage: pixelgrow")
 
 
 @pytest.mark.parametrize(

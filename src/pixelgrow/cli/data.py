@@ -25,7 +25,7 @@ class _Data(TyperGroup):
     """`data SOURCE` counts the source; a source that is called like a verb is written ./recaption."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if args[:1] != ["--help"] and args[:1] not in ([name] for name in self.commands):
+        if args[:1] not in (["--help"], ["-h"]) and args[:1] not in ([name] for name in self.commands):
             args = [COUNT, *args]
         return super().parse_args(ctx, args)
 

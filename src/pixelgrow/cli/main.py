@@ -12,7 +12,7 @@ from types import FrameType
 import typer
 
 from pixelgrow.cli.streams import Unwritable, discard_output, secure_streams
-from pixelgrow.cli.usage import in_one_line, is_usage_error
+from pixelgrow.cli.usage import check_filled, in_one_line, is_usage_error
 from pixelgrow.cli.verbs import app
 from pixelgrow.errors import UserError, out_of_memory
 
@@ -63,6 +63,7 @@ class End:
 def _obey() -> End:
     """Carry out the command line."""
     try:
+        check_filled(sys.argv[1:])
         status = app(sys.argv[1:] or ["--help"], prog_name="pixelgrow", standalone_mode=False)
         if status == 130:  # typer has caught a KeyboardInterrupt
             return _signalled(signal.SIGINT)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any
 
+from pixelgrow.errors import UserError
+
 
 def is_usage_error(error: Exception) -> bool:
     """Whether it is one of typer's, or of the click that older ones of typer stand on: they share no class."""
@@ -39,6 +41,23 @@ def in_one_line(error: Any, words: Sequence[str]) -> str:
     if extra := re.match(r"Got unexpected extra argument\S* \((.*)\)$", message):
         return f"{where}unexpected {extra[1]!r}; put text of several words in quotes, or {help_}"
     return f"{where}{message[0].lower()}{message[1:]}; {help_}"
+
+
+def check_filled(words: Sequence[str]) -> None:
+    """UserError for a word of the command line that is empty, as a variable of the shell that is not set leaves it.
+
+    Prompts may be empty.
+    """
+    prompts = ("--prompt", "--from", "--to")
+    for number, word in enumerate(words):
+        option = words[number - 1] if number and words[number - 1].startswith("-") else ""
+        if word.startswith("--") and word.endswith("="):
+            option, word = word[:-1], ""
+        prompt = option in prompts or (words[0] == "sample" and number > 1 and not option)
+        if not word and not prompt:
+            raise UserError(
+                f"{words[0]}: {option or f'argument {number}'} is empty: expected a value; is a variable not set?"
+            )
 
 
 def _one_of(verbs: list[str]) -> str:

@@ -7,11 +7,17 @@ from typing import Annotated
 
 import typer
 
+from pixelgrow import __version__
 from pixelgrow.cli.data import data
 from pixelgrow.cli.edit import edit
 from pixelgrow.errors import UserError
 
-app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 app.add_typer(data, name="data")
 app.add_typer(edit, name="edit")
 
@@ -31,8 +37,18 @@ Rate = Annotated[
 SAMPLES = Path("samples.png")
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"pixelgrow {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _about() -> None:
+def _about(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     """Grow a pixel-space image generator from a small one.
 
     \b
@@ -254,7 +270,7 @@ def plan(
     core: Annotated[int | None, typer.Option("--core", help="With --size: resolution that the core trains at.")] = None,
     stride: Annotated[int, typer.Option("--stride", help="With --size: pixels per core token.")] = 4,
     images: Annotated[int, typer.Option("--images", min=1, help="With --size: images of each stage.")] = 1_000_000,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="With --size: images per micro-batch.")] = 8,
+    batch: Annotated[int, typer.Option("--batch", min=1, max=2**20, help="With --size: images per micro-batch.")] = 8,
     rate: Rate = None,
 ) -> None:
     """Estimate parameters, FLOPs, memory and time. Of a recipe or of a model size; nothing is allocated.
