@@ -236,6 +236,8 @@ class Model:
             if guide.config.latent.get("fingerprint") != self.config.latent.get("fingerprint"):
                 raise UserError("the guide works in another latent space: name a model of the same autoencoder")
             guide = guide.denoiser
+        if guide is not None and guide != self.denoiser.base and self.denoiser.exact_factors:
+            logger.info("the guide is another model: sampling at full resolution throughout")
         size = self._size(size)
 
         def one_batch(cond: Cond, numbers: Sequence[int], progress: Callable[[int, int], None] | None) -> Samples:

@@ -13,7 +13,7 @@ from torch import Tensor
 from pixelgrow.diffusion.denoiser import RungImage
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.config import PIXELS
-from pixelgrow.models.layers import box_down, up_nearest
+from pixelgrow.models.layers import bounded, box_down, up_nearest
 from pixelgrow.onestep.features import FeatureOutput
 from pixelgrow.onestep.pairs import psnr
 from pixelgrow.onestep.watch import Watch, Watched, energy_distance
@@ -118,6 +118,15 @@ def test_images_are_bounded_before_they_are_compared() -> None:
     made, w = watch()
     made.watched = Watched(**{**vars(w), "latents": 50 + w.latents, "images": torch.ones(N, 3, 8, 8)})
     assert made.numbers()["rec_psnr"] == float("inf")
+
+
+def test_images_of_an_exact_generator_are_bounded_as_samples_are() -> None:
+    made, w = watch()
+    made.generator.exact_factors = [4]  # type: ignore[misc]
+    made.watched = Watched(**{**vars(w), "prior": 5 * w.prior})
+    whole = Doubling()(5 * w.prior[:1], w.cond[:1])
+    assert (bounded(whole, [4]) - whole.clamp(-1, 1)).abs().max() > 0.01
+    assert torch.equal(made.grid(1)[1:2], bounded(whole, [4]))
 
 
 def test_energy_distance_is_the_mean_over_rows_of_different_numbers() -> None:

@@ -93,6 +93,21 @@ def test_mistakes_are_one_line(exact: Model) -> None:
         best_of(plain, "a red circle", judge="checker", of=2, **FEW)
 
 
+def test_another_model_as_the_guide_leaves_no_preview_and_says_so(
+    exact: Model, caplog: pytest.LogCaptureFixture
+) -> None:
+    guide = Model(exact.denoiser, exact.config)
+    with pytest.raises(UserError, match="no preview: the guide is another model"):
+        exact.preview("a red circle", guide=guide, **FEW)
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        exact.sample(["a red circle"] * 3, guide=guide, batch=1, **FEW)
+        assert caplog.messages == ["the guide is another model: sampling at full resolution throughout"]
+        exact.sample("a red circle", guide=exact.denoiser.base, **FEW)
+        exact.sample("a red circle", **FEW)
+    assert len(caplog.messages) == 1
+
+
 def test_a_clip_is_a_judge(tmp_path: Path) -> None:
     save_both(tmp_path)
     judge = judge_named(str(tmp_path))

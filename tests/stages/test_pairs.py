@@ -12,27 +12,60 @@ import torch
 
 from pixelgrow.data.loader import Loader
 from pixelgrow.data.scenes.source import Scenes
+from pixelgrow.diffusion.denoiser import Denoiser
+from pixelgrow.growth import grow_network, grown_config
+from pixelgrow.models.layers import box_down
+from pixelgrow.models.uvit import UViT
 from pixelgrow.onestep.pairs import Ode
 from pixelgrow.recipe.stages import PairsStage
 from pixelgrow.stages.materials import Materials
-from pixelgrow.stages.pairs import Work
+from pixelgrow.stages.pairs import Work, _Stopped
 from test_growth import cond, shallow
+
+
+def work(denoiser: Denoiser, stage: PairsStage) -> Work:
+    side = denoiser.resolution
+    loader = Loader(Scenes(n=50, captions=10, seed=1), size=(side, side), batch=4)
+    text = SimpleNamespace(cond=lambda captions: cond(len(captions)))
+    ode = Ode(stage.sampler, stage.steps, denoiser.sigma_min, denoiser.sigma_max)
+    materials = cast(Materials, SimpleNamespace(text=text))
+    return Work(stage, denoiser, ode, loader, materials, 0, threading.Lock(), threading.Event())
+
+
+@pytest.mark.parametrize("direction", ["invert", "sample"])
+def test_pairs_of_an_exact_teacher_are_solved_at_the_lowest_resolution(
+    direction: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a worker whose run was stopped ends after a step."""
+    low = shallow(dtype=torch.float32)
+    net, _ = grow_network(low.net, grown_config(low.net.config, 32, "preserve"), "preserve")
+    made = work(Denoiser(net).eval(), PairsStage(name="p", n=4, direction=direction, batch=4, shard=4, steps=6))
+    sides: list[int] = []
+    real = UViT.rung
+    monkeypatch.setattr(UViT, "rung", lambda net, rung, x, *a: sides.append(x.shape[-1]) or real(net, rung, x, *a))
+    monkeypatch.setattr(
+        "pixelgrow.diffusion.progressive.box_down",
+        lambda x, k: sides.append(-x.shape[-1] // k) or box_down(x, k),
+    )
+    made.shard(0, 4, lambda _: None)
+    assert {16, 32, -16} <= set(sides)  # the state itself was averaged down
+    made.stopped.set()
+    sides.clear()
+    with pytest.raises(_Stopped):
+        made.shard(0, 4, lambda _: None)
+    assert sum(side == 16 for side in sides) <= 2  # Heun's method evaluates twice
 
 
 def test_pairs_that_are_sampled_decode_no_image(monkeypatch: pytest.MonkeyPatch) -> None:
     denoiser = shallow(dtype=torch.float32)
-    loader = Loader(Scenes(n=50, captions=10, seed=1), size=(16, 16), batch=4)
-    text = SimpleNamespace(cond=lambda captions: cond(len(captions)))
+    loader = work(denoiser, PairsStage(name="p", n=8, batch=4, shard=4)).loader
     raw = loader.load(8)
     decoded: list[int] = []
     monkeypatch.setattr(Scenes, "image", lambda *_, **__: decoded.append(1) or np.zeros((16, 16, 3), np.uint8))
 
     def origins(direction: Any) -> torch.Tensor:
-        stage = PairsStage(name="p", n=8, direction=direction, batch=4, shard=4, steps=2)
-        ode = Ode(stage.sampler, stage.steps, denoiser.sigma_min, denoiser.sigma_max)
-        materials = cast(Materials, SimpleNamespace(text=text))
-        work = Work(stage, denoiser, ode, loader, materials, 0, threading.Lock(), threading.Event())
-        return work.shard(8, 12, lambda _: None)["origin"]
+        made = work(denoiser, PairsStage(name="p", n=8, direction=direction, batch=4, shard=4, steps=2))
+        return made.shard(8, 12, lambda _: None)["origin"]
 
     assert torch.equal(origins("sample"), origins("invert")) and len(decoded) == 4
     captions = loader.load(8, decode=False)

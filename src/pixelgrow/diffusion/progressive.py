@@ -7,10 +7,8 @@ x and D: the average is stepped at the lower resolution, the details beside it, 
 
 from __future__ import annotations
 
-import logging
 import math
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -22,8 +20,6 @@ from pixelgrow.diffusion.denoiser import Denoiser
 from pixelgrow.diffusion.guidance import Guided
 from pixelgrow.diffusion.solvers import Denoise, Noise, Past, checked
 from pixelgrow.models.layers import box_down, details, up_nearest
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,8 +46,7 @@ def floors_of(denoise: Denoise) -> list[Floor]:
         return [top]
     whole, interval, guide = denoise.denoiser, denoise.interval, denoise.guide
     own = guide is not None and guide == whole.base
-    if whole.exact_factors and guide is not None and not own:
-        logger.info("the guide is another model: sampling at full resolution throughout")
+    if guide is not None and not own:
         return [top]
     floors, scale, upper = [top], 1, whole
     for factor in reversed(whole.exact_factors):
@@ -75,11 +70,17 @@ def evaluations(floors: Sequence[Floor]) -> int:
 
 
 def progressive(
-    denoise: Denoise, x: Tensor, sigmas: Tensor, method: str = "dpm++2m", noise: Noise | None = None
+    denoise: Denoise, x: Tensor, sigmas: Tensor, method: str = "dpm++2m", each: Callable[[], None] | None = None
 ) -> Tensor:
-    """The end of `climb` over all of a model's floors: x (B, C, h, w) at sigmas[0] -> x at sigmas[-1]."""
-    (end,) = deque(climb(floors_of(denoise), x, sigmas, method, noise), maxlen=1)
-    return end
+    """The end of `climb` over all of a model's floors: x (B, C, h, w) at sigmas[0] -> x at sigmas[-1].
+
+    `each` is called after each step.
+    """
+    for x_next in climb(floors_of(denoise), x, sigmas, method):
+        x = x_next
+        if each is not None:
+            each()
+    return x
 
 
 def climb(

@@ -23,6 +23,7 @@ from pixelgrow.precision import tf32
 from pixelgrow.rng import normal
 
 NO_PREVIEW = "no preview: the model was not grown by exact rungs, so no smaller image is the same image; drop it"
+GUIDED_PREVIEW = "no preview: the guide is another model, which changes the smaller image too; drop the guide"
 MAX_STEPS, MAX_SIDE = 10_000, 8192  # more is a typing error
 
 
@@ -204,7 +205,7 @@ def sample(
         )
         floors = floors_of(guided)
         if preview and len(floors) == 1:
-            raise UserError(NO_PREVIEW)
+            raise UserError(GUIDED_PREVIEW if factors else NO_PREVIEW)
         floors = floors[:1] if preview else floors if progressive else floors[-1:]
         noise = ancestral_noise((space.channels, *size), seed, rows, device)
         x = sigmas[0].item() * initial_noise(size, seed, rows, space.channels).to(device)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import zlib
 from bisect import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -61,14 +61,14 @@ class Ode:
         return karras_grid(self.steps, self.sigma_min, self.sigma_max)
 
     @tf32()
-    def to_latent(self, denoise: Denoise, x: Tensor) -> Tensor:
-        """Images (B, 3, h, w) -> latents of about unit variance."""
-        return progressive(denoise, x, self.sigmas.flip(0), self.sampler) / self.sigma_max
+    def to_latent(self, denoise: Denoise, x: Tensor, each: Callable[[], None] | None = None) -> Tensor:
+        """Images (B, 3, h, w) -> latents of about unit variance. `each` is called after each step."""
+        return progressive(denoise, x, self.sigmas.flip(0), self.sampler, each) / self.sigma_max
 
     @tf32()
-    def to_image(self, denoise: Denoise, z: Tensor) -> Tensor:
-        """Latents (B, 3, h, w) -> images."""
-        return progressive(denoise, self.sigma_max * z, self.sigmas, self.sampler)
+    def to_image(self, denoise: Denoise, z: Tensor, each: Callable[[], None] | None = None) -> Tensor:
+        """Latents (B, 3, h, w) -> images. `each` is called after each step."""
+        return progressive(denoise, self.sigma_max * z, self.sigmas, self.sampler, each)
 
     @torch.no_grad()
     @tf32()

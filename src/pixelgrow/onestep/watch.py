@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pixelgrow.diffusion.generator import Generator
-from pixelgrow.diffusion.sampling import weights_like
+from pixelgrow.diffusion.sampling import exact_factors, weights_like
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.layers import box_down
 from pixelgrow.onestep.features import TeacherFeatures
@@ -90,7 +90,7 @@ class Watch:
         for rows in self._rows(latents):
             z = latents[rows]
             images.append(self.generator(z, self.watched.cond[rows], weights_like(z, self.watched.guidance)))
-        return self.generator.space.bound(torch.cat(images).float())
+        return self.generator.space.bound(torch.cat(images).float(), exact_factors(self.generator))
 
     @torch.no_grad()
     def _pooled(self, images: Tensor) -> Tensor:

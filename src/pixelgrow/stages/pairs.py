@@ -20,7 +20,6 @@ from pixelgrow.data.loader import Loader, mirrored, to_tensor
 from pixelgrow.diffusion.denoiser import Denoiser
 from pixelgrow.diffusion.guidance import Guided
 from pixelgrow.diffusion.sampling import initial_noise
-from pixelgrow.diffusion.solvers import Denoise
 from pixelgrow.growth import kept_in
 from pixelgrow.models.cond import Cond
 from pixelgrow.onestep.losses import guidance_weights
@@ -45,7 +44,7 @@ class Work:
     """What a worker makes shards with.
 
     `decoding`: a lock of the loader, which all workers share. `stopped`: set when a worker fails or the run is stopped;
-    every worker checks it at each network evaluation.
+    every worker checks it after each step of its solver.
     """
 
     stage: PairsStage
@@ -61,17 +60,14 @@ class Work:
     def device(self) -> torch.device:
         return next(self.denoiser.parameters()).device
 
-    def denoise(self, cond: Cond, weights: Tensor | None) -> Denoise:
+    def denoise(self, cond: Cond, weights: Tensor | None) -> Guided:
         guidance = self.stage.guidance if weights is None else weights
         assert not isinstance(guidance, str)
-        guided = Guided(self.denoiser, cond, guidance=guidance)
+        return Guided(self.denoiser, cond, guidance=guidance)
 
-        def denoised(x: Tensor, sigma: float) -> Tensor:
-            if self.stopped.is_set():
-                raise _Stopped
-            return guided(x, sigma)
-
-        return denoised
+    def _check(self) -> None:
+        if self.stopped.is_set():
+            raise _Stopped
 
     def weights(self, numbers: range, origin: Tensor) -> Tensor | None:
         """Guidance weights (B,) of positions in the stream with their `origin`; None if there is no distribution."""
@@ -117,15 +113,16 @@ class Work:
             given = {} if weights is None else {"guidance": weights}
             if sampled:
                 z = initial_noise((side, side), self.seed, numbers, channels)
-                samples = self.ode.to_image(denoise, z.to(device))
+                samples = self.ode.to_image(denoise, z.to(device), self._check)
                 samples = self.denoiser.space.bound(samples, self.denoiser.exact_factors)
                 keep(latent=z.half(), image=samples.half(), origin=origin, **given)
             else:
-                keep(latent=self.ode.to_latent(denoise, images.to(device)).half(), origin=origin, **given)
+                z = self.ode.to_latent(denoise, images.to(device), self._check)
+                keep(latent=z.half(), origin=origin, **given)
                 may = torch.tensor([self._mirrors(int(source)) for source in origin[:, 0]])
                 if may.any():
                     denoise = self.denoise(cond[may.to(device)], None if weights is None else weights[may])
-                    z = self.ode.to_latent(denoise, images[may].flip(-1).to(device))
+                    z = self.ode.to_latent(denoise, images[may].flip(-1).to(device), self._check)
                     given = {name: tensor[may] for name, tensor in given.items()}
                     other = origin[may]
                     other[:, 2] = 1
