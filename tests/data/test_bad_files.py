@@ -371,7 +371,7 @@ def test_a_list_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: 
     (tmp_path / "data" / "x.jpg").write_bytes(JPEG)
     (tmp_path / "data" / "x.txt").write_text("a picture")
     source, found = open_source(str(tmp_path / "data")), [BadFile("x.jpg", "torn")]
-    with pytest.raises(UserError, match=r"cannot write .*File exists"):
+    with pytest.raises(UserError, match=r"cannot write .*is a file, not a folder"):
         BadFiles([source], 1.0, tmp_path / "data" / "x.txt" / "list").add(0, found)
     BadFiles([source], 1.0, tmp_path / "list").add(0, found)
 
