@@ -36,7 +36,7 @@ SEVERAL = ["first", {"text": "second", "weight": 3}]
 
 
 def several(folder: Path, count: int = 4) -> Path:
-    """Pictures of two captions each, the second three times as often, and one of a single caption."""
+    """Images with two captions each, the second of three times the weight, and one image with a single caption."""
     rows: list[object] = [
         {"file_name": f"{i}.png", "text": [f"first {i}", {"text": f"second {i}", "weight": 3}]} for i in range(count)
     ]
@@ -50,7 +50,7 @@ def several(folder: Path, count: int = 4) -> Path:
 # --- samples of several captions --------------------------------------------------------------------------------------
 
 
-def test_a_line_may_say_several_captions_with_weights(tmp_path: Path) -> None:
+def test_a_line_may_have_several_captions_with_weights(tmp_path: Path) -> None:
     source = open_source(str(several(tmp_path)))
     assert [source.text(i) for i in (1, 4)] == ["first 1", "alone"]
     assert wordings_of(source, 1) == (Wording("first 1"), Wording("second 1", 3.0))
@@ -60,7 +60,7 @@ def test_a_line_may_say_several_captions_with_weights(tmp_path: Path) -> None:
     assert inspect_source(source).distinct == 9
 
 
-def test_a_tars_json_may_say_several_captions(tmp_path: Path) -> None:
+def test_the_json_of_a_tar_may_have_several_captions(tmp_path: Path) -> None:
     row = json.dumps({"caption": SEVERAL}).encode()
     source = open_source(str(write_tar(tmp_path / "a.tar", [("0.png", an_image()), ("0.json", row)])))
     assert source.text(0) == "first" and wordings_of(source, 0) == (Wording("first"), Wording("second", 3.0))
@@ -86,7 +86,7 @@ def test_one_caption_in_a_list_is_one_caption(tmp_path: Path) -> None:
         ([{"weight": 1}], "no caption"),
     ],
 )
-def test_captions_that_are_none_make_a_bad_line(tmp_path: Path, text: Any, reason: str) -> None:
+def test_a_line_with_a_caption_that_is_none_is_bad(tmp_path: Path, text: Any, reason: str) -> None:
     (tmp_path / "a.png").write_bytes(an_image())
     (tmp_path / "b.png").write_bytes(an_image())
     rows = [{"file_name": "a.png", "text": "fine"}, {"file_name": "b.png", "text": text}]
@@ -99,7 +99,7 @@ def test_captions_are_chosen_by_their_weights() -> None:
     assert [chosen(wordings, u) for u in (0, 0.24, 0.25, 0.74, 0.75, 0.999, 1.0)] == [0, 0, 1, 1, 2, 2, 2]
 
 
-def test_each_turn_of_a_sample_has_one_of_its_captions_wherever_the_stream_begins(tmp_path: Path) -> None:
+def test_a_sample_has_one_of_its_captions_each_time_wherever_the_stream_begins(tmp_path: Path) -> None:
     source = open_source(str(several(tmp_path)))
     loader = Loader(source, size=(16, 16), batch=100, seed=3)
     assert set(loader.texts()) == {f"{n} {i}" for n in ("first", "second") for i in range(4)} | {"alone"}
@@ -112,7 +112,7 @@ def test_each_turn_of_a_sample_has_one_of_its_captions_wherever_the_stream_begin
     assert [wordings_of(source, int(o[1]))[c].text for o, c in zip(raw.origin, raw.caption, strict=True)] == texts[:100]
 
 
-def test_a_pair_remembers_the_caption_that_it_was_made_with(tmp_path: Path) -> None:
+def test_a_pair_keeps_the_caption_that_it_was_made_with(tmp_path: Path) -> None:
     folder = several(tmp_path / "images", 30)
     stages = [
         {"train": {"name": "core", "size": "tiny", "resolution": 16, "images": 8, "batch": 8, "sample_every": 0,
@@ -129,10 +129,10 @@ def test_a_pair_remembers_the_caption_that_it_was_made_with(tmp_path: Path) -> N
     assert set(pairs.origins[:, 3].tolist()) == {0, 1}
     source, _ = heldout_split(open_source(str(folder)), 0.02, 0)
     stream = PairStream(Loader(source, size=(16, 16), batch=4, seed=1), pairs, 16)
-    said = [wordings_of(source, int(o[1]))[int(o[3])].text for o in pairs.origins]
-    assert stream.texts() == said and len({text.split()[0] for text in said}) >= 2
+    captions = [wordings_of(source, int(o[1]))[int(o[3])].text for o in pairs.origins]
+    assert stream.texts() == captions and len({text.split()[0] for text in captions}) >= 2
     u = rng.uniform(rng.seed_of(0, "stage", "pairs"), "guidance", range(16))
-    both = torch.cat([u[:8], u[:8], u[8:], u[8:]])  # a shard's pictures, then their mirror images
+    both = torch.cat([u[:8], u[:8], u[8:], u[8:]])  # a shard's images, then their mirror images
     by_kind = [guidance_weights(both, distribution).float() for distribution in ("captions", "recaptions")]
     assert torch.equal(pairs.guidance, torch.where(pairs.origins[:, 3] == 0, *by_kind))  # type: ignore[arg-type]
     with contextlib.closing(stream.batches()) as batches:
@@ -145,7 +145,7 @@ def test_a_pair_remembers_the_caption_that_it_was_made_with(tmp_path: Path) -> N
 
 @pytest.fixture(scope="module")
 def captioner(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny image encoder with a text decoder, of random weights."""
+    """A tiny image encoder with a text decoder, with random weights."""
     folder = tmp_path_factory.mktemp("captioner")
     torch.manual_seed(0)
     size = save_tokenizer(folder, start=True)
@@ -171,7 +171,7 @@ def rows(path: Path) -> list[Any]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def test_every_picture_gets_a_second_caption(tmp_path: Path, captioner: Path, run_cli: Any) -> None:
+def test_every_image_gets_a_second_caption(tmp_path: Path, captioner: Path, run_cli: Any) -> None:
     folder, out = captioned(tmp_path / "images", 5), tmp_path / "new.jsonl"
     done = run_cli(
         "data", "recaption", folder, "--model", captioner, "-o", out, "--weight", "0.5", "--batch", "2", "--tokens", "4"
@@ -199,11 +199,11 @@ def test_an_interrupted_call_goes_on_to_the_same_bytes(
 
     real, calls = verb.Captioner.__call__, []
 
-    def stops(self: Any, pictures: Any) -> list[str]:
-        calls.append(len(pictures))
+    def stops(self: Any, images: Any) -> list[str]:
+        calls.append(len(images))
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(self, pictures)
+        return real(self, images)
 
     cut = Recaption(ask.source, ask.model, tmp_path / "cut.jsonl", batch=2, tokens=4)
     monkeypatch.setattr(verb.Captioner, "__call__", stops)
@@ -217,36 +217,32 @@ def test_an_interrupted_call_goes_on_to_the_same_bytes(
     assert not list(tmp_path.glob(".*"))
 
 
-def test_a_model_that_fails_on_pictures_is_one_line_and_a_lack_of_memory_is_told(
-    captioner: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_that_fails_is_one_line_unless_memory_ran_out(captioner: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pixelgrow.cli.recaption import Captioner
 
-    made, pictures = Captioner(str(captioner)), [Image.new("RGB", (16, 16))] * 2
+    made, images = Captioner(str(captioner)), [Image.new("RGB", (16, 16))] * 2
     for raised in (ValueError("image tokens\nand more"), TypeError("image tokens"), RuntimeError("image tokens")):
         monkeypatch.setattr(made.model, "generate", Mock(side_effect=raised))
-        with pytest.raises(
-            UserError, match=r"cannot put 2 pictures into words \(image tokens\): try --batch 1"
-        ) as error:
-            made(pictures)
+        with pytest.raises(UserError, match=r"cannot caption 2 images \(image tokens\): try --batch 1") as error:
+            made(images)
         assert "\n" not in str(error.value) and "--prompt" in str(error.value)
     monkeypatch.setattr(made.model, "generate", Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory")))
     with pytest.raises(torch.OutOfMemoryError):
-        made(pictures)
+        made(images)
 
 
 def test_prompts_are_padded_on_the_left(captioner: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from pixelgrow.cli.recaption import Captioner
 
-    made, pictures = Captioner(str(captioner), tokens=4), [Image.new("RGB", (16, 16))] * 2
-    prepare, sides = made.images, []
+    made, images = Captioner(str(captioner), tokens=4), [Image.new("RGB", (16, 16))] * 2
+    prepare, sides = made.prepare, []
 
     def both(images: Any, text: list[str], padding: bool, return_tensors: str) -> Any:
-        sides.append((made.words.padding_side, padding, text))
+        sides.append((made.tokenizer.padding_side, padding, text))
         return prepare(images=images, return_tensors=return_tensors)
 
-    made.prompt, made.images = "what is this?", both
-    assert len(made(pictures)) == 2 and sides == [("left", True, ["what is this?"] * 2)]
+    made.prompt, made.prepare = "what is this?", both
+    assert len(made(images)) == 2 and sides == [("left", True, ["what is this?"] * 2)]
 
 
 def test_mistakes_are_one_line(tmp_path: Path, captioner: Path, run_cli: Any) -> None:
@@ -256,7 +252,7 @@ def test_mistakes_are_one_line(tmp_path: Path, captioner: Path, run_cli: Any) ->
     del tensors["decoder.transformer.h.0.attn.c_attn.weight"]
     save_file(tensors, cut_off / "model.safetensors", metadata={"format": "pt"})
     for args, words in (
-        (("scenes", "--model", captioner), "scenes: got drawn scenes, expected a folder"),
+        (("scenes", "--model", captioner), "scenes: got scenes, expected a folder"),
         ((folder, "--model", tmp_path / "nothing"), "is not a folder here"),
         ((folder, "--model", folder), "cannot be loaded"),
         ((folder, "--model", cut_off), "lack 'decoder.transformer.h.0.attn.c_attn.weight' and 0 more"),
@@ -266,5 +262,5 @@ def test_mistakes_are_one_line(tmp_path: Path, captioner: Path, run_cli: Any) ->
         assert done.code == 2 and words in done.err and done.err.count("\n") == 1, done.err
     assert not out.exists()
     out.write_text("")
-    with pytest.raises(UserError, match="there is such a file already"):
+    with pytest.raises(UserError, match="the file exists already"):
         recaption(Recaption(str(folder), str(captioner), out))

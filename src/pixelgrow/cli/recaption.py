@@ -1,4 +1,4 @@
-"""The `recaption` verb: a second caption for every picture of a folder, by an image-to-text model of transformers."""
+"""The `data recaption` verb: a second caption for every image of a folder, by an image-to-text model."""
 
 from __future__ import annotations
 
@@ -23,13 +23,18 @@ from pixelgrow.external import hub
 from pixelgrow.training.log import Display
 from pixelgrow.writing import going_on, writing
 
-MAX_SIDE = 768  # pixels; larger pictures are scaled down before the model's own preparation sees them
+MAX_SIDE = 768  # pixels; larger images are scaled down before the model's own preprocessing
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Recaption:
-    """What is asked for. `weight`: of the new caption; those that were there keep theirs. `tokens`: at the most."""
+    """What to do.
+
+    `source`: a folder of captioned images. `model`: an image-to-text model of transformers, a folder or a name on the
+    hub. `out`: the file to write. `weight`: of the new captions; the others keep theirs. `tokens`: of a new caption, at
+    most.
+    """
 
     source: str
     model: str
@@ -40,59 +45,63 @@ class Recaption:
     tokens: int = 64
 
 
-def recaption(ask: Recaption) -> str:
-    """Write `ask.out`, a metadata.jsonl with a folder's captions and the model's beside them; returns a line about it.
+def recaption(request: Recaption) -> str:
+    """Write a metadata.jsonl with the captions of a folder and a new one for each image; returns a line for people.
 
-    What is done is kept in a hidden file beside it: a call that was interrupted and is repeated goes on there. The file
-    itself is written whole or not at all. Raises UserError.
+    New captions are first kept in a hidden file beside it, so a call that was interrupted goes on when it is repeated.
+    The metadata.jsonl itself is written whole or not at all. Raises UserError.
     """
-    source = open_source(ask.source)
+    source = open_source(request.source)
     if not isinstance(source, MetadataFolder | PairedFolder):
-        kind = getattr(source, "kind", "drawn scenes")
+        kind = getattr(source, "kind", "scenes")
         raise UserError(
-            f"{ask.source}: got {kind}, expected a folder with a metadata.jsonl or a .txt beside each image: those are "
-            "given a second caption"
+            f"{request.source}: got {kind}, expected a folder with a metadata.jsonl or a .txt beside each image"
         )
-    if ask.out.exists():
-        raise UserError(f"-o {ask.out}: there is such a file already; name another, or delete it")
-    captioner = Captioner(ask.model, ask.prompt, ask.tokens)
-    told = {"source": source.fingerprint, "model": ask.model, "prompt": ask.prompt, "tokens": ask.tokens}
-    part = ask.out.with_name(f".{ask.out.name}.part")
-    with going_on(), writing(ask.out):
-        ask.out.parent.mkdir(parents=True, exist_ok=True)
-        said, end = _done(part, told)
-        with part.open("r+b" if end else "wb") as file, Display(ask.model, len(source), len(said)) as display:
+    if request.out.exists():
+        raise UserError(f"-o {request.out}: the file exists already; name another, or delete it")
+    captioner = Captioner(request.model, request.prompt, request.tokens)
+    settings = {
+        "source": source.fingerprint,
+        "model": request.model,
+        "prompt": request.prompt,
+        "tokens": request.tokens,
+    }
+    part = request.out.with_name(f".{request.out.name}.part")
+    with going_on(), writing(request.out):
+        request.out.parent.mkdir(parents=True, exist_ok=True)
+        captions, end = _done(part, settings)
+        with part.open("r+b" if end else "wb") as file, Display(request.model, len(source), len(captions)) as display:
             file.truncate(end)
             file.seek(end)
-            file.write(b"" if end else _line(told))
-            for start in range(len(said), len(source), ask.batch):
-                pictures = [_picture(source, i) for i in range(start, min(start + ask.batch, len(source)))]
-                words = iter(captioner([p for p in pictures if p is not None]))
-                for picture in pictures:
-                    said.append(None if picture is None else next(words))
-                    file.write(_line(said[-1]))
+            file.write(b"" if end else _line(settings))
+            for start in range(len(captions), len(source), request.batch):
+                images = [_image(source, i) for i in range(start, min(start + request.batch, len(source)))]
+                new = iter(captioner([image for image in images if image is not None]))
+                for image in images:
+                    captions.append(None if image is None else next(new))
+                    file.write(_line(captions[-1]))
                 file.flush()
-                display.update(len(said))
-        whole = ask.out.with_name(f".{ask.out.name}.whole")
+                display.update(len(captions))
+        whole = request.out.with_name(f".{request.out.name}.whole")
         with whole.open("wb") as file:
-            for i, words_of in enumerate(said):
-                file.write(_row(source, i, words_of, ask.weight))
-        whole.replace(ask.out)
+            for i, caption in enumerate(captions):
+                file.write(_row(source, i, caption, request.weight))
+        whole.replace(request.out)
         part.unlink()
-    new = sum(bool(words_of) for words_of in said)
+    made = sum(bool(caption) for caption in captions)
     place = "" if source.kind in ("metadata.jsonl", PairedFolder.kind) else f" in the place of its {source.kind}"
     return (
-        f"{new} of {len(said)} images have a second caption: {ask.out}, to be the metadata.jsonl of "
+        f"{made} of {len(captions)} images have a second caption: {request.out}, to be the metadata.jsonl of "
         f"{source.name}{place}"
     )
 
 
-def _done(part: Path, told: dict[str, Any]) -> tuple[list[str | None], int]:
-    """What an interrupted call of the same model and pictures had said, and where its last whole line ends."""
+def _done(part: Path, settings: dict[str, Any]) -> tuple[list[str | None], int]:
+    """The captions of an interrupted call with the same `settings`, and the byte where its last whole line ends."""
     if not part.exists():
         return [], 0
     lines = [line for line in part.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-    if not lines or lines[0] != _line(told):
+    if not lines or lines[0] != _line(settings):
         return [], 0
     return [json.loads(line) for line in lines[1:]], sum(map(len, lines))
 
@@ -101,15 +110,15 @@ def _line(value: object) -> bytes:
     return json.dumps(value).encode() + b"\n"
 
 
-def _row(source: FileSource, i: int, words: str | None, weight: float) -> bytes:
-    """A line of metadata.jsonl: the captions of sample i, and the model's after them if it said any."""
-    wordings = [*wordings_of(source, i), *([Wording(words, weight)] if words else [])]
+def _row(source: FileSource, i: int, caption: str | None, weight: float) -> bytes:
+    """A line of metadata.jsonl: the captions of sample i, then the new one if there is any."""
+    wordings = [*wordings_of(source, i), *([Wording(caption, weight)] if caption else [])]
     texts = [w.text if w.weight == 1 else {"text": w.text, "weight": w.weight} for w in wordings]
     return _line({"file_name": source.key(i), "text": texts if len(texts) > 1 else texts[0]})
 
 
-def _picture(source: FileSource, i: int) -> Image.Image | None:
-    """A whole picture, scaled to `MAX_SIDE` at the most; None where it cannot be decoded."""
+def _image(source: FileSource, i: int) -> Image.Image | None:
+    """A whole image, scaled down to `MAX_SIDE` if it is larger; None if it cannot be decoded."""
     h, w = source.size(i)
     scale = min(1.0, MAX_SIDE / max(h, w))
     try:
@@ -120,19 +129,22 @@ def _picture(source: FileSource, i: int) -> Image.Image | None:
 
 
 class Captioner:
-    """`captioner(pictures) -> texts`, greedily: a model that transformers' AutoModelForImageTextToText knows, or a
-    VisionEncoderDecoder. `prompt`: what it is asked, for a model that takes words too."""
+    """`captioner(images) -> captions`, by greedy decoding.
+
+    The model is one of transformers' AutoModelForImageTextToText, or a VisionEncoderDecoder. `prompt`: for models that
+    take text beside the image. `tokens`: of a caption, at most.
+    """
 
     def __init__(self, name: str, prompt: str | None = None, tokens: int = 64) -> None:
-        """Raises UserError if the model cannot be had or is none that puts pictures into words."""
+        """Raises UserError if the model cannot be loaded or is no image-to-text model."""
         import transformers as hf
 
         self.tokens = tokens
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._load(hf, name)
-        if prompt is not None and self.both is None:
+        if prompt is not None and self.processor is None:
             raise UserError(f"--prompt: {name} is an image encoder with a text decoder, which takes none; drop it")
-        self.prompt = self._asked(prompt)
+        self.prompt = self._prompted(prompt)
 
     def _load(self, hf: Any, name: str) -> None:
         folder, label = hub.find("image-to-text model", name), f"image-to-text model {name!r}"
@@ -142,40 +154,43 @@ class Captioner:
         kind = hf.VisionEncoderDecoderModel if pair else hf.AutoModelForImageTextToText
         self.model = hub.pretrained(label, folder, kind, unused="pooler").to(self.device).eval()
         with hub.loading(label, folder):
-            both: Any = None if pair else hf.AutoProcessor.from_pretrained(folder, local_files_only=True)
-            image = hf.AutoImageProcessor.from_pretrained(folder, local_files_only=True) if pair else both
-            words = hf.AutoTokenizer.from_pretrained(folder, local_files_only=True) if pair else both.tokenizer
-        self.both = both
-        self.images: Any = image
-        self.words: Any = words
+            self.processor: Any = None  # of text and image, for a model that takes both
+            if pair:
+                self.prepare: Any = hf.AutoImageProcessor.from_pretrained(folder, local_files_only=True)
+                self.tokenizer: Any = hf.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            else:
+                self.processor = hf.AutoProcessor.from_pretrained(folder, local_files_only=True)
+                self.prepare, self.tokenizer = self.processor, self.processor.tokenizer
 
-    def _asked(self, prompt: str | None) -> str | None:
-        """The prompt in the form that a chat model was trained with."""
-        if self.both is None or not getattr(self.both, "chat_template", None):
+    def _prompted(self, prompt: str | None) -> str | None:
+        """The prompt in the chat format of the model, if it has one."""
+        if self.processor is None or not getattr(self.processor, "chat_template", None):
             return prompt
-        content = [{"type": "image"}, {"type": "text", "text": prompt or "Describe the picture in one sentence."}]
-        return str(self.both.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
+        content = [{"type": "image"}, {"type": "text", "text": prompt or "Describe the image in one sentence."}]
+        return str(
+            self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        )
 
     @torch.no_grad()
-    def __call__(self, pictures: Sequence[Image.Image]) -> list[str]:
-        if not pictures:
+    def __call__(self, images: Sequence[Image.Image]) -> list[str]:
+        if not images:
             return []
-        words: dict[str, Any] = {}
+        text: dict[str, Any] = {}
         if self.prompt is not None:
-            words = {"text": [self.prompt] * len(pictures), "padding": True}
-            self.words.padding_side = "left"  # what is said goes on where the prompt ends
+            text = {"text": [self.prompt] * len(images), "padding": True}
+            self.tokenizer.padding_side = "left"  # the caption follows the prompt directly
         try:
-            inputs = self.images(images=list(pictures), return_tensors="pt", **words).to(self.device)
+            inputs = self.prepare(images=list(images), return_tensors="pt", **text).to(self.device)
             ids = self.model.generate(**inputs, max_new_tokens=self.tokens, do_sample=False, num_beams=1)
-        except (ValueError, TypeError, IndexError, RuntimeError) as error:  # as each model likes
+        except (ValueError, TypeError, IndexError, RuntimeError) as error:  # models differ in what they raise
             if out_of_memory(error):
                 raise
             reason = str(error).strip().partition("\n")[0]
             raise UserError(
-                f"the model cannot put {len(pictures)} pictures into words ({reason}): try --batch 1, fewer "
-                "--tokens, or another --prompt (some models need one, some take none)"
+                f"the model cannot caption {len(images)} images ({reason}): try --batch 1, fewer --tokens, or another "
+                "--prompt (some models need one, some take none)"
             ) from error
-        asked = inputs.get("input_ids")
-        if asked is not None and torch.equal(ids[:, : asked.shape[1]], asked):
-            ids = ids[:, asked.shape[1] :]  # a model of one stream repeats what it was asked
-        return [" ".join(text.split()) for text in self.words.batch_decode(ids, skip_special_tokens=True)]
+        prompted = inputs.get("input_ids")
+        if prompted is not None and torch.equal(ids[:, : prompted.shape[1]], prompted):
+            ids = ids[:, prompted.shape[1] :]  # a decoder-only model repeats the prompt
+        return [" ".join(one.split()) for one in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]

@@ -1,4 +1,4 @@
-"""Training images: sources of captioned files or drawn scenes, and the loader that streams them."""
+"""Training images: sources of captioned files or rendered scenes, and the loader that makes batches of them."""
 
 from pixelgrow.data.images import BadImage
 from pixelgrow.data.loader import Batch, Loader, take

@@ -1,4 +1,4 @@
-"""The account of bad files: each listed once, with its reason, and a limit on their share."""
+"""Bad files: each is listed once with its reason, and their share has a limit."""
 
 import hashlib
 import json
@@ -13,17 +13,19 @@ from pixelgrow.writing import writing
 
 log = logging.getLogger(__name__)
 Row = dict[str, str]
-WARNINGS = 5  # of a stage at most; the list and the report have all files
+WARNINGS = 5  # warnings of a stage at most; the list and the report have all files
 
 
 class BadFiles:
-    """Counts bad files by source and lists them in a JSONL file, one `{source, file, reason, fingerprint}` a line.
+    """Counts bad files by source, and lists them in a JSONL file, a line `{source, file, reason, fingerprint}` each.
 
     `limit`: the share of a source's samples that may be bad or lost; one more raises `UserError`.
-    `path`: the list, None for none. Files that were passed over one by one (`strays_of`) are listed too, and count for
-    nothing. A run that resumes goes on counting where the list ends, unless the source's samples or the files that its
-    index could not use are others since (another fingerprint in the list): what was listed of it is then forgotten. So
-    a file that was repaired or removed counts no longer.
+    `path`: of the list; None: no list is written. It also holds the files that were passed over one by one
+    (`strays_of`), which do not count.
+
+    A run that is resumed goes on from its list. If a source's samples have changed, or the files that its index left
+    out, the list holds another fingerprint for it, and its old lines are dropped: a file that was repaired or removed
+    no longer counts.
     """
 
     def __init__(
@@ -47,7 +49,7 @@ class BadFiles:
             self.add(number, [*bad_of(source), *listed])
 
     def add(self, source: int, found: Iterable[BadFile]) -> None:
-        """Take note of bad files of source number `source`. Raises `UserError` once they are more than the limit."""
+        """Count bad files of source number `source`. Raises `UserError` if there are now more than the limit allows."""
         new = {bad.key: bad.reason for bad in found if bad.key not in self._found[source]}
         if new:
             self._found[source] |= new
@@ -62,7 +64,7 @@ class BadFiles:
         return [BadFile(key, reason) for found in self._found for key, reason in found.items()]
 
     def report(self) -> str:
-        """One line for the end of a run."""
+        """The counts in one line, for the end of a run."""
         if not len(self):
             return "no bad files"
         parts = [
@@ -83,7 +85,7 @@ class BadFiles:
         log.warning("%s: bad file %s (%s)%s%s", source.name, key, reason, more, last)
 
     def _rows(self, start: int = 0) -> list[Row]:
-        """What the list holds from byte `start` on; a line cut off in writing is passed over."""
+        """The lines of the list from byte `start` on, without a line that was not written whole."""
         rows: list[Row] = []
         if self.path is not None and self.path.exists():
             with self.path.open("rb") as file:
@@ -94,7 +96,7 @@ class BadFiles:
                     row = json.loads(line)
                     rows.append({key: str(row[key]) for key in ("source", "file", "reason", "fingerprint")})
                 except (ValueError, TypeError, KeyError):
-                    log.warning("%s: a line that is no entry is dropped", self.path)
+                    log.warning("%s: a damaged line is dropped", self.path)
         return rows
 
     def _forget_what_changed(self) -> None:
@@ -109,7 +111,7 @@ class BadFiles:
 
     def _list(self, number: int, new: dict[str, str], warn: bool = True) -> None:
         source, state = self._sources[number], self._states[number]
-        if self.path is not None:  # another loader (of held-out data, say) may have listed the same source since
+        if self.path is not None:  # another loader of the same source may have added to the list
             self._listed |= {(row["fingerprint"], row["file"]) for row in self._rows(self._read)}
             self._read = self.path.stat().st_size if self.path.exists() else 0
         rows = {key: reason for key, reason in new.items() if (state, key) not in self._listed}
@@ -126,7 +128,7 @@ class BadFiles:
 
 
 def state_of(source: Source) -> str:
-    """A source's fingerprint, and a hash of the files that its index could not use."""
+    """A source's fingerprint, with a hash of the files that its index left out."""
     text = "\n".join(f"{bad.key}\0{bad.reason}" for bad in (*bad_of(source), *strays_of(source)))
     if not text:
         return source.fingerprint
@@ -134,7 +136,7 @@ def state_of(source: Source) -> str:
 
 
 def write_list(path: Path, source: Source, files: Iterable[BadFile]) -> None:
-    """Write the bad files of one source in a run's form, whole or not at all; `UserError` if it cannot be written."""
+    """Write the bad files of one source like a run's list, whole or not at all. Raises `UserError` if it cannot."""
     part = path.with_name(f".{path.name}.part")
     rows = {bad.key: bad.reason for bad in files}
     with writing(path):
@@ -148,7 +150,10 @@ def _lines(name: str, fingerprint: str, found: Mapping[str, str]) -> Iterator[st
 
 
 def check_share(source: Source, found: Mapping[str, str], limit: float, listed: Path | None = None) -> None:
-    """Raise `UserError` if more than the share `limit` of a source is bad or lost. `found`: bad file -> reason."""
+    """Raise `UserError` if more than the share `limit` of a source's samples is bad or lost.
+
+    `found`: the reason of each bad file. `listed`: the list that has them all.
+    """
     lost = len(found) + lost_in_shards(source)
     if lost > limit * files_of(source):
         key, reason = next(iter(found.items()))

@@ -1,4 +1,4 @@
-"""What is in a source: counts, resolutions, captions, bad files, a contact sheet."""
+"""Look into a source: counts, sizes, captions, bad files, a contact sheet."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from pixelgrow.data.sources.base import (
 from pixelgrow.writing import writing
 
 SHEET = (4, 8)  # rows, columns of the contact sheet
-TILE = 128  # pixels
+TILE = 128  # pixels of an image on it
 STAGES = ((64, 64), (128, 128), (256, 256), (512, 512))  # sizes (h, w) of stages, where no recipe says which
-_LABEL = 30  # pixels below a tile
-_MAX_CAPTIONS = 20_000
+_LABEL = 30  # pixels below a tile, for its caption
+_MAX_CAPTIONS = 20_000  # samples whose captions are read
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Spread of a count."""
+    """Quantiles of a count over captions."""
 
     least: int
     median: int
@@ -45,7 +45,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Reason:
-    """What is wrong with bad files, of which `example` is the first, and how many samples are lost with them."""
+    """Why files are bad (`text`), how many samples are lost with them, and the first of these files."""
 
     text: str
     samples: int
@@ -54,29 +54,29 @@ class Reason:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `inspect_source` found. Sizes are (h, w) in pixels."""
+    """The result of `inspect_source`. Sizes are (h, w) in pixels."""
 
     name: str
-    kind: str  # how its captions come
-    files: int  # distinct images, those that are bad or lost included
+    kind: str  # the form of its captions
+    files: int  # distinct images, with those that are bad or lost
     samples: int  # usable (image, caption) pairs, without those that could not be decoded
-    guess: str  # what was assumed about the source, if anything
-    passed: tuple[PassedOver, ...]  # files that are no samples and no faults
-    notes: tuple[tuple[str, int], ...]  # what else is true of some of its files, and of how many
-    decoded: int  # samples that were decoded to look for damage
-    bad: tuple[BadFile, ...]  # found by the index and by decoding
-    sides: tuple[tuple[int, int], ...]  # (from this smaller side on, up to twice that: number of samples)
-    stages: tuple[tuple[tuple[int, int], Account], ...]  # (a stage's size, what it would see)
-    words: Lengths  # of the captions looked at
+    guess: str  # what was assumed about the source; "" for nothing
+    passed: tuple[PassedOver, ...]  # files that are neither samples nor bad
+    notes: tuple[tuple[str, int], ...]  # other facts about files, and the number of files of each
+    decoded: int  # samples that were decoded to find damage
+    bad: tuple[BadFile, ...]  # found in headers and by decoding
+    sides: tuple[tuple[int, int], ...]  # (s, number of samples whose smaller side is s to 2 s - 1)
+    stages: tuple[tuple[tuple[int, int], Account], ...]  # (size of a stage, what it would see)
+    words: Lengths  # in a caption
     characters: Lengths
-    captions: int  # how many captions were looked at
-    distinct: int  # distinct ones among them
-    classes: tuple[tuple[str, int], ...]  # (name, number of samples), by label
-    sheet: Path | None
+    captions: int  # number of captions read
+    distinct: int  # number of distinct ones among them
+    classes: tuple[tuple[str, int], ...]  # (name, number of samples), in order of labels
+    sheet: Path | None  # the contact sheet
     shown: tuple[str, str]  # the first and last image on the sheet
 
     def reasons(self) -> list[Reason]:
-        """Why files are bad, the most frequent reason first."""
+        """Why files are bad, the reason with most samples first."""
         first = {bad.reason: bad.key for bad in reversed(self.bad)}
         lost = Counter[str]()
         for bad in self.bad:
@@ -93,9 +93,9 @@ def inspect_source(
 ) -> Inspection:
     """Look into an open source.
 
-    `stages`: sizes (h, w) to count the usable samples for. `decode`: how many samples, evenly spaced, to decode in
-    search of damage that headers do not show; None is all. `sheet`: where to write a contact sheet (PNG). `train`: the
-    part of the source that stages would train on; None is all.
+    `stages`: sizes (h, w) of stages whose samples are counted. `decode`: how many samples, evenly spaced, are decoded
+    to find damage that headers do not show; None: all. `sheet`: where to write a contact sheet (PNG). `train`: the part
+    of the source that stages would train on; None: all.
     """
     bad = {file.key: file for file in bad_of(source)}
     decoded = _spread(len(source), len(source) if decode is None else decode)
@@ -132,7 +132,7 @@ def inspect_source(
 
 
 def _account(source: Source, train: Subset | None, size: tuple[int, int], broken: Sequence[int]) -> Account:
-    """What a stage of `size` (h, w) would see, without the samples whose numbers are `broken`."""
+    """What a stage of `size` (h, w) would see; `broken`: numbers of samples that cannot be decoded."""
     seen = large_enough(source, size)
     if train is not None:
         seen = np.intersect1d(seen, train.indices)
@@ -140,13 +140,13 @@ def _account(source: Source, train: Subset | None, size: tuple[int, int], broken
 
 
 def captions_in(source: Source) -> list[str]:
-    """Captions of a source, of at most 20,000 samples, evenly spaced; of a source of classes all labels."""
+    """Captions of at most 20,000 samples of a source, evenly spaced; of a source of classes, all labels."""
     looked_at = _spread(len(source), len(source) if getattr(source, "classes", ()) else _MAX_CAPTIONS)
     return [wording.text for item in looked_at for wording in wordings_of(source, item)]
 
 
 def contact_sheet(source: Source, path: str | os.PathLike[str]) -> Path:
-    """Write a PNG of samples spread over the source, each with the start of its caption; whole or not at all.
+    """Write a PNG of evenly spaced samples of a source, each with the start of its caption; whole or not at all.
 
     Raises UserError if `path` cannot be written.
     """
@@ -162,7 +162,7 @@ def contact_sheet(source: Source, path: str | os.PathLike[str]) -> Path:
             page.paste(Image.fromarray(source.image(item, (TILE, TILE), (0.5, 0.5))), (x, y))
         except BadImage as error:
             text = f"BAD: {error.reason}"
-        text = text.encode("latin-1", "replace").decode("latin-1")  # all that the built-in font is sure to draw
+        text = text.encode("latin-1", "replace").decode("latin-1")  # what the built-in font has
         for line in range(2):
             draw.text((x + 2, y + TILE + 1 + 13 * line), text[20 * line : 20 * (line + 1)], "black", font)
     target = Path(path)

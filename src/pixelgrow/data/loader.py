@@ -1,4 +1,7 @@
-"""Batches of training images: what the order names, decoded, the bad replaced; the same at any number of workers."""
+"""Batches of training images, decoded in the stream's order.
+
+An image that cannot be decoded is replaced by another. The batches are the same for any number of workers.
+"""
 
 import contextlib
 import itertools
@@ -18,14 +21,17 @@ from pixelgrow.data.workers import in_processes
 from pixelgrow.errors import UserError
 from pixelgrow.rng import uniform
 
-_MAX_ATTEMPTS = 100
+_MAX_ATTEMPTS = 100  # replacements that are tried for one image
 
 
 @dataclass(frozen=True)
 class Batch:
-    """`image` (B, 3, H, W) float32 in [-1, 1], or latents (B, C, h, w); `text`: B captions (decimal labels for
-    classes); `index` (B,) int64: the position of each in the training stream, its only key of randomness; `caption`
-    (B,) int64: which of its sample's captions each text is."""
+    """A batch for training.
+
+    `image`: (B, 3, H, W) float32 in [-1, 1], or latents (B, C, h, w). `text`: B captions; of classes, labels in
+    decimal. `index`: (B,) int64, positions in the training stream; a sample's randomness is a function of the seed and
+    its index. `caption`: (B,) int64, which of its sample's captions each text is.
+    """
 
     image: Tensor
     text: tuple[str, ...]
@@ -38,9 +44,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class Raw:
-    """What a worker hands over: uint8 (B, 3, H, W) or float32 latents, captions, the bad files met: (source number,
-    file), and where each image is from: (B, 2) int64, source number and sample number in it; `caption` (B,) int64:
-    which of its captions."""
+    """A batch as a worker returns it.
+
+    `image`: uint8 (B, 3, H, W), or float32 latents. `text`: B captions. `bad`: (source number, file) of each bad file
+    that was met. `origin`: (B, 2) int64, the number of each image's source, and its number in that source. `caption`:
+    (B,) int64, which of its sample's captions each text is.
+    """
 
     image: np.ndarray
     text: tuple[str, ...]
@@ -52,17 +61,19 @@ class Raw:
 class Loader:
     """An endless, exactly resumable stream of batches.
 
-    - `weights`: share of images drawn from each source; None is in proportion to their usable images.
-    - `size` (h, w): pixels; originals smaller than that on either side are left out.
-    - `flip`: mirror half of the images, but those of sources that must not be; `random_crop`: crop anywhere along the
-      longer side, else in the centre.
-    - `workers`: processes that decode; 0 decodes in this one. The samples do not depend on it.
+    - `weights`: share of images from each source; None: in proportion to their usable images.
+    - `size` (h, w): in pixels. Images that are smaller on either side are left out.
+    - `flip`: mirror half of the images. Sources with `mirror` False are never mirrored.
+    - `random_crop`: crop anywhere along the longer side; else at the centre.
+    - `workers`: processes that decode; 0 decodes in this process. The batches do not depend on it.
     - `bad_limit`, `bad_path`: as in `BadFiles`.
 
-    Of several captions of a sample, each turn of it has one, chosen by their weights.
-    A sample that cannot be decoded is replaced by one that (seed, its turn) alone determine, and which files are bad
-    is a property of the files: so every position of the stream has one content, wherever one begins. Raises
-    `UserError` if no image is large enough or too many files are bad.
+    A sample with several captions has one of them each time, chosen at random by their weights.
+
+    A sample that cannot be decoded is replaced by another of its source, chosen by (seed, position). So the content of
+    a position is a function of the seed and the files, wherever the stream starts.
+
+    Raises `UserError` if no image is large enough, or if too many files are bad.
     """
 
     def __init__(
@@ -92,14 +103,14 @@ class Loader:
         self.bad = BadFiles(self.sources, bad_limit, bad_path)
 
     def __len__(self) -> int:
-        """The number of distinct images that are large enough."""
+        """Number of samples that are large enough."""
         return sum(len(items) for items in self.usable)
 
     def texts(self) -> Iterator[str]:
-        """Each distinct caption of the usable samples, for the text cache."""
+        """Each distinct caption of the usable samples, once."""
         seen: set[int] = set()
         for source, items in zip(self.sources, self.usable, strict=True):
-            period = getattr(source, "captions", None)  # scenes: sample i has the caption of i % captions
+            period = getattr(source, "captions", None)  # of scenes: samples i and i + captions have the same one
             for item in items if period is None else np.unique(items % period):
                 for wording in wordings_of(source, int(item)):
                     if hash(wording.text) not in seen:
@@ -107,7 +118,7 @@ class Loader:
                         yield wording.text
 
     def batches(self, start: int = 0) -> Generator[Batch, None, None]:
-        """Batches from stream position `start` (images drawn before) on, without end. Close it to stop the workers."""
+        """Batches without end, from position `start` of the stream on. Close the generator to stop the workers."""
         starts = itertools.count(start, self.batch)
         here = (self._try_load(start) for start in starts)
         decoded = in_processes(self._try_load, starts, self.workers) if self.workers else here
@@ -123,19 +134,18 @@ class Loader:
     def _try_load(self, start: int) -> "Raw | UserError":
         try:
             return self.load(start)
-        except UserError as error:  # travels from a worker as a value: raised there it would lose its one line
+        except UserError as error:  # returned, as an exception in a worker arrives with its whole traceback
             return error
 
     def load(self, start: int, decode: bool = True) -> Raw:
-        """Load the batch at stream position `start`, here and now.
+        """Load the batch at position `start` in this process.
 
-        Without `decode`, its images are left out (B, C, 0, 0), and files that cannot be decoded are not replaced.
+        Without `decode`, `image` is empty (B, C, 0, 0), and samples that cannot be decoded are not replaced.
         """
         positions = range(start, start + self.batch)
         centre = [0.5] * self.batch
-        crop = (
-            uniform(self.seed, "crop", positions).tolist() if self.random_crop else centre
-        )  # one side alone has slack
+        # One number serves both sides: only the longer one has room to crop.
+        crop = uniform(self.seed, "crop", positions).tolist() if self.random_crop else centre
         mirror = uniform(self.seed, "flip", positions).tolist() if any(self.mirror) else centre
         words = uniform(self.seed, "caption", positions).tolist() if self.several else [0.0] * self.batch
         latents = getattr(self.sources[0], "channels", None)
@@ -146,8 +156,8 @@ class Loader:
         origin, caption = np.empty((self.batch, 2), np.int64), np.zeros(self.batch, np.int64)
         for row, position in enumerate(positions):
             if decode:
-                picture, origin[row] = self._sample(position, (crop[row], crop[row]), mirror[row] < 0.5, bad)
-                image[row] = picture.transpose(2, 0, 1)
+                pixels, origin[row] = self._sample(position, (crop[row], crop[row]), mirror[row] < 0.5, bad)
+                image[row] = pixels.transpose(2, 0, 1)
             else:
                 draw = self.order.at(position)
                 origin[row] = draw.source, self.usable[draw.source][draw.item]
@@ -160,12 +170,13 @@ class Loader:
     def _sample(
         self, position: int, crop: tuple[float, float], mirror: bool, bad: list[tuple[int, BadFile]]
     ) -> tuple[np.ndarray, tuple[int, int]]:
+        """The image (h, w, C) at a position and its origin. Bad files that are met are appended to `bad`."""
         first = draw = self.order.at(position)
         for attempt in range(_MAX_ATTEMPTS):
             source, item = self.sources[draw.source], int(self.usable[draw.source][draw.item])
             try:
-                picture = source.image(item, self.size, crop)
-                return picture[:, ::-1] if mirror and self.mirror[draw.source] else picture, (draw.source, item)
+                pixels = source.image(item, self.size, crop)
+                return pixels[:, ::-1] if mirror and self.mirror[draw.source] else pixels, (draw.source, item)
             except BadImage as error:
                 bad.append((draw.source, BadFile(source.key(item), error.reason)))
                 draw = self.order.instead(first, attempt)
@@ -181,7 +192,7 @@ def has_several(sources: Sequence[Source]) -> bool:
 
 
 def mirrored(sources: Sequence[Source], flip: bool) -> list[bool]:
-    """Which sources `flip` mirrors. Raises `UserError` if it is asked for and none may be."""
+    """Which sources `flip` mirrors. Raises `UserError` for `flip` if none may be mirrored."""
     may = [getattr(source, "mirror", True) for source in sources]
     if flip and not any(may):
         names = ", ".join(source.name for source in sources)
@@ -190,40 +201,40 @@ def mirrored(sources: Sequence[Source], flip: bool) -> list[bool]:
 
 
 def to_tensor(image: np.ndarray) -> Tensor:
-    """uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]; latents, float32 already, as they are."""
+    """Images uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]; float32 latents (B, h, w, C) -> (B, C, h, w)."""
     return _to_float(torch.from_numpy(image).permute(0, 3, 1, 2))
 
 
 def _to_float(image: Tensor) -> Tensor:
     if image.is_floating_point():
         return image.contiguous()
-    # One large allocation: fresh memory costs more than the arithmetic.
+    # One allocation instead of three: new memory takes longer than the arithmetic.
     return torch.empty(image.shape).copy_(image).div_(127.5).sub_(1.0)
 
 
 def take(source: Source, count: int, size: tuple[int, int]) -> Batch:
-    """The first `count` samples of a source that decode and are large enough, centre-cropped; `index` counts from 0.
+    """The first `count` samples of a source that are large enough and can be decoded, cropped at the centre.
 
-    Fewer if there are fewer. Raises `UserError` if there is none.
+    `index` counts from 0. There may be fewer samples. Raises `UserError` if there is none.
     """
-    pictures: list[np.ndarray] = []
+    images: list[np.ndarray] = []
     texts: list[str] = []
     for item in usable(source, size):
-        if len(pictures) == count:
+        if len(images) == count:
             break
         try:
-            picture, text = source.image(int(item), size, (0.5, 0.5)), source.text(int(item))
-        except BadImage:  # the training loader over the same files lists it
+            image, text = source.image(int(item), size, (0.5, 0.5)), source.text(int(item))
+        except BadImage:
             continue
-        pictures.append(picture)
+        images.append(image)
         texts.append(text)
-    if not pictures:
-        raise UserError(f"{source.name}: none of its images can be decoded; look at them with: pixelgrow data")
-    return Batch(to_tensor(np.stack(pictures)), tuple(texts), torch.arange(len(pictures)))
+    if not images:
+        raise UserError(f"{source.name}: none of its images can be decoded; pixelgrow data shows why")
+    return Batch(to_tensor(np.stack(images)), tuple(texts), torch.arange(len(images)))
 
 
 def usable(source: Source, size: tuple[int, int]) -> np.ndarray:
-    """Numbers (M,) int64 of the samples that are at least `size` (h, w). Raises `UserError` if there is none."""
+    """Numbers (M,) int64 of the samples of at least `size` (h, w). Raises `UserError` if there is none."""
     items = large_enough(source, size)
     if not len(items):
         largest = int(sizes_of(source).min(axis=1).max(initial=0))

@@ -1,4 +1,4 @@
-"""The order of training samples: a pure function of (seed, epoch, position), whoever asks and from wherever."""
+"""The order of training samples: a pure function of the seed and the position in the stream."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,18 +12,21 @@ from pixelgrow.rng import Key, seed_of
 
 @dataclass(frozen=True)
 class Draw:
-    """What stands at a position of the stream: sample number `item` of source number `source`."""
+    """The sample at a position of the stream: number `item` of source number `source`.
+
+    `turn`: how many samples of this source stand before it in the stream.
+    """
 
     source: int
     item: int
-    turn: int  # how many images of this source came before
+    turn: int
 
 
 class Order:
-    """An endless stream over several sources.
+    """An endless stream of samples from several sources.
 
-    `counts`: usable samples of each source. `weights`: share of images drawn from each, spread evenly along the
-    stream; None is in proportion to `counts`. A source is shuffled anew in each of its epochs.
+    `counts`: number of usable samples in each source. `weights`: share of the stream that each source has, spread
+    evenly; None: in proportion to `counts`. Each source has a new order in each of its epochs.
     """
 
     def __init__(self, counts: Sequence[int], weights: Sequence[float] | None = None, seed: int = 0) -> None:
@@ -33,13 +36,13 @@ class Order:
         if not all(0 < share < float("inf") for share in shares):
             raise UserError(f"data: got weights {shares}, expected numbers above 0; leave a source out to not use it")
         self.counts, self.seed = tuple(counts), seed
-        # Source k takes its share of what sources 0..k-1 have left over; exact, so position 10^12 is no worse than 0.
+        # Source k has its share of the positions that sources 0 to k-1 leave. Fractions are exact at any position.
         exact = [Fraction(share) for share in shares]
         self._shares = [(share / sum(exact[k:])).as_integer_ratio() for k, share in enumerate(exact)]
-        self._shuffled: dict[int, tuple[int, np.ndarray]] = {}  # source -> epoch and its permutation
+        self._shuffled: dict[int, tuple[int, np.ndarray]] = {}  # source: its epoch and the order in that
 
     def at(self, position: int) -> Draw:
-        """What stands at a position, from 0."""
+        """The sample at a position, counted from 0."""
         for source, (share, whole) in enumerate(self._shares):
             before, after = position * share // whole, (position + 1) * share // whole
             if after > before:
@@ -48,7 +51,7 @@ class Order:
         raise AssertionError("the last source's share is one")
 
     def instead(self, draw: Draw, attempt: int) -> Draw:
-        """The `attempt`-th (from 0) replacement for a draw that cannot be decoded: any sample of the same source."""
+        """Replacement number `attempt`, from 0, for a sample that cannot be decoded: any sample of its source."""
         key = seed_of(self.seed, "replacement", draw.source, draw.turn, attempt)
         return Draw(draw.source, key % self.counts[draw.source], draw.turn)
 
@@ -64,6 +67,6 @@ class Order:
 def shuffled(count: int, *keys: Key) -> np.ndarray:
     """The numbers 0 to count - 1, (count,) int64, in an order that is a function of `keys`.
 
-    Raw bits and a stable sort: unlike numpy's `permutation`, the same in every version of numpy.
+    Made of raw bits and a stable sort, which are the same in every version of numpy; `permutation` is not.
     """
     return np.argsort(np.random.PCG64(seed_of(*keys)).random_raw(count), kind="stable")

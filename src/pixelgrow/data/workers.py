@@ -1,7 +1,8 @@
-"""Work done ahead in other processes, its results in order: what a loader needs of multiprocessing, and no more.
+"""Worker processes that compute ahead and return results in order.
 
-`torch.utils.data.DataLoader` lets its workers die of a signal sent to the whole group before the parent has saved, and
-stops them only when its last reference goes, which a traceback may hold until the process cannot end any more.
+Why not `torch.utils.data.DataLoader`: a signal to the process group ends its workers before the parent has saved. And
+it stops its workers only when its last reference is dropped; a traceback may hold that reference until the process
+hangs at its end.
 """
 
 import atexit
@@ -23,17 +24,17 @@ import torch
 from pixelgrow.errors import UserError
 
 Result = TypeVar("Result")
-_AHEAD = 2  # tasks each worker has been given
-_WATCH = 2.0  # seconds between looks at whether the parent is still there
+_AHEAD = 2  # tasks that each worker has at a time
+_WATCH = 2.0  # seconds between checks that the parent is alive
 _open: "weakref.WeakSet[Generator[object, None, None]]" = weakref.WeakSet()
 
 
 def in_processes(work: Callable[[int], Result], tasks: Iterator[int], count: int) -> Generator[Result, None, None]:
-    """`work(task)` for each of the endless `tasks`, in their order, computed ahead by `count` processes.
+    """`work(task)` for each of the endless `tasks`, in order, computed ahead by `count` processes.
 
-    The processes end when the generator is closed or raises, at the latest with this process, however that ends.
-    What `work` raises becomes a RuntimeError with its traceback; a worker that dies, for want of memory, say, a
-    `UserError`.
+    The processes end when the generator is closed, when it raises, or when this process ends in any way. An exception
+    in `work` is raised as a RuntimeError with its traceback. Raises `UserError` if a worker dies, as when memory runs
+    out.
     """
     results = _in_processes(work, tasks, count)
     _open.add(results)
@@ -58,7 +59,7 @@ def _in_processes(work: Callable[[int], Result], tasks: Iterator[int], count: in
             for _, pipe in workers:
                 pipe.send(next(tasks))
         while True:
-            for process, pipe in workers:  # worker k has tasks k, k + count, ...: in turn is in order
+            for process, pipe in workers:  # worker k has tasks k, k + count, ..., so this is their order
                 try:
                     result, failure = pipe.recv()
                     pipe.send(next(tasks))
@@ -74,14 +75,14 @@ def _in_processes(work: Callable[[int], Result], tasks: Iterator[int], count: in
     finally:
         for process, pipe in workers:
             pipe.close()
-            process.kill()  # they hold nothing that could break
+            process.kill()  # a worker holds nothing that must be closed
         for process, _ in workers:
             process.join()
             process.close()
 
 
 def _serve(pipe: Connection, work: Callable[[int], object]) -> None:
-    """A worker's life. A signal to the whole group is for the parent to act on: it may want to save first."""
+    """The loop of a worker. It ignores signals: those to the process group are for the parent, which saves first."""
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
     torch.set_num_threads(1)
@@ -95,11 +96,11 @@ def _serve(pipe: Connection, work: Callable[[int], object]) -> None:
                     return
             outbox.put(_attempt(work, pipe.recv()))
     except (EOFError, ConnectionError):
-        return  # the parent has gone or wants no more
+        return  # the parent has ended or closed the pipe
 
 
 def _send(pipe: Connection, outbox: "queue.SimpleQueue[object]") -> None:
-    """Hand over results while the next is computed: a large one waits until the parent takes it."""
+    """Send results, in a thread of its own: while the parent takes a large one, the next is computed."""
     with contextlib.suppress(ConnectionError):
         while True:
             pipe.send(outbox.get())
@@ -108,11 +109,12 @@ def _send(pipe: Connection, outbox: "queue.SimpleQueue[object]") -> None:
 def _attempt(work: Callable[[int], object], task: int) -> tuple[object, str]:
     try:
         return work(task), ""
-    except Exception:  # noqa: BLE001  # it crosses to the parent as text, and is raised there
+    except Exception:  # noqa: BLE001  # sent to the parent as text, and raised there
         return None, traceback.format_exc()
 
 
-@atexit.register  # after multiprocessing's own, so called before it: that one would wait for our workers for ever
+# Called before multiprocessing's own function, which is registered earlier and would wait for the workers for ever.
+@atexit.register
 def _close_all() -> None:
     for results in list(_open):
         results.close()
