@@ -35,7 +35,7 @@ def test_looking_at_a_folder_leaves_nothing_in_it(run_cli: RunCli, tmp_path: Pat
     for option, file in (("--sheet", "sheet.png"), ("--bad", "bad.jsonl")):
         result = run_cli("data", source, option, folder / file, cwd=here)
         assert (result.code, sorted(folder.iterdir())) == (2, before)
-        assert result.err.startswith(f"pixelgrow: {option} {folder / file}: lies in {source}, which is only looked at")
+        assert result.err.startswith(f"pixelgrow: {option} {folder / file}: lies in {source}, where nothing is written")
         assert run_cli("data", source, "--sheet", tmp_path / "s.png", option, tmp_path / file, cwd=here).code == 0
 
 

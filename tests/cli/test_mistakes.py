@@ -38,7 +38,7 @@ LONG = "x" * 300
         (["plan"], "expected a recipe or --size"),
         (["plan", "smoke", "--rate", "0"], "plan: --rate: input should be greater"),
         (["run", "smoke", "--runs", "FILE"], "cannot write FILE/smoke: Not a directory; name another place\n"),
-        (["data", "images", "--sheet", "images"], "--sheet images: lies in images, which is only looked at"),
+        (["data", "images", "--sheet", "images"], "--sheet images: lies in images, where nothing is written"),
         (
             ["data", "images", "--sheet", "FILE/x.png"],
             "cannot write FILE/x.png: FILE is a file, not a folder; name another place",

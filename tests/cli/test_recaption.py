@@ -191,9 +191,9 @@ def test_an_interrupted_call_goes_on_to_the_same_bytes(
 ) -> None:
     folder = captioned(tmp_path / "images", 5)
     (folder / "3.png").write_bytes(an_image()[:60])  # its header is whole
-    ask = Recaption(str(folder), str(captioner), tmp_path / "whole.jsonl", batch=2, tokens=4)
-    assert recaption(ask).startswith("4 of 5 images")
-    assert rows(ask.out)[3] == {"file_name": "3.png", "text": "caption 3"}
+    whole = Recaption(str(folder), str(captioner), tmp_path / "whole.jsonl", batch=2, tokens=4)
+    assert recaption(whole).startswith("4 of 5 images")
+    assert rows(whole.out)[3] == {"file_name": "3.png", "text": "caption 3"}
 
     from pixelgrow.cli import recaption as verb
 
@@ -205,7 +205,7 @@ def test_an_interrupted_call_goes_on_to_the_same_bytes(
             raise KeyboardInterrupt
         return real(self, images)
 
-    cut = Recaption(ask.source, ask.model, tmp_path / "cut.jsonl", batch=2, tokens=4)
+    cut = Recaption(whole.source, whole.model, tmp_path / "cut.jsonl", batch=2, tokens=4)
     monkeypatch.setattr(verb.Captioner, "__call__", stops)
     with pytest.raises(KeyboardInterrupt):
         recaption(cut)
@@ -213,7 +213,7 @@ def test_an_interrupted_call_goes_on_to_the_same_bytes(
     with (tmp_path / ".cut.jsonl.part").open("ab") as part:
         part.write(b'"half a li')
     recaption(cut)
-    assert cut.out.read_bytes() == ask.out.read_bytes() and calls == [2, 1, 1, 1]
+    assert cut.out.read_bytes() == whole.out.read_bytes() and calls == [2, 1, 1, 1]
     assert not list(tmp_path.glob(".*"))
 
 

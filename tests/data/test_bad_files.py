@@ -1,4 +1,4 @@
-"""A folder with every kind of bad file we could think of trains through, and every file of it is accounted for."""
+"""Training goes through a folder with many kinds of bad files, and every file of it is listed or used."""
 
 import errno
 import io
@@ -97,7 +97,7 @@ USABLE: dict[str, bytes] = {
     "webp_in.png": WEBP,
     "animated.png": encoded(RGB, "PNG", **FRAMES),
     "animated.webp": encoded(RGB, "WEBP", **FRAMES),
-    "two_pictures.jpg": encoded(RGB, "MPO", **FRAMES),
+    "two_images.jpg": encoded(RGB, "MPO", **FRAMES),
     "rotated.jpg": encoded(RGB, "JPEG", exif=exif(6)),
     "rotated.webp": encoded(RGB, "WEBP", exif=exif(8)),
     "odd_rotation.jpg": encoded(RGB, "JPEG", exif=exif(77)),
@@ -144,17 +144,17 @@ BAD_PIXELS = {
 
 @dataclass
 class Case:
-    """What stands in a folder, and what must become of it."""
+    """The files of a folder by what is expected of them."""
 
     usable: set[str]
     small: set[str]
-    bad: dict[str, str]  # key -> a part of its reason
+    bad: dict[str, str]  # key: a part of the expected reason
     unnamed: int = 0  # images without a row
     strays: dict[str, str] = field(default_factory=dict)  # passed over, and listed
 
 
 def write_images(folder: Path, with_caption: Callable[[str], None]) -> Case:
-    """The kinds of image that do not depend on how captions come."""
+    """Write the images that have the same outcome whatever the form of the captions."""
     for name, data in {**USABLE, **SMALL}.items():
         (folder / name).write_bytes(data)
     bad = {**BAD_HEADER, **BAD_PIXELS}
@@ -369,7 +369,7 @@ def test_a_held_out_view_shares_its_parents_account(case: tuple[Path, Case]) -> 
 def test_a_list_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "x.jpg").write_bytes(JPEG)
-    (tmp_path / "data" / "x.txt").write_text("a picture")
+    (tmp_path / "data" / "x.txt").write_text("a caption")
     source, found = open_source(str(tmp_path / "data")), [BadFile("x.jpg", "torn")]
     with pytest.raises(UserError, match=r"cannot write .*is a file, not a folder"):
         BadFiles([source], 1.0, tmp_path / "data" / "x.txt" / "list").add(0, found)
@@ -389,7 +389,7 @@ def test_a_list_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: 
 def test_captions_that_change_during_a_run_are_one_line(
     tmp_path: Path, kind: str, edit: bytes | None, workers: int
 ) -> None:
-    """Neither a traceback, nor a caption that was never encoded, nor one that belongs to another picture."""
+    """No traceback, no caption that was not encoded, and none of another image."""
     for i in range(2):
         (tmp_path / f"{i}.jpg").write_bytes(JPEG)
         (tmp_path / f"{i}.txt").write_text(f"caption {i}")
@@ -413,12 +413,12 @@ def test_captions_that_change_during_a_run_are_one_line(
 def test_an_unreadable_file(tmp_path: Path) -> None:
     (tmp_path / "x.jpg").write_bytes(JPEG)
     (tmp_path / "x.jpg").chmod(0)
-    here = os.open(tmp_path, os.O_RDONLY)  # so that the way to it needs no permission
+    here = os.open(tmp_path, os.O_RDONLY)  # the path to it may need permissions
     before = os.getcwd()
     os.fchdir(here)
     root = os.geteuid() == 0
     try:
-        if root:  # for whom everything is readable
+        if root:  # can read everything
             os.seteuid(65534)
         with pytest.raises(BadImage, match="permission denied"):
             open_regular("x.jpg")

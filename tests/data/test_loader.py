@@ -1,4 +1,4 @@
-"""The stream: one content for each position, whatever the workers, the start or the bad files."""
+"""The stream: a position has one content, whatever the number of workers, the start, or the bad files met before."""
 
 import io
 import itertools
@@ -31,7 +31,7 @@ from pixelgrow.errors import UserError
 
 
 class Shades:
-    """A source in memory: sample i is a ramp in shade i; those in `broken` cannot be decoded."""
+    """A source in memory: sample i has the grey value i; those in `broken` cannot be decoded."""
 
     fingerprint = "shades"
 
@@ -50,9 +50,9 @@ class Shades:
     def image(self, i: int, size: tuple[int, int], crop: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
         if i in self.broken:
             raise BadImage("broken")
-        picture = np.full((*size, 3), i % 256, np.uint8)
-        picture[0, 0] = [round(255 * c) for c in (*crop, 0)]
-        return picture
+        image = np.full((*size, 3), i % 256, np.uint8)
+        image[0, 0] = [round(255 * c) for c in (*crop, 0)]
+        return image
 
     def key(self, i: int) -> str:
         return f"{i}.png"
@@ -96,8 +96,8 @@ def test_pixels_span_minus_one_to_one() -> None:
 
 
 def test_every_image_once_in_each_epoch_in_a_new_order() -> None:
-    drawn = texts(first(Loader(Shades(30), size=(4, 4), batch=10), 9))
-    epochs = [drawn[:30], drawn[30:60], drawn[60:]]
+    found = texts(first(Loader(Shades(30), size=(4, 4), batch=10), 9))
+    epochs = [found[:30], found[30:60], found[60:]]
     assert all(len(set(epoch)) == 30 for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
     assert texts(first(Loader(Shades(30), size=(4, 4), batch=10, seed=1), 3)) != epochs[0]
@@ -193,10 +193,10 @@ def test_small_images_are_left_out() -> None:
         Loader(Shades(10, side=40), size=(64, 64))
 
 
-def test_weights_are_shares_of_the_images_drawn() -> None:
+def test_weights_are_shares_of_the_stream() -> None:
     sources = [Shades(5, name="few"), Shades(500, name="many"), Shades(50, name="some")]
-    drawn = Counter(text.split()[0] for text in texts(first(Loader(sources, [3, 1, 1], size=(2, 2), batch=100), 2)))
-    assert drawn == {"few": 120, "many": 40, "some": 40}
+    found = Counter(text.split()[0] for text in texts(first(Loader(sources, [3, 1, 1], size=(2, 2), batch=100), 2)))
+    assert found == {"few": 120, "many": 40, "some": 40}
     by_size = Counter(text.split()[0] for text in texts(first(Loader(sources, size=(2, 2), batch=555), 1)))
     assert all(abs(by_size[source.name] - len(source)) <= 1 for source in sources)
     for weights in ([1, 1], [1, 0, 1], [1, -1, 1], [1, float("nan"), 1], [1, float("inf"), 1]):
@@ -218,14 +218,14 @@ def test_a_mixture_is_spread_evenly_and_each_turn_comes_once(weights: list[float
         assert abs(len(turns) - 200 * weight / sum(weights)) <= len(weights)
 
 
-def test_one_source_is_drawn_from_without_gaps_far_out() -> None:
+def test_one_source_has_no_gaps_far_out_in_the_stream() -> None:
     order = Order([10], seed=2)
     assert sorted(order.at(10**13 + i).item for i in range(10)) == list(range(10))
     assert order.at(10**13).turn == 10**13
 
 
 def test_the_order_is_pinned() -> None:
-    """A change here changes what every resumed run sees."""
+    """If this changes, resumed runs see other samples."""
     assert [Order([10], seed=5).at(i).item for i in range(12)] == [4, 1, 6, 8, 7, 2, 9, 5, 3, 0, 0, 9]
 
 
@@ -280,7 +280,7 @@ def test_a_resumed_run_lists_nothing_twice(tmp_path: Path) -> None:
     assert len(written.splitlines()) == 2
     path.write_text(written + '{"source": "shades", "fi')  # killed while it wrote
     resumed = Loader(source, size=(4, 4), batch=20, bad_limit=0.2, bad_path=path)
-    assert len(resumed.bad) == 2  # the limit goes on counting
+    assert len(resumed.bad) == 2  # counted on from the list
     first(resumed, 2, start=20)
     assert path.read_text() == written
     with pytest.raises(UserError, match="2 of 20 samples are bad or lost"):
@@ -350,8 +350,8 @@ def test_take_skips_what_is_bad_or_small() -> None:
 
 def test_scenes_and_files_in_one_stream(photographs: Path) -> None:
     sources = [open_source(str(photographs)), open_source({"source": "scenes", "n": 50, "captions": 50})]
-    drawn = texts(first(Loader(sources, [1, 1], size=(16, 16), batch=16, bad_limit=0.5), 1))
-    assert sum(text.startswith("noise") for text in drawn) == 8
+    found = texts(first(Loader(sources, [1, 1], size=(16, 16), batch=16, bad_limit=0.5), 1))
+    assert sum(text.startswith("noise") for text in found) == 8
 
 
 CHILD = """
@@ -375,7 +375,7 @@ def test_a_stream_left_open_does_not_keep_the_process(photographs: Path) -> None
 
 @pytest.fixture
 def running(photographs: Path) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
-    """A process that draws from a loader with two workers, and those workers."""
+    """A process that reads from a loader with two workers, and those workers."""
     command = [sys.executable, "-c", CHILD, str(photographs)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -388,7 +388,7 @@ def running(photographs: Path) -> Iterator[tuple[subprocess.Popen[str], list[int
 def test_workers_end_with_their_parent(running: tuple[subprocess.Popen[str], list[int]], how: signal.Signals) -> None:
     process, workers = running
     assert len(workers) == 2
-    for worker in workers:  # a signal to the group reaches them as well: they must leave the acting to the parent
+    for worker in workers:  # a signal to the group reaches them too; they must ignore it
         if how != signal.SIGKILL:
             os.kill(worker, how)
     time.sleep(0.2)
@@ -402,7 +402,7 @@ def test_workers_end_with_their_parent(running: tuple[subprocess.Popen[str], lis
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs: neither gone nor a zombie that nobody has waited for."""
+    """Whether a process runs: it exists and is no zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
@@ -432,7 +432,7 @@ def test_our_own_mistakes_are_not_taken_for_bad_files(workers: int) -> None:
 
 
 def test_a_loader_travels_to_another_process(photographs: Path, tmp_path: Path) -> None:
-    """Where processes are spawned, not forked, the loader is sent to its workers."""
+    """Where processes are spawned, the loader is pickled for its workers."""
     loader = Loader(open_source(str(photographs)), size=(32, 32), batch=4, bad_path=tmp_path / "bad.jsonl")
     copy = pickle.loads(pickle.dumps(loader))  # noqa: S301
     assert same(first(loader, 1), first(copy, 1))
@@ -440,7 +440,7 @@ def test_a_loader_travels_to_another_process(photographs: Path, tmp_path: Path) 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="forking is not safe there")
 def test_an_index_is_not_copied_to_each_worker() -> None:
-    """Whatever the default start method, of which forkserver and spawn would pickle it."""
+    """Whatever the default start method: forkserver and spawn would pickle it."""
 
     class Large(Shades):
         def __reduce__(self) -> str:

@@ -1,4 +1,4 @@
-"""The command line's `data`: look into a source of images, or caption its pictures anew."""
+"""The verbs of `data`: look into a source of images, or write new captions for it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHEET = Path("contact-sheet.png")
 
 
 class _Data(TyperGroup):
-    """`data SOURCE` counts the source; a source that is called like a verb is written ./recaption."""
+    """`data SOURCE` is short for `data count SOURCE`; a source with the name of a verb is written as ./recaption."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args[:1] not in (["--help"], ["-h"]) and args[:1] not in ([name] for name in self.commands):
@@ -35,19 +35,25 @@ data = typer.Typer(cls=_Data, rich_markup_mode=None)
 
 @data.callback()
 def _about() -> None:
-    """Look into a source of images (`data SOURCE` is short for `data count SOURCE`), or caption its pictures anew."""
+    """Look into a source of images (`data SOURCE` is short for `data count SOURCE`), or write new captions for it."""
 
 
 @data.command(COUNT)
 def count(
     source: Annotated[str, typer.Argument(help="A folder, tar shards, or the word scenes.")],
-    recipe: Annotated[str | None, typer.Option("--recipe", help="Count what each of its stages would see.")] = None,
+    recipe: Annotated[str | None, typer.Option("--recipe", help="Show what each of its stages would see.")] = None,
     kind: Annotated[str, typer.Option("--kind", help="auto, folder, classes or tar.")] = "auto",
-    decode: Annotated[int, typer.Option("--decode", min=0, help="Images to decode, to find damage; 0: all.")] = 1000,
-    sheet: Annotated[Path | None, typer.Option("--sheet", help="Where to write a contact sheet; else here.")] = None,
-    bad: Annotated[Path | None, typer.Option("--bad", help="Where to list all bad files, as bad_files.jsonl.")] = None,
+    decode: Annotated[
+        int, typer.Option("--decode", min=0, help="How many images to decode, to find damage; 0: all.")
+    ] = 1000,
+    sheet: Annotated[
+        Path | None, typer.Option("--sheet", help="The contact sheet to write; else contact-sheet.png.")
+    ] = None,
+    bad: Annotated[
+        Path | None, typer.Option("--bad", help="The list of bad files to write, like bad_files.jsonl.")
+    ] = None,
 ) -> None:
-    """Look into a source of images: counts, sizes, captions, bad files, a contact sheet. Nothing is written into it."""
+    """Show counts, sizes, captions and bad files of a source, and write a contact sheet. The source stays as it is."""
     from pixelgrow.data.badfiles import write_list
     from pixelgrow.data.inspect import STAGES, captions_in, inspect_source
     from pixelgrow.data.sources.base import strays_of
@@ -57,7 +63,7 @@ def count(
 
     for option, path in (("--sheet", sheet), ("--bad", bad)):
         if path is not None and _within(path, source):
-            raise UserError(f"{option} {path}: lies in {source}, which is only looked at; name another place")
+            raise UserError(f"{option} {path}: lies in {source}, where nothing is written; name another place")
     sheet_path = sheet or (None if _within(SHEET, source) else SHEET)
     read = load_recipe(recipe) if recipe is not None else None
     opened = open_source({"source": source} | ({} if source == "scenes" else {"kind": kind}))
@@ -68,7 +74,7 @@ def count(
     cut = None if read is None or found.classes else _cut(read, captions_in(opened))
     show(inspection_tables(found, cut))
     if sheet_path is None:
-        typer.echo(f"no contact sheet: it would lie in {source}, which is only looked at; name a place with --sheet")
+        typer.echo(f"no contact sheet: it would lie in {source}, where nothing is written; name a place with --sheet")
 
 
 def _within(path: Path, source: str) -> bool:
@@ -80,21 +86,27 @@ def _within(path: Path, source: str) -> bool:
 @data.command()
 def recaption(
     source: Annotated[str, typer.Argument(help="A folder with metadata.jsonl, or a .txt beside each image.")],
-    model: Annotated[str, typer.Option("--model", help="An image-to-text model of transformers: folder or hub name.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="The file to write, to be the folder's metadata.jsonl.")],
-    prompt: Annotated[str | None, typer.Option("--prompt", help="What to ask a model that takes words too.")] = None,
-    weight: Annotated[float, typer.Option("--weight", min=1e-6, help="Of the new caption; the old ones' is 1.")] = 1.0,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="Pictures at a time.")] = 8,
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Of a caption, at the most.")] = 64,
+    model: Annotated[
+        str, typer.Option("--model", help="An image-to-text model of transformers: a folder, or a name on the hub.")
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The metadata.jsonl to write.")],
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="The prompt, for a model that takes text beside the image.")
+    ] = None,
+    weight: Annotated[
+        float, typer.Option("--weight", min=1e-6, help="The weight of a new caption; the others have 1.")
+    ] = 1.0,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Images at a time.")] = 8,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of a new caption, at most.")] = 64,
 ) -> None:
-    """Write a second caption for every picture; the same command again goes on where it was cut off."""
+    """Write a second caption for every image. If it is interrupted, the same command goes on."""
     from pixelgrow.cli.recaption import Recaption, recaption
 
     typer.echo(recaption(Recaption(source, model, out, prompt, weight, batch, tokens)))
 
 
 def _cut(recipe: Recipe, captions: list[str]) -> Cut | None:
-    """Which captions the recipe's text encoder cuts; None if it is not on this machine, or there is none."""
+    """Which captions the recipe's text encoder truncates; None without an encoder, or if it is not on this machine."""
     from pixelgrow.plan.shapes import is_here
     from pixelgrow.text.cut import cut_in
     from pixelgrow.text.encoders import load_tokenizer
@@ -107,9 +119,9 @@ def _cut(recipe: Recipe, captions: list[str]) -> Cut | None:
 
 
 def _train(recipe: Recipe, source: Source) -> Subset | None:
-    """What a run of the recipe would train on of a source; None if that is all of it.
+    """The part of a source that a run of the recipe would train on; None: all of it.
 
-    Says what a run would refuse: class folders with a text encoder, captions without one.
+    Warns if a run would refuse the source.
     """
     from pixelgrow.data.scenes.source import Scenes
     from pixelgrow.data.sources.base import heldout_split

@@ -60,12 +60,7 @@ def recaption(request: Recaption) -> str:
     if request.out.exists():
         raise UserError(f"-o {request.out}: the file exists already; name another, or delete it")
     captioner = Captioner(request.model, request.prompt, request.tokens)
-    settings = {
-        "source": source.fingerprint,
-        "model": request.model,
-        "prompt": request.prompt,
-        "tokens": request.tokens,
-    }
+    settings = {"source": source.fingerprint} | {k: getattr(request, k) for k in ("model", "prompt", "tokens")}
     part = request.out.with_name(f".{request.out.name}.part")
     with going_on(), writing(request.out):
         request.out.parent.mkdir(parents=True, exist_ok=True)
@@ -167,9 +162,8 @@ class Captioner:
         if self.processor is None or not getattr(self.processor, "chat_template", None):
             return prompt
         content = [{"type": "image"}, {"type": "text", "text": prompt or "Describe the image in one sentence."}]
-        return str(
-            self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        )
+        chat = [{"role": "user", "content": content}]
+        return str(self.processor.apply_chat_template(chat, add_generation_prompt=True))
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image]) -> list[str]:
