@@ -62,7 +62,7 @@ LONG = "x" * 300
         (["sample", "MODEL", "1", "--size", "16x15"], "size 16x15 does not fit"),
         (["sample", "MODEL", "1", "--sampler", "euler"], "sampler 'euler' does not exist"),
         (["sample", "MODEL", "1", "-o", "folder", "--grid"], "a grid is one PNG"),
-        (["sample", "MODEL", "1", "-o", "picture.jpg"], "expected a name that ends in .png, or a folder"),
+        (["sample", "MODEL", "1", "-o", "image.jpg"], "expected a name that ends in .png, or a folder"),
         (["sample", "MODEL", "1", "--guide", "base"], "has no base path"),
         (["sample", "MODEL", "1", "--schedule", "native"], "does not hold the noise"),
         (["sample", "MODEL", "1", "--interval", "3", "1"], "expected (lo, hi) with 0 <= lo < hi"),

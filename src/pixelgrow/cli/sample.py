@@ -29,18 +29,18 @@ from pixelgrow.search import best_of
 from pixelgrow.writing import writing
 
 MAX_IMAGES = 100_000  # of a call
-PREVIEWED = 64  # previews of a prompt, where -n does not say
-logger = logging.getLogger(__name__)
 MAX_GRID = 150_000_000  # pixels; image libraries refuse to open much larger files
+PREVIEWED = 64  # default -n of previews
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Request:
     """What to sample and where to.
 
-    `settings`: None for the checkpoint's own. `grid`: one file or many; None: a grid if `out` is the name of a PNG. `n`
-    images of each prompt; None: 1, or PREVIEWED where thumbnails are made or picked from. `pick`: numbers of previews,
-    with commas. `best_of`: how many previews of each prompt the `judge` chooses its `n` from.
+    `file`: more prompts. `n`: images of each prompt; None: 1, or PREVIEWED with `preview` and `pick`. `pick`: numbers
+    of previews, with commas. `best_of`: number of previews of each prompt, of which the `judge` chooses `n`. `grid`:
+    one file, or one an image; None: a grid if `out` ends in .png. `settings`: None for the checkpoint's own.
     """
 
     checkpoint: str
@@ -74,15 +74,7 @@ def sample_images(request: Request) -> list[Path]:
         raise UserError("no prompt was given: write one after the checkpoint, or name a file with --prompts")
     picked = None if request.pick is None else picked_numbers(request.pick, len(prompts) * n)
     size = None if request.size is None else parse_size(request.size)
-    png = request.out.suffix.lower() == ".png"
-    if not png and request.out.suffix.lower() in Image.registered_extensions():
-        raise UserError(
-            f"--out {request.out}: images are written as PNG; expected a name that ends in .png, or a folder"
-        )
-    single = request.grid is False or (request.grid is None and not png)
-    if not single and not png:
-        raise UserError(f"--out {request.out}: a grid is one PNG; expected a name that ends in .png, or --single")
-    folder = request.out.parent if png else request.out
+    single, folder = _place(request)
     model = Model.from_pretrained(request.checkpoint)
     guide: Model | Network | None = None if request.guide is None else _guide(request.guide, model)
     size = size or (model.side, model.side)
@@ -94,13 +86,10 @@ def sample_images(request: Request) -> list[Path]:
     if not single:
         instead = "name a folder, for single files, or sample fewer"
         check_grid(request.out, (size[0] // k, size[1] // k), columns, len(each), instead)
-    check_writable(request.out, folder, single)  # now, not when images have been made
-    given: dict[str, Any] = {
-        "seed": request.seed,
-        "size": size,
-        "guide": guide,
-        "batch": request.batch,
-    } | request.settings
+    check_writable(request.out, folder, single)  # before images are sampled
+    given: dict[str, Any] = request.settings | {
+        "seed": request.seed, "size": size, "guide": guide, "batch": request.batch,
+    }  # fmt: skip
     if request.best_of is not None:
         winners = best_of(model, prompts, judge=str(request.judge), of=request.best_of, keep=n, **given)
         index = [i for winner in winners for i in winner.index]
@@ -122,13 +111,27 @@ def sample_images(request: Request) -> list[Path]:
         sheet = grid(map(np.asarray, images), columns, len(each), numbered=request.preview)
         save_png(sheet, request.out, facts | {"prompts": each, "index": index})
         return [request.out]
-    stem = request.out.stem + "-" if png else ""
+    stem = "" if folder == request.out else f"{request.out.stem}-"
     paths = []
     for i, image, prompt in zip(index, images, each, strict=True):
         path = folder / f"{stem}{i:04d}-{_slug(prompt)}.png"
         save_png(image, path, facts | {"prompt": prompt, "index": i})
         paths.append(path)
     return paths
+
+
+def _place(request: Request) -> tuple[bool, Path]:
+    """Whether each image gets its own file, and the files' folder. Raises UserError for an `out` that does not fit."""
+    suffix = request.out.suffix.lower()
+    png = suffix == ".png"
+    if not png and suffix in Image.registered_extensions():
+        raise UserError(
+            f"--out {request.out}: images are written as PNG; expected a name that ends in .png, or a folder"
+        )
+    single = request.grid is False or (request.grid is None and not png)
+    if not single and not png:
+        raise UserError(f"--out {request.out}: a grid is one PNG; expected a name that ends in .png, or --single")
+    return single, request.out.parent if png else request.out
 
 
 def _check_choice(request: Request) -> None:
