@@ -252,6 +252,26 @@ def test_editing_runs_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[st
 # --- all of them ------------------------------------------------------------------------------------------------------
 
 
+def test_exact_compares_what_evaluations_measure() -> None:
+    from bench import exact
+    from pixelgrow.diffusion.heldout import SIGMAS
+
+    kinds = (*exact.KINDS, "all")
+
+    def metrics(error: float = 1.0, accuracy: float = 0.7) -> dict[str, Any]:
+        errors, accuracies = {f"{s:g}": error / 1e3 for s in SIGMAS}, dict.fromkeys(kinds, accuracy)
+        return {"error": errors, "accuracy": accuracies, "details": {"samples": 0.004, "images": 0.0093}}
+
+    for changed, good in (
+        ({}, True),
+        ({"exact, no gate": {"error": 1.03}}, False),
+        ({"exact": {"accuracy": 0.68}}, False),
+    ):
+        seed = {regime: metrics(**changed.get(regime, {})) for regime in exact.REGIMES}  # type: ignore[attr-defined]
+        text, met = exact.tables([seed] * 3)
+        assert met == good and "details" in text and "4.00" in text
+
+
 def test_every_bench_is_a_module(capsys: pytest.CaptureFixture[str]) -> None:
     from bench import __main__ as benches
 

@@ -131,9 +131,14 @@ stages:
     run(load_recipe(tmp_path / "recipe.yaml"), tmp_path)
     assert len(live) == 1 + 3
     whole, parts = (json.loads((tmp_path / "c" / name / "metrics.json").read_text()) for name in ("whole", "parts"))
-    for key in ("error", "seams", "accuracy"):
+    for key in ("error", "seams", "accuracy", "details"):
         assert parts[key] == pytest.approx(whole[key], rel=1e-4)
     assert (parts["prompts"], parts["nfe"]) == (5, 2)
+    recipe = load_recipe(tmp_path / "recipe.yaml")
+    images = Materials(recipe, tmp_path / "c").heldout(5, (32, 32)).images
+    blocks = images.unfold(2, 2, 2).unfold(3, 2, 2).flatten(-2)
+    assert whole["details"]["images"] == pytest.approx(blocks.var(-1, correction=0).mean().item(), rel=1e-4)
+    assert whole["details"]["samples"] != pytest.approx(whole["details"]["images"], rel=1e-2)
     grids = [np.asarray(Image.open(tmp_path / "c" / name / "samples" / "grid.png"), int) for name in ("whole", "parts")]
     assert np.abs(grids[0] - grids[1]).max() <= 1
 
