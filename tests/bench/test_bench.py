@@ -272,6 +272,25 @@ def test_exact_compares_what_evaluations_measure() -> None:
         assert met == good and "details" in text and "4.00" in text
 
 
+@pytest.mark.parametrize(
+    ("growth", "drift", "missed"),
+    [
+        ("exact", (140.0, 120.0), 0),
+        ("exact", (140.0, 90.0), 1),
+        ("exact", (40.0, 30.0), 2),
+        ("plain", (40.0, 30.0), 0),
+        ("random", (20.0, 19.0), 2),
+    ],
+)
+def test_drift_expects_of_exact_rungs_that_there_is_none(growth: str, drift: tuple[float, float], missed: int) -> None:
+    from bench.drift import GROWTHS, misses, recipe
+
+    found = dict(zip(("with", "without"), drift, strict=True))
+    assert len(misses(growth, found, True)) == missed and len(misses(growth, found, False)) == missed + 1
+    grown = recipe(Path("x"), 32, growth, 80).stage("with")
+    assert {k: getattr(grown, k) for k in GROWTHS[growth]} == GROWTHS[growth]
+
+
 def test_every_bench_is_a_module(capsys: pytest.CaptureFixture[str]) -> None:
     from bench import __main__ as benches
 
