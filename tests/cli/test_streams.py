@@ -43,6 +43,16 @@ def test_streams_that_nobody_reads(line: str, status: int, tmp_path: Path) -> No
     assert (done.stdout, done.stderr) == (f"status {status}\n", "")
 
 
+def test_no_file_gets_the_number_of_a_closed_stream(tmp_path: Path) -> None:
+    """What a library in C writes to standard error would end in that file."""
+    code = (
+        "import os; from pixelgrow.cli.streams import secure_streams; secure_streams()\n"
+        "file = open('mine', 'w'); os.write(1, b'out'); os.write(2, b'error'); file.write(str(file.fileno()))"
+    )
+    subprocess.run(["bash", "-c", f'{sys.executable} -c "{code}" <&- >&- 2>&-'], cwd=tmp_path, check=True)
+    assert int((tmp_path / "mine").read_text()) > 2
+
+
 def test_a_reader_that_has_gone_is_no_error(tmp_path: Path) -> None:
     done = shell("(sleep 0.5; pixelgrow plan --size tiny --rate 1e9; echo $? >&2) | true", tmp_path)
     assert done.stderr == "141\n"

@@ -354,7 +354,11 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 @pytest.fixture
 def _heeded() -> Iterator[None]:
     """Signals have their usual effect, even if a shell or nohup started the tests with some of them ignored."""
-    was = [signal.signal(s, signal.default_int_handler) for s in SIGNALS]
+
+    def unheeded(signum: int, frame: object) -> None:
+        raise AssertionError(f"signal {signum} is not heeded")
+
+    was = [signal.signal(s, unheeded) for s in SIGNALS]
     yield
     for signum, handler in zip(SIGNALS, was, strict=True):
         signal.signal(signum, handler)
