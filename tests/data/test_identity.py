@@ -195,6 +195,16 @@ def test_bad_files_that_are_removed_count_no_longer(tmp_path: Path) -> None:
     assert listed.read_text() == ""
 
 
+def test_a_stray_that_is_removed_leaves_the_list(tmp_path: Path) -> None:
+    folder, listed = paired(tmp_path / "set"), tmp_path / "bad.jsonl"
+    (folder / "stray.png").write_bytes(an_image())
+    BadFiles([as_files(folder)], 1.0, listed)
+    assert json.loads(listed.read_text())["file"] == "stray.png"
+    (folder / "stray.png").unlink()
+    BadFiles([as_files(folder)], 1.0, listed)
+    assert listed.read_text() == ""
+
+
 def test_a_list_of_bad_files_is_known_again_after_a_move(tmp_path: Path) -> None:
     folder, listed = paired(tmp_path / "set"), tmp_path / "bad.jsonl"
     BadFiles([as_files(folder)], 1.0, listed).add(0, [BadFile("3.png", "torn")])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,14 @@ def test_a_text_without_spaces_and_labels() -> None:
     assert cut.captions == 1
     assert cut.unseen and "紅い丸の上に青い星が二つある".endswith(cut.unseen)
     assert load_encoder("labels:3").cut(["0", "1"]) == Cut(total=2)
+
+
+def test_a_very_long_text_is_said_by_us_alone(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    assert load_encoder("minilm", 8).cut(["word " * 600]).captions == 1
+    logger.removeHandler(caplog.handler)
+    assert not caplog.records
 
 
 def test_a_cache_counts_what_it_holds_without_the_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
