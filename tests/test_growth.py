@@ -328,6 +328,8 @@ def entry(parent: str, **more: Any) -> dict[str, Any]:
         ([entry("core", tensors={"loaded": 5})], ["core"]),  # grown, never trained
         ([entry("core"), {"verb": "train", "parent": "grown"}], []),
         ([{"verb": "grow", "init": "preserve"}], []),
+        ([entry("core"), entry("mid", verb="graft", tensors={"loaded": 5, "new": 2, "dropped": 0})], ["mid", "core"]),
+        ([entry("core"), entry("wide", verb="graft", tensors={"loaded": 5, "new": 2, "dropped": 2})], []),
         ([entry("core"), {"verb": "cast", "parent": "wide"}], ["wide", "core"]),  # rounded, not trained
     ],
 )

@@ -61,15 +61,15 @@ class GrowthReport:
 def kept_in(lineage: Sequence[Mapping[str, Any]]) -> list[str]:
     """Hashes of the models that the model at the end of a lineage contains, latest first.
 
-    Those are the parents of its last `preserve` growths, as long as they stayed frozen in training, and the model
-    before its weights were `cast` to another precision, which only rounds them.
+    Those are the parents of its last `preserve` growths and grafts, as long as they stayed frozen in training and lost
+    no rung, and the model before its weights were `cast` to another precision, which only rounds them.
     """
     found = []
     for entry in reversed(lineage):
         tensors = entry.get("tensors", {})
         loaded = tensors.get("loaded")
         frozen = tensors.get("frozen", loaded) == loaded and "unfrozen_after" not in entry
-        grown = entry.get("init") == "preserve" and frozen
+        grown = entry.get("init") == "preserve" and frozen and not tensors.get("dropped")
         if "parent" not in entry or not (grown or entry.get("verb") == "cast"):
             break
         found.append(str(entry["parent"]))

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from pixelgrow import checkpoint
-from pixelgrow.checkpoint import CheckpointConfig
+from pixelgrow.checkpoint import CheckpointConfig, identity
 from pixelgrow.diffusion.denoiser import Denoiser, NoiseSchedule
 from pixelgrow.diffusion.generator import Generator
 from pixelgrow.diffusion.guidance import Network
@@ -228,12 +228,12 @@ class Model:
                     f"the guide is a {guide.resolution} px model, expected {self.resolution} px: name an earlier or "
                     "smaller model of that resolution, or base for this one ungrown"
                 )
-            if _known_text(guide.config) != _known_text(self.config):
+            if identity(guide.config.text) != identity(self.config.text):
                 raise UserError(
                     f"the guide's text is {_text(guide.config)}, expected {_text(self.config)}: name a model of the "
                     "same text encoder"
                 )
-            if guide.config.latent.get("fingerprint") != self.config.latent.get("fingerprint"):
+            if identity(guide.config.latent) != identity(self.config.latent):
                 raise UserError("the guide works in another latent space: name a model of the same autoencoder")
             guide = guide.denoiser
         if guide is not None and guide != self.denoiser.base and self.denoiser.exact_factors:
@@ -321,12 +321,6 @@ def _listed(prompts: Sequence[str] | str) -> list[str]:
 def _later(progress: Callable[[int, int], None], part: int, parts: int) -> Callable[[int, int], None]:
     """The progress callback of one part of several, in steps of all parts."""
     return lambda done, total: progress(part * total + done, parts * total)
-
-
-def _known_text(config: CheckpointConfig) -> Mapping[str, Any]:
-    """What makes two models' text the same: not the path of its encoder, where that has a fingerprint."""
-    text = config.text
-    return {k: v for k, v in text.items() if k != "encoder"} if "fingerprint" in text else text
 
 
 def _text(config: CheckpointConfig) -> str:

@@ -31,6 +31,7 @@ def changed(model: Model, part: str, seed: int) -> Model:
 def test_two_packs_of_details_have_the_same_thumbnails(run_cli: RunCli, tmp_path: Path) -> None:
     one = exact_model()
     two = changed(one, "64", 3)
+    two.config = two.config.model_copy(update={"text": two.config.text | {"encoder": "elsewhere/minilm"}})
     core = ungrown(one.denoiser)
     for name, model in {
         "one": one, "two": two, "core": Model(core, one.config.model_copy(update={"network": core.net.config})),
@@ -41,7 +42,9 @@ def test_two_packs_of_details_have_the_same_thumbnails(run_cli: RunCli, tmp_path
         done = run_cli("graft", tmp_path / below, "--rung", tmp_path / "two", "-o", tmp_path / f"{below}-two")
         assert done.code == 0, done.err
         grafted = Model.from_pretrained(tmp_path / f"{below}-two")
-        assert grafted.config.lineage[-1]["verb"] == "graft"
+        grafted.config = grafted.config.model_copy(update={"text": one.config.text})
+        entry = grafted.config.lineage[-1]
+        assert entry["verb"] == "graft" and bool(entry["tensors"]["dropped"]) == (below == "one")
         samples[below] = np.asarray(grafted.sample(PROMPT, steps=3)[0], np.float64)
     assert np.array_equal(samples["core"], samples["one"])
     first = np.asarray(one.sample(PROMPT, steps=3)[0], np.float64)

@@ -16,14 +16,18 @@ def graft_checkpoint(core: str, rung: str, out: Path) -> str:
     checkpoint.check_target(out)
     below, donor = Model.from_pretrained(core), Model.from_pretrained(rung)
     for what in ("objective", "diffusion", "text", "latent"):
-        if getattr(below.config, what) != getattr(donor.config, what):
+        one, other = (getattr(model.config, what) for model in (below, donor))
+        if what in ("text", "latent"):
+            one, other = checkpoint.identity(one), checkpoint.identity(other)
+        if one != other:
             raise UserError(f"graft: {core} and {rung} differ in {what}: expected two models of one core")
     net, count = graft(below.network.net, donor.network.net)
     kept = len(net.state_dict()) - count
+    dropped = len(below.network.net.state_dict()) - kept
     entry = {
         "verb": "graft",
         "init": "preserve",
-        "tensors": {"loaded": kept, "new": count},
+        "tensors": {"loaded": kept, "new": count, "dropped": dropped},
         "parent": below.config.sha256,
         "rung": donor.config.sha256,
     }
