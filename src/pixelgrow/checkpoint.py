@@ -70,7 +70,7 @@ class CheckpointConfig(BaseModel):
 
 
 def identity(named: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes the `text` or `latent` of two checkpoints the same: not a name or path, where there is a fingerprint."""
+    """What makes the `text` or `latent` of two checkpoints the same: no name or path where there is a fingerprint."""
     by_name = "fingerprint" not in named
     return {k: v for k, v in named.items() if by_name or k not in ("encoder", "autoencoder")}
 

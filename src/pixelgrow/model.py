@@ -175,9 +175,11 @@ class Model:
         return list(self.stream(prompts, **settings))
 
     def preview(self, prompts: Sequence[str] | str, **settings: Any) -> list[Image.Image]:
-        """A thumbnail for each prompt: what `sample` with the same settings averages down to, by the core alone.
+        """A thumbnail for each prompt: what `sample` with the same settings averages down to, at lower cost.
 
-        Raises UserError as `stream` does, and for a model that was not grown by exact rungs.
+        Its resolution is the lowest that the model is exact over, usually the core's. In a model of latents, latents
+        average down; the decoded images do so only roughly. Raises UserError as `stream` does, and for a model that was
+        not grown by exact rungs.
         """
         return list(self.stream(prompts, preview=True, **settings))
 
