@@ -64,14 +64,14 @@ def forget_times(record: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda at: (at / "set/a/2.png").unlink(), r"set changed since it was begun: 1 file is gone \(a/2.png\): set"),
+        (lambda at: (at / "set/a/2.png").unlink(), r"set changed since it was begun: 1 file is gone \(a/2.png\): put"),
         (
             lambda at: (at / "set/b/3.png").rename(at / "set/b/99.png"),
             r"gone \(b/3.png\), 1 file is new \(b/99.png\): ",
         ),
         (
             lambda at: forget_times(at / "runs/r/core/stage.json"),
-            "an earlier version began it and identified .*/set by the",
+            "an earlier version began it and identified .*/set by the times of its files, .* another name, or delete",
         ),
     ],
     ids=["gone", "renamed", "earlier version"],

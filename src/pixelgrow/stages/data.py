@@ -146,7 +146,8 @@ class StageData:
     def explain(self, stage: Stage, key: str, was: Any) -> str:
         """How a source differs from the one with the fingerprint `was`, in words.
 
-        `key`: of `describe(stage)`; "" is returned for keys that are not fingerprints.
+        `key`: of `describe(stage)`; "" is returned for keys that are not fingerprints. Raises UserError if the
+        fingerprint is one of an earlier version, which cannot be compared.
         """
         found = re.fullmatch(r"(data|heldout)\[(\d+)\]\.fingerprint", key)
         sources = self._used(stage)[found[1]] if found else []
@@ -156,14 +157,15 @@ class StageData:
         source = whole(sources[number])
         if not isinstance(source, FileSource):
             return "the data (scenes: their n, captions, seed or split) changed since it was begun"
+        assert self.folder is not None
         if not was.startswith(FORM):
-            return (
-                f"an earlier version began it and identified {source.name} by the times of its files, so this version "
-                "cannot check that it is unchanged"
+            raise UserError(
+                f"stage {stage.name!r}: an earlier version began it and identified {source.name} by the times of its "
+                "files, so this version cannot check that it is unchanged: give the recipe another name, or delete "
+                f"{self.folder / stage.name} and the stages made from it"
             )
         if was.startswith(source.fingerprint):
             return f"what is held out of {source.name} changed since it was begun (heldout or seed)"
-        assert self.folder is not None
         what = differences(self.folder / SAMPLES, was[: len(source.fingerprint)], source)
         return f"{source.name} changed since it was begun{what and ': '}{what}"
 

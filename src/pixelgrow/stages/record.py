@@ -83,9 +83,10 @@ class Record:
                 name = settings.get("from") if key == FOLDER else key
                 what = f"its parent {name}" if kind == "parents" else key
                 change = "" if kind == "parents" else f" (was {_short(was.get(key))}, now {_short(new.get(key))})"
+                back = "put it" if words else "set it"
                 raise UserError(
                     f"stage {self.folder.name!r}: {words or f'{what} changed since it was begun{change}'}: "
-                    f"set it back, give the recipe another name, or delete {self.folder} and the stages made from it"
+                    f"{back} back, give the recipe another name, or delete {self.folder} and the stages made from it"
                 )
 
     def begin(self, settings: Mapping[str, Any], parents: Mapping[str, str]) -> None:
