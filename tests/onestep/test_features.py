@@ -213,7 +213,7 @@ def test_similarity_pulls_prior_samples_to_their_captions(tmp_path: Path, advers
     ("losses", "text", "words"),
     [
         ({"discriminator": "lpips"}, {}, "lpips is a distance; expected teacher, or a vision model's"),
-        ({"similarity": {"model": "x/y"}}, {"classes": 2}, "similarity compares pictures with captions, and a recipe"),
+        ({"similarity": {"model": "x/y"}}, {"classes": 2}, "similarity compares images with captions, and a recipe"),
         ({"similarity": {"weight": 1}}, {}, "losses.similarity.model is missing"),
     ],
 )
