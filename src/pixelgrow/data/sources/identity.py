@@ -1,12 +1,12 @@
-"""What a source of files holds, whatever its path and times: a hash of each sample, and one of all of them in order.
+"""Hashes that identify the data of a source of files, whatever its path: of each sample, and of all in order.
 
-A sample's hash covers its key (relative to the source), its captions or class as they are read, and its image: the
-length and the first and last 4 KiB, so that files up to 8 KiB are hashed whole. A change that leaves the length and
-both ends of a larger file as they were goes unseen; encoders leave none such (a PNG's checksum is among its last
-bytes). Files that are no samples do not count: a README, a contact sheet, an image without a caption.
+The hash of a sample covers its key (relative to the source), its captions or class, and its image: the length and the
+first and last 4 KiB of the file. So files up to 8 KiB are hashed whole. A change in the middle of a larger file that
+keeps both ends and the length is not noticed; image encoders do not make such changes (the last bytes of a PNG hold a
+checksum). Times do not count, nor do files that are no samples: a README, a contact sheet, an image without a caption.
 
-Cost: one more read of 4 KiB for an image, beside that of its header, and 8 bytes of memory. The list that a run keeps
-to name differences takes about 12 bytes a sample on the disk.
+Cost: one more read of 4 KiB for an image, after that of its header, and 8 bytes of memory. The list that a run keeps,
+to name what differs, takes about 15 bytes a sample on the disk.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def hash_of(*parts: str | bytes) -> int:
 
 
 def print_of(image: BinaryIO, *about: bytes) -> int:
-    """The hash of a sample: its image, an open file, and what else is known `about` it (key, captions or class)."""
+    """The hash of a sample. `image`: its open file. `about`: its key, and its captions or class."""
     length = image.seek(0, os.SEEK_END)
     image.seek(max(0, length - END))
     last = image.read(END)
@@ -58,7 +58,7 @@ def fingerprint_of(prints: np.ndarray) -> str:
 
 
 def write_samples(folder: Path, source: Listed) -> None:
-    """Keep a source's list of samples, key and hash a line, in `folder` under its fingerprint; whole or not at all."""
+    """Write the list of a source's samples to `folder`, a line with key and hash each; whole or not at all."""
     path = _path(folder, source.fingerprint)
     part = path.with_name(f".{path.name}.part")
     with writing(path):
@@ -72,10 +72,10 @@ def write_samples(folder: Path, source: Listed) -> None:
 
 
 def differences(folder: Path, fingerprint: str, source: Listed) -> str:
-    """In words, how a source differs from what it was under `fingerprint`: how many files are gone, new or changed, and
-    the first of each. Empty where no list was kept, or it cannot be read.
+    """How a source differs from the one with an earlier `fingerprint`, in words: how many files are gone, new and
+    changed, and the first of each. "" if the earlier list is missing or damaged.
 
-    Takes about 50 bytes of memory for a sample of either.
+    Takes about 50 bytes of memory for each sample of both.
     """
     path = _path(folder, fingerprint)
     try:
