@@ -167,6 +167,11 @@ def test_what_differs_in_lines_of_one_image_is_named(tmp_path: Path) -> None:
         now = as_files(write_metadata(folder, rows_now))
         assert differences(tmp_path / "kept", first.fingerprint, now) == words
         assert differences(tmp_path / "nowhere", first.fingerprint, now) == ""
+    (kept,) = (tmp_path / "kept").iterdir()
+    whole = kept.read_bytes()
+    for damaged in (whole[:-20], b"junk", whole[:-40] + b"\xff" * 20 + whole[-20:]):
+        kept.write_bytes(damaged)
+        assert differences(tmp_path / "kept", first.fingerprint, now) == ""
     with (folder / "metadata.jsonl").open("w", encoding="utf-8") as file:
         file.writelines("\n" + json.dumps(dict(reversed(row.items())), indent=None) + " \n" for row in rows)
     assert as_files(folder).fingerprint == first.fingerprint  # the same captions, written otherwise

@@ -15,6 +15,7 @@ import gzip
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -80,7 +81,7 @@ def differences(folder: Path, fingerprint: str, source: Listed) -> str:
     path = _path(folder, fingerprint)
     try:
         pairs = np.fromiter(((hash_of(key), one) for key, one in _samples(path)), np.dtype("u8,u8"))
-    except (OSError, EOFError, ValueError, TypeError):
+    except (OSError, EOFError, ValueError, TypeError, zlib.error):
         return ""
     was, was_prints = pairs["f0"], pairs["f1"]
     now = np.fromiter((hash_of(source.key(i)) for i in range(len(source))), np.uint64, len(source))
