@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pixelgrow.data.scenes.checker import accuracy, chance, check, score
+from pixelgrow.data.scenes.checker import accuracy, check, score
 from pixelgrow.data.scenes.questions import KINDS, Question
 from pixelgrow.data.scenes.seeing import Seen, View, components, look
 from pixelgrow.data.scenes.source import Scenes
@@ -51,7 +51,9 @@ def test_blurred_noisy_images(size: int) -> None:
 def test_chance_on_shuffled_captions() -> None:
     images = [s.render(32, 32) for s in SCENES]
     shuffled = score(images, ASKED[1:] + ASKED[:1])
-    expected = chance([s.view() for s in SCENES], ASKED)
+    views = [s.view() for s in SCENES]
+    pairs = [(v, q) for i, v in enumerate(views) for j, q in enumerate(ASKED) if i != j]
+    expected = accuracy((v for v, _ in pairs), [q for _, q in pairs])
     for kind in KINDS:
         assert shuffled[kind] == pytest.approx(expected[kind], abs=0.06)
     assert expected["background"] < 0.2

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pixelgrow.diffusion.denoiser import Denoiser, NoiseConfig, NoiseSchedule
+from pixelgrow.diffusion.denoiser import Denoiser, NoiseConfig, NoiseSchedule, RungImage
 from pixelgrow.diffusion.generator import Generator
 from pixelgrow.diffusion.guidance import Guided
 from pixelgrow.diffusion.progressive import climb, floors_of
@@ -138,6 +138,31 @@ def test_so_does_a_generators_image() -> None:
 
 
 @torch.no_grad()
+def test_in_bfloat16_it_is_exact_to_float32s_rounding() -> None:
+    high, x, sigma = grown().float(), NOISES[0].float(), torch.tensor([0.1, 2.0])
+    low = randomized(shallow(8))
+    net = stacked(low.net, (INF, INF), generator=True)
+    one_step, z = randomized(Generator(net, low.config)), box_down(x, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        whole, core = high(x, sigma, cond(2)), high.lower(1)(box_down(x, 4), sigma / 4, cond(2))
+        made, base = one_step(z, cond(2)), one_step.preview(z, cond(2))
+    assert details(whole, 2).abs().mean() > 1e-3 and details(made, 2).abs().mean() > 1e-3
+    assert (box_down(whole, 4) - core).abs().max() < 1e-5
+    assert (box_down(made, 4) - base).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_guiding_only_the_core_refines_the_mixed_image_with_the_features_of_the_condition() -> None:
+    high, x, sigma = grown(), 3 * NOISES[0], torch.full((2,), 2.0, dtype=torch.float64)
+    first, weak = (next(high.rungs(x, sigma, c)) for c in (conditions(), conditions().dropped()))
+    assert not torch.allclose(first.features, weak.features)
+    mixed = RungImage(weak.image + 3.0 * (first.image - weak.image), first.features, first.ctx)
+    *_, last = high._rest(x, sigma, mixed)
+    made = Guided(high, conditions(), guidance=3.0, guide_details=False)(x, 2.0)
+    assert (made - last.image).abs().max() < 1e-10
+
+
+@torch.no_grad()
 def test_guiding_only_the_core_leaves_details_to_the_condition(monkeypatch: pytest.MonkeyPatch) -> None:
     """The average is the guided core's; the rungs are evaluated only on the rows of the condition."""
     high, x, rows = grown(), 3 * NOISES[0], dict[int, int]()
@@ -210,6 +235,19 @@ def test_above_its_gate_a_rung_adds_nothing_and_is_not_evaluated(monkeypatch: py
         assert (details(made, k).abs().max() < 1e-12) or k == 1
     both = high(x, torch.tensor([1.0, 7.0], dtype=torch.float64), conditions())  # each row by its own sigma
     assert details(both[:1], 2).abs().max() > 1e-3 and details(both[1:], 4).abs().max() < 1e-12
+
+
+@torch.no_grad()
+def test_a_generator_of_a_gated_teacher_has_all_of_its_rungs() -> None:
+    """It is evaluated at one noise level, the highest, above every gate."""
+    teacher = grown(GATED)
+    generator = Generator(teacher.net, teacher.config)
+    z = NOISES[0]
+    made = generator(z, conditions())
+    assert made.shape == z.shape and details(made, 2).abs().mean() > 1e-2
+    assert generator.exact_factors == [2, 2]
+    sigma = torch.full((2,), teacher.sigma_max, dtype=torch.float64)
+    assert details(teacher(teacher.sigma_max * z, sigma, conditions()), 4).abs().max() < 1e-12
 
 
 def test_training_noise_is_cut_to_what_a_rung_will_be_evaluated_at() -> None:

@@ -20,8 +20,7 @@ from PIL import Image, PngImagePlugin
 
 from pixelgrow import __version__
 from pixelgrow.checkpoint import check_objective
-from pixelgrow.diffusion.guidance import Network
-from pixelgrow.diffusion.sampling import exact_factors
+from pixelgrow.diffusion.guidance import Network, exact_factors
 from pixelgrow.errors import UserError
 from pixelgrow.model import Model, find
 from pixelgrow.pictures import columns_of, grid, grid_size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,13 @@ from pixelgrow.models.layers import box_down, up_nearest
 
 Network = Callable[[Tensor, Tensor, Cond], Tensor]
 """`(x (B,3,H,W), sigma (B,), cond) -> x0 (B,3,H,W)`: a denoiser, or a grown denoiser's `base`."""
+
+
+def exact_factors(model: object) -> Sequence[int]:
+    """The `exact_factors` of a denoiser or a generator; none if it has no such attribute."""
+    factors = getattr(model, "exact_factors", ())
+    assert isinstance(factors, Sequence)
+    return factors
 
 
 class Guided:
@@ -70,7 +77,7 @@ class Guided:
                     "guide_details=False guides the core of a denoiser by the null condition; drop it, or the guide"
                 )
             self._core_alone = denoiser
-        self._factor = math.prod(getattr(denoiser, "exact_factors", ()))
+        self._factor = math.prod(exact_factors(denoiser))
         self._weight = guidance.to(cond.null.device)[:, None, None, None] if isinstance(guidance, Tensor) else guidance
         self._both: Cond | None = None
         self.nfe = 0

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pixelgrow.diffusion.guidance import Guided, Network
+from pixelgrow.diffusion.guidance import Guided, Network, exact_factors
 from pixelgrow.diffusion.progressive import climb, evaluations, floors_of
 from pixelgrow.diffusion.solvers import Noise
 from pixelgrow.errors import UserError
@@ -114,13 +114,6 @@ def space_of(model: object) -> Space:
     space = getattr(model, "space", PIXELS)
     assert isinstance(space, Space)
     return space
-
-
-def exact_factors(model: object) -> Sequence[int]:
-    """The `exact_factors` of a denoiser or a generator; none if it has no such attribute."""
-    factors = getattr(model, "exact_factors", ())
-    assert isinstance(factors, Sequence)
-    return factors
 
 
 def initial_noise(size: tuple[int, int], seed: int, index: Sequence[int], channels: int = 3) -> Tensor:

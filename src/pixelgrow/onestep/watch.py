@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from pixelgrow.diffusion.generator import Generator
-from pixelgrow.diffusion.sampling import exact_factors, weights_like
+from pixelgrow.diffusion.guidance import exact_factors
+from pixelgrow.diffusion.sampling import weights_like
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.layers import box_down
 from pixelgrow.onestep.features import TeacherFeatures

@@ -32,11 +32,6 @@ def gamma_of(length: float) -> float:
     return float(np.roots([1.0, 7.0, 16.0 - t, 12.0 - t]).real.max())
 
 
-def length_of(gamma: float) -> float:
-    """The relative standard deviation sigma_rel of the profile tau^gamma."""
-    return float((gamma + 1) ** 0.5 / (gamma + 2) / (gamma + 3) ** 0.5)
-
-
 class Ema:
     """One running average of a module's trainable tensors; frozen tensors and buffers are the module's own.
 

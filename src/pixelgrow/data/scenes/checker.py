@@ -63,12 +63,6 @@ def accuracy(views: Iterable[View], questions: Iterable[Sequence[Question]]) -> 
     return found | ({"all": float(np.mean(whole))} if whole else {})
 
 
-def chance(views: Sequence[View], questions: Sequence[Sequence[Question]]) -> dict[str, float]:
-    """`accuracy` of every image under every other caption: the score of a model that ignores its prompt."""
-    pairs = [(v, q) for i, v in enumerate(views) for j, q in enumerate(questions) if i != j]
-    return accuracy((v for v, _ in pairs), [q for _, q in pairs])
-
-
 def score(images: Iterable[NDArray[np.uint8]], questions: Iterable[Sequence[Question]]) -> dict[str, float]:
     """`accuracy` of images, each uint8 (h, w, 3), under the questions of their captions."""
     return accuracy((look(image) for image in images), questions)
