@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +67,18 @@ def test_the_best_of_several(run_cli: RunCli, folder: Path, tmp_path: Path) -> N
     assert sample(run_cli, folder, "--pick", str(number), "-o", str(tmp_path / "same"))[0] == 0
     (same,) = (tmp_path / "same").iterdir()
     assert np.array_equal(pixels(same), pixels(made))
+
+
+def test_a_judge_in_the_working_folder(
+    run_cli: RunCli, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    code = "def last(images, prompt):\n    return list(range(len(images)))\n"
+    (tmp_path / "judge_in_the_working_folder.py").write_text(code, encoding="utf-8")
+    words = ["--best-of", "3", "--judge", "judge_in_the_working_folder:last", "-o", "best"]
+    done = run_cli("sample", folder, PROMPT, *FEW, *words, cwd=tmp_path)
+    assert done.code == 0, done.err
+    assert [path.name[:4] for path in (tmp_path / "best").iterdir()] == ["0002"]
 
 
 @pytest.mark.parametrize(

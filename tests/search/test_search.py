@@ -83,6 +83,14 @@ def test_judges_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
             judge_named(name)
 
 
+def test_prompts_that_the_checker_cannot_read_are_refused_before_sampling(
+    exact: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Model, "_images", lambda *_: pytest.fail("sampled"))
+    with pytest.raises(UserError, match="cannot read the prompt 'a cat'"):
+        best_of(exact, ["a red circle", "a cat"], judge="checker", of=2, **FEW)
+
+
 def test_mistakes_are_one_line(exact: Model) -> None:
     with pytest.raises(UserError, match="best of 4: got 5 to keep"):
         best_of(exact, "a red circle", judge="checker", of=4, keep=5)

@@ -90,6 +90,7 @@ def sample_images(request: Request) -> list[Path]:
         "seed": request.seed, "size": size, "guide": guide, "batch": request.batch,
     }  # fmt: skip
     if request.best_of is not None:
+        sys.path.append(str(Path.cwd()))  # a judge MODULE:FUNCTION may lie here, as with python -m
         winners = best_of(model, prompts, judge=str(request.judge), of=request.best_of, keep=n, **given)
         index = [i for winner in winners for i in winner.index]
         for winner in winners:

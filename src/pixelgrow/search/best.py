@@ -12,7 +12,7 @@ from PIL import Image
 
 from pixelgrow.errors import UserError
 from pixelgrow.model import Model
-from pixelgrow.search.judges import Judge, judge_named
+from pixelgrow.search.judges import Judge, checker, judge_named
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,9 @@ def best_of(
     if not 1 <= keep <= of:
         raise UserError(f"best of {of}: got {keep} to keep, expected from 1 to {of}")
     score = judge_named(judge, model.device) if isinstance(judge, str) else judge
+    if score is checker:
+        for prompt in prompts:  # one that it cannot read is refused before anything is sampled
+            checker([], prompt)
     previews = model.stream([p for p in prompts for _ in range(of)], preview=True, batch=batch, **settings)
     winners = []
     for number, prompt in enumerate(prompts):
