@@ -236,11 +236,13 @@ def tests_for(mutant: Mutant, facts: dict[str, Any], within: float) -> dict[str,
     """Tests that execute a mutant's statement and take at most `within` seconds, cheapest first, with their limits of
     CPU time in seconds."""
     lines = set(range(mutant.lines[0], mutant.lines[1] + 1))
+    near = {name.partition("::")[0] for name, test in facts["tests"].items() if mutant.file in test["lines"]}
     whole = bool(lines & set(facts["imported"].get(mutant.file, [])))  # of a statement that an import executes
     chosen = {
         name: test
         for name, test in facts["tests"].items()
-        if test["passed"] and mutant.file in test["lines"] and (whole or lines & set(test["lines"][mutant.file]))
+        if test["passed"]
+        and (lines & set(test["lines"].get(mutant.file, [])) or (whole and name.partition("::")[0] in near))
     }
 
     def order(name: str) -> tuple[float, str, float]:  # what shares a slow fixture stays together
