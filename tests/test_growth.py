@@ -251,6 +251,8 @@ def test_a_child_denoises_as_its_parent_did_and_its_report_counts() -> None:
     assert report.parameters == {"loaded": old, "new": sum(sizes.values()) - old}
     assert (report.init, report.resolution) == ("preserve", (16, 32))
     assert report.to_dict()["parameters"] == report.parameters
+    deep, _ = grow(low, 32, images=held_out(2, 32), cond=cond(2), blocks=2, patch=4)
+    assert (deep.net.config.rungs[1].patch, deep.net.config.rungs[1].levels[0].blocks) == (4, 2)
 
 
 def test_what_is_new_is_a_function_of_the_seed_alone() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from pixelgrow.diffusion.generator import Generator
+from pixelgrow.diffusion.generator import Generator, with_guidance
 from pixelgrow.diffusion.sampling import generate, initial_noise
 from pixelgrow.errors import UserError
 from pixelgrow.growth import grow_network, grown_config
@@ -98,3 +98,17 @@ def test_a_rung_of_a_generator_adds_to_the_image_from_below_or_takes_its_place(i
     if init == "preserve":
         want = up_nearest(below.image, 2) + 0.3 * (f - up_nearest(box_down(f, 2), 2) if exact else f)
     torch.testing.assert_close(made.image, want)
+
+
+def test_a_guidance_weight_is_a_condition_that_changes_nothing_at_first() -> None:
+    plain = generator()
+    net = with_guidance(plain.net, seed=0)
+    made, z, c = Generator(net), torch.randn(2, 3, 16, 16), cond(2)
+    assert made.guided and not plain.guided
+    assert torch.equal(made(z, c, torch.tensor([1.0, 9.0])), plain(z, c))
+    torch.nn.init.normal_(net.guidance.out.weight)
+    low, high = (torch.full((2,), weight) for weight in (2.0, 9.0))
+    assert (made(z, c, low) - made(z, c, high)).abs().mean() > 0.01
+    assert torch.equal(made.preview(z, c, high), made(z, c, high))  # of one rung
+    other = with_guidance(plain.net, seed=1)
+    assert not torch.equal(other.guidance.up.weight, with_guidance(plain.net, seed=0).guidance.up.weight)

@@ -475,6 +475,10 @@ def test_mistakes_are_told_in_one_line(net: type[ConvDenoiser], settings: dict[s
     assert "\n" not in str(caught.value)
 
 
+def test_an_image_may_be_one_pixel() -> None:
+    assert sample(ConvDenoiser(), labels(1), size=(1, 1), steps=1).images.shape == (1, 3, 1, 1)
+
+
 def test_no_conditions_at_all() -> None:
     with pytest.raises(UserError, match="0 conditions"):
         sample(ConvDenoiser(), labels(0), size=(4, 4))

@@ -207,5 +207,6 @@ def test_guidance_weights_are_the_papers(distribution: Any, expected: Any, dtype
     assert (
         stats.kstest(guidance_weights(torch.rand(2000, dtype=dtype), distribution).double(), expected.cdf).pvalue > 1e-3
     )
+    assert expected.support()[0] <= got.min() and got.max() <= expected.support()[1]  # to the bit
     mixed = guidance_weights(u, "mixed", torch.full((1001,), int(distribution == "recaptions")))
     assert torch.equal(mixed, got)

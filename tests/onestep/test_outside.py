@@ -89,6 +89,7 @@ def test_time_is_linear_in_log_sigma_between_steps_and_stops_at_the_ends() -> No
     found = denoiser.time(torch.stack([between, levels[0] / 9, levels[-1] * 9]))
     torch.testing.assert_close(found, torch.tensor([500.75, 0.0, 999.0]), atol=1e-3, rtol=0)
     assert denoiser.sigma_max == pytest.approx(float(levels[-1]))
+    assert not denoiser.state_dict()  # the schedule is no weight
 
 
 def unet(**changes: Any) -> Any:

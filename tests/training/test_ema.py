@@ -12,6 +12,7 @@ from torch import nn
 
 from pixelgrow.errors import UserError
 from pixelgrow.training.ema import Ema, gamma_of, reconstruct, solve_weights
+from pixelgrow.training.settings import MAX_EMA_LENGTH
 
 
 @pytest.mark.parametrize("length", [0.01, 0.05, 0.1, 0.25])
@@ -136,8 +137,9 @@ def test_other_lengths_are_reconstructed_from_snapshots(tmp_path: Path, length: 
 def test_what_cannot_be_reconstructed_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(UserError, match="no snapshots"):
         reconstruct(tmp_path, 0.1)
-    with pytest.raises(UserError, match=r"got 0\.5, expected"):
-        reconstruct(tmp_path, 0.5)
+    for length in (0.0, MAX_EMA_LENGTH, 0.5):  # the limit: a plain average over the run
+        with pytest.raises(UserError, match=f"got {length:g}, expected"):
+            reconstruct(tmp_path, length)
     snapshots(tmp_path, walk(80), keep=40)
     reconstruct(tmp_path, 0.01)
     assert "the average of length 0.01 is approximated with an error of" in caplog.text
