@@ -21,6 +21,11 @@ def to_uint8(images: Tensor) -> np.ndarray:
     return pixels.permute(0, 2, 3, 1).cpu().numpy()
 
 
+def to_pil(image: Tensor) -> Image.Image:
+    """(3, h, w) uint8 -> an image."""
+    return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+
+
 def columns_of(prompts: int, each: int) -> int:
     """Columns of a grid of `each` images of each of several prompts: one row per prompt if that is not too elongated.
 
