@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -303,3 +304,34 @@ def test_every_bench_is_a_module(capsys: pytest.CaptureFixture[str]) -> None:
     runs = {p.stem for p in (ROOT / "bench").glob("*.py") if "\ndef main(" in p.read_text()}
     assert runs - {"__main__"} == set(benches.BENCHES)
     assert all(f"| `{name}` |" in (ROOT / "bench" / "README.md").read_text() for name in benches.BENCHES)
+
+
+# --- metrics ----------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_runs_them_all_and_holds_a_limit(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bench import metrics
+
+    monkeypatch.setattr(metrics, "kid", partial(metrics.kid, blocks=2, size=100))
+    metrics.main(["--images", "200", "--width", "4"])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["metric"] for line in lines][3:5] == ["FD", "KID"] and len(lines) == 9
+    assert all(0 < line["peak_gib"] < 8 for line in lines)
+    monkeypatch.setattr(metrics, "scale", lambda images, width: 2.5)
+    with pytest.raises(SystemExit, match=r"held 2.50 GiB, expected at most 2"):
+        metrics.main([])
+
+
+def test_metrics_knows_the_truth_of_its_distributions(capsys: pytest.CaptureFixture[str]) -> None:
+    from bench import metrics
+
+    metrics.by_number([400], width=2, wider=2.0)
+    row = json.loads(capsys.readouterr().out)
+    assert row["perfect, true FD"] == 0 and row["worse, true FD"] == pytest.approx(1.5)  # 1 + 1/2, (2 - 1)^2 of each
+    assert row["perfect, FD"] < 0.1 and row["worse, FD"] == pytest.approx(1.5, rel=0.3)
+    metrics.by_copies(n=120)
+    cases = {row["generated"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert cases["5 of 10 modes"]["coverage"] < 0.6 < cases["as the real ones"]["coverage"]
+    assert cases["generated images 4 times"]["recall"] == 0 == cases["real images 4 times"]["precision"]

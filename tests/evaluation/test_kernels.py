@@ -40,6 +40,7 @@ def test_every_pair_comes_once(block: int) -> None:
     seen = torch.zeros(10, 7)
     for i, j, found in pairwise.products(x, y):
         seen[i, j] += 1
+        assert found.dtype == torch.float64 and found.numel() <= block**2  # what bounds the memory
         assert torch.allclose(found, x[i].double() @ y[j].double().T)
     assert torch.equal(seen, torch.ones(10, 7))
     seen = torch.zeros(10, 10)
@@ -131,6 +132,14 @@ def test_cmmd_is_nearly_the_distance_of_means() -> None:
     x, y = draw(200, 0), draw(200, 1, 0.5)
     apart = (x / x.norm(dim=1, keepdim=True)).mean(0) - (y / y.norm(dim=1, keepdim=True)).mean(0)
     assert cmmd(x, y) == pytest.approx(10 * apart.square().sum().item(), rel=0.02)
+
+
+def test_cmmd_hardly_sees_what_leaves_the_mean_alone() -> None:
+    """The most that two sets with one mean can differ by: docs/metrics.md."""
+    one = torch.tensor([[1.0, 0, 0], [-1, 0, 0]])
+    other = torch.tensor([[0, 1.0, 0], [0, -1, 0]])
+    assert cmmd(one, other) == pytest.approx(1000 * (1 - math.exp(-0.01)) ** 2, rel=1e-9)
+    assert cmmd(one, other) < 0.1
 
 
 def test_cmmd_compares_directions() -> None:

@@ -72,6 +72,18 @@ def test_as_prdc(k: int) -> None:
     assert vars(found) == pytest.approx({name: float(v) for name, v in expected.items()}, rel=1e-12)
 
 
+def test_density_and_coverage_of_equal_distributions() -> None:
+    """Their expected values hold for every distribution (Naeem et al., lemmas 1 and 2)."""
+    n, m, k, trials = 40, 30, 5, 150
+    found = [neighbours(draw(n, 2 * t), draw(m, 2 * t + 1)) for t in range(trials)]
+    missed = 1.0
+    for i in range(1, k + 1):
+        missed *= (n - i) / (n + m - i)
+    for values, expected in (([f.density for f in found], 1.0), ([f.coverage for f in found], 1 - missed)):
+        x = torch.tensor(values)
+        assert abs(x.mean().item() - expected) < 4 * x.std().item() / trials**0.5
+
+
 @settings(deadline=None, max_examples=20)
 @given(st.permutations(range(12)), st.integers(0, 30), st.floats(0.1, 10))
 def test_order_rotation_and_scale_do_not_matter(order: list[int], seed: int, scale: float) -> None:

@@ -212,7 +212,11 @@ def test_similarity_pulls_prior_samples_to_their_captions(tmp_path: Path, advers
 @pytest.mark.parametrize(
     ("losses", "text", "words"),
     [
-        ({"discriminator": "lpips"}, {}, "lpips is a distance; expected teacher, or a vision model's"),
+        (
+            {"discriminator": "lpips"},
+            {},
+            "lpips is a distance; expected teacher, efficientnet-lite0, or a vision model's",
+        ),
         ({"similarity": {"model": "x/y"}}, {"classes": 2}, "similarity compares images with captions, and a recipe"),
         ({"similarity": {"weight": 1}}, {}, "losses.similarity.model is missing"),
     ],
@@ -226,6 +230,29 @@ def test_mistakes_in_a_recipe_are_one_line(losses: dict[str, Any], text: dict[st
     with pytest.raises(UserError) as error:
         read_recipe({"name": "x", "text": text, "data": {"source": "scenes"}, "stages": stages}, "x.yaml")
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_efficientnet_lite0_is_distance_and_discriminator_without_a_hub() -> None:
+    named = {"distance": "efficientnet-lite0", "discriminator": "efficientnet-lite0"}
+    losses, teacher, made = (
+        LossSettings.model_validate(named | {"pixels": 0.0}),
+        TeacherFeatures(shallow()),
+        generator(),
+    )
+    fingerprint = describe("efficientnet-lite0").fingerprint
+    assert networks_used(losses) == {part: f"{name} {fingerprint}" for part, name in named.items()}
+    networks = load_networks(losses, teacher)
+    assert isinstance(networks.distance, FeatureDistance) and networks.distance.features is networks.features
+    objective = DistillObjective(made, networks.features, Conditions(), losses, 0, networks.distance)
+    assert [head.down.in_features for head in objective.discriminator.heads] == [24, 40, 112, 320]
+    some = batch(2, 16)
+    for part in (GENERATOR, DISCRIMINATOR):
+        objective.loss(some, part).loss.backward()
+        assert all(p.grad is not None for p in objective.modules[part].parameters() if p.requires_grad)
+    far, near = (
+        networks.distance(some.target + noise, some.target, cond(2), torch.zeros(2, 2)) for noise in (0.3, 0.03)
+    )
+    assert (far > near).all() and (near > 0).all()
 
 
 def test_a_run_records_its_feature_networks_and_refuses_others(tmp_path: Path) -> None:

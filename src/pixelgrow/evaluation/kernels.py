@@ -54,7 +54,7 @@ def mmd(real: Tensor, generated: Tensor) -> float:
         raise UserError(f"got {n} real and {m} generated image(s), expected at least 2 of each; evaluate more images")
 
     def kernel(product: Tensor) -> Tensor:
-        return (product / width + 1) ** 3
+        return product.div_(width).add_(1).pow_(3)
 
     def within(x: Tensor) -> float:
         total = sum((1 if i == j else 2) * kernel(block).sum().item() for i, j, block in products(x))

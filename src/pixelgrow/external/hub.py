@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,22 +11,25 @@ from contextlib import contextmanager
 from functools import lru_cache
 from os.path import expanduser
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pixelgrow.errors import UserError
-from pixelgrow.writing import fault_of, is_pointer, reading
+from pixelgrow.writing import fault_of, is_pointer, reading, writing
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 _WHOLE = 256 << 20  # bytes; larger files are hashed by _BLOCKS samples of _BLOCK bytes
 _BLOCK, _BLOCKS = 64 << 10, 1024
 
 
-def find(kind: str, name: str, builtin: str = "", offline: str = "") -> Path:
+def find(kind: str, name: str, builtin: str = "", offline: str = "", weights: str = "") -> Path:
     """The folder of the model `name`: a local folder, or a repository of the hub, with "@revision" after it or not.
 
-    A hub model that is not on this machine is downloaded, unless HF_HUB_OFFLINE is set. Raises UserError if it is not
-    found; for that message: the `kind` of model ("text encoder"), names that come with the package (`builtin`), and
-    what to do without a network (`offline`).
+    A hub model that is not on this machine is downloaded, unless HF_HUB_OFFLINE is set. `weights`: their file, if it is
+    not model.safetensors. Raises UserError if it is not found; for that message: the `kind` of model ("text encoder"),
+    names that come with the package (`builtin`), and what to do without a network (`offline`).
     """
     path = Path(expanduser(name))
     with reading(name):
@@ -38,7 +42,7 @@ def find(kind: str, name: str, builtin: str = "", offline: str = "") -> Path:
             f"{kind} {name!r} is not a folder here; expected {builtin}a folder or a model's name on the hub; check "
             "the path"
         )
-    return _from_hub(kind, repo, revision or None, offline)
+    return _from_hub(kind, repo, revision or None, offline, weights)
 
 
 def is_repository(name: str) -> bool:
@@ -72,14 +76,14 @@ def _refusals() -> tuple[type[Exception], ...]:
     return (OSError, ValueError, *HfHubHTTPError.__bases__)
 
 
-def _from_hub(kind: str, repo: str, revision: str | None, offline: str) -> Path:
+def _from_hub(kind: str, repo: str, revision: str | None, offline: str, file: str) -> Path:
     """The folder of a repository's snapshot on this machine if it is complete, else of a download."""
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.txt", "*.jinja", "*.model", "model*.safetensors"]
+    wanted = ["*.json", "*.txt", "*.jinja", "*.model", file or "model*.safetensors"]
     try:
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, local_files_only=True))
-        if all(file.exists() for file in weights(f"{kind} {repo!r}", folder)):
+        if all(path.exists() for path in ([folder / file] if file else weights(f"{kind} {repo!r}", folder))):
             return folder
     except (OSError, ValueError):  # absent or incomplete: fetch it; UserError is a ValueError
         pass
@@ -116,12 +120,76 @@ def weights(label: str, folder: Path) -> list[Path]:
     return [single]
 
 
-def fingerprint(label: str, folder: Path, files: Iterable[str], salt: str) -> str:
-    """A hash of a model's weights, of those of the smaller `files` that exist, and of `salt`; not of the path."""
+def published(label: str, url: str, sha256: str, others: Sequence[str] = ()) -> Path:
+    """A published file of weights: one of torch's folder of downloads, under its own name or `others`, or fetched now.
+
+    Raises UserError if it is not there and cannot be fetched; nothing is fetched while HF_HUB_OFFLINE is set.
+    """
+    import torch
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    folder, name = Path(torch.hub.get_dir()) / "checkpoints", url.rpartition("/")[2]
+    for known in (name, *others):
+        if (folder / known).is_file():
+            return folder / known
+    try:
+        if HF_HUB_OFFLINE:
+            raise ConnectionError("HF_HUB_OFFLINE is set")
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(folder / name), sha256, progress=False)
+    except (OSError, RuntimeError, http.client.HTTPException) as error:  # RuntimeError: the hash is another
+        raise UserError(
+            f"{label}: {name} is not on this machine and cannot be fetched ({error}); check the network, or copy it to "
+            f"{folder}"
+        ) from error
+    return folder / name
+
+
+def state_dict(label: str, path: Path, sha256: str) -> dict[str, Tensor]:
+    """The tensors of a file that torch saved, read without running any code in it.
+
+    Raises UserError if it cannot be read or its SHA-256 is another.
+    """
+    import torch
+
+    with reading(path):
+        check_sha256(label, [path], sha256)
+        found: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    return found
+
+
+def sha256_of(files: Sequence[Path]) -> str:
+    """SHA-256 of a file, in hex; of several, in order: SHA-256 over theirs. Not computed twice for a file."""
+    hashes = [_sha256(file, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+
+
+@lru_cache(maxsize=256)
+def _sha256(file: Path, size: int, mtime_ns: int) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def check_sha256(label: str, files: Sequence[Path], expected: str) -> None:
+    """Raise UserError if the `sha256_of` files is not the expected one."""
+    if (found := sha256_of(files)) != expected:
+        raise UserError(
+            f"{label}: {files[0]} has SHA-256 {found}, expected {expected}; it is another file or damaged: fetch it "
+            "again"
+        )
+
+
+def fingerprint(label: str, folder: Path, files: Iterable[str], salt: str, heavy: Sequence[Path] | None = None) -> str:
+    """A hash of a model's weights, of those of the smaller `files` that exist, and of `salt`; not of the path.
+
+    `heavy`: the files of its weights, if they are not its safetensors.
+    """
     digest = hashlib.blake2b(salt.encode(), digest_size=16)
-    heavy = weights(label, folder)
-    for file in heavy:
-        check_weights(label, file)
+    if heavy is None:
+        heavy = weights(label, folder)
+        for file in heavy:
+            check_weights(label, file)
     for file in (*(folder / small for small in files), *heavy):
         if file.exists():
             if is_pointer(file):
@@ -200,14 +268,30 @@ def pretrained(
     Raises UserError if the weights do not fit, or if some are missing; missing names that contain the word `unused` are
     allowed.
     """
+    return loaded(label, folder, model_class, unused, dtype=dtype, **extra)[0]
+
+
+def loaded(
+    label: str,
+    folder: Path,
+    model_class: Any,
+    unused: str = "",
+    safetensors: bool = True,
+    dtype: str = "float32",
+    **extra: Any,
+) -> tuple[Any, list[str]]:
+    """`pretrained`, and the names that were missing: what they name is random.
+
+    `safetensors=False`: from pytorch_model.bin, read without running any code in it.
+    """
+    extra |= {"local_files_only": True, "use_safetensors": safetensors, "dtype": dtype}
     with loading(label, folder):
-        model, info = model_class.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True, **extra
-        )
-    missing = [n for n in info["missing_keys"] if not (unused and unused in n)]
-    if missing:
+        model, info = model_class.from_pretrained(folder, output_loading_info=True, **extra)
+    missing = sorted(info["missing_keys"])
+    lacking = [n for n in missing if not (unused and unused in n)]
+    if lacking:
         raise UserError(
-            f"{label}: the weights in {folder} lack {min(missing)!r} and {len(missing) - 1} more; expected all of the "
+            f"{label}: the weights in {folder} lack {lacking[0]!r} and {len(lacking) - 1} more; expected all of the "
             "model's; fetch or save it again"
         )
-    return model
+    return model, missing

@@ -1,4 +1,4 @@
-"""Frozen networks for images: transformers' vision models, CLIP with its text half, LPIPS."""
+"""Frozen networks for images: transformers' vision models, EfficientNet-Lite0, CLIP with its text half, LPIPS."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pixelgrow.errors import UserError
-from pixelgrow.external import hub
+from pixelgrow.external import efficientnet, hub
+from pixelgrow.external.efficientnet import EfficientNetLite0
+from pixelgrow.external.published import PUBLISHED, Published
 
 DEPTHS = (1 / 3, 2 / 3, 1.0)  # parts of a network's depth after which hidden states are features
 LPIPS_SIDE = 224  # px; smaller images are enlarged to it, as VGG halves an image four times. Ours
@@ -30,7 +32,7 @@ class VisionSpec:
     """A vision model, not loaded.
 
     side: of the square images that it was trained on. mean, std: of RGB in [0, 1], to normalise its input.
-    fingerprint: of its weights and settings.
+    fingerprint: of its weights and settings. weights: their files. sha256: what they must have, "" for any.
     """
 
     name: str
@@ -40,6 +42,8 @@ class VisionSpec:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     fingerprint: str
+    weights: tuple[Path, ...]
+    sha256: str = ""
 
     @property
     def label(self) -> str:
@@ -61,12 +65,18 @@ def layers_of(depth: int) -> list[int]:
 
 
 def describe(name: str) -> VisionSpec:
-    """Find the vision model `name`, a folder or a name on the hub, without loading its weights.
+    """Find the vision model `name` without loading its weights.
 
-    Raises UserError if it is not found, is not in safetensors, or has no settings of an image processor.
+    name: `efficientnet-lite0`, a short name (`PUBLISHED`), a folder, or a name on the hub. Raises UserError if it is
+    not found, is not in safetensors, or has no settings of an image processor.
     """
-    label = f"vision model {name!r}"
-    folder = hub.find("vision model", name)
+    if name == efficientnet.NAME:
+        return _describe_efficientnet()
+    label, published = f"vision model {name!r}", PUBLISHED.get(name, Published(name))
+    folder = hub.find(
+        "vision model", published.place, offline=f"; {efficientnet.NAME} needs no network", weights=published.weights
+    )
+    files = [folder / published.weights] if published.weights else hub.weights(label, folder)
     config = _json(label, folder / "config.json")
     given = next((_json(label, folder / f) for f in _PROCESSORS if (folder / f).exists()), None)
     if given is None:
@@ -89,8 +99,17 @@ def describe(name: str) -> VisionSpec:
             f"{label}: its settings in {folder} are not an image processor's ({type(error).__name__}: {error}); "
             "expected size, image_mean and image_std for RGB images; choose another model"
         ) from error
+    found = hub.fingerprint(label, folder, _FILES, "pixelgrow vision 1", files if published.weights else None)
+    return VisionSpec(name, folder, model_type, side, mean, std, found, tuple(files), published.sha256)
+
+
+def _describe_efficientnet() -> VisionSpec:
+    file = efficientnet.weights()
+    mean, std = ((value / 255,) * 3 for value in (efficientnet.MEAN, efficientnet.STD))
+    found = hub.fingerprint(efficientnet.NAME, file.parent, (), "pixelgrow vision 1", [file])
     return VisionSpec(
-        name, folder, model_type, side, mean, std, hub.fingerprint(label, folder, _FILES, "pixelgrow vision 1")
+        *(efficientnet.NAME, file.parent, efficientnet.NAME, efficientnet.SIDE, mean, std, found, (file,)),
+        efficientnet.SHA256,
     )
 
 
@@ -118,18 +137,23 @@ class Vision:
     """A frozen vision model: images -> the hidden states of some of its layers, as tokens.
 
     widths: channels of each. Class and register tokens are kept; maps (B, C, h, w) of convolutional networks are
-    flattened to tokens.
+    flattened to tokens. The layers of EfficientNet-Lite0 are the last ones at 1/4, 1/8, 1/16 and 1/32 of the side.
     """
 
     def __init__(self, spec: VisionSpec, model: Any) -> None:
         self.spec, self.model = spec, model.eval().requires_grad_(False)
         with torch.no_grad():
-            self.widths = [t.shape[-1] for t in self(torch.zeros(1, 3, spec.side, spec.side, device=model.device))]
+            device = next(self.model.parameters()).device
+            self.widths = [t.shape[-1] for t in self(torch.zeros(1, 3, spec.side, spec.side, device=device))]
 
     def __call__(self, images: Tensor) -> list[Tensor]:
         """Images (B, 3, H, W) in [-1, 1] -> (B, N, C) for each layer, differentiable in the images."""
-        states = self.model(pixel_values=self.spec.prepare(images), output_hidden_states=True).hidden_states
-        chosen = [states[n] for n in layers_of(len(states) - 1)]
+        x = self.spec.prepare(images)
+        if isinstance(self.model, EfficientNetLite0):
+            chosen = self.model.maps(x)
+        else:
+            states = self.model(pixel_values=x, output_hidden_states=True).hidden_states
+            chosen = [states[n] for n in layers_of(len(states) - 1)]
         return [h.flatten(2).transpose(1, 2) if h.ndim == 4 else h for h in chosen]
 
 
@@ -156,13 +180,23 @@ class Clip:
 
 def load_vision(name: str, device: torch.device | str = "cpu") -> Vision:
     """Load a vision model; of CLIP and the like, only the image half. Raises UserError."""
-    import transformers
-
     spec = describe(name)
-    model = hub.pretrained(spec.label, spec.folder, transformers.AutoModel, unused="pooler")
+    if name == efficientnet.NAME:
+        return Vision(spec, efficientnet.load(device))
+    model, _ = load_model(spec, "AutoModel", unused="pooler")
     half = getattr(model, "vision_model", model).to(device)
     with hub.loading(spec.label, spec.folder):  # it is evaluated once, and may not be a vision model
         return Vision(spec, half)
+
+
+def load_model(spec: VisionSpec, model_class: str, unused: str = "") -> tuple[Any, list[str]]:
+    """A model of transformers and what its weights lack, after the check of its hash."""
+    import transformers
+
+    if spec.sha256:
+        hub.check_sha256(spec.label, spec.weights, spec.sha256)
+    pickled = spec.weights[0].suffix != ".safetensors"
+    return hub.loaded(spec.label, spec.folder, getattr(transformers, model_class), unused, safetensors=not pickled)
 
 
 def load_clip(name: str, device: torch.device | str = "cpu") -> Clip:
@@ -170,7 +204,7 @@ def load_clip(name: str, device: torch.device | str = "cpu") -> Clip:
     import transformers
 
     spec = describe_clip(name)
-    model = hub.pretrained(spec.label, spec.folder, transformers.CLIPModel)
+    model, _ = load_model(spec, "CLIPModel")
     with hub.loading(spec.label, spec.folder):
         tokenizer = transformers.AutoTokenizer.from_pretrained(spec.folder, local_files_only=True)
     return Clip(spec, model.to(device), tokenizer)

@@ -91,11 +91,11 @@ class TeacherFeatures:
 
 
 class VisionFeatures:
-    """Hidden states of a vision model (DINOv2, CLIP, any of transformers') as features of images.
+    """Hidden states of a vision model (EfficientNet-Lite0, DINOv2, CLIP, any of transformers') as features of images.
 
-    PaGoDA (arXiv 2405.14822) uses DINO and others; the choice of layers is ours. The model reads no captions: the
-    discriminator receives the condition as the teacher embeds it. The whole image is resized to the model's size with
-    antialiasing; a larger one gives a second view, a crop at full resolution.
+    PaGoDA (arXiv 2405.14822) uses DINO, DeiT and EfficientNet-Lite0; the choice of layers is ours. The model reads no
+    captions: the discriminator receives the condition as the teacher embeds it. The whole image is resized to the
+    model's size with antialiasing; a larger one gives a second view, a crop at full resolution.
     """
 
     def __init__(self, vision: Vision, teacher: Embeds) -> None:

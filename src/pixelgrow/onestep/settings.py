@@ -33,9 +33,10 @@ class LossSettings(BaseModel):
     learnt from pixels: the teacher's features hardly depend on them, and a discriminator on those features holds
     details back.
 
-    `distance`: whose features it compares: the teacher's (`teacher`), `lpips`, or those of a vision model of
-    transformers, a folder or a name on the hub ("facebook/dinov2-small@REVISION"). `discriminator`: whose features it
-    sees, likewise; the paper uses DINO's for text and those of other networks for classes.
+    `distance`: whose features it compares: the teacher's (`teacher`), `lpips`, those of EfficientNet-Lite0, which needs
+    no network (`efficientnet-lite0`), or those of a vision model of transformers, a folder or a name on the hub
+    ("facebook/dinov2-small@REVISION"). `discriminator`: whose features it sees, likewise. The paper uses DINO's for
+    text; for classes, those of DeiT and EfficientNet-Lite0.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -68,7 +69,10 @@ class LossSettings(BaseModel):
     @classmethod
     def _no_distance(cls, discriminator: str) -> str:
         if discriminator == "lpips":
-            raise ValueError("lpips is a distance; expected teacher, or a vision model's folder or name on the hub")
+            raise ValueError(
+                "lpips is a distance; expected teacher, efficientnet-lite0, or a vision model's folder or name on the "
+                "hub"
+            )
         return discriminator
 
 
