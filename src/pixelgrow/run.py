@@ -81,7 +81,7 @@ def _check(recipe: Recipe, materials: Materials, records: Mapping[str, Record]) 
 def _run_stage(stage: Stage, record: Record, materials: Materials, where: str) -> None:
     """Run a stage that is not done. `where`: the stage's number and name, for messages."""
     parent = _parent(stage, materials)
-    settings, parents = materials.describe(stage), _hashes(stage, parent, materials.folder)
+    settings, parents = materials.describe(stage), _hashes(stage, parent, materials)
     record.check(settings, parents, stage.free, partial(materials.data.explain, stage))
     if record.done:
         logger.info("%s: already done", where)
@@ -113,17 +113,21 @@ def _run_stage(stage: Stage, record: Record, materials: Materials, where: str) -
 
 
 def _parent(stage: Stage, materials: Materials) -> Parent | None:
-    if stage.parent is None:
-        return None
-    path = materials.checkpoint(stage.parent)
+    return None if stage.parent is None else _model(stage.parent, materials)
+
+
+def _model(name: str, materials: Materials) -> Parent:
+    """The model that a stage names: of a stage of this run, or a checkpoint folder."""
+    path = materials.checkpoint(name)
     checkpoint.recover(path)
-    if not is_folder(stage.parent):
-        _need(path / checkpoint.CONFIG, materials.folder / stage.parent)
+    if not is_folder(name):
+        _need(path / checkpoint.CONFIG, materials.folder / name)
     return read_parent(path, materials)
 
 
-def _hashes(stage: Stage, parent: Parent | None, folder: Path) -> dict[str, str]:
+def _hashes(stage: Stage, parent: Parent | None, materials: Materials) -> dict[str, str]:
     """Hashes of the files that a stage starts from, by the stage or checkpoint folder that made them."""
+    folder = materials.folder
     found = {} if parent is None else {str(stage.parent): parent.config.sha256}
     used: list[tuple[str | None, str]] = []
     if isinstance(stage, DistillStage | GrowStage | EstimateStage):
@@ -134,6 +138,8 @@ def _hashes(stage: Stage, parent: Parent | None, folder: Path) -> dict[str, str]
         if name is not None:
             _need(folder / name / file, folder / name)
             found[name] = checkpoint.file_hash(folder / name / file)
+    if isinstance(stage, PairsStage) and stage.upscales is not None:
+        found[stage.upscales] = _model(stage.upscales, materials).config.sha256
     return found
 
 

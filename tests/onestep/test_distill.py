@@ -40,6 +40,7 @@ from test_growth import cond, shallow
 
 DISTILL = {"name": "onestep", "from": "core", "pairs": "pairs", "images": 8}
 GROW = {"name": "grown", "to": 32, "images": 8}
+FEW = {"n": 8, "batch": 8, "shard": 8, "steps": 2}
 
 
 # --- pairs ------------------------------------------------------------------------------------------------------------
@@ -394,14 +395,17 @@ def test_a_grown_model_draws_what_its_core_draws_from_the_averaged_latent() -> N
     assert torch.equal(reduced(z, 32), z)
 
 
-def test_a_generator_grows_with_what_a_model_grown_from_its_teacher_draws(made: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("upscales", [None, "onestep"])
+def test_a_generator_grows_with_what_a_model_grown_from_its_teacher_draws(
+    upscales: str | None, made: Path, tmp_path: Path
+) -> None:
     folder = tmp_path / "smoke-onestep"
     for stage in ("core", "pairs", "onestep", "text"):
         shutil.copytree(made / stage, folder / stage)
     quiet = {"validate_every": 0, "sample_every": 0, "snapshot_every": 0, "batch": 8}
     stages = [
         {"grow": {"name": "wide", "from": "core", "to": 32, "images": 8} | quiet},
-        {"pairs": {"name": "drawn", "from": "wide", "n": 8, "batch": 8, "shard": 8, "steps": 2, "direction": "sample"}},
+        {"pairs": {"name": "drawn", "from": "wide", "direction": "sample", "upscales": upscales} | FEW},
         {"grow": {"name": "g", "from": "onestep", "pairs": "drawn", "to": 32, "images": 8} | quiet},
     ]
     smoke = load_recipe("smoke-onestep").model_dump(mode="json", by_alias=True, exclude_unset=True)
@@ -410,13 +414,51 @@ def test_a_generator_grows_with_what_a_model_grown_from_its_teacher_draws(made: 
         for module in (train, distill):
             patch.setattr(module, "WATCHED", 8)
         run(read_recipe(smoke | {"stages": [*first, *stages]}, "x.yaml"), tmp_path)
-    core, wide = (checkpoint.read_config(folder / name / "checkpoint") for name in ("core", "wide"))
+    core, wide, below = (checkpoint.read_config(folder / n / "checkpoint") for n in ("core", "wide", "onestep"))
+    assert Pairs(folder / "drawn").facts.get("upscales") == (upscales and below.sha256)
+    parents = {"wide": wide.sha256} | ({"onestep": below.sha256} if upscales else {})
+    assert json.loads((folder / "drawn" / "stage.json").read_text())["parents"] == parents
     assert Pairs(folder / "drawn").facts["keeps"] == [core.sha256] == kept_in(wide.lineage)
     assert Pairs(folder / "drawn").latents.shape[-1] == 32
     config = checkpoint.read_config(folder / "g" / "checkpoint")
     assert config.network.latent_resolution == 16 and config.network.resolution == 32
     trained = {**wide.lineage[-1], "tensors": {"loaded": 5, "frozen": 3}}
     assert kept_in([trained]) == [] == kept_in([*wide.lineage, {"verb": "train", "parent": "x"}])
+
+
+def test_pairs_upscale_a_smaller_generator_by_exact_rungs_for_that_generator(made: Path, tmp_path: Path) -> None:
+    wide: dict[str, Any] = {"name": "wide", "from": "core", "to": 64, "images": 8}
+    pairs: dict[str, Any] = {"name": "large", "from": "wide", "direction": "sample", "upscales": "onestep", "n": 8}
+    before = {"distill": DISTILL}
+    read([{"grow": wide}, before, {"pairs": pairs}])
+    for change, words in (
+        ({"upscales": "onestp"}, "upscales: unknown one-step generator 'onestp'; did you mean 'onestep'?"),
+        ({"upscales": "core"}, "upscales: unknown one-step generator 'core'"),
+        ({"direction": "invert"}, "upscales: got 'onestep' with direction: invert; write direction: sample"),
+    ):
+        mistake([{"grow": wide}, before, {"pairs": pairs | change}], words)
+    mistake([{"grow": wide}, {"pairs": pairs}], "upscales: no stage makes one")
+    half = {"grow": wide | {"name": "half", "to": 32, "exact": False}}
+    for larger, words in (
+        ([{"grow": wide | {"exact": False}}], "expected exact rungs from there to the 64 px of wide, which has none"),
+        ([half, {"grow": wide | {"from": "half"}}], "64 px of wide, which adds exact rungs to images of 32 px; name"),
+    ):
+        with pytest.raises(UserError, match=words) as error:
+            networks(read([*larger, before, {"pairs": pairs}]))
+        assert "\n" not in str(error.value)
+    # Another generator than the one that the pairs upscale.
+    for stage in ("pairs", "text"):
+        shutil.copytree(made / stage, tmp_path / "smoke-onestep" / stage)
+    facts = json.loads((made / "pairs" / "pairs.json").read_text()) | {"upscales": "f" * 64}
+    (tmp_path / "smoke-onestep" / "pairs" / "pairs.json").write_text(json.dumps(facts))
+    shutil.copytree(made / "core", tmp_path / "smoke-onestep" / "core")
+    shutil.copytree(made / "onestep", tmp_path / "smoke-onestep" / "onestep")
+    record = tmp_path / "smoke-onestep" / "onestep" / "stage.json"
+    known = json.loads(record.read_text())
+    known["parents"]["pairs"] = checkpoint.file_hash(tmp_path / "smoke-onestep" / "pairs" / "pairs.json")
+    record.write_text(json.dumps(known))
+    with pytest.raises(UserError, match="are upscaled images of the generator ffffffffffff, which this stage does not"):
+        run(load_recipe("smoke-onestep"), tmp_path)
 
 
 @pytest.mark.parametrize(

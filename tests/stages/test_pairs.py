@@ -13,23 +13,24 @@ import torch
 from pixelgrow.data.loader import Loader
 from pixelgrow.data.scenes.source import Scenes
 from pixelgrow.diffusion.denoiser import Denoiser
+from pixelgrow.diffusion.generator import Generator, with_guidance
 from pixelgrow.growth import grow_network, grown_config
-from pixelgrow.models.layers import box_down
+from pixelgrow.models.layers import box_down, details
 from pixelgrow.models.uvit import UViT
-from pixelgrow.onestep.pairs import Ode
+from pixelgrow.onestep.pairs import Ode, reduced
 from pixelgrow.recipe.stages import PairsStage
 from pixelgrow.stages.materials import Materials
-from pixelgrow.stages.pairs import Work, _Stopped
+from pixelgrow.stages.pairs import Models, Work, _Stopped
 from test_growth import cond, shallow
 
 
-def work(denoiser: Denoiser, stage: PairsStage) -> Work:
+def work(denoiser: Denoiser, stage: PairsStage, generator: Generator | None = None) -> Work:
     side = denoiser.resolution
     loader = Loader(Scenes(n=50, captions=10, seed=1), size=(side, side), batch=4)
     text = SimpleNamespace(cond=lambda captions: cond(len(captions)))
     ode = Ode(stage.sampler, stage.steps, denoiser.sigma_min, denoiser.sigma_max)
     materials = cast(Materials, SimpleNamespace(text=text))
-    return Work(stage, denoiser, ode, loader, materials, 0, threading.Lock(), threading.Event())
+    return Work(stage, Models(denoiser, generator), ode, loader, materials, 0, threading.Lock(), threading.Event())
 
 
 @pytest.mark.parametrize("direction", ["invert", "sample"])
@@ -54,6 +55,30 @@ def test_pairs_of_an_exact_teacher_are_solved_at_the_lowest_resolution(
     with pytest.raises(_Stopped):
         made.shard(0, 4, lambda _: None)
     assert sum(side == 16 for side in sides) <= 2  # Heun's method evaluates twice
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_upscaled_pairs_average_down_to_the_generators_images(guided: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no network is evaluated above the gate; details are those of the teacher with the generator's image below."""
+    low = shallow(dtype=torch.float32)
+    net, _ = grow_network(low.net, grown_config(low.net.config, 32, "preserve", until=0.5), "preserve")
+    for name, p in net.named_parameters():
+        if name not in dict(low.net.named_parameters()):
+            torch.nn.init.normal_(p, std=0.1)
+    generator = Generator(with_guidance(shallow().net, 0) if guided else shallow().net).eval()
+    settings: dict[str, Any] = {"direction": "sample", "upscales": "g", "guidance": 2.0, "sampler": "ddim", "steps": 8}
+    made = work(Denoiser(net).eval(), PairsStage(name="p", n=4, batch=4, shard=4, **settings), generator)
+    levels: list[float] = []
+    real = Denoiser.forward
+    monkeypatch.setattr(Denoiser, "forward", lambda d, x, s, *a: levels.append(float(s[0])) or real(d, x, s, *a))
+    pairs = made.shard(0, 4, lambda _: None)
+    assert levels and max(levels) <= 2 * 0.5  # sigma at 32 px
+    z = reduced(pairs["latent"].float(), 16)
+    captions = [text for _, texts, *_ in made.batches(0, 4, decode=False) for text in texts]
+    images = generator(z, cond(len(captions)), torch.full((4,), 2.0) if guided else None).clamp(-1, 1)
+    image = pairs["image"].float()
+    assert torch.allclose(box_down(image, 2), images, atol=4e-3)
+    assert details(image, 2).abs().max() > 0.01
 
 
 def test_pairs_that_are_sampled_decode_no_image(monkeypatch: pytest.MonkeyPatch) -> None:

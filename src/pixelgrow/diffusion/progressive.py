@@ -19,6 +19,7 @@ from torch import Tensor
 from pixelgrow.diffusion.denoiser import Denoiser
 from pixelgrow.diffusion.guidance import Guided
 from pixelgrow.diffusion.solvers import Denoise, Noise, Past, checked
+from pixelgrow.errors import UserError
 from pixelgrow.models.layers import box_down, details, up_nearest
 
 
@@ -69,14 +70,36 @@ def evaluations(floors: Sequence[Floor]) -> int:
     return sum(floor.denoise.nfe for floor in floors if isinstance(floor.denoise, Guided))
 
 
-def progressive(
-    denoise: Denoise, x: Tensor, sigmas: Tensor, method: str = "dpm++2m", each: Callable[[], None] | None = None
-) -> Tensor:
-    """The end of `climb` over all of a model's floors: x (B, C, h, w) at sigmas[0] -> x at sigmas[-1].
+def upscaling(floors: Sequence[Floor], image: Tensor, side: int) -> list[Floor]:
+    """The floors of an exact model of `side` pixels, such that samples average down to `image` (B, C, h, w).
 
-    `each` is called after each step.
+    Of each denoised image the average is set to `image`, and only the details are the model's. So no network is
+    evaluated while all rungs above the image are closed. Raises UserError if the model is not exact over its size.
     """
-    for x_next in climb(floors_of(denoise), x, sigmas, method):
+    k = side // image.shape[-1]
+    at = next((i for i, floor in enumerate(floors) if floor.scale == k), len(floors) - 1)
+    if k < 2 or at == len(floors) - 1:
+        raise UserError(
+            f"upscaling from {image.shape[-1]} to {side} px: expected a model with exact rungs from one to the other; "
+            "grow it with exact: true, or name a smaller image"
+        )
+
+    def consistent(denoise: Denoise, factor: int, x: Tensor, sigma: float) -> Tensor:
+        return up_nearest(image, factor) + details(denoise(x, sigma), factor)
+
+    above = [replace(f, denoise=partial(consistent, f.denoise, k // f.scale)) for f in floors[at + 1 :]]
+    return [Floor(lambda x, sigma: image, k, math.inf), *above]
+
+
+def progressive(
+    floors: Sequence[Floor],
+    x: Tensor,
+    sigmas: Tensor,
+    method: str = "dpm++2m",
+    each: Callable[[], None] | None = None,
+) -> Tensor:
+    """The end of `climb`: x (B, C, h, w) at sigmas[0] -> x at sigmas[-1]. `each` is called after each step."""
+    for x_next in climb(floors, x, sigmas, method):
         x = x_next
         if each is not None:
             each()

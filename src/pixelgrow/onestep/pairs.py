@@ -8,6 +8,9 @@ Pairs are a folder of shards `00000.safetensors`, ... A shard of N pairs holds
     image     (N, 3, h, w) float16, of sampled pairs; images of inverted ones stay in the data
     guidance  (N,) float32, where each pair has a guidance weight of its own
 
+Sampled pairs may be a one-step generator's images, upscaled by the teacher: their details then belong to the very
+images that a growth of this generator adds details to.
+
 It is written whole or not at all, with a checksum. `pairs.json` records what made the pairs.
 """
 
@@ -27,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pixelgrow.diffusion.progressive import progressive
+from pixelgrow.diffusion.progressive import floors_of, progressive, upscaling
 from pixelgrow.diffusion.sampling import karras_grid
 from pixelgrow.diffusion.solvers import Denoise, invert, solve
 from pixelgrow.errors import UserError
@@ -63,12 +66,20 @@ class Ode:
     @tf32()
     def to_latent(self, denoise: Denoise, x: Tensor, each: Callable[[], None] | None = None) -> Tensor:
         """Images (B, 3, h, w) -> latents of about unit variance. `each` is called after each step."""
-        return progressive(denoise, x, self.sigmas.flip(0), self.sampler, each) / self.sigma_max
+        return progressive(floors_of(denoise), x, self.sigmas.flip(0), self.sampler, each) / self.sigma_max
 
     @tf32()
-    def to_image(self, denoise: Denoise, z: Tensor, each: Callable[[], None] | None = None) -> Tensor:
-        """Latents (B, 3, h, w) -> images. `each` is called after each step."""
-        return progressive(denoise, self.sigma_max * z, self.sigmas, self.sampler, each)
+    def to_image(
+        self, denoise: Denoise, z: Tensor, each: Callable[[], None] | None = None, low: Tensor | None = None
+    ) -> Tensor:
+        """Latents (B, 3, h, w) -> images. `each` is called after each step.
+
+        low: images (B, 3, h/k, w/k) that the results average down to; an exact model adds the details alone (ours).
+        """
+        floors = floors_of(denoise)
+        if low is not None:
+            floors = upscaling(floors, low, z.shape[-1])
+        return progressive(floors, self.sigma_max * z, self.sigmas, self.sampler, each)
 
     @torch.no_grad()
     @tf32()

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pixelgrow.diffusion.denoiser import Denoiser, DiffusionConfig
 from pixelgrow.diffusion.generator import Generator
 from pixelgrow.diffusion.guidance import Guided
-from pixelgrow.diffusion.progressive import climb, floors_of, needed_floor
+from pixelgrow.diffusion.progressive import climb, floors_of, needed_floor, upscaling
 from pixelgrow.growth import freeze, inherited, last_blocks
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.config import CoreConfig, NetConfig
@@ -43,12 +43,18 @@ FEW = 4  # steps that reach every solver's peak of memory
 
 
 def pairs_cost(
-    stage: PairsStage, teacher: NetConfig, diffusion: DiffusionConfig | None = None, *, tokens: int = 32
+    stage: PairsStage,
+    teacher: NetConfig,
+    diffusion: DiffusionConfig | None = None,
+    *,
+    low: NetConfig | None = None,
+    tokens: int = 32,
 ) -> Cost:
     """The cost of making a stage's pairs, per image of its `n`. With `flip`, every source counts as one to mirror.
 
     `diffusion`: the teacher's; its noise levels decide at how many steps the gates are open. One evaluation is measured
-    at each resolution, and the solver runs without a network to count the evaluations. Workers share a device.
+    at each resolution, and the solver runs without a network to count the evaluations. `low`: the generator whose
+    images are upscaled; the work of its one evaluation is left out. Workers share a device.
     """
     guidance = 2.0 if isinstance(stage.guidance, str) else stage.guidance  # any weight but 1 costs the same
     few, whole = (_levels(stage, steps, teacher, diffusion) for steps in (min(FEW, stage.steps), stage.steps))
@@ -58,6 +64,9 @@ def pairs_cost(
         cond = blank_cond(teacher.core, stage.batch, tokens)
         x = torch.zeros(stage.batch, teacher.space.channels, teacher.resolution, teacher.resolution)
         floors = floors_of(Guided(denoiser, cond, guidance=guidance))
+        if low is not None:
+            image = torch.zeros(stage.batch, low.space.channels, low.resolution, low.resolution)
+            floors = upscaling(floors, image, teacher.resolution)
         each = [spent(partial(floor.denoise, box_down(x, floor.scale), 1.0))["forward"] for floor in floors]
         counts = [0] * len(floors)
 

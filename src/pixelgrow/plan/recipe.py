@@ -63,7 +63,8 @@ def _phases(stage: Stage, recipe: Recipe, nets: dict[str, NetConfig], gpu: bool)
     tokens = recipe.text.max_tokens
     if isinstance(stage, PairsStage):
         teacher = parent_network(str(stage.parent), nets)
-        cost = pairs_cost(stage, teacher, diffusion_of(str(stage.parent), recipe), tokens=tokens)
+        low = None if stage.upscales is None else parent_network(stage.upscales, nets)
+        cost = pairs_cost(stage, teacher, diffusion_of(str(stage.parent), recipe), low=low, tokens=tokens)
         yield StagePlan(stage.name, f"{stage.direction} pairs", teacher.resolution, stage.n, stage.batch, cost)
     if not isinstance(stage, ModelStage):
         return

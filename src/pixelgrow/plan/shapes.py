@@ -13,7 +13,7 @@ from pixelgrow.errors import UserError
 from pixelgrow.external.autoencoder import Autoencoder
 from pixelgrow.growth import check_gate, freeze, grown_config, inherited, last_blocks
 from pixelgrow.model import find, one_step_settings
-from pixelgrow.models.config import PIXELS, CoreConfig, NetConfig, Space
+from pixelgrow.models.config import PIXELS, CoreConfig, NetConfig, Space, exact_sides
 from pixelgrow.models.sizes import core_config, shallow_uvit
 from pixelgrow.models.uvit import UViT
 from pixelgrow.recipe.data import TextSpec
@@ -47,7 +47,21 @@ def networks(recipe: Recipe) -> dict[str, NetConfig]:
                     _check_noise(stage, nets, recipe)
             except UserError as error:
                 raise UserError(f"stage {stage.name!r}: {error}") from None
+        elif isinstance(stage, PairsStage) and stage.upscales is not None:
+            _check_upscaling(stage, nets)
     return nets
+
+
+def _check_upscaling(stage: PairsStage, nets: dict[str, NetConfig]) -> None:
+    """UserError unless the teacher has exact rungs from the generator's resolution to its own."""
+    teacher, low = parent_network(str(stage.parent), nets), parent_network(str(stage.upscales), nets)
+    *sides, _ = exact_sides(teacher.rungs)
+    if low.resolution not in sides:
+        has = f"which adds exact rungs to images of {' or '.join(map(str, sides))} px" if sides else "which has none"
+        raise UserError(
+            f"stage {stage.name!r}: upscales: {stage.upscales} makes images of {low.resolution} px, expected exact "
+            f"rungs from there to the {teacher.resolution} px of {stage.parent}, {has}; name another generator"
+        )
 
 
 def _check_noise(stage: GrowStage, nets: dict[str, NetConfig], recipe: Recipe) -> None:

@@ -54,6 +54,11 @@ def check_place(stages: Sequence[Stage], where: str) -> None:
         known = unknown(parent, models, "stage") if models else f"no stage before it makes a model, got {parent!r}"
         raise UserError(f"{where}: {at}: from: {known} (a checkpoint folder is written with a slash)")
     _check_kind(earlier, stage, parent, f"{where}: {at}")
+    if isinstance(stage, PairsStage) and stage.upscales is not None and not is_folder(stage.upscales):
+        generators = [s.name for s in earlier if isinstance(s, ModelStage) and makes_generator(s)]
+        if stage.upscales not in generators:
+            known = unknown(stage.upscales, generators, "one-step generator") if generators else "no stage makes one"
+            raise UserError(f"{where}: {at}: upscales: {known}")
     if isinstance(stage, GrowStage | DistillStage | EstimateStage) and stage.pairs is not None:
         made = {s.name: s for s in earlier if isinstance(s, PairsStage)}
         if stage.pairs not in made:

@@ -197,6 +197,8 @@ class PairsStage(Spec):
 
     `direction: invert` computes the latents of `n` images, with `flip` those of their mirror images too. `direction:
     sample` computes images from `n` random latents (the paper's baseline).
+    `upscales` (ours) names a smaller one-step generator: the teacher, which has exact rungs, adds details to the images
+    that the generator makes of the latents. Such pairs are for the growth of that generator.
     `guidance`: a weight; 1 is none, as in the paper's inversion. The name of a distribution gives each image its own
     weight, which the distilled generator is conditioned on: `captions`, `recaptions`, or `mixed`. With `mixed`, a
     sample's first caption has a weight of `captions`, its others of `recaptions`, as in the paper.
@@ -212,6 +214,7 @@ class PairsStage(Spec):
     sampler: Literal["heun", "ddim", "dpm++2m"] = "heun"
     steps: int = Field(40, ge=2, description="levels of the grid; heun evaluates 2 * steps - 2 times to invert")
     guidance: float | GuidanceDistribution = 1.0
+    upscales: str | None = Field(None, description="a one-step generator, whose images the teacher upscales")
     flip: bool = False
     batch: int = Field(64, ge=1)
     shard: int = Field(1024, ge=1, description="images in a file; a multiple of batch")
@@ -245,6 +248,8 @@ class PairsStage(Spec):
             raise ValueError(f"shard: got {self.shard}, expected a multiple of batch ({self.batch})")
         if self.flip and self.direction == "sample":
             raise ValueError("flip mirrors images that are inverted; drop it, or direction: sample")
+        if self.upscales is not None and self.direction != "sample":
+            raise ValueError(f"upscales: got {self.upscales!r} with direction: invert; write direction: sample")
         return self
 
 

@@ -106,6 +106,12 @@ def _fit(
     pairs, teacher_folder = Pairs(made.folder, stage.fraction), made.teacher
     mixture = materials.data.mixture(stage)
     pairs.check([str(e["parent"]) for e in lineage if e.get("verb") == "distill"], mixture.describe())
+    upscaled = pairs.facts.get("upscales")
+    if upscaled is not None and upscaled not in [e.get("parent") for e in lineage if e.get("verb") == "grow"]:
+        raise UserError(
+            f"stage {stage.name!r}: the pairs {stage.pairs} are upscaled images of the generator {upscaled[:12]}, "
+            "which this stage does not grow: name pairs that upscale its own generator, or pairs without upscales"
+        )
     teacher, teacher_config = checkpoint.load(teacher_folder, materials.device)
     generator = generator.to(materials.device)
     seed = rng.seed_of(recipe.seed, "stage", stage.name, "")

@@ -13,17 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pixelgrow import checkpoint, rng
 from pixelgrow.data.loader import Loader, mirrored, to_tensor
 from pixelgrow.diffusion.denoiser import Denoiser
+from pixelgrow.diffusion.generator import Generator
 from pixelgrow.diffusion.guidance import Guided
 from pixelgrow.diffusion.sampling import initial_noise
 from pixelgrow.growth import kept_in
 from pixelgrow.models.cond import Cond
 from pixelgrow.onestep.losses import guidance_weights
-from pixelgrow.onestep.pairs import FORMAT, INDEX, Ode, read_shard, shard_path, spread, write_shard
+from pixelgrow.onestep.pairs import FORMAT, INDEX, Ode, read_shard, reduced, shard_path, spread, write_shard
 from pixelgrow.recipe.stages import PairsStage
 from pixelgrow.stages.materials import BAD_FILES, Materials
 from pixelgrow.stages.train import Parent
@@ -39,6 +40,14 @@ class _Stopped(Exception):
     """Raised in a worker after another worker has failed or the run was stopped."""
 
 
+class Models(nn.Module):
+    """The teacher, and the generator whose images it upscales, if any."""
+
+    def __init__(self, denoiser: Denoiser, generator: Generator | None = None) -> None:
+        super().__init__()
+        self.denoiser, self.generator = denoiser, generator
+
+
 @dataclass(frozen=True)
 class Work:
     """What a worker makes shards with.
@@ -48,13 +57,17 @@ class Work:
     """
 
     stage: PairsStage
-    denoiser: Denoiser
+    models: Models
     ode: Ode
     loader: Loader
     materials: Materials
     seed: int
     decoding: threading.Lock
     stopped: threading.Event
+
+    @property
+    def denoiser(self) -> Denoiser:
+        return self.models.denoiser
 
     @property
     def device(self) -> torch.device:
@@ -113,7 +126,8 @@ class Work:
             given = {} if weights is None else {"guidance": weights}
             if sampled:
                 z = initial_noise((side, side), self.seed, numbers, channels)
-                samples = self.ode.to_image(denoise, z.to(device), self._check)
+                low = self.low(z.to(device), cond, weights)
+                samples = self.ode.to_image(denoise, z.to(device), self._check, low)
                 samples = self.denoiser.space.bound(samples, self.denoiser.exact_factors)
                 keep(latent=z.half(), image=samples.half(), origin=origin, **given)
             else:
@@ -129,6 +143,18 @@ class Work:
                     keep(latent=z.half(), origin=other, **given)
             note(len(numbers))
         return {name: torch.cat(parts) for name, parts in found.items()}
+
+    def low(self, z: Tensor, cond: Cond, weights: Tensor | None) -> Tensor | None:
+        """The generator's images of latents z (B, 3, h, w); None if there is no generator."""
+        made = self.models.generator
+        if made is None:
+            return None
+        if made.guided and weights is None:
+            assert not isinstance(self.stage.guidance, str)
+            weights = torch.full((len(z),), self.stage.guidance)
+        omega = weights.to(z.device) if weights is not None and made.guided else None
+        images = made(reduced(z, made.latent_resolution), cond, omega)
+        return made.space.bound(images, made.exact_factors)
 
     def _mirrors(self, source: int) -> bool:
         return mirrored(self.loader.sources, self.stage.flip)[source]
@@ -203,10 +229,15 @@ def pairs_stage(stage: PairsStage, parent: Parent, folder: Path, materials: Mate
     materials.sees(stage.name, materials.images(stage, side))
     materials.encode(stage.name, loader.texts())
     ode = Ode(stage.sampler, stage.steps, denoiser.sigma_min, denoiser.sigma_max)
-    work = Work(stage, denoiser, ode, loader, materials, seed, threading.Lock(), threading.Event())
+    generator, upscaled = None, {}
+    if stage.upscales is not None:
+        generator, config = checkpoint.load_generator(materials.checkpoint(stage.upscales), materials.device)
+        upscaled = {"upscales": config.sha256}
+    models = Models(denoiser, generator)
+    work = Work(stage, models, ode, loader, materials, seed, threading.Lock(), threading.Event())
     devices = devices_of(stage, materials.device)
-    copies = {d: denoiser if d == work.device else copy.deepcopy(denoiser).to(d) for d in dict.fromkeys(devices)}
-    works = [replace(work, denoiser=copies[device]) for device in devices]
+    copies = {d: models if d == work.device else copy.deepcopy(models).to(d) for d in dict.fromkeys(devices)}
+    works = [replace(work, models=copies[device]) for device in devices]
     starts = range(0, stage.n, stage.shard)
     all_of = ((shard_path(folder, i), start, min(start + stage.shard, stage.n)) for i, start in enumerate(starts))
     jobs = [job for job in all_of if read_shard(job[0]) is None]
@@ -225,6 +256,7 @@ def pairs_stage(stage: PairsStage, parent: Parent, folder: Path, materials: Mate
         "teacher": parent.config.sha256,
         "keeps": kept_in(parent.config.lineage),
         "direction": stage.direction,
+        **upscaled,
         "solver": {"sampler": stage.sampler, "steps": stage.steps, "guidance": stage.guidance},
         "resolution": [side, side],
         "data": mixture.describe(),
