@@ -119,12 +119,32 @@ def test_a_feature_depends_on_its_image_alone(lite: Extractor, together: int) ->
     assert not whole.features.requires_grad
 
 
+@pytest.mark.parametrize(("together", "passes"), [(4, [4, 4]), (1, [1] * 6)])
+def test_passes_are_of_one_size_in_float32_without_gradients(
+    lite: Extractor, monkeypatch: pytest.MonkeyPatch, together: int, passes: list[int]
+) -> None:
+    assert isinstance(lite, NetworkExtractor)
+    seen, threads = [], []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+
+    def run(x: Tensor) -> tuple[Tensor, None]:
+        assert not torch.backends.cudnn.allow_tf32 and not torch.is_grad_enabled()
+        assert together > 1 or (threads and set(threads) == {1})
+        seen.append(len(x))
+        return x.mean((2, 3)), None
+
+    images = images_of(6, 224, 224)
+    features, logits = replace(lite, run=run, classes=0, width=3, together=together)(images)
+    torch.testing.assert_close(features, (images.float().mean((2, 3)) - 127) / 128)
+    assert logits is None and seen == passes and torch.backends.cudnn.allow_tf32
+
+
 # --- what is done to images -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [(30, 17), (8, 8), (5, 40)])
 def test_images_are_resized_as_pillow_does_without_rounding(size: tuple[int, int]) -> None:
-    images = images_of(1, *size)
+    images = images_of(1, *size) // 128 * 255  # of black and white, so that a cubic filter overshoots
     got = Preparation(8, (10.0, 20.0, 30.0), (2.0, 3.0, 4.0))(images)[0]
     for channel, (mean, std) in enumerate(((10, 2), (20, 3), (30, 4))):
         plane = Image.fromarray(images[0, channel].numpy().astype(np.float32))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from pathlib import Path
 
@@ -18,10 +19,16 @@ def test_it_is_the_network_of_the_weights_own_package() -> None:
     theirs = EfficientNet.from_name("efficientnet-lite0").eval()
     theirs.load_state_dict(torch.load(efficientnet.weights(), weights_only=True))
     ours, x = efficientnet.load(), torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    seen: list[torch.Tensor] = []
+    for block in theirs._blocks:
+        block.register_forward_hook(lambda *found: seen.append(found[2]))
     with torch.no_grad():
         features, logits = ours(x)
         torch.testing.assert_close(logits, theirs(x), rtol=0, atol=1e-4)
         torch.testing.assert_close(features, theirs.extract_features(x).mean((2, 3)), rtol=0, atol=1e-4)
+        last = [a for a, b in itertools.pairwise([*seen[:16], x[..., :1, :1]]) if b.shape[-1] < a.shape[-1]]
+        for got, want in zip(ours.maps(x), last[1:], strict=True):  # without the one at half the side
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     assert not ours.training and not any(p.requires_grad for p in ours.parameters())
 
