@@ -15,7 +15,7 @@ from bench.growth_plan import TERA, Phase, Plan
 from pixelgrow.data.scenes.questions import KINDS
 from pixelgrow.diffusion.heldout import SIGMAS
 from pixelgrow.errors import UserError
-from pixelgrow.stages.grow import FROZEN
+from pixelgrow.training.unfinished import FROZEN
 from pixelgrow.writing import write_json
 
 LEVELS = ("mean", *(f"{sigma:g}" for sigma in SIGMAS))

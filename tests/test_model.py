@@ -74,7 +74,8 @@ def test_a_run_or_an_unfinished_stage_names_what_has_a_model(tmp_path: Path, mon
     (tmp_path / "runs/x/core/checkpoint").mkdir()
     (tmp_path / "runs/x/core/checkpoint" / checkpoint.CONFIG).write_text("{}", encoding="utf-8")
     assert refused("runs/x/") == f"runs/x is a run: name one of runs/x/core, {again}"
-    assert refused("runs/x/grown") == f"runs/x/grown is a stage that is not finished: name one of runs/x/core, {again}"
+    nothing = "a stage that is not finished and has saved no average yet"
+    assert refused("runs/x/grown") == f"runs/x/grown is {nothing}: name one of runs/x/core, {again}"
     assert refused("runs/x/pairs") == "runs/x/pairs is a stage that makes no model: name one of runs/x/core"
     monkeypatch.chdir(tmp_path / "runs/x/grown")
     assert refused(".").endswith(f"name one of {tmp_path / 'runs/x/core'}, {again}")

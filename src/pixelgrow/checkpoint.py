@@ -203,19 +203,17 @@ def save(
     with replacing(folder) as temporary:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         digest = file_hash(temporary / WEIGHTS)
-        full = config.model_copy(
-            update={
-                "objective": "generate" if isinstance(model, Generator) else "denoise",
-                "network": model.net.config,
-                "diffusion": model.config,
-                "lineage": lineage,
-                "sha256": digest,
-            }
-        )
+        full = described(config, model).model_copy(update={"lineage": lineage, "sha256": digest})
         (temporary / CONFIG).write_text(full.model_dump_json(indent=2) + "\n", encoding="utf-8")
         (temporary / CARD).write_text(card or model_card(full), encoding="utf-8")
         (temporary / WEIGHTS).chmod((temporary / CONFIG).stat().st_mode & 0o777)  # safetensors lets nobody else read
     return digest
+
+
+def described(config: CheckpointConfig, model: Denoiser | Generator) -> CheckpointConfig:
+    """A configuration with the objective, the network and the diffusion of `model`."""
+    kind = "generate" if isinstance(model, Generator) else "denoise"
+    return config.model_copy(update={"objective": kind, "network": model.net.config, "diffusion": model.config})
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -25,6 +25,8 @@ from pixelgrow.external.autoencoder import Autoencoder
 from pixelgrow.models.cond import Cond
 from pixelgrow.pictures import to_uint8
 from pixelgrow.text.encoders import LabelEncoder, TextEncoder, as_labels, load_encoder
+from pixelgrow.training import unfinished
+from pixelgrow.training.unfinished import Unfinished
 from pixelgrow.writing import read_json, reading
 
 logger = logging.getLogger(__name__)
@@ -67,11 +69,23 @@ def _of_a_run(folder: Path) -> str:
     if not stages:
         return ""
     models = [str(stage) for stage in stages if (stage / "checkpoint" / checkpoint.CONFIG).is_file()]
+    models = models or [str(stage) for stage in stages if unfinished.saved_in(stage)]
     done = is_stage and (read_json(folder / RECORD) or {}).get("done")
     what = "a run" if not is_stage else "a stage that makes no model" if done else "a stage that is not finished"
+    if is_stage and not done and unfinished.saved_in(folder) is None:
+        what += " and has saved no average yet"
     rest = f"name one of {', '.join(models)}" if models else "no stage beside it has a model yet"
     go_on = "" if done else ", or run its recipe again to go on"
     return f"{folder} is {what}: {rest}{go_on}"
+
+
+def _unfinished(folder: Path, device: torch.device | str) -> Unfinished | None:
+    """The latest saved average of a stage that is not finished; None for other folders, or if nothing was saved."""
+    with reading(folder):
+        record = read_json(folder / RECORD) if (folder / RECORD).is_file() else None
+    if record is None or record.get("done") or "settings" not in record:
+        return None
+    return unfinished.latest(folder, record["settings"], device)
 
 
 class Model:
@@ -79,19 +93,36 @@ class Model:
 
     def __init__(self, denoiser: Denoiser, config: CheckpointConfig) -> None:
         self.denoiser, self.config = denoiser, config
+        self.origin = Path()  # the folder that it was loaded from
         self._encoder: TextEncoder | LabelEncoder | None = None
         self._autoencoder: Autoencoder | None = None
         self._prompts: set[str] = set()  # encoded so far; those that are cut were reported
 
     @classmethod
     def from_pretrained(cls, name: str | Path, device: torch.device | str | None = None) -> Model:
-        """Load a checkpoint folder, a built-in model ("tiny") or a repository of the hub; raises UserError."""
+        """Load a checkpoint folder, a run's stage, a built-in model ("tiny") or a repository of the hub.
+
+        Of a stage that is not finished, the latest average that it saved is loaded, and a warning says after how many
+        images. Raises UserError.
+        """
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        folder = find(name)
-        if checkpoint.read_config(folder).objective == "generate":
-            return OneStepModel(*checkpoint.load_generator(folder, device))
-        return cls(*checkpoint.load(folder, device))
+        saved = _unfinished(Path(name), device)
+        if saved is not None:
+            logger.warning(
+                "%s is not finished: this is its average after %s of %s images",
+                name, f"{saved.images:,}", f"{saved.total:,}",
+            )  # fmt: skip
+        folder = Path(name) if saved else find(name)
+        if saved:
+            network, config = saved.model, saved.config
+        elif checkpoint.read_config(folder).objective == "generate":
+            network, config = checkpoint.load_generator(folder, device)
+        else:
+            network, config = checkpoint.load(folder, device)
+        model = OneStepModel(network, config) if isinstance(network, Generator) else cls(network, config)
+        model.origin = folder
+        return model
 
     @property
     def network(self) -> Denoiser | Generator:

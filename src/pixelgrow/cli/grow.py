@@ -14,7 +14,7 @@ from pixelgrow.data.sources.opening import open_mixture
 from pixelgrow.diffusion.sampling_spec import SamplingSpec
 from pixelgrow.errors import UserError
 from pixelgrow.growth import Init, grow, grown_config
-from pixelgrow.model import Model, find
+from pixelgrow.model import Model
 from pixelgrow.stages.grow import REPORT, describe, sample_both
 from pixelgrow.writing import write_json, writing
 
@@ -52,7 +52,7 @@ def grow_checkpoint(name: str, to: int, out: Path, *, source: str, init: str, ki
     )
     counts = {k: len(getattr(report, k)) for k in ("loaded", "new", "dropped")}
     entry = {"verb": "grow", "init": init, "from": model.resolution, "to": to, "tensors": counts}
-    entry |= {"parent": model.config.sha256, "of": str(find(name))}
+    entry |= {"parent": model.config.sha256, "of": str(model.origin)}
     sampling = SamplingSpec.model_validate(model.config.sampling).grown(to / model.resolution).given
     config = model.config.model_copy(update={"lineage": [*model.config.lineage, entry], "sampling": sampling})
     beside = out.with_name(f"{out.name}-growth")

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pixelgrow.cli.sample import check_grid, check_writable, replacing, save_png, show_progress, typed
+from pixelgrow.cli.sample import check_grid, check_writable, origin_of, replacing, save_png, show_progress, typed
 from pixelgrow.data.images import BadImage, fit, read_header, read_image
 from pixelgrow.editing import edits as editing
 from pixelgrow.errors import UserError
-from pixelgrow.model import Model, find
+from pixelgrow.model import Model
 from pixelgrow.pictures import columns_of, grid
 from pixelgrow.writing import reading
 
@@ -78,12 +78,11 @@ def retouch(request: Request) -> Path:
             made = editing.interpolate(model, prompts, images=read, **keywords)
     facts = {
         "edit": request.verb,
-        "checkpoint": str(find(request.checkpoint)),
-        "sha256": model.config.sha256,
+        **origin_of(model),
         "prompts": prompts,
         **({"images": [str(path) for path in request.images]} if request.images else {}),
         **({"mask": str(request.mask)} if request.mask else {}),
-        **({"teacher": str(find(request.teacher))} if request.teacher else {}),
+        **({"teacher": str(teacher.origin)} if teacher else {}),
         **({"fit": True} if request.fitted else {}),
         **{k: v for k, v in (request.arguments | request.settings).items() if v is not None},
     }

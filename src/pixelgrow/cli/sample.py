@@ -22,7 +22,7 @@ from pixelgrow import __version__
 from pixelgrow.checkpoint import check_objective
 from pixelgrow.diffusion.guidance import Network, exact_factors
 from pixelgrow.errors import UserError
-from pixelgrow.model import Model, find
+from pixelgrow.model import Model
 from pixelgrow.pictures import columns_of, grid, grid_size
 from pixelgrow.search import best_of
 from pixelgrow.writing import writing
@@ -98,8 +98,7 @@ def sample_images(request: Request) -> list[Path]:
             logger.info("%s: best of %d by %s: %s", winner.prompt, request.best_of, request.judge, scores)
     images = model.stream(each, index=index, preview=request.preview, progress=show_progress, **given)
     facts = {
-        "checkpoint": str(find(request.checkpoint)),
-        "sha256": model.config.sha256,
+        **origin_of(model),
         "seed": request.seed,
         "size": list(size),
         **({"guide": request.guide} if request.guide else {}),
@@ -194,8 +193,15 @@ def _guide(name: str, model: Model) -> Model | Network:
     if name == "base":
         return model.denoiser.base
     guide = Model.from_pretrained(name)
-    check_objective(find(name), guide.config, "denoise")
+    check_objective(guide.origin, guide.config, "denoise")
     return guide
+
+
+def origin_of(model: Model) -> dict[str, Any]:
+    """Where a model was loaded from, for the metadata of images; of an unfinished stage, after how many images."""
+    last = model.config.lineage[-1] if model.config.lineage else {}
+    stopped = {k: v for k, v in last.items() if k == "stopped_after"}
+    return {"checkpoint": str(model.origin), "sha256": model.config.sha256} | stopped
 
 
 def parse_size(text: str) -> tuple[int, int]:

@@ -27,13 +27,14 @@ from pixelgrow.onestep.settings import LossSettings
 from pixelgrow.onestep.stream import PairStream
 from pixelgrow.onestep.watch import Watch, Watched
 from pixelgrow.recipe.stages import DistillStage, GrowStage
-from pixelgrow.stages.grow import REPORT, START, describe, lineage_entry
+from pixelgrow.stages.grow import REPORT, describe, lineage_entry
 from pixelgrow.stages.materials import BAD_FILES, Materials
-from pixelgrow.stages.train import GRID_GUIDANCE, GRID_STEPS, WATCHED, Parent, finish, write_prompts
-from pixelgrow.training import loop
+from pixelgrow.stages.train import GRID_GUIDANCE, GRID_STEPS, WATCHED, Parent, config_of, finish, write_prompts
+from pixelgrow.training import loop, unfinished
 from pixelgrow.training.denoise import recompute_blocks
 from pixelgrow.training.loop import CHECKPOINT
 from pixelgrow.training.monitor import Hook, grid_hook
+from pixelgrow.training.unfinished import START
 from pixelgrow.writing import read_json, write_json
 
 COLUMNS = 8  # of a sample grid
@@ -189,8 +190,9 @@ def _fit(
             slice(columns, 3 * columns),  # the generator's rows of the grid
         ),
     ]
+    sampling = {} if guidance is None else {"guidance": guidance}
+    unfinished.describe(folder, generator, config_of(generator, materials, lineage, sampling))
     result = loop.train(
         objective, stream.batches, settings, folder, seed=seed, hooks=hooks, name=f"{recipe.name}/{stage.name}"
     )
-    sampling = {} if guidance is None else {"guidance": guidance}
     return finish(result, GENERATOR, generator, folder / CHECKPOINT, materials, lineage, loader, sampling)

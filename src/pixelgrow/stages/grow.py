@@ -19,9 +19,10 @@ from pixelgrow.stages.materials import Materials
 from pixelgrow.stages.train import GRID, GRID_GUIDANCE, GRID_STEPS, WATCHED, Parent, fit, guided_batch, save
 from pixelgrow.training import state
 from pixelgrow.training.monitor import save_grid
+from pixelgrow.training.unfinished import FROZEN, START
 from pixelgrow.writing import read_json, write_json
 
-START, REPORT, FROZEN, RESULT = "start", "growth.json", "frozen", "result.json"
+REPORT, RESULT = "growth.json", "result.json"
 logger = logging.getLogger(__name__)
 
 

@@ -23,7 +23,7 @@ from pixelgrow.models.sizes import core_config, shallow_uvit
 from pixelgrow.models.uvit import UViT
 from pixelgrow.recipe.stages import ModelStage, TrainStage
 from pixelgrow.stages.materials import BAD_FILES, Materials
-from pixelgrow.training import loop
+from pixelgrow.training import loop, unfinished
 from pixelgrow.training.denoise import DenoiseObjective, validation_hook
 from pixelgrow.training.loop import CHECKPOINT, TrainResult
 from pixelgrow.training.monitor import grid_hook
@@ -157,6 +157,7 @@ def fit(
         ),
         grid_hook(samples, folder, settings.sample_every or 0, columns=8, patches=materials.patches(denoiser)),
     ]
+    unfinished.describe(folder, denoiser, config_of(denoiser, materials, lineage, sampling, settings.noise))
     result = loop.train(
         DenoiseObjective(denoiser, materials.text, settings, seed),
         loader.batches,
@@ -226,8 +227,20 @@ def save(
     noise: NoiseConfig | None = None,
 ) -> str:
     """Write a checkpoint; returns the hash of its weights. Raises UserError if the disk is full."""
+    with writing(folder):
+        return checkpoint.save(folder, model, config_of(model, materials, lineage, sampling, noise))
+
+
+def config_of(
+    model: Denoiser | Generator,
+    materials: Materials,
+    lineage: list[dict[str, Any]],
+    sampling: dict[str, Any] | None = None,
+    noise: NoiseConfig | None = None,
+) -> CheckpointConfig:
+    """The configuration of a checkpoint that a stage makes."""
     text = materials.recipe.text
-    config = CheckpointConfig(
+    return CheckpointConfig(
         network=model.net.config,
         diffusion=model.config,
         text={"encoder": text.encoder, "max_tokens": text.max_tokens, "fingerprint": materials.text.fingerprint}
@@ -237,8 +250,6 @@ def save(
         noise=noise,
         lineage=lineage,
     )
-    with writing(folder):
-        return checkpoint.save(folder, model, config)
 
 
 def parameters_of(model: Denoiser | Generator) -> Mapping[str, int]:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pixelgrow.errors import UserError
@@ -78,14 +78,18 @@ def save(folder: Path, images: int, tensors: Mapping[str, Tensor], counters: Map
 
 
 def load(folder: Path) -> State | None:
-    """The newest state in `folder`, None if there is none.
-
-    Raises UserError, naming the file, if it is damaged or missing.
-    """
-    if not folder.is_dir():
-        return None
+    """The newest state in `folder`, to go on from; None if there is none. Raises UserError as `read` does."""
     for left in folder.glob(".*.part"):  # a save that was cut off
         shutil.rmtree(left, ignore_errors=True)
+    return read(folder)
+
+
+def read(folder: Path, prefixes: tuple[str, ...] = ("",)) -> State | None:
+    """The newest state in `folder`, with the tensors whose names start with one of `prefixes`; None if there is none.
+
+    The folder stays as it is: its run may be writing there. Raises UserError, naming the file, if it is damaged or
+    missing.
+    """
     saved = _saved(folder)
     if not saved:
         return None
@@ -109,14 +113,16 @@ def load(folder: Path) -> State | None:
                 f"{newest / TENSORS} is damaged: got {found[0]} bytes, checksum {found[1]:08x}, "
                 f"expected {expected[0]} bytes, {expected[1]:08x}; {remedy}"
             )
-        return State(load_file(newest / TENSORS), counters)
+        with safe_open(newest / TENSORS, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(prefixes)]  # noqa: SIM118
+            return State({name: file.get_tensor(name) for name in names}, counters)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{newest / TENSORS} cannot be read ({error}); {remedy}") from error
 
 
 def newest(folder: Path) -> int:
     """Images at the newest state in `folder`; 0 if there is none. Nothing is checked."""
-    saved = _saved(folder) if folder.is_dir() else []
+    saved = _saved(folder)
     return int(saved[-1].name) if saved else 0
 
 
@@ -126,7 +132,7 @@ def clear(folder: Path) -> None:
 
 
 def _saved(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.name.isdigit())
+    return sorted(p for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
 
 
 def _discard(folder: Path) -> None:
