@@ -18,7 +18,7 @@ from pixelgrow.models.sizes import shallow_uvit
 from pixelgrow.plan.network import step_cost
 from pixelgrow.plan.shapes import planned_core
 from pixelgrow.recipe.data import TextSpec
-from pixelgrow.stages.train import GRID, GRID_STEPS
+from pixelgrow.stages.looks import GRID, GRID_STEPS
 
 REGIMES: dict[str, tuple[Init, Literal["finetune", "frozen", "unfreeze"]]] = {
     "scratch": ("scratch", "finetune"),

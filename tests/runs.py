@@ -14,7 +14,7 @@ from PIL import Image
 
 import pixelgrow.training.state
 from pixelgrow.recipe.read import FOLDER, Recipe, read_recipe
-from pixelgrow.stages import grow, train
+from pixelgrow.stages import distill, grow, looks, train
 
 WEIGHTS = "checkpoint/model.safetensors"
 
@@ -23,9 +23,10 @@ WEIGHTS = "checkpoint/model.safetensors"
 def few_samples() -> Iterator[None]:
     """Few images and steps for sample grids and held-out errors: no test here depends on how well a model trains."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"GRID": 4, "GRID_STEPS": 2, "WATCHED": 8}.items():
-            for stages in (train, grow):
-                patch.setattr(stages, name, value)
+        for name, value in {"GRID": 4, "KNOWN": 3, "GRID_STEPS": 2}.items():
+            patch.setattr(looks, name, value)
+        for stages in (train, grow, distill):
+            patch.setattr(stages, "WATCHED", 8)
         yield
 
 

@@ -69,6 +69,8 @@ def _check(recipe: Recipe, materials: Materials, records: Mapping[str, Record]) 
     for stage in recipe.stages:
         explain = partial(materials.data.explain, stage)
         records[stage.name].check(materials.describe(stage), free=stage.free, explain=explain)
+    if recipe.text.classes and recipe.preview:
+        materials.preview_cond()  # a class may not exist
     _warn_of_missing_parents(recipe, records)
     nets = networks(recipe)
     for stage in recipe.stages:

@@ -19,7 +19,7 @@ from pixelgrow.diffusion.generator import Generator
 from pixelgrow.growth import ungrown
 from pixelgrow.model import find
 from pixelgrow.models.uvit import UViT
-from pixelgrow.stages import grow, train
+from pixelgrow.stages import looks
 from pixelgrow.stages import pairs as stages_of_pairs
 from text_models import save_t5
 
@@ -137,9 +137,8 @@ def test_growth_runs_goes_on_and_summarizes(
     from bench import growth
 
     save_t5(tmp_path / "t5")
-    for module, values in ((train, {"GRID_STEPS": 1}), (grow, {"GRID": 1, "GRID_STEPS": 1})):
-        for name, value in values.items():
-            monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(looks, "GRID_STEPS", 1)
+    monkeypatch.setattr(looks, "GRID", 1)
     few = Phase(2, 1e9)
     regimes = {"scratch": (few,), "frozen-random": (few,), "frozen-preserve": (few,), "unfreeze-preserve": (few, few)}
     plan = Plan(few, regimes, dict.fromkeys(regimes, 1000000000.0))

@@ -32,7 +32,7 @@ from pixelgrow.onestep.watch import energy_distance
 from pixelgrow.plan.shapes import networks
 from pixelgrow.recipe.read import Recipe, load_recipe, read_recipe
 from pixelgrow.run import run
-from pixelgrow.stages import distill, train
+from pixelgrow.stages import distill, looks, train
 from pixelgrow.stages import pairs as pairs_stage
 from pixelgrow.stages.materials import Materials
 from pixelgrow.training.state import write_tensors
@@ -225,7 +225,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         for module in (train, distill):
             patch.setattr(module, "WATCHED", 8)
-            patch.setattr(module, "GRID_STEPS", 2)
+        patch.setattr(looks, "GRID_STEPS", 2)
         run(load_recipe("smoke-onestep"), root)
     return root / "smoke-onestep"
 

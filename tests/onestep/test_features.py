@@ -29,7 +29,7 @@ from pixelgrow.onestep.networks import ClipSimilarity, load_networks, networks_u
 from pixelgrow.onestep.settings import LossSettings, SimilaritySettings
 from pixelgrow.recipe.read import load_recipe, read_recipe
 from pixelgrow.run import run
-from pixelgrow.stages import distill, train
+from pixelgrow.stages import distill, looks, train
 from test_growth import cond, shallow
 
 # --- teachers and vision models ---------------------------------------------------------------------------------------
@@ -268,7 +268,7 @@ def test_a_run_records_its_feature_networks_and_refuses_others(tmp_path: Path) -
     with pytest.MonkeyPatch.context() as patch:
         for module in (train, distill):
             patch.setattr(module, "WATCHED", 8)
-            patch.setattr(module, "GRID_STEPS", 2)
+        patch.setattr(looks, "GRID_STEPS", 2)
         run(recipe, tmp_path)
     made = tmp_path / "smoke-onestep" / "onestep"
     model, config = checkpoint.load_generator(made / "checkpoint")

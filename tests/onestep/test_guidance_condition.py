@@ -39,7 +39,7 @@ from pixelgrow.onestep.settings import LossSettings
 from pixelgrow.plan.shapes import networks
 from pixelgrow.recipe.read import load_recipe, read_recipe
 from pixelgrow.run import run
-from pixelgrow.stages import distill, train
+from pixelgrow.stages import distill, looks, train
 from pixelgrow.writing import write_json
 from test_growth import cond, shallow
 
@@ -250,7 +250,7 @@ def smoke(root: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         for module in (train, distill):
             patch.setattr(module, "WATCHED", 8)
-            patch.setattr(module, "GRID_STEPS", 2)
+        patch.setattr(looks, "GRID_STEPS", 2)
         run(load_recipe("smoke-guided"), root)
 
 

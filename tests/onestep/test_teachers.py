@@ -11,7 +11,7 @@ import torch
 from pixelgrow import checkpoint
 from pixelgrow.recipe.read import load_recipe
 from pixelgrow.run import run
-from pixelgrow.stages import distill, train
+from pixelgrow.stages import distill, looks, train
 from runs import class_images
 
 
@@ -38,7 +38,7 @@ stages:
     with pytest.MonkeyPatch.context() as patch:
         for module in (train, distill):
             patch.setattr(module, "WATCHED", 4)
-            patch.setattr(module, "GRID_STEPS", 2)
+        patch.setattr(looks, "GRID_STEPS", 2)
         run(load_recipe(tmp_path / "recipe.yaml"), tmp_path)
     teacher, _ = checkpoint.load(tmp_path / "t" / "grown" / "checkpoint")
     low, config = checkpoint.load_generator(tmp_path / "t" / "onestep" / "checkpoint")

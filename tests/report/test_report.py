@@ -8,9 +8,12 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import torch
+
 from pixelgrow.recipe.stages import EvaluateStage
 from pixelgrow.report.report import _growth, _series, _side_by_side, _training
 from pixelgrow.report.svg import Curve, chart
+from pixelgrow.training.monitor import Row, save_grid, save_rows
 
 
 def labels(svg: str, anchor: str) -> list[str]:
@@ -56,9 +59,21 @@ def test_grids_are_those_of_the_run_in_the_order_of_images(tmp_path: Path) -> No
     (tmp_path / "log.jsonl").write_text("", encoding="utf-8")
     (tmp_path / "samples").mkdir()
     for name in ("999000000", "1000000000", "000000064", "mine"):  # nine digits, until they do not suffice
-        (tmp_path / "samples" / f"{name}.png").write_bytes(b"")
-    page = _training(tmp_path, "", "")
+        save_grid(torch.zeros(1, 3, 2, 2), tmp_path / "samples" / f"{name}.png")
+    page = _training(tmp_path, "")
     assert "999,000,000 images, halfway" in page and "1,000,000,000 images, at the end" in page
+
+
+def test_grids_of_other_prompts_are_not_shown_beside_the_last(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").write_text("", encoding="utf-8")
+    for images, prompt in ((1, "a <cat>"), (2, "a <cat>"), (3, "a dog"), (4, "a dog")):
+        save_rows([Row(torch.zeros(1, 3, 2, 2), "preview", [prompt])], tmp_path / "samples" / f"{images:09d}.png")
+    page = _training(tmp_path, "")
+    assert "3 images, halfway" in page and "4 images, at the end" in page
+    assert "row 1: preview\n  a dog" in page and "cat" not in page
+    (tmp_path / "samples" / "000000003.png").unlink()
+    (tmp_path / "samples" / "000000004.png").unlink()
+    assert "a &lt;cat&gt;" in _training(tmp_path, "")
 
 
 def test_evaluations_side_by_side_may_have_been_asked_other_questions(tmp_path: Path) -> None:

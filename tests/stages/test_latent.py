@@ -34,7 +34,7 @@ from pixelgrow.onestep.pairs import Pairs
 from pixelgrow.recipe.read import Recipe, read_recipe
 from pixelgrow.recipe.stages import RESERVED
 from pixelgrow.run import run
-from pixelgrow.stages import distill, grow, train
+from pixelgrow.stages import distill, grow, looks, train
 from test_growth import CORE, cond
 
 diffusers = pytest.importorskip("diffusers")
@@ -256,8 +256,8 @@ def made(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             (train, "WATCHED", 4),
             (distill, "WATCHED", 8),
             (grow, "WATCHED", 4),
-            *((m, "GRID_STEPS", 2) for m in (train, distill, grow)),
-            *((m, "GRID", 4) for m in (train, grow)),
+            (looks, "GRID_STEPS", 2),
+            (looks, "GRID", 4),
         ):
             patch.setattr(module, name, value)
         run(recipe(folder, STAGES), root)

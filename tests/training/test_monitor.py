@@ -20,7 +20,7 @@ from torch import nn
 from pixelgrow.errors import UserError
 from pixelgrow.training import cpu, monitor
 from pixelgrow.training.log import Averages, Display, Log, duration
-from pixelgrow.training.monitor import Hook, Meter
+from pixelgrow.training.monitor import Hook, Meter, Row
 from pixelgrow.training.objective import Terms
 
 
@@ -128,23 +128,39 @@ def test_seam_ratios_by_brute_force_and_on_plain_cases() -> None:
 
 def test_a_grid_is_written_and_its_seams_logged(tmp_path: Path) -> None:
     images = torch.linspace(-1.2, 1.2, 5)[:, None, None, None].expand(5, 3, 4, 6)
-    hook = monitor.grid_hook(lambda: images, tmp_path, 10, columns=3, patches=(2, 8))
-    assert hook.run(640) == {"seams_2": 1.0, "seams_8": 1.0}
-    some = torch.cat([torch.rand(2, 3, 16, 16), torch.zeros(1, 3, 16, 16)])
-    alone = monitor.grid_hook(lambda: some, tmp_path / "some", 10, patches=(8,), generated=slice(2, 3))
-    assert alone.run(0) == {"seams_8": 1.0}
-    assert monitor.grid_hook(lambda: some, tmp_path / "some", 10, patches=(8,)).run(0) != {"seams_8": 1.0}
+    rows = [Row(images[:3], "prompts", ["a", "b\n c", "d"]), Row(images[3:], "more", ["e", "f"])]
+    assert monitor.grid_hook(lambda: rows, tmp_path, 10, (2, 8)).run(640) == {"seams_2": 1.0, "seams_8": 1.0}
+    flat, noise = Row(torch.zeros(1, 3, 16, 16), "flat", ["x"]), torch.rand(2, 3, 16, 16)
+    others = [flat, Row(noise, "real", ["x", "y"], made=False)]
+    assert monitor.grid_hook(lambda: others, tmp_path / "some", 10).run(0) == {"seams_8": 1.0}
+    made = [flat, Row(noise, "made", ["x", "y"])]
+    assert monitor.grid_hook(lambda: made, tmp_path / "some", 10).run(0) != {"seams_8": 1.0}
     sheet = np.asarray(Image.open(tmp_path / "samples" / "000000640.png"))
     assert sheet.shape == (10, 22, 3)
     assert sheet[0, 0, 0] == 0
     assert sheet[6, 8, 0] == 255
     assert sheet[0, 16, 0] == 128
     assert (sheet[4:6] == 255).all()
-    assert [p.name for p in (tmp_path / "samples").iterdir()] == ["000000640.png"]
+    assert (sheet[6:, 16:] == 255).all()  # the last row has two images
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["000000640.png", "prompts.txt"]
+
+
+def test_a_grid_says_what_its_rows_are(tmp_path: Path) -> None:
+    image = torch.zeros(1, 3, 2, 2)
+    rows = [
+        Row(image, "captions", ["a\n  cat"]),
+        Row(image, "images", ["a\n  cat"], made=False),
+        Row(image, "c", ["d"]),
+    ]
+    monitor.save_rows(rows, tmp_path / "1.png")
+    text = "row 1: captions\n  a cat\nrow 2: images\nrow 3: c\n  d\n"
+    assert (tmp_path / "prompts.txt").read_text(encoding="utf-8") == text
+    with Image.open(tmp_path / "1.png") as sheet:
+        assert json.loads(sheet.info["pixelgrow"]) == {"rows": text}
 
 
 def test_a_grid_that_cannot_be_sampled_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    def fails() -> torch.Tensor:
+    def fails() -> list[Row]:
         raise UserError("sampling gave non-finite pixels")
 
     assert monitor.grid_hook(fails, tmp_path, 10).run(640) == {}

@@ -1,4 +1,4 @@
-"""Validation of a one-step generator while it trains: sample grids, reconstruction, prior holes, drift."""
+"""Validation of a one-step generator while it trains: reconstruction, prior holes, drift."""
 
 from __future__ import annotations
 
@@ -36,18 +36,11 @@ class Watched:
 
 
 class Watch:
-    """Validates a generator; grids and numbers are pure functions of its weights."""
+    """Validates a generator; images and numbers are pure functions of its weights."""
 
     def __init__(self, generator: Generator, features: TeacherFeatures, watched: Watched, batch: int) -> None:
         self.generator, self.features, self.watched, self.batch = generator, features, watched, batch
         self.data = self._pooled(watched.images)
-
-    def grid(self, columns: int = 8) -> Tensor:
-        """Four rows of `columns` images: the teacher's image from a prior latent, the generator's from the same one,
-        the generator's reconstruction of a held-out image, and that image."""
-        w, n, k = self.watched, columns, self.generator.resolution // self.watched.solved.shape[-1]
-        solved = w.solved[:n].repeat_interleave(k, 2).repeat_interleave(k, 3)
-        return torch.cat([solved, self._generate(w.prior[:n]), self._generate(w.latents[:n]), w.images[:n]])
 
     def numbers(self, _: int = 0) -> Mapping[str, float]:
         """Metrics by name.
@@ -61,7 +54,7 @@ class Watch:
         Distances need two held-out images or more.
         """
         w = self.watched
-        rec, prior = self._generate(w.latents), self._generate(w.prior)
+        rec, prior = self.generate(w.latents, w.cond), self.generate(w.prior, w.cond)
         k = self.generator.resolution // w.solved.shape[-1]
         found = {
             "rec_psnr": psnr(rec, w.images),
@@ -86,11 +79,12 @@ class Watch:
         return psnr(torch.cat(high), torch.cat(low))
 
     @torch.no_grad()
-    def _generate(self, latents: Tensor) -> Tensor:
+    def generate(self, latents: Tensor, cond: Cond) -> Tensor:
+        """The generator's images (N, 3, H, W) from latents (N, 3, h, w), with the guidance weight of the pairs."""
         images = []
         for rows in self._rows(latents):
             z = latents[rows]
-            images.append(self.generator(z, self.watched.cond[rows], weights_like(z, self.watched.guidance)))
+            images.append(self.generator(z, cond[rows], weights_like(z, self.watched.guidance)))
         return self.generator.space.bound(torch.cat(images).float(), exact_factors(self.generator))
 
     @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from types import NoneType
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from pydantic import BaseModel
@@ -71,13 +71,13 @@ def _no_key(here: Any, keys: Sequence[str], given: str) -> UserError:
 def _value(text: str, given: str, types: Sequence[type] | None) -> Any:
     """The value of a typed text for a field of some `types` (None: unknown).
 
-    A field of text takes it as typed, with `#` and colons; quotes around all of it are optional. Other fields take
-    mappings and lists in YAML, numbers and truth values if they allow any, else the text.
+    A field of text takes it as typed, with `#` and colons; quotes around all of it are optional. Other fields, those of
+    several texts too, take mappings and lists in YAML, numbers and truth values if they allow any, else the text.
     """
     plain = text.strip()
     may_be_none = types is None or NoneType in types
     numbers = types is None or any(issubclass(t, int | float) for t in types)
-    takes_text = types is not None and str in types
+    takes_text = types is not None and str in types and tuple not in types
     if _quoted(plain) or (plain[:1] in ("{", "[") and not takes_text):
         return _yaml(text, given)
     if plain in ("", "null", "~") and may_be_none:
@@ -131,8 +131,8 @@ def types_at(model: Model | None, key: str) -> list[type] | None:
 
 
 def _types(annotation: Any) -> list[type]:
-    """The types in an annotation such as `tuple[DataSpec, ...] | None`."""
+    """The types in an annotation such as `tuple[DataSpec, ...] | None`, with `tuple` itself for one of several."""
     args = getattr(annotation, "__args__", None)
     if args is None:
         return [annotation] if isinstance(annotation, type) else []
-    return [t for a in args for t in _types(a)]
+    return [tuple] * (get_origin(annotation) is tuple) + [t for a in args for t in _types(a)]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from pixelgrow.diffusion.denoiser import DiffusionConfig
 from pixelgrow.diffusion.sampling_spec import SamplingSpec, Spec
@@ -325,11 +325,25 @@ def wrong_kind(stage: Stage, parent: str, generator: bool) -> str | None:
     return None
 
 
+MAX_PREVIEW = 64  # prompts of a recipe's `preview`
+
+
+def _texts(given: Any) -> Any:
+    """One prompt or several; numbers are labels of classes."""
+    many = given if isinstance(given, list | tuple) else [given]
+    return [str(one) if type(one) is int else one for one in many]
+
+
 class Head(Spec):
-    """A recipe without its stages."""
+    """A recipe without its stages.
+
+    `preview`: prompts that every stage that trains samples from time to time, to be looked at (`samples/`); held-out
+    captions if there are none. They change no weight, and may change at any time.
+    """
 
     name: str = Field(pattern=NAME)
     seed: int = 0
+    preview: Annotated[tuple[str, ...], BeforeValidator(_texts)] = Field((), max_length=MAX_PREVIEW)
     text: TextSpec = TextSpec()
     latent: LatentSpec | None = None
     data: Mixture

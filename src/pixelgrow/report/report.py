@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 
 from pixelgrow import __version__
 from pixelgrow.data.account import Account
@@ -25,7 +26,6 @@ from pixelgrow.recipe.stages import (
     Recipe,
     Stage,
     TrainStage,
-    makes_generator,
 )
 from pixelgrow.report.page import PAGE
 from pixelgrow.report.svg import Curve, chart
@@ -61,11 +61,6 @@ CHARTS = {
         "drift from the base": "validation/drift_psnr",
     },
 }
-
-ONE_STEP_ROWS = (
-    "Rows from above: the teacher's image from a prior latent, the generator's from the same one, the generator's "
-    "reconstruction of a held-out image, and that image:"
-)
 
 
 def write_report(recipe: Recipe, folder: Path) -> Path:
@@ -187,7 +182,7 @@ def _stage(stage: Stage, folder: Path, values: dict[str, Any]) -> str:
         for phase in (folder / "frozen", folder):
             if (phase / "log.jsonl").exists():
                 title = "Frozen phase" if phase != folder else ""
-                parts.append(_training(phase, title, ONE_STEP_ROWS if makes_generator(stage) else ""))
+                parts.append(_training(phase, title))
     result = values.get("result", {})
     notes = [Account(a["total"], a["others"], a["things"]).line() for a in values.get("sees", [])]
     notes += [result.get("bad_report", ""), _skipped(result.get("skipped_steps", 0)), _cut(values.get("cut"))]
@@ -211,8 +206,8 @@ def _seen(found: dict[str, Any]) -> str:
 # --- parts ------------------------------------------------------------------------------------------------------------
 
 
-def _training(folder: Path, title: str, rows: str) -> str:
-    """Charts and grids of a training; `rows`: what the rows of its grids show, if they differ."""
+def _training(folder: Path, title: str) -> str:
+    """Charts and grids of a training: the last one, and one halfway of the same prompts, which may have changed."""
     lines = _log(folder / "log.jsonl")
     charts = [
         chart(title, [Curve(name, _series(lines, key)) for name, key in curves.items()])
@@ -220,12 +215,19 @@ def _training(folder: Path, title: str, rows: str) -> str:
     ]
     numbered = [path for path in (folder / "samples").glob("*.png") if path.stem.isdecimal()]
     grids = sorted(numbered, key=lambda path: int(path.stem))
+    rows = _rows(grids[-1]) if grids else ""
+    grids = [path for path in grids if _rows(path) == rows]
     shown = [(grids[(len(grids) - 1) // 2], "halfway"), (grids[-1], "at the end")][-len(grids) :] if grids else []
     figures = "".join(_figure(path, f"{int(path.stem):,} images, {when}") for path, when in shown)
     heading = f"<h3>{title}</h3>" if title else ""
-    note = f'<p class="note">{rows}</p>' if rows and figures else ""
-    prompts = _prompts(folder / "samples" / "prompts.txt")
-    return f'{heading}<div class="row">{"".join(charts)}</div>{note}<div class="row">{figures}</div>{prompts}'
+    what = _details("What the rows show", rows) if rows else ""
+    return f'{heading}<div class="row">{"".join(charts)}</div><div class="row">{figures}</div>{what}'
+
+
+def _rows(grid: Path) -> str:
+    """What the rows of a sample grid show, and their prompts, as the file itself says; "" if it does not."""
+    with Image.open(grid) as image:
+        return str(json.loads(image.info.get("pixelgrow", "{}")).get("rows", ""))
 
 
 def _pairs(result: dict[str, Any]) -> str:

@@ -23,8 +23,10 @@ from pixelgrow.data.sources.opening import open_mixture
 from pixelgrow.errors import UserError
 from pixelgrow.recipe.data import DataSpec
 from pixelgrow.recipe.stages import DistillStage, GrowStage, ModelStage, PairsStage, Recipe, Stage
+from pixelgrow.rng import Key
 
 SAMPLES = "data"  # in a run's folder: lists of samples, to name the files that differ
+Origin = tuple[Source, int]  # a source and the number of one of its samples
 
 
 @dataclass(frozen=True)
@@ -100,25 +102,16 @@ class StageData:
         account = replace(account.but("bad", unreadable), things="held-out images")
         return account.but("beyond prompts", max(0, account.seen - count))
 
-    def heldout_order(self, size: tuple[int, int]) -> Iterator[tuple[Source, int]]:
-        """Held-out samples of at least `size` (h, w) pixels: (source, number), one of each source in turn.
+    def heldout_order(self, size: tuple[int, int]) -> Iterator[Origin]:
+        """Held-out samples of at least `size` (h, w) pixels, one of each source in turn.
 
         Scenes keep their order. Files are shuffled, in the same order for every size.
         """
-        turns = []
-        for source in self.heldout_sources:
-            numbers = np.arange(len(source))
-            if not isinstance(source, Scenes):
-                numbers = shuffled(len(source), self.recipe.seed, "held-out order")
-                numbers = numbers[np.isin(numbers, large_enough(source, size))]
-            turns.append(_each(source, numbers))
-        while turns:
-            for turn in list(turns):
-                item = next(turn, None)
-                if item is None:
-                    turns.remove(turn)
-                else:
-                    yield item
+        return _in_turn(self.heldout_sources, size, self.recipe.seed, "held-out order")
+
+    def training_order(self, mixture: Mixture, size: tuple[int, int]) -> Iterator[Origin]:
+        """Samples of a mixture as `heldout_order` has those held out."""
+        return _in_turn(mixture.sources, size, self.recipe.seed, "order to look at")
 
     def check_apart(self, sources: Sequence[Source]) -> None:
         """Raise UserError if a source is both trained on and held out, or scenes of both have the same split."""
@@ -251,7 +244,25 @@ def whole(source: Source) -> Source:
     return source.parent if isinstance(source, Subset) else source
 
 
-def _each(source: Source, numbers: np.ndarray) -> Iterator[tuple[Source, int]]:
+def _in_turn(sources: Sequence[Source], size: tuple[int, int], *keys: Key) -> Iterator[Origin]:
+    """Samples of at least `size` (h, w), one of each source in turn; those of files in an order of `keys`."""
+    turns = []
+    for source in sources:
+        numbers = np.arange(len(source))
+        if not isinstance(source, Scenes):
+            numbers = shuffled(len(source), *keys)
+            numbers = numbers[np.isin(numbers, large_enough(source, size))]
+        turns.append(_each(source, numbers))
+    while turns:
+        for turn in list(turns):
+            item = next(turn, None)
+            if item is None:
+                turns.remove(turn)
+            else:
+                yield item
+
+
+def _each(source: Source, numbers: np.ndarray) -> Iterator[Origin]:
     return ((source, int(i)) for i in numbers)
 
 

@@ -27,9 +27,10 @@ from pixelgrow.onestep.settings import LossSettings
 from pixelgrow.onestep.stream import PairStream
 from pixelgrow.onestep.watch import Watch, Watched
 from pixelgrow.recipe.stages import DistillStage, GrowStage
+from pixelgrow.stages import looks
 from pixelgrow.stages.grow import REPORT, describe, lineage_entry
 from pixelgrow.stages.materials import BAD_FILES, Materials
-from pixelgrow.stages.train import GRID_GUIDANCE, GRID_STEPS, WATCHED, Parent, config_of, finish, write_prompts
+from pixelgrow.stages.train import WATCHED, Parent, config_of, finish, guided_batch
 from pixelgrow.training import loop, unfinished
 from pixelgrow.training.denoise import recompute_blocks
 from pixelgrow.training.loop import CHECKPOINT
@@ -37,7 +38,6 @@ from pixelgrow.training.monitor import Hook, grid_hook
 from pixelgrow.training.unfinished import START
 from pixelgrow.writing import read_json, write_json
 
-COLUMNS = 8  # of a sample grid
 LOOKED_AT = 4096  # captions, to see whether the CLIP of losses.similarity reads them whole
 logger = logging.getLogger(__name__)
 
@@ -162,33 +162,26 @@ def _fit(
         rows = [slice(start, start + settings.micro_batch) for start in range(0, len(small), settings.micro_batch)]
         guidance: float | None = None  # of a guided generator's samples: its teacher's, clipped to the distribution
         if distribution is not None:
-            usual = float(teacher_config.sampling.get("guidance", GRID_GUIDANCE))
+            usual = float(teacher_config.sampling.get("guidance", looks.GRID_GUIDANCE))
             guidance = min(max(usual, spread_of(distribution).low), spread_of(distribution).high)
         weight = float(solver["guidance"]) if guidance is None else guidance
         latents = torch.cat([ode.to_latent(Guided(teacher, cond[r], guidance=weight), small[r]) for r in rows])
         solved = sample(
             teacher,
-            cond[:COLUMNS],
+            cond[: looks.COLUMNS],
             size=low,
             seed=recipe.seed,
-            steps=GRID_STEPS,
+            steps=looks.GRID_STEPS,
             guidance=weight,
         ).images
     prior = initial_noise(low, recipe.seed, range(len(images)), generator.space.channels).to(materials.device)
     latents, prior = (reduced(z, generator.latent_resolution) for z in (latents, prior))
     watch = Watch(generator, features, Watched(images, cond, latents, prior, solved, guidance), settings.micro_batch)
-    columns = min(COLUMNS, len(images))
-    write_prompts(folder, held.captions[:columns])
+    view = looks.looks_of(materials, mixture, generator.resolution, held)
+    grid = looks.generator_rows(view, watch, teacher, weight, materials, held, guided_batch(settings))
     hooks = [
         Hook("validation", settings.validate_every or 0, watch.numbers, at_start=True),
-        grid_hook(
-            lambda: materials.decode(watch.grid(columns)),
-            folder,
-            settings.sample_every or 0,
-            columns,
-            materials.patches(generator),
-            slice(columns, 3 * columns),  # the generator's rows of the grid
-        ),
+        grid_hook(grid, folder, settings.sample_every or 0, materials.patches(generator)),
     ]
     sampling = {} if guidance is None else {"guidance": guidance}
     unfinished.describe(folder, generator, config_of(generator, materials, lineage, sampling))

@@ -29,7 +29,7 @@ from pixelgrow.model import DEFAULTS, noise_grid, one_step_settings
 from pixelgrow.models.layers import details
 from pixelgrow.pictures import to_uint8
 from pixelgrow.recipe.stages import EvaluateStage
-from pixelgrow.stages.materials import HeldOut, Materials
+from pixelgrow.stages.materials import Examples, Materials
 from pixelgrow.stages.train import Parent, write_prompts
 from pixelgrow.training.log import Display
 from pixelgrow.training.monitor import Seams, peak_memory, save_grid
@@ -112,7 +112,7 @@ def evaluate_stage(stage: EvaluateStage, parent: Parent, folder: Path, materials
     return metrics
 
 
-def _questions(held: HeldOut) -> list[Any]:
+def _questions(held: Examples) -> list[Any]:
     """The checker's questions for each prompt; empty unless all prompts are of scenes."""
     found = [source.scene(i).questions for source, i in held.origins if isinstance(source, Scenes)]
     return found if len(found) == len(held.captions) else []

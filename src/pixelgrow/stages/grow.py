@@ -15,8 +15,9 @@ from pixelgrow.diffusion.sampling import sample
 from pixelgrow.growth import freeze, grow
 from pixelgrow.models.cond import Cond
 from pixelgrow.recipe.stages import GrowStage
+from pixelgrow.stages import looks
 from pixelgrow.stages.materials import Materials
-from pixelgrow.stages.train import GRID, GRID_GUIDANCE, GRID_STEPS, WATCHED, Parent, fit, guided_batch, save
+from pixelgrow.stages.train import WATCHED, Parent, fit, guided_batch, save
 from pixelgrow.training import state
 from pixelgrow.training.monitor import save_grid
 from pixelgrow.training.unfinished import FROZEN, START
@@ -92,7 +93,8 @@ def make_start(stage: GrowStage, parent: Parent, folder: Path, materials: Materi
         batch=stage.micro_batch,
     )
     frozen = [] if stage.trains_core else report.loaded
-    sample_both(folder, before, model, cond, materials.recipe.seed, guided_batch(stage), materials.decode)
+    prompts = looks.prompts_of(materials, held).cond
+    sample_both(folder, before, model, prompts, materials.recipe.seed, guided_batch(stage), materials.decode)
     save(folder / START, model, materials, parent.config.lineage)
     summary = report.to_dict() | {"frozen": frozen}
     write_json(folder / REPORT, summary)
@@ -116,11 +118,11 @@ def sample_both(
     for name, denoiser in (("before", before), ("after", after)):
         found = sample(
             denoiser,
-            cond[:GRID],
+            cond[: looks.GRID],
             size=(denoiser.resolution, denoiser.resolution),
             seed=seed,
-            steps=GRID_STEPS,
-            guidance=GRID_GUIDANCE,
+            steps=looks.GRID_STEPS,
+            guidance=looks.GRID_GUIDANCE,
             batch=batch,
         )
         save_grid(decode(found.images).cpu(), folder / f"{name}.png")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,9 @@ from pixelgrow.recipe.stages import (
     Stage,
     is_folder,
 )
-from pixelgrow.stages.data import Mixture, StageData, whole
+from pixelgrow.stages.data import Mixture, Origin, StageData, whole
 from pixelgrow.text.cache import TextCache
+from pixelgrow.text.encoders import as_labels
 from pixelgrow.training.loop import CHECKPOINT
 from pixelgrow.training.settings import TrainSettings
 
@@ -47,15 +48,15 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """Images kept from training: `pixels` uint8 (H, W, 3) and captions of each, and where they come from.
+class Examples:
+    """Images of the data: `pixels` uint8 (H, W, 3) and captions of each, and where they come from.
 
     `bad`: files that could not be read. `encode`: images (B, 3, H, W) in [-1, 1] to what the stages work on.
     """
 
     pixels: list[np.ndarray]
     captions: list[str]
-    origins: list[tuple[Source, int]]
+    origins: list[Origin]
     bad: list[tuple[Source, BadFile]]
     encode: Callable[[Tensor], Tensor]
 
@@ -181,17 +182,36 @@ class Materials:
             bad_path=bad_path,
         )
 
-    def heldout(self, n: int, size: tuple[int, int]) -> HeldOut:
+    def heldout(self, n: int, size: tuple[int, int]) -> Examples:
         """Up to `n` held-out images of `size` (h, w), centre crops; the same ones at every call.
 
         Images that are unreadable or too small are passed over.
         """
+        found = self._examples(n, size, self.data.heldout_order)
+        if not found:
+            raise self._none_held_out((self.factor * size[0], self.factor * size[1]))
+        return found
+
+    def known(self, mixture: Mixture, n: int, size: tuple[int, int]) -> Examples:
+        """Up to `n` images of a mixture that is trained on, as `heldout` has them."""
+        found = self._examples(n, size, partial(self.data.training_order, mixture))
+        if not found:
+            names = ", ".join(source.name for source in mixture.sources)
+            raise UserError(
+                f"none of the images of {names} that were looked at can be decoded; pixelgrow data shows why"
+            )
+        return found
+
+    def _examples(
+        self, n: int, size: tuple[int, int], order: Callable[[tuple[int, int]], Iterator[Origin]]
+    ) -> Examples:
+        """The first `n` images of an order that can be decoded; `size`: of the stages' images."""
         images: list[np.ndarray] = []
         captions: list[str] = []
-        origins: list[tuple[Source, int]] = []
+        origins: list[Origin] = []
         unreadable: list[tuple[Source, BadFile]] = []
         size = (self.factor * size[0], self.factor * size[1])
-        for source, i in self.data.heldout_order(size):
+        for source, i in order(size):
             if len(images) == n:
                 break
             try:
@@ -202,9 +222,7 @@ class Materials:
             images.append(pixels)
             captions.append(source.text(i))
             origins.append((source, i))
-        if not images:
-            raise self._none_held_out(size)
-        return HeldOut(images, captions, origins, unreadable, self.autoencoder.encode if self.autoencoder else _same)
+        return Examples(images, captions, origins, unreadable, self.autoencoder.encode if self.autoencoder else _same)
 
     def _none_held_out(self, size: tuple[int, int]) -> UserError:
         names = ", ".join(s.name for s in self.data.heldout_sources)
@@ -244,7 +262,7 @@ class Materials:
         if next(self.data.heldout_order(size), None) is None:
             raise self._none_held_out(size)
 
-    def account(self, held: HeldOut, mixture: Mixture, bad: BadFiles) -> None:
+    def account(self, held: Examples, mixture: Mixture, bad: BadFiles) -> None:
         """Add held-out files that could not be read to the account of the source that they were held out of."""
         for source, file in held.bad:
             of = [whole(s) for s in mixture.sources]
@@ -271,6 +289,27 @@ class Materials:
         """The conditions of captions, which are encoded first if they are not in the cache."""
         self.text.ensure(captions)
         return self.text.cond(captions).to(self.device)
+
+    def preview_cond(self) -> Cond:
+        """The conditions of the recipe's `preview`. Raises UserError for a class that does not exist.
+
+        They have a cache of their own: encodings depend, in their last bits, on what is encoded beside them, and other
+        prompts may not change those of captions.
+        """
+        prompts, classes = list(self.recipe.preview), self.recipe.text.classes
+        if classes:
+            return self.text.cond(as_labels(prompts, self.data.classes, classes)).to(self.device)
+        spec = self.recipe.text
+        cache = TextCache(self.folder / "text" / "preview", spec.encoder, spec.max_tokens, device=self.device)
+        cache.ensure(prompts)
+        if (cut := cache.cut(list(dict.fromkeys(prompts)))).captions:
+            self._say(logging.WARNING, f"preview: {cut.line('prompt')}")
+        return cache.cond(prompts).to(self.device)
+
+    def spoken(self, captions: Sequence[str]) -> list[str]:
+        """Captions in words: the names of classes for labels."""
+        names = self.data.classes
+        return [names[int(caption)] for caption in captions] if names else list(captions)
 
     def tokens(self, captions: Sequence[str], batch: int = 64) -> Iterator[Tensor]:
         """The tokens (N, dim) of encoded captions without padding, `batch` captions at a time."""

@@ -10,18 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pixelgrow import checkpoint, rng
 from pixelgrow.checkpoint import CheckpointConfig
 from pixelgrow.data.loader import Loader
 from pixelgrow.diffusion.denoiser import Denoiser, NoiseConfig
 from pixelgrow.diffusion.generator import Generator
-from pixelgrow.diffusion.sampling import sample
 from pixelgrow.errors import UserError
 from pixelgrow.models.sizes import core_config, shallow_uvit
 from pixelgrow.models.uvit import UViT
 from pixelgrow.recipe.stages import ModelStage, TrainStage
+from pixelgrow.stages.looks import denoiser_rows, looks_of
 from pixelgrow.stages.materials import BAD_FILES, Materials
 from pixelgrow.training import loop, unfinished
 from pixelgrow.training.denoise import DenoiseObjective, validation_hook
@@ -32,8 +31,6 @@ from pixelgrow.writing import writing
 
 WATCHED = 64  # held-out images of the validation loss
 SPREAD = 4096  # captions whose tokens are whitened
-GRID = 16  # images of a sample grid
-GRID_STEPS, GRID_GUIDANCE = 16, 2.0
 
 
 @dataclass(frozen=True)
@@ -132,30 +129,19 @@ def fit(
         denoiser.net.core.whiten(materials.tokens(texts[:: -(-len(texts) // SPREAD)]))
     cond = materials.cond(held.captions)
 
-    def samples() -> Tensor:
-        found = sample(
-            denoiser,
-            cond[:GRID],
-            size=(side, side),
-            seed=recipe.seed,
-            steps=GRID_STEPS,
-            guidance=GRID_GUIDANCE,
-            batch=guided_batch(settings),
-        )
-        return materials.decode(found.images)
-
+    looks = looks_of(materials, mixture, side, held)
+    rows = denoiser_rows(looks, denoiser, materials, guided_batch(settings))
     sampling = stage.sampling.given if stage.sampling else {}
 
     def keep(where: Path, images: int) -> None:
         stopped = lineage[-1] | {"stopped_after": images}
         save(where, denoiser, materials, [*lineage[:-1], stopped], sampling, settings.noise)
 
-    write_prompts(folder, held.captions[:GRID])
     hooks = [
         validation_hook(
             denoiser, held.images, cond, settings.validate_every or 0, seed=recipe.seed, batch=settings.micro_batch
         ),
-        grid_hook(samples, folder, settings.sample_every or 0, columns=8, patches=materials.patches(denoiser)),
+        grid_hook(rows, folder, settings.sample_every or 0, materials.patches(denoiser)),
     ]
     unfinished.describe(folder, denoiser, config_of(denoiser, materials, lineage, sampling, settings.noise))
     result = loop.train(

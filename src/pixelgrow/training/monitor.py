@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import re
 import resource
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from pixelgrow import precision
@@ -79,37 +81,64 @@ def averaged(
             yield
 
 
-def grid_hook(
-    sample: Callable[[], Tensor],
-    folder: Path,
-    every: int,
-    columns: int = 8,
-    patches: Sequence[int] = (8,),
-    generated: slice = slice(None),
-) -> Hook:
-    """Write `samples/<images>.png` of `sample() -> (B, 3, H, W)` in [-1, 1] and log the energy ratios at seams.
+@dataclass(frozen=True)
+class Row:
+    """A row of a sample grid: images (n, 3, H, W) in [-1, 1], `what` they are, and their prompts, in words.
 
-    sample: generates images from the same noise and conditions each time. patches: sides of the network's patches in
-    pixels; the ratio at each is logged as `seams_<side>`. generated: the rows that the network made; seams are measured
-    on these. If sampling fails, training goes on, and a warning says why.
+    made: whether the network that trains made them.
+    """
+
+    images: Tensor
+    what: str
+    prompts: Sequence[str]
+    made: bool = True
+
+
+def grid_hook(rows: Callable[[], Sequence[Row]], folder: Path, every: int, patches: Sequence[int] = (8,)) -> Hook:
+    """Write the grid `samples/<images>.png` and `samples/prompts.txt`, and log the energy ratios at seams.
+
+    rows: makes the grid's rows, from the same noise and conditions each time. patches: sides of the network's patches
+    in pixels; the ratio at each, of the rows that it made, is logged as `seams_<side>`. If sampling fails, training
+    goes on, and a warning says why.
     """
 
     def run(images: int) -> Mapping[str, float]:
         try:
-            made = sample().float().cpu()
+            made = rows()
         except UserError as error:
             logger.warning("no sample grid at %s images: %s", f"{images:,}", error)
             return {}
-        save_grid(made, folder / "samples" / f"{images:09d}.png", columns)
-        return seams(made[generated], patches)
+        save_rows(made, folder / "samples" / f"{images:09d}.png")
+        found = Seams(patches)
+        for row in made:
+            if row.made:
+                found.add(row.images)
+        return found.ratios()
 
     return Hook("samples", every, run)
 
 
-def save_grid(images: Tensor, path: Path, columns: int = 8) -> None:
-    """Write (B, 3, H, W) in [-1, 1] as one PNG, row by row, whole or not at all."""
+def save_rows(rows: Sequence[Row], path: Path) -> None:
+    """Write rows of images as one PNG, and what they are into it and into `prompts.txt` beside it."""
+    columns, text, last = max(len(row.images) for row in rows), "", None
+    for number, row in enumerate(rows, 1):
+        text += f"row {number}: {row.what}\n"
+        if row.prompts != last:
+            text += "".join(f"  {' '.join(prompt.split())}\n" for prompt in row.prompts)
+        last = row.prompts
+    white = [row.images.new_ones(columns - len(row.images), *row.images.shape[1:]) for row in rows]
+    images = torch.cat([part for row, rest in zip(rows, white, strict=True) for part in (row.images, rest)])
+    save_grid(images, path, columns, text)
+    with atomic(path.with_name("prompts.txt")) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def save_grid(images: Tensor, path: Path, columns: int = 8, rows: str = "") -> None:
+    """Write (B, 3, H, W) in [-1, 1] as one PNG, row by row, whole or not at all. `rows`: what they are, kept in it."""
+    info = PngInfo()
+    info.add_text("pixelgrow", json.dumps({"rows": rows}))
     with atomic(path) as part:
-        grid(to_uint8(images), columns, len(images)).save(part, format="PNG")
+        grid(to_uint8(images), columns, len(images)).save(part, format="PNG", pnginfo=info)
 
 
 class Seams:

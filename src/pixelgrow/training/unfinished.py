@@ -77,7 +77,7 @@ def _load(stage: Path, folder: Path, settings: Mapping[str, Any], device: torch.
     return Unfinished(model.to(device).eval(), config, images, int(settings["images"]))
 
 
-def _start(stage: Path, config: CheckpointConfig) -> tuple[Denoiser | Generator, Mapping[str, Tensor]]:
+def _start(stage: Path, config: CheckpointConfig) -> tuple[Denoiser | Generator, dict[str, Tensor]]:
     """A network for the tensors of a state, and those that the state may lack, as they do not train: of a growth."""
     generates = config.objective == "generate"
     if (stage / START).is_dir():
