@@ -239,7 +239,7 @@ def test_a_missing_file_of_a_finished_stage_is_one_line(tmp_path: Path, stage: s
     with pytest.raises(UserError, match=rf"{file} is missing, though stage '{stage}' is done: put it back, or delete"):
         if stage == "core":
             _parent(recipe.stage("pairs"), Materials(recipe, tmp_path))
-        _hashes(recipe.stage("onestep"), None, tmp_path)
+        _hashes(recipe.stage("onestep"), None, Materials(recipe, tmp_path))
 
 
 def test_a_generator_is_warned_of_other_micro_batches(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
