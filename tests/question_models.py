@@ -28,7 +28,7 @@ IMAGES = {"do_resize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 CHAT = (
     "{% for message in messages %}user : {% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}<image>{% else %} {{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
-    " assistant :"
+    "{% if add_generation_prompt %} assistant :{% endif %}"
 )
 
 

@@ -66,14 +66,17 @@ def test_boxes_are_those_of_transformers(saved: Path, monkeypatch: pytest.Monkey
     assert max(counts) > 1
 
 
-def test_counts_are_of_one_noun_and_above_the_threshold(saved: Path) -> None:
+def test_counts_are_of_one_noun_and_above_the_threshold(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     low, high = (load_detector(str(saved), threshold=t) for t in (0.05, 0.6))
     image, question = image_of(1), how_many("dog", 1)
-    assert low.count(image, question) > high.count(image, question)
-    assert low.count(image, question) == len(low.boxes(image, "dog"))
+    kept = low.count(image, question)
+    assert kept > high.count(image, question) and kept == len(low.boxes(image, "dog"))
     if not low.zero_shot:
         counts = [low.count(image, how_many(noun, 1)) for noun in ("dog", "cat", "fish")]
         assert len(set(counts)) > 1 and sum(counts) <= 12
+    if saved.name.startswith("owlvit"):  # the other's boxes are too small to overlap
+        monkeypatch.setattr(detectors, "OVERLAP", 1.0)
+        assert low.count(image, question) > kept  # several boxes of one object
 
 
 def test_a_detector_is_described(saved: Path) -> None:

@@ -56,7 +56,7 @@ def test_features_that_say_nothing_score_chance(constant: float) -> None:
     assert {k: s.mean for k, s in found.summary().scores.items()} == pytest.approx(found.chance)
     noisy = real + 1e-7 * features(20, 4, 8)  # float32 networks agree no better from batch to batch
     if constant:
-        assert means(torch.ones(20, 8), noisy, names(20)) == pytest.approx(found.chance)
+        assert means(features(20, 3, 8), noisy, names(20)) == pytest.approx(found.chance)
 
 
 def test_equal_images_share_the_place() -> None:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from pixelgrow.data.scenes.checker import accuracy
-from pixelgrow.data.scenes.seeing import look
+from pixelgrow.data.scenes.questions import Question as SceneQuestion
+from pixelgrow.data.scenes.seeing import Seen, View, look
 from pixelgrow.data.scenes.source import Scenes
 from pixelgrow.evaluation.alignment.questions import Item, Question, load_questions
 from pixelgrow.evaluation.alignment.results import summarise
@@ -88,6 +89,14 @@ def test_from_files_to_means_with_a_model(tmp_path: Path) -> None:
         summary = summarise(found)
         assert all(0 <= s.low <= s.mean <= s.high <= 1 for s in (*summary.scores.values(), *summary.kinds.values()))
         assert summary.images == len(items) and len(summary.kinds) == 2
+
+
+def test_a_scene_may_be_asked_for_what_it_lacks() -> None:
+    view = View("white", (Seen("red", "star", 0.5, 0.5),))
+    asked = [SceneQuestion("colour", f"{c}?", (c,), expected=False) for c in ("red", "blue")]
+    found = judge_scene("1", "p", view, asked)
+    assert [(a.given, a.score) for a in found.answers] == [("yes", 0), ("no", 1)]
+    assert found.scores == {"scenes": 0, "scenes-questions": 0.5}
 
 
 def test_scenes_agree_with_the_checkers_accuracy() -> None:
