@@ -315,7 +315,7 @@ def test_metadata_does_not_hide_damage() -> None:
 
 
 def test_out_of_memory_is_not_the_files_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(image: Image.Image) -> Image.Image:
+    def fail(image: Image.Image, ground: tuple[int, int, int]) -> Image.Image:
         raise MemoryError
 
     monkeypatch.setattr(images, "to_rgb", fail)

@@ -139,7 +139,7 @@ def test_every_stage_reports_what_it_sees(tmp_path: Path, caplog: pytest.LogCapt
     page = (tmp_path / "r" / "report.html").read_text(encoding="utf-8")
     for stage, lines in expected.items():
         stored = json.loads((tmp_path / "r" / stage / "stage.json").read_text(encoding="utf-8"))["sees"]
-        accounts = [Account(a["total"], a["others"], a["things"]).line() for a in stored]
+        accounts = [Account.from_stored(a).line() for a in stored]
         assert accounts == [f"sees {line}" for line in lines]
         assert [line.removeprefix(f"{stage}: ") for line in said if line.startswith(f"{stage}: ")] == accounts
         assert all(f"<p>S{line[1:]}.</p>" in page for line in accounts)

@@ -43,6 +43,10 @@ def count(
     source: Annotated[str, typer.Argument(help="A folder, tar shards, or the word scenes.")],
     recipe: Annotated[str | None, typer.Option("--recipe", help="Show what each of its stages would see.")] = None,
     kind: Annotated[str, typer.Option("--kind", help="auto, folder, classes or tar.")] = "auto",
+    ground: Annotated[str, typer.Option("--ground", help="The colour of transparent parts.")] = "white",
+    fit: Annotated[
+        str, typer.Option("--fit", help="Of images that are not square: crop, or pad with the ground.")
+    ] = "crop",
     decode: Annotated[
         int, typer.Option("--decode", min=0, help="How many images to decode, to find damage; 0: all.")
     ] = 1000,
@@ -66,7 +70,9 @@ def count(
             raise UserError(f"{option} {path}: lies in {source}, where nothing is written; name another place")
     sheet_path = sheet or (None if _within(SHEET, source) else SHEET)
     read = load_recipe(recipe) if recipe is not None else None
-    opened = open_source({"source": source} | ({} if source == "scenes" else {"kind": kind}))
+    opened = open_source(
+        {"source": source} | ({} if source == "scenes" else {"kind": kind, "ground": ground, "fit": fit})
+    )
     stages, train = (STAGES, None) if read is None else (_sizes(read), _train(read, opened))
     found = inspect_source(opened, stages, decode or None, sheet_path, train)
     if bad is not None:

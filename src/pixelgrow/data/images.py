@@ -3,7 +3,8 @@
 The bytes of a file say what it is, not its name. JPEG, PNG and WebP are decoded. An image of more than `MAX_PIXELS` and
 a truncated file are errors. Choices:
 - EXIF orientation is applied; an unreadable EXIF block counts as "upright".
-- Transparency is composited on white.
+- Transparency is composited on a ground, white unless a `Frame` says otherwise.
+- An image that is not of the target's shape is cropped, or padded with the ground (`Frame.fit`).
 - 16-bit grey is scaled by 255/65535; 16-bit colour keeps its high bytes (Pillow's decoder).
 - CMYK is converted without its colour profile, as every profile is ignored.
 - The first frame of an animation is taken.
@@ -20,10 +21,11 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import BinaryIO, TypeVar
+from functools import lru_cache
+from typing import BinaryIO, Literal, TypeVar
 
 import numpy as np
-from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError, WebPImagePlugin
+from PIL import Image, ImageColor, ImageFile, JpegImagePlugin, PngImagePlugin, UnidentifiedImageError, WebPImagePlugin
 
 FORMATS = (
     JpegImagePlugin.JpegImageFile.format,
@@ -47,6 +49,8 @@ OUR_FAULT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR}  # the machi
 HEAD = 32  # bytes that `format_of` needs
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PIXEL_CHUNKS = {b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND"}  # all that the pixels of a PNG depend on
+WHITE = (255, 255, 255)
+Fit = Literal["crop", "pad"]
 T = TypeVar("T")
 
 
@@ -67,6 +71,37 @@ class Header:
 
     size: tuple[int, int]
     transparent: bool
+
+
+@dataclass(frozen=True)
+class Frame:
+    """How images are laid out: `ground`, the name of a colour, lies behind transparent parts.
+
+    `fit` of an image to a size: "crop" covers all of it and cuts what stands out, "pad" shows the whole image, in the
+    middle of the ground.
+    """
+
+    ground: str = "white"
+    fit: Fit = "crop"
+
+    @property
+    def mark(self) -> str:
+        """What the frame adds to the fingerprint of data; "" for the default, under any name of its colour."""
+        rgb = colour_of(self.ground)
+        return "" if (rgb, self.fit) == (WHITE, "crop") else f".{bytes(rgb).hex()}.{self.fit}"
+
+
+FRAME = Frame()
+
+
+@lru_cache
+def colour_of(name: str) -> tuple[int, int, int]:
+    """(r, g, b) of a colour such as white, grey or #ffe0b0. Raises ValueError."""
+    try:
+        r, g, b = ImageColor.getrgb(name)
+    except ValueError:  # no colour, or one with transparency
+        raise ValueError(f"got {name!r}, expected a colour such as white, grey or #ffe0b0") from None
+    return r, g, b
 
 
 def format_of(head: bytes) -> str:
@@ -118,22 +153,26 @@ def read_header(file: BinaryIO) -> Header:
     return _opened(file, header)
 
 
-def read_image(file: BinaryIO, size: tuple[int, int], crop: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
+def read_image(
+    file: BinaryIO, size: tuple[int, int], crop: tuple[float, float] = (0.5, 0.5), frame: Frame = FRAME
+) -> np.ndarray:
     """Decode a file to uint8 (h, w, 3) of the given `size` (h, w).
 
     The image is scaled until it just covers `size`; `crop` (y, x), each in [0, 1], says where along the slack of the
-    longer side the window lies (0.5: centre). Raises `BadImage`.
+    longer side the window lies (0.5: centre). With the frame's fit "pad" it is scaled until it is just inside `size`,
+    and nothing is cropped. Raises `BadImage`.
     """
+    pad = frame.fit == "pad"
 
     def pixels(image: ImageFile.ImageFile) -> np.ndarray:
         turn = _orientation(image)
         h, w = size if turn < 5 else size[::-1]
-        scale = min(image.height / h, image.width / w)
+        scale = (max if pad else min)(image.height / h, image.width / w)
         image.draft(None, (max(1, int(w * min(scale, REDUCING_GAP))), max(1, int(h * min(scale, REDUCING_GAP)))))
-        rgb = to_rgb(image)
+        rgb = to_rgb(image, colour_of(frame.ground))
         if turn in _TRANSPOSE:
             rgb = rgb.transpose(_TRANSPOSE[turn])
-        return fit(rgb, size, crop)
+        return padded(rgb, size, colour_of(frame.ground)) if pad else fit(rgb, size, crop)
 
     return _opened(file, pixels)
 
@@ -144,18 +183,19 @@ def upright(image: Image.Image) -> Image.Image:
     return image.transpose(_TRANSPOSE[turn]) if turn in _TRANSPOSE else image
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode that the three decoders yield -> 8-bit RGB; transparency is composited on white."""
+def to_rgb(image: Image.Image, ground: tuple[int, int, int] = WHITE) -> Image.Image:
+    """Any mode that the three decoders yield -> 8-bit RGB; transparency is composited on `ground` (r, g, b)."""
     if image.mode.startswith("I"):  # I;16, or I holding 16-bit values
         wide = np.asarray(image).astype(np.int64)
         grey = (np.clip(wide, 0, 65535) * 255 + 32767) // 65535
         clear = image.info.get("transparency")
+        rgb = np.repeat(grey.astype(np.uint8)[..., None], 3, axis=2)
         if isinstance(clear, int):
-            grey[wide == clear] = 255
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+            rgb[wide == clear] = ground
+        return Image.fromarray(rgb)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, ground), rgba).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -168,6 +208,19 @@ def fit(image: Image.Image, size: tuple[int, int], crop: tuple[float, float] = (
     top, left = crop[0] * (image.height - h * scale), crop[1] * (image.width - w * scale)
     box = (left, top, min(left + w * scale, image.width), min(top + h * scale, image.height))
     return np.array(image.resize((w, h), Image.Resampling.LANCZOS, box=box, reducing_gap=REDUCING_GAP))
+
+
+def padded(image: Image.Image, size: tuple[int, int], ground: tuple[int, int, int]) -> np.ndarray:
+    """An RGB image -> uint8 (h, w, 3): all of it, antialiased, in the middle of `ground`."""
+    h, w = size
+    scale = max(image.height / h, image.width / w)  # source pixels per target pixel
+    inner = max(1, round(image.height / scale)), max(1, round(image.width / scale))
+    page = np.full((h, w, 3), ground, np.uint8)
+    top, left = (h - inner[0]) // 2, (w - inner[1]) // 2
+    page[top : top + inner[0], left : left + inner[1]] = np.asarray(
+        image.resize(inner[::-1], Image.Resampling.LANCZOS, reducing_gap=REDUCING_GAP)
+    )
+    return page
 
 
 def _opened(file: BinaryIO, use: Callable[[ImageFile.ImageFile], T]) -> T:

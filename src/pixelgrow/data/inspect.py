@@ -19,7 +19,9 @@ from pixelgrow.data.sources.base import (
     Source,
     Subset,
     bad_of,
+    clear_of,
     files_of,
+    ground_of,
     large_enough,
     sizes_of,
     wordings_of,
@@ -108,6 +110,7 @@ def inspect_source(
             bad.setdefault(source.key(item), BadFile(source.key(item), error.reason))
     classes: tuple[str, ...] = getattr(source, "classes", ())
     texts = captions_in(source)
+    clear = int(clear_of(source).sum())
     labels = Counter(texts) if classes else Counter[str]()
     return Inspection(
         name=source.name,
@@ -116,7 +119,10 @@ def inspect_source(
         samples=len(source) - len(broken),
         guess=getattr(source, "guess", ""),
         passed=getattr(source, "passed", ()),
-        notes=getattr(source, "notes", ()),
+        notes=(
+            *getattr(source, "notes", ()),
+            *([(f"images with transparency, shown on {ground_of(source)}", clear)] if clear else []),
+        ),
         decoded=len(decoded),
         bad=tuple(bad.values()),
         sides=_histogram(sizes_of(source).min(axis=1)),

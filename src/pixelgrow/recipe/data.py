@@ -5,13 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
+from pixelgrow.data.images import Fit, colour_of
 from pixelgrow.data.scenes.source import MAX_SCENES
 from pixelgrow.data.sources.base import HELD_OUT_AT_MOST
 from pixelgrow.diffusion.sampling_spec import Spec
 
 SCENES = ("n", "captions", "seed", "split")  # settings of the built-in scenes
+FILES = ("kind", "ground", "fit")  # settings of a path
+
+
+def _colour(name: str) -> str:
+    colour_of(name)
+    return name
 
 
 class TextSpec(Spec):
@@ -66,11 +73,15 @@ class DataSpec(Spec):
     """One source of images with captions or classes. A word alone is its `source`.
 
     `source`: `scenes` (rendered, with `n`, `captions`, `seed`, `split`), or the path of a folder or of tar shards.
-    `kind`: what is at the path; `auto` looks. `weight`: share of the mixture; in proportion to the size if left out.
+    `kind`: what is at the path; `auto` looks. `ground`: the colour of transparent parts (white). `fit`: images that are
+    not square are cropped, or padded with the ground. `weight`: share of the mixture; in proportion to the size if left
+    out.
     """
 
     source: str
     kind: Literal["auto", "folder", "classes", "tar"] = "auto"
+    ground: Annotated[str, AfterValidator(_colour)] | None = None
+    fit: Fit | None = None
     weight: float | None = Field(None, gt=0)
     n: int | None = Field(None, ge=1, le=MAX_SCENES)
     captions: int | None = Field(None, ge=1)
@@ -87,16 +98,19 @@ class DataSpec(Spec):
         extra = [k for k in SCENES if getattr(self, k) is not None]
         if extra and self.source != "scenes":
             raise ValueError(f"{extra[0]} belongs to `source: scenes`, but the source is {self.source!r}; drop it")
-        if self.source == "scenes" and self.kind != "auto":
-            raise ValueError(f"kind: got {self.kind!r}, but it belongs to a path, not to scenes; drop it")
+        if self.source == "scenes" and (given := self._of_files()):
+            raise ValueError(f"{given}, but it belongs to a path, not to scenes; drop it")
         return self
 
     @property
     def opening(self) -> dict[str, Any]:
         """The arguments of `pixelgrow.data.open_source`."""
-        return self.model_dump(
-            exclude_none=True, include={"source", *(SCENES if self.source == "scenes" else ["kind"])}
-        )
+        return self.model_dump(exclude_none=True, include={"source", *(SCENES if self.source == "scenes" else FILES)})
+
+    def _of_files(self) -> str:
+        """The first setting that is given and makes sense for files alone, in words; "" for none."""
+        given = {key: getattr(self, key) for key in FILES} | ({"kind": None} if self.kind == "auto" else {})
+        return next((f"{key}: got {value!r}" for key, value in given.items() if value is not None), "")
 
 
 def _listed(data: Any) -> Any:
@@ -122,6 +136,6 @@ class HeldoutSpec(DataSpec):
             raise ValueError(f"give a source or a {max(part)}, not both")
         if self.weight is not None:
             raise ValueError(f"weight: got {self.weight:g}, but held-out data is no mixture; drop it")
-        if self.kind != "auto" and not self.source:
-            raise ValueError(f"kind: got {self.kind!r} without a source; drop it")
+        if not self.source and (given := self._of_files()):
+            raise ValueError(f"{given} without a source; drop it")
         return self

@@ -184,7 +184,7 @@ def _stage(stage: Stage, folder: Path, values: dict[str, Any]) -> str:
                 title = "Frozen phase" if phase != folder else ""
                 parts.append(_training(phase, title))
     result = values.get("result", {})
-    notes = [Account(a["total"], a["others"], a["things"]).line() for a in values.get("sees", [])]
+    notes = [Account.from_stored(a).line() for a in values.get("sees", [])]
     notes += [result.get("bad_report", ""), _skipped(result.get("skipped_steps", 0)), _cut(values.get("cut"))]
     parts += [f"<p>{escape(n[0].upper() + n[1:])}.</p>" for n in notes if n]
     return "\n".join(parts) + "</section>"

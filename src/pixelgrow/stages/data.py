@@ -17,7 +17,7 @@ from pixelgrow.data.order import shuffled
 from pixelgrow.data.scenes.source import Scenes
 from pixelgrow.data.sources.base import Source, Subset, heldout_split, large_enough
 from pixelgrow.data.sources.folders import ClassFolder, PairedFolder
-from pixelgrow.data.sources.identity import FORM, differences, write_samples
+from pixelgrow.data.sources.identity import FORM, differences, frame_and_samples, write_samples
 from pixelgrow.data.sources.index import FileSource
 from pixelgrow.data.sources.opening import open_mixture
 from pixelgrow.errors import UserError
@@ -121,7 +121,7 @@ class StageData:
                     f"scenes to train on and held-out scenes both have split: {held.split}, so nothing is held out: "
                     "write split: train into data and split: heldout into heldout"
                 )
-            if source.fingerprint == held.fingerprint:
+            if frame_and_samples(source.fingerprint)[1] == frame_and_samples(held.fingerprint)[1]:
                 raise UserError(
                     f"{source.name} is trained on and held out: name another source in heldout, or write heldout: "
                     "{fraction: 0.02} to hold out a part of it"
@@ -157,6 +157,8 @@ class StageData:
                 "files, so this version cannot check that it is unchanged: give the recipe another name, or delete "
                 f"{self.folder / stage.name} and the stages made from it"
             )
+        if frame_and_samples(was)[0] != frame_and_samples(source.fingerprint)[0]:
+            return f"the ground or fit of {source.name} changed since it was begun"
         if was.startswith(source.fingerprint):
             return f"what is held out of {source.name} changed since it was begun (heldout or seed)"
         what = differences(self.folder / SAMPLES, was[: len(source.fingerprint)], source)

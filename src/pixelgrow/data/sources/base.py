@@ -7,6 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
+from pixelgrow.data.images import FRAME, Frame
 from pixelgrow.errors import UserError
 
 
@@ -14,8 +15,9 @@ class Source(Protocol):
     """Captioned images by number; every answer is a function of the number alone.
 
     `name` is for messages, `fingerprint` a hash of what the source holds (`identity`, or its parameters).
-    A source of files also has `sizes` (N, 2) int32 of (h, w), `bad` (what its index had to leave out), `passed` (files
-    that are no samples and no faults) and `files` (the number of distinct images, bad and lost ones included). A source
+    A source of files also has `sizes` (N, 2) int32 of (h, w), `clear` (N,) bool (which images have transparency) and
+    the `frame` that they are laid out in, `bad` (what its index had to leave out), `passed` (files that are no samples
+    and no faults) and `files` (the number of distinct images, bad and lost ones included). A source
     of classes has `classes`, the names of its labels. One whose captions say left and right has `mirror` False: its
     images are never mirrored. One with `several` True has samples of more than one caption, all of them in
     `wordings(i)`.
@@ -89,10 +91,15 @@ class Subset:
         self.classes: tuple[str, ...] = getattr(parent, "classes", ())
         self.mirror: bool = getattr(parent, "mirror", True)
         self.several: bool = getattr(parent, "several", False)
+        self.frame: Frame = getattr(parent, "frame", FRAME)
 
     @property
     def sizes(self) -> np.ndarray:
         return sizes_of(self.parent)[self.indices]
+
+    @property
+    def clear(self) -> np.ndarray:
+        return clear_of(self.parent)[self.indices]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -132,6 +139,18 @@ def sizes_of(source: Source) -> np.ndarray:
         return sizes
     flat = (side for i in range(len(source)) for side in source.size(i))
     return np.fromiter(flat, dtype=np.int32, count=2 * len(source)).reshape(-1, 2)
+
+
+def clear_of(source: Source) -> np.ndarray:
+    """Which images have transparency, (N,) bool; none of a source without files."""
+    clear = getattr(source, "clear", None)
+    return clear if isinstance(clear, np.ndarray) else np.zeros(len(source), np.bool_)
+
+
+def ground_of(source: Source) -> str:
+    """The colour behind transparent parts of a source's images."""
+    frame: Frame = getattr(source, "frame", FRAME)
+    return frame.ground
 
 
 def bad_of(source: Source) -> Sequence[BadFile]:

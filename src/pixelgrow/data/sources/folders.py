@@ -7,8 +7,8 @@ from pixelgrow.data.images import BadImage
 from pixelgrow.data.sources.base import Wording
 from pixelgrow.data.sources.captions import MAX_CAPTION, MAX_JSON, Captions, flat, from_json, from_text, wordings_from
 from pixelgrow.data.sources.files import is_image, key_of, open_regular, read_regular, walk
-from pixelgrow.data.sources.index import CAPTIONS, FURTHER, LOOSE, NEITHER, FileSource, Strings
-from pixelgrow.data.sources.names import JSON, TEXT, match, suffix_of
+from pixelgrow.data.sources.index import CAPTIONS, FURTHER, LOOSE, NEITHER, VECTOR, FileSource, Strings
+from pixelgrow.data.sources.names import JSON, SVG, TEXT, match, suffix_of
 from pixelgrow.errors import UserError
 
 
@@ -66,6 +66,8 @@ class PairedFolder(Folder):
             self._pass_over(NEITHER, keys[i])
         for i in found.further:
             self._pass_over(FURTHER, keys[i])
+        for i in found.vectors:
+            self._pass_over(VECTOR, keys[i])
 
     def _read(self, path: bytes) -> Captions:
         is_json = suffix_of(key_of(path)) == JSON
@@ -106,6 +108,9 @@ class ClassFolder(Folder):
                 key = folder + name
                 if not is_image(os.path.join(self._root, key)):
                     self._pass_over(CAPTIONS if suffix_of(key_of(key)) == TEXT else NEITHER, key_of(key))
+                    continue
+                if suffix_of(key_of(key)) == SVG:
+                    self._pass_over(VECTOR, key_of(key))
                     continue
                 if not top:
                     self._stray(key_of(key), LOOSE)

@@ -53,9 +53,15 @@ def print_of(image: BinaryIO, *about: bytes) -> int:
     return hash_of(*about, str(length), hashlib.blake2b(image.read(END) + last).digest())
 
 
-def fingerprint_of(prints: np.ndarray) -> str:
-    """The fingerprint of samples with hashes `prints` (N,) uint64, in order."""
-    return f"{FORM}-{hashlib.blake2b(prints.astype('<u8').tobytes(), digest_size=16).hexdigest()}"
+def fingerprint_of(prints: np.ndarray, mark: str = "") -> str:
+    """The fingerprint of samples with hashes `prints` (N,) uint64, in order; `mark`: of the frame that shows them."""
+    return f"{FORM}{mark}-{hashlib.blake2b(prints.astype('<u8').tobytes(), digest_size=16).hexdigest()}"
+
+
+def frame_and_samples(fingerprint: str) -> tuple[str, str]:
+    """The parts of a fingerprint that say how images are laid out, and which they are; ("", all of it) for scenes."""
+    frame, dash, samples = fingerprint.partition("-")
+    return (frame, samples) if dash else ("", fingerprint)
 
 
 def write_samples(folder: Path, source: Listed) -> None:

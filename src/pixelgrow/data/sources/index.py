@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from pixelgrow.data.images import OUR_FAULT, BadImage, read_header, read_image
+from pixelgrow.data.images import FRAME, OUR_FAULT, BadImage, Frame, read_header, read_image
 from pixelgrow.data.sources.base import BadFile, PassedOver, Wording
 from pixelgrow.data.sources.captions import Captions, flat
 from pixelgrow.data.sources.identity import fingerprint_of, hash_of, print_of
@@ -24,10 +24,10 @@ FURTHER = "further images of captioned samples"
 UNNAMED = "images without a line in the metadata"
 BESIDE = "images beside the shards"
 LOOSE = "not in the folder of a class"
-IMAGES = {FURTHER, UNNAMED, BESIDE, LOOSE, UNCAPTIONED}
+VECTOR = "vector graphics (SVG), which are not drawn"
+IMAGES = {FURTHER, UNNAMED, BESIDE, LOOSE, UNCAPTIONED, VECTOR}
 LINES = "caption files of several lines, each a caption"
 LANGUAGES = "lines in other languages in them, left out"
-CLEAR = "images with transparency, shown on white"
 
 
 class Strings:
@@ -64,6 +64,8 @@ class FileSource(ABC):
         self.name = path
         self.fingerprint = ""
         self.sizes = np.zeros((0, 2), np.int32)  # (N, 2), (h, w)
+        self.clear = np.zeros(0, np.bool_)  # (N,), which images have transparency
+        self.frame = FRAME
         self.prints = np.zeros(0, np.uint64)  # (N,), a hash of each sample (`identity`)
         self.bad: tuple[BadFile, ...] = ()
         self.passed: tuple[PassedOver, ...] = ()
@@ -72,7 +74,7 @@ class FileSource(ABC):
         self.files = 0  # distinct images, with those that are bad or lost
         self._notes: dict[str, int] = {}
         self._passed: dict[str, PassedOver] = {}
-        self._sizes, self._prints = array("i"), array("Q")
+        self._sizes, self._prints, self._clear = array("i"), array("Q"), array("B")
         self._noted = array("Q")
         self._bad: dict[str, BadFile] = {}
         self._strays: list[BadFile] = []
@@ -101,7 +103,20 @@ class FileSource(ABC):
         """The bytes of image i, undecoded. Raises `BadImage` if they have gone since the scan."""
 
     def image(self, i: int, size: tuple[int, int], crop: tuple[float, float] = (0.5, 0.5)) -> np.ndarray:
-        return read_image(io.BytesIO(self.read(i)), size, crop)
+        return read_image(io.BytesIO(self.read(i)), size, crop, self.frame)
+
+    def lay(self, frame: Frame) -> None:
+        """Lay the images out as `frame` says, once, before anything else is asked of the source.
+
+        One that is padded counts as a square of its longer side. Images in another frame are other data: the
+        fingerprint says so.
+        """
+        self.frame = frame
+        self.fingerprint = fingerprint_of(self.prints, frame.mark)
+        if frame.fit == "pad":
+            oblong = int((self.sizes[:, 0] != self.sizes[:, 1]).sum())
+            self.sizes = self.sizes.max(axis=1, keepdims=True).repeat(2, axis=1)
+            self.notes += ((f"images that are not square, padded with {frame.ground}", oblong),)
 
     def _admit(self, file: BinaryIO, *about: bytes) -> None:
         """Read the header of a candidate and take its size into the index. Raises `BadImage`, then nothing is taken.
@@ -117,7 +132,7 @@ class FileSource(ABC):
             raise BadImage((error.strerror or str(error)).lower()) from None
         self._sizes.extend(header.size)
         self._prints.append(one)
-        self._count(CLEAR, int(header.transparent))
+        self._clear.append(header.transparent)
         if len(self._sizes) % 400_000 == 0:
             log.info("%s: %d images so far", self.name, len(self._sizes) // 2)
 
@@ -164,13 +179,14 @@ class FileSource(ABC):
     def _finish(self, distinct: int | None = None) -> None:
         """Close the index. `distinct`: the number of distinct good files, if not the number of samples."""
         self.sizes = np.frombuffer(self._sizes, dtype=np.int32).reshape(-1, 2) if self._sizes else self.sizes
+        self.clear = np.frombuffer(self._clear, dtype=np.bool_) if self._clear else self.clear
         self.bad, self.passed = tuple(self._bad.values()), tuple(self._passed.values())
         self.strays = tuple(self._strays)
         self.notes = tuple((note, count) for note, count in self._notes.items() if count)
         self.files = (len(self.sizes) if distinct is None else distinct) + sum(bad.samples for bad in self.bad)
         self.prints = np.frombuffer(self._prints, dtype=np.uint64) if self._prints else self.prints
         self.fingerprint = fingerprint_of(self.prints)
-        del self._sizes, self._prints, self._bad, self._passed, self._strays, self._notes
+        del self._sizes, self._prints, self._clear, self._bad, self._passed, self._strays, self._notes
         if not len(self.sizes):
             raise UserError(self._nothing())
         for passed in self.passed:

@@ -12,13 +12,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pixelgrow.data.images import BadImage
+from pixelgrow.data.images import FRAME, BadImage, Frame
 from pixelgrow.data.sources.base import (
     BadFile,
     PassedOver,
     Source,
     Wording,
     bad_of,
+    clear_of,
     files_of,
     large_enough,
     passed_of,
@@ -62,6 +63,8 @@ class Latents:
         self.files = files_of(source)
         self.classes: tuple[str, ...] = getattr(source, "classes", ())
         self.several: bool = getattr(source, "several", False)
+        self.frame: Frame = getattr(source, "frame", FRAME)
+        self.clear = clear_of(source)
         self.captions: int | None = getattr(source, "captions", None)
         self._made: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}  # size: numbers of samples, latents
 

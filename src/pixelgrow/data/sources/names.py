@@ -9,6 +9,8 @@
   its name starts with, up to a dot (`a.seg.png`: `a.txt`, webdataset's key): as its image if it is the only one, else
   it is passed over beside `a.jpg`.
 
+- Vector graphics (`.svg`) are not drawn: they and their captions are passed over.
+
 Names inside the package are text: UTF-8, and surrogates for bytes that are not, in any locale.
 """
 
@@ -17,12 +19,12 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+TEXT, JSON, SVG = ".txt", ".json", ".svg"
 IMAGE_SUFFIXES = {
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp"),
-    *(".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".psd", ".svg"),  # not decoded
+    *(".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jp2", ".jxl", ".psd", SVG),  # not decoded
     *(".ppm", ".pgm", ".tga", ".ico", ".raw", ".dng", ".cr2", ".nef", ".arw", ".exr"),
 }
-TEXT, JSON = ".txt", ".json"
 UNCAPTIONED, UNPAIRED = "no caption", "caption without an image"
 HIDDEN = {"__MACOSX", "@eaDir"}
 
@@ -74,7 +76,7 @@ class Matches:
 
     `pairs`: (image, caption file), in the order of the images. `faults`: what is no sample, and why. `strays`: images
     and caption files without one another, and which. `others`: files that are neither. `further`: images beside that of
-    a captioned sample.
+    a captioned sample. `vectors`: vector graphics, with a caption or without.
     """
 
     pairs: list[tuple[int, int]] = field(default_factory=list)
@@ -82,6 +84,7 @@ class Matches:
     strays: dict[int, str] = field(default_factory=dict)
     others: list[int] = field(default_factory=list)
     further: list[int] = field(default_factory=list)
+    vectors: list[int] = field(default_factory=list)
 
 
 def match(names: Sequence[str], is_image: Callable[[int], bool]) -> Matches:
@@ -112,6 +115,8 @@ def match(names: Sequence[str], is_image: Callable[[int], bool]) -> Matches:
             exact.add(caption)
         elif (caption := _first(captions, above[1:])) is not None:
             shared.setdefault(caption, []).append(i)
+        elif suffix_of(names[i]) == SVG:
+            found.vectors.append(i)
         else:
             found.strays[i] = UNCAPTIONED
     for caption, some in shared.items():
@@ -125,7 +130,8 @@ def match(names: Sequence[str], is_image: Callable[[int], bool]) -> Matches:
     found.strays |= {i: UNPAIRED for i in captions[TEXT].values() if i not in used}
     stems = {os.path.splitext(names[i])[0] for i in used}
     found.others += [i for stem, i in captions[JSON].items() if i not in used and stem not in stems]
-    found.pairs.sort()
+    found.vectors = sorted([*found.vectors, *(i for i, _ in found.pairs if suffix_of(names[i]) == SVG)])
+    found.pairs = sorted(pair for pair in found.pairs if suffix_of(names[pair[0]]) != SVG)
     return found
 
 

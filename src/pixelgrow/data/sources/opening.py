@@ -3,7 +3,9 @@
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from typing import cast, get_args
 
+from pixelgrow.data.images import FRAME, Fit, Frame, colour_of
 from pixelgrow.data.sources.base import Source
 from pixelgrow.data.sources.kinds import kind_of
 from pixelgrow.data.sources.names import folded_form, text_of
@@ -11,6 +13,7 @@ from pixelgrow.errors import UserError
 
 Spec = Mapping[str, object]
 SCENE_KEYS = ("n", "captions", "seed", "split")
+FRAME_KEYS = ("ground", "fit")
 KINDS = ("auto", "folder", "classes", "tar")
 log = logging.getLogger(__name__)
 
@@ -19,8 +22,9 @@ def open_source(spec: Spec | str) -> Source:
     """Open and index a source.
 
     `spec`: a path, or a mapping: `{source: scenes, n, captions, seed, split}` for the built-in scenes,
-    `{source: path, kind: auto|folder|classes|tar}` for files. A `weight` beside them is left to `open_mixture`.
-    Raises `UserError` for a missing folder, an empty set, captions in no known form.
+    `{source: path, kind: auto|folder|classes|tar, ground: colour, fit: crop|pad}` for files (`images.Frame`). A
+    `weight` beside them is left to `open_mixture`. Raises `UserError` for a missing folder, an empty set, captions in
+    no known form.
     """
     settings = {"source": spec} if isinstance(spec, str) else dict(spec)
     settings.pop("weight", None)
@@ -33,10 +37,11 @@ def open_source(spec: Spec | str) -> Source:
 
         return Scenes(**settings)
     path = os.path.expanduser(os.fspath(where))
-    _known(settings, ("kind",), path)
+    _known(settings, ("kind", *FRAME_KEYS), path)
     kind = settings.get("kind", "auto")
     if kind not in KINDS:
         raise UserError(f"{path}: kind is {kind!r}, expected one of {', '.join(KINDS)}")
+    frame = _frame(settings, path)
     if not os.path.exists(path):
         raise UserError(f"{path}: {_not_there(path)}; expected a folder of images, a .tar, or the word scenes")
     try:
@@ -45,6 +50,7 @@ def open_source(spec: Spec | str) -> Source:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     source.guess = found.guess
+    source.lay(frame)
     return source
 
 
@@ -80,6 +86,18 @@ def _not_there(path: str) -> str:
         return f"no such folder or file, for there is no folder {folder}"
     other = others.get(folded_form(text_of(os.fsencode(name))))
     return "no such folder or file" + (f": there is {other}, in other letters or another Unicode form" if other else "")
+
+
+def _frame(settings: Mapping[str, object], path: str) -> Frame:
+    """How the settings of the source at `path` lay images out. Raises `UserError`."""
+    ground, fit = settings.get("ground", FRAME.ground), settings.get("fit", FRAME.fit)
+    try:
+        colour_of(str(ground))
+    except ValueError as error:
+        raise UserError(f"{path}: ground: {error}") from None
+    if fit not in get_args(Fit):
+        raise UserError(f"{path}: fit is {fit!r}, expected one of {', '.join(get_args(Fit))}")
+    return Frame(str(ground), cast("Fit", fit))
 
 
 def _known(settings: Mapping[str, object], allowed: Sequence[str], where: str) -> None:

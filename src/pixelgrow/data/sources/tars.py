@@ -12,7 +12,7 @@ from pixelgrow.data.images import ARCHIVES, DECODED, HEAD, BadImage, format_of
 from pixelgrow.data.sources.base import Wording
 from pixelgrow.data.sources.captions import MAX_CAPTION, MAX_JSON, Captions, flat, from_json, from_text, wordings_from
 from pixelgrow.data.sources.files import in_order, is_image, key_of, open_regular, read_regular, walk
-from pixelgrow.data.sources.index import BESIDE, FURTHER, NEITHER, FileSource, Strings
+from pixelgrow.data.sources.index import BESIDE, FURTHER, NEITHER, VECTOR, FileSource, Strings
 from pixelgrow.data.sources.names import JSON, claims_image, form, is_hidden, match, suffix_of, text_of
 from pixelgrow.errors import UserError
 
@@ -177,6 +177,8 @@ class TarShards(FileSource):
             self._pass_over(NEITHER, self._key_of(shard, names[i]))
         for i in found.further:
             self._pass_over(FURTHER, self._key_of(shard, names[i]))
+        for i in found.vectors:
+            self._pass_over(VECTOR, self._key_of(shard, names[i]))
 
     def _key_of(self, shard: _Shard, member: str) -> str:
         return member if self._one else f"{shard.name}/{member}"
