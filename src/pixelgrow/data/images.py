@@ -98,10 +98,12 @@ FRAME = Frame()
 def colour_of(name: str) -> tuple[int, int, int]:
     """(r, g, b) of a colour such as white, grey or #ffe0b0. Raises ValueError."""
     try:
-        r, g, b = ImageColor.getrgb(name)
-    except ValueError:  # no colour, or one with transparency
-        raise ValueError(f"got {name!r}, expected a colour such as white, grey or #ffe0b0") from None
-    return r, g, b
+        found = ImageColor.getrgb(name)
+    except ValueError:
+        found = None
+    if found is None or len(found) != 3:  # no colour, or one with transparency
+        raise ValueError(f"got {name!r}, expected a colour such as white, grey or #ffe0b0")
+    return found
 
 
 def format_of(head: bytes) -> str:
