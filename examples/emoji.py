@@ -313,8 +313,10 @@ def main() -> None:
             found = (s for s in samples(args.packages, args.styles, args.grounds) if s.test == test)
             count = (write_shards if args.tar else write_folder)(args.out / part, found)
             sys.stdout.write(f"{args.out / part}: {count:,} pictures\n")
+    except FileExistsError:
+        parser.exit(2, f"emoji.py: {args.out} exists; name another place, or delete it\n")
     except OSError as error:
-        parser.exit(2, f"emoji.py: cannot write {args.out}: {error.strerror}; name another place, or delete it\n")
+        parser.exit(2, f"emoji.py: {error.filename or args.out}: {error.strerror}\n")
 
 
 if __name__ == "__main__":
