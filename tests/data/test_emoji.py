@@ -243,6 +243,18 @@ def test_a_picture_that_a_style_draws_twice_has_one_name(emoji: ModuleType, pack
     assert found == set(USED) - {"1f34e"}  # the order of Unicode has the face first
 
 
+def test_a_ground_is_a_colour_that_the_picture_can_be_told_from(emoji: ModuleType) -> None:
+    picture = Image.new("RGBA", (64, 64))
+    for i, colour in enumerate(("red", "blue", "black", "black")):
+        picture.paste((*emoji.GROUNDS[colour], 255), (8, 12 * i, 56, 12 * i + 12))
+    assert set(emoji.grounds(picture, "seed", 99)) == {"white", *emoji.GROUNDS} - {"red", "blue", "black"}
+    picture.paste((*emoji.GROUNDS["pink"], 255), (0, 10, 64, 64))
+    picture.paste((*emoji.GROUNDS["red"], 255), (30, 20, 45, 35))  # a little red may be hidden
+    assert set(emoji.grounds(picture, "seed", 99)) == {"white", *emoji.GROUNDS} - {"pink"}
+    drawn = [emoji.grounds(picture, f"seed {i}", 1) for i in range(40)]
+    assert all(len(some) == 2 and some[0] == "white" for some in drawn) and len({some[1] for some in drawn}) > 5
+
+
 def test_transparent_parts_alone_are_the_ground(emoji: ModuleType) -> None:
     picture = Image.new("RGBA", (4, 4), (10, 20, 30, 255))
     picture.putpixel((0, 0), (10, 20, 30, 0))
