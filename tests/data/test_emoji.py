@@ -248,7 +248,7 @@ def test_a_ground_is_a_colour_that_the_picture_can_be_told_from(emoji: ModuleTyp
     for i, colour in enumerate(("red", "blue", "black", "black")):
         picture.paste((*emoji.GROUNDS[colour], 255), (8, 12 * i, 56, 12 * i + 12))
     assert set(emoji.grounds(picture, "seed", 99)) == {"white", *emoji.GROUNDS} - {"red", "blue", "black"}
-    picture.paste((*emoji.GROUNDS["pink"], 255), (0, 10, 64, 64))
+    picture.paste((*emoji.GROUNDS["pink"], 255), (8, 0, 56, 64))
     picture.paste((*emoji.GROUNDS["red"], 255), (30, 20, 45, 35))  # a little red may be hidden
     assert set(emoji.grounds(picture, "seed", 99)) == {"white", *emoji.GROUNDS} - {"pink"}
     drawn = [emoji.grounds(picture, f"seed {i}", 1) for i in range(40)]
