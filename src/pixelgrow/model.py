@@ -34,6 +34,8 @@ WEIGHTS = Path(__file__).parent / "weights"
 RECORD = "stage.json"  # in the folder of a stage
 # Sampling settings that neither the caller nor the checkpoint gives.
 DEFAULTS: dict[str, Any] = {"steps": 32, "sampler": "dpm++2m", "guidance": 2.0}
+Progress = Callable[[int, int], None]  # called with (steps done, steps in all)
+Sampler = Callable[[Cond, Sequence[int], Progress | None], Samples]
 
 
 def builtin() -> list[str]:
@@ -231,7 +233,7 @@ class Model:
         guide: Network | Model | None = None,
         preview: bool = False,
         batch: int = 64,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> Iterator[Image.Image]:
         """An image for each prompt, one after the other; see `sampling.sample` for the settings. Those left out are the
         checkpoint's own. The model's device holds one batch of images at a time.
@@ -242,16 +244,27 @@ class Model:
         `preview`: thumbnails of the lowest resolution that the model is exact over.
         A prompt for a model of classes is the name of a class, or its number. Raises UserError.
         """
-        prompts = _listed(prompts)
-        settings = self.settings(
-            steps=steps,
-            guidance=guidance,
-            sampler=sampler,
-            grid=grid,
-            interval=interval,
-            threshold=threshold,
-            guide_details=guide_details,
-        )
+        one_batch = self.sampler(
+            seed=seed, size=size, guide=guide, preview=preview, batch=batch, steps=steps, guidance=guidance,
+            sampler=sampler, grid=grid, interval=interval, threshold=threshold, guide_details=guide_details,
+        )  # fmt: skip
+        return self._images(one_batch, _listed(prompts), index, batch, progress)
+
+    def sampler(
+        self,
+        *,
+        seed: int = 0,
+        size: tuple[int, int] | None = None,
+        guide: Network | Model | None = None,
+        preview: bool = False,
+        batch: int = 64,
+        **settings: Any,
+    ) -> Sampler:
+        """The function `(conditions, sample numbers, progress or None) -> Samples` that `stream` samples with.
+
+        Settings and errors as in `stream`. Its samples are images or latents of the network: see `decode`.
+        """
+        settings = self.settings(**settings)
         settings["grid"] = noise_grid(settings.get("grid", "karras"), self.denoiser, self.config)
         if isinstance(guide, OneStepModel):
             raise UserError("the guide is a one-step generator, expected a multi-step model: name another")
@@ -273,21 +286,21 @@ class Model:
             logger.info("the guide is another model: sampling at full resolution throughout")
         size = self._size(size)
 
-        def one_batch(cond: Cond, numbers: Sequence[int], progress: Callable[[int, int], None] | None) -> Samples:
+        def one_batch(cond: Cond, numbers: Sequence[int], progress: Progress | None) -> Samples:
             return sample(
                 self.denoiser, cond, size=size, seed=seed, index=numbers, guide=guide, batch=batch, progress=progress,
                 preview=preview, **settings,
             )  # fmt: skip
 
-        return self._images(one_batch, prompts, index, batch, progress)
+        return one_batch
 
     def _images(
         self,
-        one_batch: Callable[[Cond, Sequence[int], Callable[[int, int], None] | None], Samples],
+        one_batch: Sampler,
         prompts: Sequence[str],
         index: Sequence[int] | None,
         batch: int,
-        progress: Callable[[int, int], None] | None,
+        progress: Progress | None,
     ) -> Iterator[Image.Image]:
         """Images of prompts, encoded and sampled a batch at a time."""
         words, numbers = self._words(prompts), range(len(prompts)) if index is None else list(index)
@@ -295,7 +308,7 @@ class Model:
             raise UserError(f"{len(prompts)} prompts and {len(numbers)} indices: expected an index for each prompt")
         parts = slices(len(words), batch)
 
-        def pixels(rows: slice, note: Callable[[int, int], None] | None) -> np.ndarray:
+        def pixels(rows: slice, note: Progress | None) -> np.ndarray:
             samples = one_batch(self.encode(words[rows]), numbers[rows], note)
             return to_uint8(self.decode(samples.images))
 
@@ -351,7 +364,7 @@ def _listed(prompts: Sequence[str] | str) -> list[str]:
     return listed
 
 
-def _later(progress: Callable[[int, int], None], part: int, parts: int) -> Callable[[int, int], None]:
+def _later(progress: Progress, part: int, parts: int) -> Progress:
     """The progress callback of one part of several, in steps of all parts."""
     return lambda done, total: progress(part * total + done, parts * total)
 
@@ -387,16 +400,27 @@ class OneStepModel(Model):
         size: tuple[int, int] | None = None,
         preview: bool = False,
         batch: int = 64,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Progress | None = None,
         **settings: Any,
     ) -> Iterator[Image.Image]:
         """An image for each prompt, one after the other. A guided generator takes `guidance`, the checkpoint's if left
         out. Raises UserError for settings of multi-step sampling."""
-        prompts = _listed(prompts)
+        one_batch = self.sampler(seed=seed, size=size, preview=preview, batch=batch, **settings)
+        return self._images(one_batch, _listed(prompts), index, batch, progress)
+
+    def sampler(
+        self,
+        *,
+        seed: int = 0,
+        size: tuple[int, int] | None = None,
+        preview: bool = False,
+        batch: int = 64,
+        **settings: Any,
+    ) -> Sampler:
         own = self.settings(**settings)
         size = self._size(size)
 
-        def one_batch(cond: Cond, numbers: Sequence[int], progress: Callable[[int, int], None] | None) -> Samples:
+        def one_batch(cond: Cond, numbers: Sequence[int], progress: Progress | None) -> Samples:
             samples = generate(
                 self.generator, cond, size=size, seed=seed, index=numbers, batch=batch, preview=preview, **own
             )
@@ -404,7 +428,7 @@ class OneStepModel(Model):
                 progress(1, 1)
             return samples
 
-        return self._images(one_batch, prompts, index, batch, progress)
+        return one_batch
 
     def settings(self, **given: Any) -> dict[str, Any]:
         """`guidance` for a guided generator, else nothing; other settings are refused."""

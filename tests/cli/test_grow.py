@@ -2,8 +2,6 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from PIL import Image
@@ -11,36 +9,24 @@ from PIL import Image
 from cli_files import class_folder
 from conftest import RunCli
 from pixelgrow import checkpoint
-from pixelgrow.cli.grow import _check_classes
-from pixelgrow.data import open_source
 from pixelgrow.errors import UserError
+from pixelgrow.text.encoders import check_classes
 
 
-def classes(root: Path, *names: str) -> Any:
-    for name in names:
-        (root / name).mkdir(parents=True)
-        Image.new("RGB", (16, 16)).save(root / name / "a.png")
-    return open_source({"source": str(root), "kind": "classes"})
-
-
-def of_text(**text: Any) -> Any:
-    return SimpleNamespace(config=SimpleNamespace(text=text))
-
-
-def test_labels_must_mean_the_classes_of_the_model(tmp_path: Path) -> None:
-    source = classes(tmp_path / "a", "cat", "dog")
+def test_labels_must_mean_the_classes_of_the_model() -> None:
+    names = ("cat", "dog")
     for text in ({"encoder": "labels:2"}, {"encoder": "labels:3"}, {"encoder": "labels:2", "classes": ["cat", "dog"]}):
-        _check_classes(of_text(**text), source)
-    _check_classes(of_text(encoder="minilm"), open_source("scenes"))
-    for text, images, message in (
-        ({"encoder": "minilm"}, source, "has classes, and the model was trained on captions"),
-        ({"encoder": "labels:2"}, open_source("scenes"), "has captions, and the model was trained on classes"),
-        ({"encoder": "labels:1"}, source, r"has the classes cat, dog; expected at most 1"),
-        ({"encoder": "labels:2", "classes": ["cat", "emu"]}, source, r"expected those of the model \(cat, emu\)"),
-        ({"encoder": "labels:3", "classes": ["ant", "cat", "dog"]}, source, r"expected those of the model"),
+        check_classes(text, names, "--data a")
+    check_classes({"encoder": "minilm"}, (), "scenes")
+    for text, found, message in (
+        ({"encoder": "minilm"}, names, "--data a has classes, and the model was trained on captions"),
+        ({"encoder": "labels:2"}, (), "has captions, and the model was trained on classes"),
+        ({"encoder": "labels:1"}, names, r"has the classes cat, dog; expected at most 1"),
+        ({"encoder": "labels:2", "classes": ["cat", "emu"]}, names, r"expected those of the model \(cat, emu\)"),
+        ({"encoder": "labels:3", "classes": ["ant", "cat", "dog"]}, names, r"expected those of the model"),
     ):
         with pytest.raises(UserError, match=message):
-            _check_classes(of_text(**text), images)
+            check_classes(text, found, "--data a")
 
 
 def test_grow_writes_a_checkpoint(model: Path, run_cli: RunCli, tmp_path: Path) -> None:

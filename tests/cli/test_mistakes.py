@@ -18,7 +18,8 @@ LONG = "x" * 300
         (["rnu"], "there is no verb 'rnu'; did you mean run?"),
         (
             ["xyz"],
-            "there is no verb 'xyz'; expected one of average, data, demo, edit, graft, grow, info, plan, run, sample",
+            "there is no verb 'xyz'; expected one of average, compare, data, demo, edit, evaluate, graft, grow, info, "
+            "plan, run, sample",
         ),
         (["edit"], "edit: a verb is missing; expected one of inpaint, interpolate, transfer, upscale"),
         (["edit", "inpant"], "edit: there is no verb 'inpant'; did you mean inpaint?"),

@@ -118,7 +118,7 @@ def test_evaluation_holds_one_batch_of_images(tmp_path: Path, monkeypatch: pytes
         live.append(weakref.ref(made.images))
         return made
 
-    monkeypatch.setattr("pixelgrow.stages.evaluate.sample", watched)
+    monkeypatch.setattr("pixelgrow.model.sample", watched)
     small = "images: 8, batch: 8, validate_every: 0, sample_every: 0, snapshot_every: 0"
     (tmp_path / "recipe.yaml").write_text(f"""
 name: c

@@ -8,7 +8,6 @@ from typing import cast, get_args
 
 from pixelgrow import checkpoint
 from pixelgrow.data.loader import take
-from pixelgrow.data.sources.base import Source
 from pixelgrow.data.sources.latents import Latents
 from pixelgrow.data.sources.opening import open_mixture
 from pixelgrow.diffusion.sampling_spec import SamplingSpec
@@ -16,6 +15,7 @@ from pixelgrow.errors import UserError
 from pixelgrow.growth import Init, grow, grown_config
 from pixelgrow.model import Model
 from pixelgrow.stages.grow import REPORT, describe, sample_both
+from pixelgrow.text.encoders import check_classes
 from pixelgrow.writing import write_json, writing
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def grow_checkpoint(name: str, to: int, out: Path, *, source: str, init: str, ki
     grown_config(model.denoiser.net.config, to, cast("Init", init))  # before data are read
     spec = {"source": source} | ({"split": "heldout"} if source == "scenes" else {"kind": kind})
     (opened,), _ = open_mixture(spec)
-    _check_classes(model, opened)
+    check_classes(model.config.text, getattr(opened, "classes", ()), f"--data {opened.name}")
     if model.autoencoder is not None:
         opened = Latents(
             opened, model.autoencoder, model.denoiser.space.channels, out
@@ -61,20 +61,3 @@ def grow_checkpoint(name: str, to: int, out: Path, *, source: str, init: str, ki
         write_json(beside / REPORT, report.to_dict())
         checkpoint.save(out, child, config)
     return describe(report.to_dict()) + f"\nwritten to {out}; the report and samples of both to {beside}"
-
-
-def _check_classes(model: Model, source: Source) -> None:
-    """UserError unless the labels of a source are the model's, or neither has classes."""
-    head, _, count = str(model.config.text.get("encoder")).partition(":")
-    names: tuple[str, ...] = getattr(source, "classes", ())
-    if bool(names) != (head == "labels"):
-        has, knows = ("classes", "captions") if names else ("captions", "classes")
-        raise UserError(
-            f"--data {source.name} has {has}, and the model was trained on {knows}: name images with {knows}"
-        )
-    known = tuple(model.config.text.get("classes", ()))
-    if len(names) > int(count or 0) or (known and known != names):
-        expected = f"those of the model ({', '.join(known)})" if known else f"at most {count}"
-        raise UserError(
-            f"--data {source.name} has the classes {', '.join(names)}; expected {expected}, in one folder each"
-        )

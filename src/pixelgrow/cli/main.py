@@ -22,6 +22,7 @@ LESS_MEMORY = {
     "edit": "crop the image to the model's square (--fit), or edit with a smaller model",
     "grow": "grow it by a recipe's grow stage, with a smaller batch:",
     "recaption": "run the same command again with a smaller --batch: it goes on from what was saved",
+    "evaluate": "run the same command again with a smaller --batch: it goes on from what was saved",
 }
 MORE_MEMORY = "use a machine with more memory, or end other programs"
 GO_ON = "run the same command again to go on"
@@ -93,7 +94,7 @@ def _lost(error: Unwritable) -> End:
 
 def _signalled(signum: int) -> End:
     message = f"stopped by {signal.Signals(signum).name}"
-    return End(128 + signum, f"{message}: {GO_ON}" if _verb() in ("run", "demo", "recaption") else message)
+    return End(128 + signum, f"{message}: {GO_ON}" if _verb() in ("run", "demo", "recaption", "evaluate") else message)
 
 
 def _verb() -> str:

@@ -10,6 +10,7 @@ import typer
 from pixelgrow import __version__
 from pixelgrow.cli.data import data
 from pixelgrow.cli.edit import edit
+from pixelgrow.cli.evaluation import compare, evaluate
 from pixelgrow.errors import UserError
 
 app = typer.Typer(
@@ -20,6 +21,8 @@ app = typer.Typer(
 )
 app.add_typer(data, name="data")
 app.add_typer(edit, name="edit")
+app.command()(evaluate)
+app.command()(compare)
 
 Checkpoint = Annotated[
     str, typer.Argument(help="A checkpoint's or stage's folder, a built-in model (tiny, tiny-onestep), or a hub name.")

@@ -61,7 +61,7 @@ def fetch(name: str, wanted: Sequence[str], kind: str = "") -> Path:
     repo, _, revision = name.partition("@")
     try:
         return Path(snapshot_download(repo, revision=revision or None, allow_patterns=list(wanted)))
-    except _refusals() as error:
+    except refusals() as error:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(
             f"{f'{kind} ' if kind else ''}{name} is not a folder here and cannot be fetched from the hub ({reason}); "
@@ -69,7 +69,7 @@ def fetch(name: str, wanted: Sequence[str], kind: str = "") -> Path:
         ) from None
 
 
-def _refusals() -> tuple[type[Exception], ...]:
+def refusals() -> tuple[type[Exception], ...]:
     """What a download may raise: errors of files, of names, and of the HTTP library below huggingface_hub."""
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -89,7 +89,7 @@ def _from_hub(kind: str, repo: str, revision: str | None, offline: str, file: st
         pass
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
-    except _refusals() as error:
+    except refusals() as error:
         raise UserError(
             f"{kind} {repo!r} is not on this machine and cannot be fetched ({type(error).__name__}); expected a "
             f"folder or a hub name; check the spelling and the network{offline}"

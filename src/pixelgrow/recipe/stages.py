@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_
 
 from pixelgrow.diffusion.denoiser import DiffusionConfig
 from pixelgrow.diffusion.sampling_spec import SamplingSpec, Spec
+from pixelgrow.evaluation.measures import LEAST, check_names, of_features
 from pixelgrow.models.sizes import SIZES
 from pixelgrow.onestep.losses import GUIDANCE_DISTRIBUTIONS, GuidanceDistribution
 from pixelgrow.onestep.settings import LossSettings, Preset, with_preset
@@ -285,7 +286,9 @@ class EstimateStage(TrainedStage):
 class EvaluateStage(SamplingSpec):
     """Sample held-out prompts, score the samples with the checker (scenes), and measure the held-out error.
 
-    Sampling settings that are left out are the checkpoint's.
+    Sampling settings that are left out are the checkpoint's. `metrics`: what else is measured, by the names of
+    `pixelgrow evaluate`, with the held-out images as the real ones. `extractor`: one name or several. `seeds`: the
+    number of sampling seeds, from the recipe's on.
     """
 
     free: ClassVar[frozenset[str]] = frozenset({"batch"})
@@ -294,6 +297,25 @@ class EvaluateStage(SamplingSpec):
     parent: str | None = Field(None, alias="from")
     prompts: int = Field(256, ge=1)
     batch: int = Field(64, ge=1)
+    metrics: tuple[str, ...] | None = None
+    extractor: tuple[str, ...] | None = None
+    seeds: int | None = Field(None, ge=1)
+
+    @field_validator("extractor", mode="before")
+    @classmethod
+    def _one_or_several(cls, given: Any) -> Any:
+        return (given,) if isinstance(given, str) else given
+
+    @model_validator(mode="after")
+    def _measurable(self) -> EvaluateStage:
+        names = check_names(self.metrics or ())
+        if odd := [name for name in names if name in ("fd-ratio", "dsg", "soft-tifa")]:
+            raise ValueError(f"metrics: {odd[0]} takes more than a recipe has; measure it with pixelgrow evaluate")
+        if of_features(names) and self.prompts < LEAST:
+            raise ValueError(f"prompts: got {self.prompts}, expected at least {LEAST} for {of_features(names)[0]}")
+        if self.extractor is not None and not of_features(names):
+            raise ValueError("extractor is for metrics of features, such as fd; add metrics: [fd], or drop it")
+        return self
 
 
 Stage = TrainStage | GrowStage | PairsStage | EstimateStage | DistillStage | EvaluateStage

@@ -7,7 +7,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -288,6 +288,10 @@ def _evaluation(folder: Path, metrics: dict[str, Any]) -> str:
             f'<div><p class="note">The checker\'s accuracy on {metrics["prompts"]:,} held-out captions</p>'
             f'<table class="bars">{bars}</table></div>'
         )
+    others = [row for row in metrics.get("metrics", []) if row["metric"] != "scenes"]
+    if others:
+        rows = [[escape(r["name"]), f"{r['mean']:.4g}", _ends(r), escape(r["interval"] or "")] for r in others]
+        parts.append(f"<div>{_table(['metric', '', '95% interval', 'over'], rows)}</div>")
     if error := metrics.get("error"):
         points = [(float(k), v) for k, v in error.items()]
         parts.append(chart("Held-out error by noise level at the core", [Curve("error", points)], "sigma", log_x=True))
@@ -297,6 +301,11 @@ def _evaluation(folder: Path, metrics: dict[str, Any]) -> str:
     caption = "; ".join(["held-out prompts", *filter(None, settings), each])
     figure = _figure(grid, caption) if grid.exists() else ""
     return f'<div class="row">{"".join(parts)}</div>{figure}{_prompts(folder / "samples" / "prompts.txt")}'
+
+
+def _ends(row: Mapping[str, Any]) -> str:
+    """The interval of a row of an evaluation."""
+    return "" if row["low"] is None else f"{row['low']:.4g} to {row['high']:.4g}"
 
 
 def _figure(path: Path, caption: str) -> str:

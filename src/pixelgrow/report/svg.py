@@ -26,8 +26,8 @@ def chart(title: str, curves: Sequence[Curve], x_name: str = "images", log_x: bo
     if not curves:
         return ""
     xs, ys = ([p[i] for c in curves for p in c.points] for i in (0, 1))
-    x_axis = _Axis(min(xs), max(xs), LEFT, W - RIGHT, log_x)
-    y_axis = _Axis(min(ys), max(ys), H - BOTTOM, TOP, True)
+    x_axis = Axis(min(xs), max(xs), LEFT, W - RIGHT, log_x)
+    y_axis = Axis(min(ys), max(ys), H - BOTTOM, TOP, True)
     parts = [f'<line class="axis" x1="{LEFT}" y1="{H - BOTTOM}" x2="{W - RIGHT}" y2="{H - BOTTOM}"/>']
     for value, label in y_axis.ticks():
         y = y_axis.at(value)
@@ -52,7 +52,7 @@ def chart(title: str, curves: Sequence[Curve], x_name: str = "images", log_x: bo
     return f"<figure><figcaption>{escape(title)} {keys}</figcaption>{svg}</figure>"
 
 
-class _Axis:
+class Axis:
     """Maps values from `low` to `high` to units from `start` to `end`."""
 
     def __init__(self, low: float, high: float, start: float, end: float, log: bool) -> None:

@@ -50,7 +50,7 @@ def time_of(seconds: float) -> str:
     return f"{seconds / 86400:.1f} days" if seconds >= 3 * 86400 else duration(seconds)
 
 
-def _table(*columns: str, title: str = "") -> Table:
+def table_of(*columns: str, title: str = "") -> Table:
     table = Table(title=title or None, title_justify="left", title_style="bold", box=None, pad_edge=False)
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i == 0 else "right", header_style="dim")
@@ -112,7 +112,7 @@ def _data(spec: DataSpec) -> str:
 
 def plan_tables(plans: Sequence[StagePlan], rate: float, how: str) -> RenderableType:
     """Stages, sizes, images and cost; then memory by use. `rate`: FLOP/s achieved; `how`: where it comes from."""
-    work = _table("stage", "pixels", "images", "micro-batch", "core", "levels", "training", "FLOP/image", "time")
+    work = table_of("stage", "pixels", "images", "micro-batch", "core", "levels", "training", "FLOP/image", "time")
     for p in plans:
         sizes = [count(p.cost.parameters[k]) for k in ("core", "levels", "training")]
         flops = " + ".join(map(count, p.cost.work.values()))
@@ -120,7 +120,7 @@ def plan_tables(plans: Sequence[StagePlan], rate: float, how: str) -> Renderable
             f"{p.name}: {p.what}", str(p.resolution), f"{p.images:,}", str(p.batch), *sizes, flops,
             time_of(p.seconds(rate)),
         )  # fmt: skip
-    memory = _table("memory", "weights", "gradients", "optimizer", "averages", "activations", "peak of a step")
+    memory = table_of("memory", "weights", "gradients", "optimizer", "averages", "activations", "peak of a step")
     for p in plans:
         m = p.cost.memory
         parts = (m.weights, m.gradients, m.optimizer, m.averages, m.activations, m.peak)
@@ -161,7 +161,7 @@ def checkpoint_tables(folder: Path, config: CheckpointConfig, parts: dict[str, i
         rows["latents"] = f"of {config.latent.get('autoencoder')}; resolutions are sides of latents"
     for name, value in rows.items():
         facts.add_row(Text(name, style="dim"), value)
-    sizes = _table("parameters", "")
+    sizes = table_of("parameters", "")
     for name, n in parts.items():
         sizes.add_row(name, f"{n:,}")
     sizes.add_row("all", f"{sum(parts.values()):,}", style="bold")
@@ -181,7 +181,7 @@ def _shown(value: Any) -> str:
 
 def inspection_tables(found: Inspection, cut: Cut | None = None) -> RenderableType:
     """The tables of `pixelgrow data`; `cut`: the captions that a recipe's text encoder cuts."""
-    facts = _table(f"{found.name} ({found.kind})", "")
+    facts = table_of(f"{found.name} ({found.kind})", "")
     facts.add_row("images", f"{found.files:,}")
     facts.add_row(f"usable {'images' if found.classes else 'image-caption pairs'}", f"{found.samples:,}")
     lost = sum(bad.samples for bad in found.bad)
@@ -197,21 +197,21 @@ def inspection_tables(found: Inspection, cut: Cut | None = None) -> RenderableTy
     if cut is not None:
         limit = f"captions cut by the recipe's text encoder, after {cut.max_tokens} tokens"
         facts.add_row(limit, f"{cut.captions:,} of {cut.total:,}")
-    sides = _table("smaller side", "images")
+    sides = table_of("smaller side", "images")
     for low, n in found.sides:
         sides.add_row(f"{low} to {2 * low - 1} px", f"{n:,}")
-    stages = _table("a stage at", "")
+    stages = table_of("a stage at", "")
     for (h, w), account in found.stages:
         stages.add_row(f"{h}x{w}", Text(account.line()))
     guess = [Text(f"note: {found.guess}"), Text()] if found.guess else []
     parts: list[RenderableType] = [*guess, facts, Text(), sides, Text(), stages]
     if found.classes:
-        classes = _table("label", "class", "images")
+        classes = table_of("label", "class", "images")
         for label, (name, n) in enumerate(found.classes):
             classes.add_row(str(label), name, f"{n:,}")
         parts += [Text(), classes]
     if found.bad:
-        bad = _table("bad or lost", "samples", "such as")
+        bad = table_of("bad or lost", "samples", "such as")
         for reason in found.reasons():
             bad.add_row(Text(reason.text), f"{reason.samples:,}", Text(reason.example))
         parts += [Text(), bad]

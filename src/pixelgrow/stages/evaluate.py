@@ -1,118 +1,164 @@
-"""The `evaluate` stage: samples of held-out prompts, the checker's scores (scenes only), and held-out error.
+"""The `evaluate` stage: samples of held-out prompts, measured as `pixelgrow evaluate` does, and held-out error.
 
-Images are sampled and measured batch by batch, so the memory used does not grow with their number.
+Images are sampled and measured batch by batch, so the memory used does not grow with their number, and a stage that is
+interrupted goes on from what was measured.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
-import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from pixelgrow import checkpoint
-from pixelgrow.data.loader import to_tensor
-from pixelgrow.data.scenes.checker import accuracy
-from pixelgrow.data.scenes.seeing import View, look
 from pixelgrow.data.scenes.source import Scenes
 from pixelgrow.diffusion.denoiser import Denoiser
-from pixelgrow.diffusion.generator import Generator
 from pixelgrow.diffusion.heldout import denoising_error
-from pixelgrow.diffusion.sampling import Samples, generate, sample, slices
-from pixelgrow.model import DEFAULTS, noise_grid, one_step_settings
+from pixelgrow.evaluation.images import Conditions, Made, eight_bit
+from pixelgrow.evaluation.judges import SceneJudge
+from pixelgrow.evaluation.measures import takes
+from pixelgrow.evaluation.protocol import Plan, evaluate
+from pixelgrow.evaluation.real import Real
+from pixelgrow.evaluation.shards import Shards
+from pixelgrow.model import Model
+from pixelgrow.models.cond import Cond
 from pixelgrow.models.layers import details
-from pixelgrow.pictures import to_uint8
+from pixelgrow.pictures import grid
 from pixelgrow.recipe.stages import EvaluateStage
 from pixelgrow.stages.materials import Examples, Materials
 from pixelgrow.stages.train import Parent, write_prompts
-from pixelgrow.training.log import Display
-from pixelgrow.training.monitor import Seams, peak_memory, save_grid
-from pixelgrow.writing import write_json
+from pixelgrow.training.log import Displays
+from pixelgrow.training.monitor import Seams, peak_memory
+from pixelgrow.writing import atomic, write_json
 
-SHOWN = 64  # images of the grid
+MEASURED = "measured"  # in the stage's folder, until it is done
 logger = logging.getLogger(__name__)
 
 
 def evaluate_stage(stage: EvaluateStage, parent: Parent, folder: Path, materials: Materials) -> dict[str, Any]:
-    """Run an `evaluate` stage: writes `metrics.json` and `samples/grid.png`; returns the metrics.
+    """Run or resume an `evaluate` stage: writes `metrics.json` and `samples/grid.png`; returns the metrics.
 
-    Its `details`: mean square of x - up(down(x)) over 2 x 2 pixels, of the samples and of the held-out images.
+    Its `details`: mean square of x - up(down(x)) over 2 x 2 pixels, of the samples and of the held-out images. These,
+    seams and held-out errors are of the first seed.
     """
-    one_step = parent.config.objective == "generate"
-    load: Any = checkpoint.load_generator if one_step else checkpoint.load
-    model: Denoiser | Generator = load(parent.folder, materials.device)[0]
-    side = model.resolution
-    held = materials.heldout(stage.prompts, (side, side))
-    if len(held.captions) < stage.prompts:
-        logger.warning("%s: got %d held-out prompts, expected %d", stage.name, len(held.captions), stage.prompts)
-    size = (materials.factor * side, materials.factor * side)
-    materials.sees(stage.name, materials.data.prompts(stage.prompts, size, len(held.bad)))
+    candidate = Evaluated(stage, parent, materials)
+    held, n = candidate.held, len(candidate.held)
+    if n < stage.prompts:
+        logger.warning("%s: got %d held-out prompts, expected %d", stage.name, n, stage.prompts)
+    materials.sees(stage.name, materials.data.prompts(stage.prompts, held.size, len(held.bad)))
     materials.encode(stage.name, held.captions)
     seed = materials.recipe.seed
-    keywords: dict[str, Any] = {"size": (side, side), "seed": seed, "batch": stage.batch}
-    if isinstance(model, Generator):
-        settings = one_step_settings(parent.config, stage.given)
-        samples_of: Callable[..., Samples] = partial(generate, model, **keywords, **settings)
-    else:
-        settings = DEFAULTS | parent.config.sampling | stage.given
-        levels = noise_grid(settings.get("grid", "karras"), model, parent.config)
-        samples_of = partial(sample, model, **keywords, **(settings | {"grid": levels}))
-    seams, views, shown = Seams(materials.patches(model)), list[View](), list[Tensor]()
-    errors: dict[float, float] = {}
-    detail: dict[str, float] = {}
-    questions, seconds, nfe, n = _questions(held), 0.0, 0, len(held)
-    with Display(f"{materials.recipe.name}/{stage.name}", n, 0) as display:
-        for rows in slices(n, stage.batch):
-            numbers, cond = range(rows.start, rows.stop), materials.cond(held.captions[rows])
-            began = time.perf_counter()
-            samples = samples_of(cond, index=numbers)
-            images = materials.decode(samples.images)
-            pixels = to_uint8(images)
-            seconds, nfe = seconds + time.perf_counter() - began, samples.nfe
-            seams.add(images)
-            if rows.start < SHOWN:
-                shown.append(images[: SHOWN - rows.start].to("cpu", copy=True))
-            if images.shape[-1] % 2 == 0:
-                of = {"samples": images, "images": to_tensor(np.stack(held.pixels[rows]))}
-                found = {k: details(x, 2).square().mean().item() for k, x in of.items()}
-                detail = {k: detail.get(k, 0.0) + v * len(numbers) / n for k, v in found.items()}
-                del of
-            views += map(look, pixels if questions else ())
-            if isinstance(model, Denoiser):
-                held_images = held.batch(rows).to(materials.device)
-                by_level = denoising_error(model, held_images, cond, scale=model.noise_scale, seed=seed, index=numbers)
-                errors = {level: errors.get(level, 0.0) + e * len(numbers) / n for level, e in by_level.items()}
-            del samples, images  # before the next ones are made
-            display.update(rows.stop)
-    metrics: dict[str, Any] = {
+    scenes = all(isinstance(source, Scenes) for source, _ in held.origins)
+    metrics = (*(stage.metrics or ()), *(["scenes"] if scenes else []))
+    plan = Plan(
+        tuple(dict.fromkeys(metrics)),
+        range(seed, seed + (stage.seeds or 1)),
+        held.captions,
+        materials.extractors(stage),
+        SceneJudge(takes(metrics, "judge"), held.captions) if takes(metrics, "judge") else None,
+        real_of(held) if takes(metrics, "real") else None,
+        batch=stage.batch,
+    )
+    shards = Shards(folder / MEASURED, plan.describe(candidate))
+    with Displays(f"{materials.recipe.name}/{stage.name}") as display:
+        result = evaluate(candidate, plan, shards, progress=display)
+    rows, values = result.values["metrics"], result.values
+    found: dict[str, Any] = {
         "prompts": n,
         "bad_files": [f"{source.name}: {file.key}: {file.reason}" for source, file in held.bad],
-        "sampling": settings,
-        "nfe": nfe,
-        "seconds_per_image": round(seconds / n, 5),
-        "seams": seams.ratios(),
+        "sampling": candidate.sampling,
+        "nfe": values["cost"]["nfe"],
+        "seconds_per_image": round(values["measured"]["seconds_per_image"], 5),
+        **candidate.summary(result.sums, n),
         "peak_memory": peak_memory(materials.device),
     }
-    if detail:
-        metrics["details"] = detail
-    if errors:
-        metrics["error"] = {f"{sigma:g}": error for sigma, error in errors.items()}
-    if questions:
-        metrics["accuracy"] = accuracy(views, questions)
-        logger.info("checker: %s", ", ".join(f"{k} {100 * v:.1f}%" for k, v in metrics["accuracy"].items()))
-    save_grid(torch.cat(shown), folder / "samples" / "grid.png")
-    write_prompts(folder, held.captions[:SHOWN])
-    write_json(folder / "metrics.json", metrics)
-    return metrics
+    if accuracy := accuracy_of(rows):
+        found["accuracy"] = accuracy
+        logger.info("checker: %s", ", ".join(f"{k} {100 * v:.1f}%" for k, v in accuracy.items()))
+    if rows:
+        found |= {"metrics": rows, "seeds": list(plan.seeds), "extractors": values["extractors"]}
+    with atomic(folder / "samples" / "grid.png") as part:
+        grid(result.shown.permute(0, 2, 3, 1).numpy(), 8, len(result.shown)).save(part, format="PNG")
+    write_prompts(folder, held.captions[: len(result.shown)])
+    write_json(folder / "metrics.json", found)
+    shards.clear()
+    return found
 
 
-def _questions(held: Examples) -> list[Any]:
-    """The checker's questions for each prompt; empty unless all prompts are of scenes."""
-    found = [source.scene(i).questions for source, i in held.origins if isinstance(source, Scenes)]
-    return found if len(found) == len(held.captions) else []
+class Evaluated:
+    """The model of a stage: samples of held-out prompts, and what is measured on them before they are 8-bit files."""
+
+    prompts = None
+    conditions: Conditions = "text"
+
+    def __init__(self, stage: EvaluateStage, parent: Parent, materials: Materials) -> None:
+        self.name, self.parent, self.materials = stage.name, parent, materials
+        self.model = Model.from_pretrained(parent.folder, materials.device)
+        self.sampling, self.given, self.batch = self.model.settings(**stage.given), stage.given, stage.batch
+        side = self.model.resolution
+        self.held = materials.heldout(stage.prompts, (side, side))
+        self.size = self.held.size
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "model", "sha256": self.parent.config.sha256, "sampling": self.sampling}
+
+    def make(self, prompts: Sequence[str], numbers: Sequence[int], seed: int) -> Made:
+        cond = self.materials.cond(prompts)
+        sampler = self.model.sampler(seed=seed, batch=self.batch, **self.given)
+        found = sampler(cond, numbers, None)
+        images = self.materials.decode(found.images)
+        made = eight_bit(images, self.name, numbers)
+        sums = (
+            self._sums(images, cond, range(numbers[0], numbers[-1] + 1)) if seed == self.materials.recipe.seed else {}
+        )
+        return Made(made, found.nfe, sums)
+
+    def _sums(self, images: Tensor, cond: Cond, numbers: range) -> dict[str, Tensor]:
+        """Sums over some images (B, 3, h, w) in [-1, 1], and over the held-out ones of their numbers."""
+        seams, rows = self._seams(), slice(numbers.start, numbers.stop)
+        seams.add(images)
+        sums = {f"seams/{side}": torch.tensor([*seams.across[side], *seams.inside[side]]) for side in seams.across}
+        if images.shape[-1] % 2 == 0:
+            pairs = images, self.held.pixels(rows)
+            sums["details"] = torch.stack([details(x, 2).square().mean((1, 2, 3)).sum().cpu() for x in pairs]).double()
+        model = self.model.network
+        if isinstance(model, Denoiser):
+            held, seed = self.held.batch(rows).to(self.materials.device), self.materials.recipe.seed
+            by_level = denoising_error(model, held, cond, scale=model.noise_scale, seed=seed, index=numbers)
+            sums |= {f"error/{level:g}": torch.tensor(e * len(numbers)).double() for level, e in by_level.items()}
+        return sums
+
+    def _seams(self) -> Seams:
+        return Seams(self.materials.patches(self.model.network))
+
+    def summary(self, sums: Mapping[str, Tensor], n: int) -> dict[str, Any]:
+        """Seams, details and held-out errors from the sums over all `n` images."""
+        seams = self._seams()
+        for side in seams.across:
+            found = sums[f"seams/{side}"].tolist()
+            seams.across[side], seams.inside[side] = found[:2], found[2:]
+        summary: dict[str, Any] = {"seams": seams.ratios()}
+        if "details" in sums:
+            summary["details"] = dict(zip(("samples", "images"), (sums["details"] / n).tolist(), strict=True))
+        if errors := {k.partition("/")[2]: float(v) / n for k, v in sums.items() if k.startswith("error/")}:
+            summary["error"] = errors
+        return summary
+
+
+def real_of(held: Examples) -> Real:
+    """The held-out images as an evaluation's real ones."""
+    names = dict.fromkeys(source.name for source, _ in held.origins)
+    said = "\0".join(f"{source.fingerprint} {i}" for source, i in held.origins)
+    digest = hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
+    return Real(", ".join(names), digest, held.origins, held.size, held.captions)
+
+
+def accuracy_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The checker's accuracy by kind of question, and "all": the share of images with every answer as expected."""
+    found = {row["measure"]: row["mean"] for row in rows if row["metric"] == "scenes"}
+    kinds = {k: v for k, v in found.items() if k not in ("scenes", "scenes-questions")}
+    return kinds | ({"all": found["scenes"]} if found else {})

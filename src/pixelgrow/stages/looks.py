@@ -6,10 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from torch import Tensor
 
-from pixelgrow.data.loader import to_tensor
 from pixelgrow.diffusion.denoiser import Denoiser
 from pixelgrow.diffusion.sampling import initial_noise, sample
 from pixelgrow.models.cond import Cond
@@ -71,7 +69,7 @@ def looks_of(materials: Materials, mixture: Mixture, side: int, held: Examples) 
     """What to look at in a stage that trains on `mixture` at `side`."""
     known = materials.known(mixture, KNOWN, (side, side))
     prompts = Prompts("captions of training images", materials.spoken(known.captions), materials.cond(known.captions))
-    return Looks(prompts_of(materials, held), prompts, to_tensor(np.stack(known.pixels)))
+    return Looks(prompts_of(materials, held), prompts, known.pixels(slice(None)))
 
 
 def denoiser_rows(looks: Looks, denoiser: Denoiser, materials: Materials, batch: int) -> Callable[[], list[Row]]:
@@ -108,7 +106,7 @@ def generator_rows(
         return [
             *found,
             Row(materials.decode(again).float().cpu(), "held-out images, reconstructed by the generator", words),
-            Row(to_tensor(np.stack(held.pixels[:n])), "these held-out images", words, made=False),
+            Row(held.pixels(slice(n)), "these held-out images", words, made=False),
         ]
 
     return rows

@@ -22,6 +22,8 @@ from pixelgrow.data.sources.latents import Latents
 from pixelgrow.diffusion.denoiser import Denoiser
 from pixelgrow.diffusion.generator import Generator
 from pixelgrow.errors import UserError
+from pixelgrow.evaluation.features import Extractor, load_extractor
+from pixelgrow.evaluation.measures import EXTRACTOR, of_features
 from pixelgrow.external.autoencoder import Autoencoder
 from pixelgrow.model import find
 from pixelgrow.models.cond import Cond
@@ -30,6 +32,7 @@ from pixelgrow.onestep.networks import networks_used
 from pixelgrow.recipe.stages import (
     DistillStage,
     EstimateStage,
+    EvaluateStage,
     GrowStage,
     ModelStage,
     PairsStage,
@@ -49,23 +52,28 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Examples:
-    """Images of the data: `pixels` uint8 (H, W, 3) and captions of each, and where they come from.
+    """Images of the data of `size` (h, w) in pixels: where they come from, and their captions.
 
-    `bad`: files that could not be read. `encode`: images (B, 3, H, W) in [-1, 1] to what the stages work on.
+    They are read when they are asked for. `bad`: files that could not be read. `encode`: images (B, 3, H, W) in [-1, 1]
+    to what the stages work on.
     """
 
-    pixels: list[np.ndarray]
+    size: tuple[int, int]
     captions: list[str]
     origins: list[Origin]
     bad: list[tuple[Source, BadFile]]
     encode: Callable[[Tensor], Tensor]
 
     def __len__(self) -> int:
-        return len(self.pixels)
+        return len(self.origins)
+
+    def pixels(self, rows: slice) -> Tensor:
+        """Some of the images (B, 3, H, W) in [-1, 1]."""
+        return to_tensor(np.stack([source.image(i, self.size) for source, i in self.origins[rows]]))
 
     def batch(self, rows: slice) -> Tensor:
         """Some of the images (B, 3, h, w) in [-1, 1], or their latents."""
-        return self.encode(to_tensor(np.stack(self.pixels[rows])))
+        return self.encode(self.pixels(rows))
 
     @property
     def images(self) -> Tensor:
@@ -90,6 +98,7 @@ class Materials:
     folder: Path
     device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     _said: set[str] = field(default_factory=set, init=False)
+    _extractors: dict[str, Extractor] = field(default_factory=dict, init=False)
     note: Callable[[str, Any], None] = field(default=lambda name, value: None, init=False)  # of the stage's record
 
     @cached_property
@@ -189,7 +198,7 @@ class Materials:
         """
         found = self._examples(n, size, self.data.heldout_order)
         if not found:
-            raise self._none_held_out((self.factor * size[0], self.factor * size[1]))
+            raise self._none_held_out(found.size)
         return found
 
     def known(self, mixture: Mixture, n: int, size: tuple[int, int]) -> Examples:
@@ -206,23 +215,21 @@ class Materials:
         self, n: int, size: tuple[int, int], order: Callable[[tuple[int, int]], Iterator[Origin]]
     ) -> Examples:
         """The first `n` images of an order that can be decoded; `size`: of the stages' images."""
-        images: list[np.ndarray] = []
         captions: list[str] = []
         origins: list[Origin] = []
         unreadable: list[tuple[Source, BadFile]] = []
         size = (self.factor * size[0], self.factor * size[1])
         for source, i in order(size):
-            if len(images) == n:
+            if len(origins) == n:
                 break
             try:
-                pixels = source.image(i, size, (0.5, 0.5))
+                source.image(i, size)
             except BadImage as bad:
                 unreadable.append((source, BadFile(source.key(i), bad.reason)))
                 continue
-            images.append(pixels)
             captions.append(source.text(i))
             origins.append((source, i))
-        return Examples(images, captions, origins, unreadable, self.autoencoder.encode if self.autoencoder else _same)
+        return Examples(size, captions, origins, unreadable, self.autoencoder.encode if self.autoencoder else _same)
 
     def _none_held_out(self, size: tuple[int, int]) -> UserError:
         names = ", ".join(s.name for s in self.data.heldout_sources)
@@ -318,6 +325,14 @@ class Materials:
             assert some.tokens is not None and some.mask is not None
             yield some.tokens[some.mask]
 
+    def extractors(self, stage: EvaluateStage) -> list[Extractor]:
+        """The feature extractors of an evaluation, none if no metric takes features; each is loaded once."""
+        names = stage.extractor or (EXTRACTOR,) if of_features(stage.metrics or ()) else ()
+        for name in names:
+            if name not in self._extractors:
+                self._extractors[name] = load_extractor(name, self.device)
+        return [self._extractors[name] for name in names]
+
     def describe(self, stage: Stage) -> dict[str, Any]:
         """A stage's settings and the fingerprints of what it uses, except its parents, for `stage.json`."""
         spec = self.recipe.text
@@ -333,6 +348,8 @@ class Materials:
         settings |= self.data.describe(stage)
         if isinstance(stage, DistillStage | GrowStage) and stage.losses and (networks := networks_used(stage.losses)):
             settings["networks"] = networks
+        if isinstance(stage, EvaluateStage) and (extractors := self.extractors(stage)):
+            settings["extractors"] = {e.name: e.identity for e in extractors}
         return settings
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import unicodedata
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -234,3 +234,18 @@ def as_labels(prompts: Sequence[str], names: Sequence[str], classes: int) -> lis
             known = f"one of {', '.join(names)}, or " if names else ""
             raise UserError(f"class {prompt!r} is unknown: expected {known}a number from 0 to {classes - 1}")
     return labels
+
+
+def check_classes(text: Mapping[str, Any], names: Sequence[str], where: str) -> None:
+    """UserError unless the class folders `names` of data are those of a model with `text`, or neither has classes.
+
+    where: the data, in the message.
+    """
+    head, _, count = str(text.get("encoder")).partition(":")
+    if bool(names) != (head == "labels"):
+        has, knows = ("classes", "captions") if names else ("captions", "classes")
+        raise UserError(f"{where} has {has}, and the model was trained on {knows}: name images with {knows}")
+    known = list(text.get("classes", ()))
+    if len(names) > int(count or 0) or (known and known != list(names)):
+        expected = f"those of the model ({', '.join(known)})" if known else f"at most {count}"
+        raise UserError(f"{where} has the classes {', '.join(names)}; expected {expected}, in one folder each")

@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -163,6 +164,27 @@ class Display:
     ) -> None:
         if self.bar is not None:
             self.bar.stop()
+
+
+class Displays:
+    """Progress of several parts, one after the other: called with a part's name, images done, and images in all."""
+
+    def __init__(self, name: str = "") -> None:
+        self.name, self.part = name, ""
+        self.stack = ExitStack()
+
+    def __call__(self, part: str, done: int, images: int) -> None:
+        if part != self.part:
+            self.stack.close()
+            shown = ", ".join(filter(None, (self.name, part)))
+            self.part, self.display = part, self.stack.enter_context(Display(shown, images, done))
+        self.display.update(done)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stack.close()
 
 
 def duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Folders of images with a caption file beside each, and folders with one folder per class."""
+"""Folders of images: with a caption file beside each, with one folder per class, or without captions."""
 
 import os
 from array import array
@@ -150,6 +150,32 @@ class ClassFolder(Folder):
 
     def text(self, i: int) -> str:
         return str(self._labels[i])
+
+
+class ImageFolder(Folder):
+    """A folder of images without captions, at any depth: every text is empty. For evaluation; no stage trains on it."""
+
+    kind = "images without captions"
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        for folder, names in walk(self._root, self._reject):
+            for name in names:
+                key = folder + name
+                if not is_image(os.path.join(self._root, key)):
+                    self._pass_over(NEITHER, key_of(key))
+                    continue
+                try:
+                    with open_regular(os.path.join(self._root, key)) as file:
+                        self._admit(file, key_of(key).encode(errors="surrogatepass"))
+                except BadImage as error:
+                    self._reject(key_of(key), error.reason)
+                    continue
+                self._keys.append(key)
+        self._finish()
+
+    def text(self, i: int) -> str:
+        return ""
 
 
 def _bytes(captions: Captions) -> list[bytes]:

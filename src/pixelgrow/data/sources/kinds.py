@@ -59,6 +59,13 @@ def kind_of(path: str, kind: str) -> Kind:
     return _shards(path) or _split(path) or _images(path)
 
 
+def has_captions(path: str) -> bool:
+    """Whether a folder has a metadata file, or some image of it or below it has a caption file."""
+    root = os.fsencode(path)
+    walked = walk(root, lambda key, reason: None)
+    return table_in(path) is not None or any(_pair(root, folder, names) for folder, names in walked)
+
+
 def _file(path: str, kind: str) -> Kind:
     name, folder = os.path.basename(path), os.path.dirname(path) or "."
     found = format_at(os.fsencode(path))

@@ -7,7 +7,8 @@ from typing import cast, get_args
 
 from pixelgrow.data.images import FRAME, Fit, Frame, colour_of
 from pixelgrow.data.sources.base import Source
-from pixelgrow.data.sources.kinds import kind_of
+from pixelgrow.data.sources.folders import ImageFolder
+from pixelgrow.data.sources.kinds import has_captions, kind_of
 from pixelgrow.data.sources.names import folded_form, text_of
 from pixelgrow.errors import UserError
 
@@ -52,6 +53,20 @@ def open_source(spec: Spec | str) -> Source:
     source.guess = found.guess
     source.lay(frame)
     return source
+
+
+def open_images(path: str) -> Source:
+    """Open a folder whose images need no captions; where it has captions, or the path is no folder, `open_source`.
+
+    Raises `UserError` as that does.
+    """
+    folder = os.path.expanduser(path)
+    try:
+        if not os.path.isdir(folder) or has_captions(folder) or any(n.endswith(".tar") for n in os.listdir(folder)):
+            return open_source(path)
+        return ImageFolder(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read: {error.strerror or error}") from error
 
 
 def open_mixture(specs: Spec | str | Sequence[Spec | str]) -> tuple[list[Source], list[float] | None]:

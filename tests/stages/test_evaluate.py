@@ -1,0 +1,103 @@
+"""The `evaluate` stage: the metrics of `pixelgrow evaluate`, on held-out images, resumed where it was cut off."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import pixelgrow.evaluation.protocol
+from pixelgrow.errors import UserError
+from pixelgrow.evaluation.protocol import Shard
+from pixelgrow.recipe.read import read_recipe
+from pixelgrow.run import run
+from pixelgrow.stages.evaluate import MEASURED, Evaluated
+from runs import few_samples
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_samples() -> Iterator[None]:
+    with few_samples():
+        yield
+
+
+def recipe(**evaluate: Any) -> Any:
+    small = {"images": 8, "batch": 8, "sample_every": 0, "validate_every": 0, "snapshot_every": 0}
+    stages = [
+        {"train": {"name": "core", "size": "tiny", "resolution": 32, **small}},
+        {"evaluate": {"name": "eval", "prompts": 10, "steps": 1, "batch": 4, **evaluate}},
+    ]
+    data = {"source": "scenes", "n": 40, "captions": 8}
+    return read_recipe({"name": "r", "seed": 5, "data": data, "stages": stages}, "test")
+
+
+def test_metrics_of_features_and_seeds_and_going_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = recipe(metrics=["recall", "mmd"], seeds=2)
+    real = Evaluated.make
+    made: list[tuple[int, int]] = []
+    stops = [(6, 4)]
+
+    def cut(self: Evaluated, prompts: Any, numbers: Any, seed: int) -> Any:
+        if (seed, numbers[0]) in stops:
+            stops.clear()
+            raise KeyboardInterrupt
+        made.append((seed, numbers[0]))
+        return real(self, prompts, numbers, seed)
+
+    monkeypatch.setattr(Evaluated, "make", cut)
+    with pytest.raises(KeyboardInterrupt):
+        run(asked, tmp_path)
+    assert made == [(5, 0), (5, 4), (5, 8), (6, 0)] and (tmp_path / "r" / "eval" / MEASURED).exists()
+    report = run(asked, tmp_path).read_text(encoding="utf-8")
+    assert made[4:] == [(6, 4), (6, 8)] and not (tmp_path / "r" / "eval" / MEASURED).exists()
+    metrics = json.loads((tmp_path / "r" / "eval" / "metrics.json").read_text())
+    rows = {row["name"]: row for row in metrics["metrics"]}
+    distance = rows["MMD-10 (efficientnet-lite0)"]
+    assert len(distance["values"]) == 2 and distance["low"] < distance["mean"] < distance["high"]
+    assert rows["scenes: colour-10"]["interval"] == "prompts"
+    assert metrics["accuracy"]["colour"] == rows["scenes: colour-10"]["mean"]
+    assert list(metrics["accuracy"]) == ["background", "colour", "shape", "count", "relation", "all"]
+    assert metrics["seeds"] == [5, 6] and metrics["extractors"]["efficientnet-lite0"]["side"] == 224
+    assert {"seams", "details", "error", "sampling", "nfe", "seconds_per_image", "peak_memory"} <= metrics.keys()
+    assert "MMD-10 (efficientnet-lite0)" in report
+    settings = json.loads((tmp_path / "r" / "eval" / "stage.json").read_text())["settings"]
+    assert settings["extractors"] == {"efficientnet-lite0": metrics["extractors"]["efficientnet-lite0"]["identity"]}
+
+
+def test_an_extractor_that_is_not_here_is_refused_before_any_training(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="'some/model' is not on this machine"):
+        run(recipe(metrics=["fd"], extractor="some/model"), tmp_path)
+    assert not (tmp_path / "r" / "core").exists()
+
+
+def test_without_metrics_no_extractor_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Shard] = []
+    put = pixelgrow.evaluation.protocol.Shards.put
+    monkeypatch.setattr(
+        pixelgrow.evaluation.protocol.Shards,
+        "put",
+        lambda self, part, shard: kept.append(shard) or put(self, part, shard),
+    )
+    run(recipe(), tmp_path)
+    assert not [name for shard in kept for name in shard.tensors if name.startswith("features")]
+    metrics = json.loads((tmp_path / "r" / "eval" / "metrics.json").read_text())
+    assert {row["metric"] for row in metrics["metrics"]} == {"scenes"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"metrics": ["fdd"]}, "metric 'fdd' is unknown: did you mean fd"),
+        ({"metrics": ["fd-ratio"]}, "fd-ratio takes more than a recipe has; measure it with pixelgrow evaluate"),
+        ({"metrics": ["fd"], "prompts": 9}, "prompts: got 9, expected at least 10 for fd"),
+        ({"extractor": "clip"}, "extractor is for metrics of features, such as fd"),
+        ({"seeds": 0}, "seeds: got 0"),
+    ],
+)
+def test_mistakes_in_a_recipe(settings: dict[str, Any], line: str) -> None:
+    with pytest.raises(UserError, match=line) as error:
+        recipe(**settings)
+    assert "\n" not in str(error.value)
