@@ -15,14 +15,27 @@ from PIL import Image
 
 from cli_files import noisy_classes
 from conftest import CliResult, RunCli
+from extractors import Pixels
+from pixelgrow.evaluation.features import load_extractor
 from pixelgrow.evaluation.images import OfModel
+from pixelgrow.evaluation.measures import EXTRACTOR
 
 METRICS = ("--metrics", "precision,mmd")
 Evaluate = Callable[..., CliResult]
 
 
 @pytest.fixture
-def evaluate(model: Path, run_cli: RunCli, tmp_path: Path) -> Evaluate:
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The extractor that is named by default costs nothing."""
+
+    def load(name: str, device: object) -> object:
+        return Pixels() if name == EXTRACTOR else load_extractor(name)
+
+    monkeypatch.setattr("pixelgrow.evaluation.planning.load_extractor", load)
+
+
+@pytest.fixture
+def evaluate(_quick: None, model: Path, run_cli: RunCli, tmp_path: Path) -> Evaluate:
     """`evaluate("-o", "a.json")`: an untrained model of classes on random images, 12 of them, in one step."""
     data = noisy_classes(tmp_path, each=5)
 
@@ -41,7 +54,7 @@ def test_twice_gives_the_same_file_but_for_times(evaluate: Evaluate, tmp_path: P
     for name in ("a", "b"):
         result = evaluate("-o", f"{name}.json", "--seeds", "2")
         assert result.code == 0, result.err
-        assert "precision-12 (efficientnet-lite0)" in result.out and "network evaluations an image: 1" in result.out
+        assert "precision-12 (pixels)" in result.out and "network evaluations an image: 1" in result.out
     a, b = read(tmp_path / "a.json"), read(tmp_path / "b.json")
     measured = a.pop("measured")
     assert b.pop("measured") != measured and a == b
@@ -49,7 +62,7 @@ def test_twice_gives_the_same_file_but_for_times(evaluate: Evaluate, tmp_path: P
     assert measured["peak_memory"] > 2**20 and a["candidate"]["sha256"] and a["candidate"]["lineage"]
     assert a["candidate"]["sampling"] == {"grid": "karras", "steps": 1, "sampler": "dpm++2m", "guidance": 1.0}
     assert (a["seeds"], a["images"], a["real"]["images"]) == ([0, 1], 12, 12)
-    assert a["extractors"]["efficientnet-lite0"]["identity"] and a["versions"]["torch"] and a["machine"]["cores"]
+    assert a["extractors"]["pixels"]["identity"] and a["versions"]["torch"] and a["machine"]["cores"]
     assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob(".*"))
     again = evaluate("-o", "a.json", "--seeds", "2")
     assert again.code == 0 and "a.json is there already" in again.err and "precision-12" in again.out
@@ -174,6 +187,7 @@ def test_mistakes(evaluate: Evaluate, model: Path, run_cli: RunCli, tmp_path: Pa
     assert not list(tmp_path.glob("*.part"))
 
 
+@pytest.mark.usefixtures("_quick")
 def test_a_model_that_makes_no_finite_image(model: Path, run_cli: RunCli, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from external.test_vision import save_both
+from extractors import Pixels
 from pixelgrow.data.scenes.source import Scenes
 from pixelgrow.errors import UserError
 from pixelgrow.evaluation.features import Features, load_extractor
@@ -32,23 +33,6 @@ from pixelgrow.rng import generator
 from text_models import TEXTS
 
 SIDE = 8
-
-
-class Pixels:
-    """An extractor whose features are the means of 2 x 2 blocks of 4 x 4 pixels, and whose logits are their first."""
-
-    name, width = "pixels", 12
-
-    @property
-    def identity(self) -> str:
-        return "of pixels"
-
-    def describe(self) -> dict[str, Any]:
-        return {"name": self.name, "width": self.width, "classes": 3}
-
-    def __call__(self, images: Tensor) -> Features:
-        features = torch.nn.functional.adaptive_avg_pool2d(images.float(), 2).flatten(1) / 50
-        return Features(features, features[:, :3])
 
 
 @dataclass
