@@ -29,7 +29,7 @@ from pixelgrow.models.uvit import UViT
 from pixelgrow.pictures import to_uint8
 from pixelgrow.text.encoders import load_encoder
 
-SHIPPED_BYTES = 14 * 2**20  # all weights together
+SHIPPED_BYTES = 21 * 2**20  # all weights together
 
 
 def untrained(resolution: int = 16, seed: int = 0, encoder: str = "labels:3") -> Model:
@@ -48,7 +48,7 @@ def tiny() -> Model:
 
 
 @pytest.mark.parametrize(
-    ("name", "verbs"), [("tiny", ["train", "grow", "cast"]), ("tiny-onestep", ["train", "distill", "grow", "cast"])]
+    ("name", "verbs"), [("tiny", ["train", "grow"]), ("tiny-onestep", ["train", "distill", "grow", "cast"])]
 )
 def test_what_ships_says_how_it_was_made(name: str, verbs: list[str]) -> None:
     assert name in builtin()
@@ -84,19 +84,21 @@ def test_a_run_or_an_unfinished_stage_names_what_has_a_model(tmp_path: Path, mon
 
 
 def test_what_ships_is_small() -> None:
-    """Parameters in float16, statistics of the text in float32."""
+    """Parameters of the one-step model in float16, statistics of the text in float32. In float16 `tiny`, sampled in 32
+    steps, has a few pixels in a million that differ by two grey levels, so it stays in float32."""
     assert sum(file.stat().st_size for file in WEIGHTS.rglob("*.*")) < SHIPPED_BYTES
     for name in builtin():
         net = pixelgrow.load(name, device="cpu").network.net
         stored = load_file(find(name) / checkpoint.WEIGHTS)
         parameters = dict(net.named_parameters())
-        assert all((t.dtype == torch.float16) == (n in parameters) for n, t in stored.items())
+        halved = parameters if name == "tiny-onestep" else {}
+        assert all((t.dtype == torch.float16) == (n in halved) for n, t in stored.items())
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny-onestep"])
-def test_images_are_the_same_in_half_precision(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "levels"), [("tiny", 2), ("tiny-onestep", 1)])
+def test_images_are_the_same_in_half_precision(name: str, levels: int, tmp_path: Path) -> None:
     """The shipped weights with differences below float16's precision, saved in float16: no pixel differs by more than
-    one of 255 grey levels."""
+    one of 255 grey levels, or two after several steps."""
     exact = pixelgrow.load(name, device="cpu")
     generator = torch.Generator().manual_seed(0)
     for p in exact.network.net.parameters():  # float16 has 11 bits of precision
@@ -106,14 +108,16 @@ def test_images_are_the_same_in_half_precision(name: str, tmp_path: Path) -> Non
     more = {} if name == "tiny-onestep" else {"steps": 4}
     prompts = ["a red circle above two blue stars", "three green squares", "a small yellow triangle", "a black cross"]
     a, b = (np.stack([np.asarray(i, int) for i in m.sample(prompts, **more)]) for m in (exact, half))
-    assert np.abs(a - b).max() == 1
+    assert 1 <= np.abs(a - b).max() <= levels
 
 
 def test_a_teacher_is_known_by_what_it_was_before_it_was_cast() -> None:
-    """tiny-onestep was distilled from the core that tiny grew from; both were cast at the end."""
+    """tiny-onestep was distilled from the core that tiny grew from, and cast at the end."""
     tiny, onestep = (checkpoint.read_config(find(name)) for name in ("tiny", "tiny-onestep"))
     (distilled,) = (entry["parent"] for entry in onestep.lineage if entry["verb"] == "distill")
-    assert kept_in(tiny.lineage) == [tiny.lineage[-1]["parent"], distilled]
+    assert kept_in(tiny.lineage) == [distilled]
+    cast = [*tiny.lineage, {"verb": "cast", "dtype": "float16", "parent": tiny.sha256}]
+    assert kept_in(cast) == [tiny.sha256, distilled]
 
 
 def test_the_shipped_model_follows_held_out_captions(tiny: Model) -> None:
