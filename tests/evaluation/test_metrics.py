@@ -22,6 +22,7 @@ from pixelgrow.evaluation.metrics import (
     extrapolated,
     fd_ratio,
     frechet,
+    frechet_interval,
     inception_score,
     interval,
     named,
@@ -230,3 +231,25 @@ def test_interval_takes_two_values() -> None:
 )
 def test_only_50000_images_are_50k(images: int, name: str) -> None:
     assert named("FID", images) == name
+
+
+def test_the_jackknife_of_a_distance_is_as_wide_as_distances_scatter() -> None:
+    def drawn(seed: int) -> list[Moments]:
+        x = torch.randn(600, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 1.3 + 0.2
+        parts = [Moments(3) for _ in range(10)]
+        for k, part in enumerate(parts):
+            part.add(x[k::10])
+        return parts
+
+    reference = Moments(3)
+    reference.add(torch.randn(4000, 3, generator=torch.Generator().manual_seed(9), dtype=torch.float64))
+    found = [frechet_interval(drawn(seed), reference) for seed in range(150)]
+    distances = torch.tensor([f.mean for f in found])
+    widths = torch.tensor([f.high - f.low for f in found]) / (2 * 2.262157)  # t of 9 degrees of freedom
+    assert widths.mean().item() == pytest.approx(distances.std().item(), rel=0.2)
+    inside = [f.low <= distances.mean() <= f.high for f in found]
+    assert 0.89 <= sum(inside) / len(inside) <= 1
+    whole = Moments(3)
+    for part in drawn(0):
+        whole.merge(part)
+    assert found[0].mean == pytest.approx(frechet(whole, reference), rel=1e-12)

@@ -19,13 +19,23 @@ from external.test_vision import save_both
 from extractors import Pixels
 from pixelgrow.data.scenes.source import Scenes
 from pixelgrow.errors import UserError
+from pixelgrow.evaluation.alignment.intervals import over_prompts
 from pixelgrow.evaluation.features import Features, load_extractor
 from pixelgrow.evaluation.images import Conditions, Made
 from pixelgrow.evaluation.judges import SceneJudge
-from pixelgrow.evaluation.metrics import clip_score, extrapolated, frechet, inception_score, interval
+from pixelgrow.evaluation.measures import row
+from pixelgrow.evaluation.metrics import (
+    clip_score,
+    extrapolated,
+    frechet,
+    frechet_interval,
+    inception_score,
+    interval,
+)
 from pixelgrow.evaluation.neighbours import neighbours
 from pixelgrow.evaluation.protocol import Plan, Result, check, evaluate
 from pixelgrow.evaluation.real import Real, open_real
+from pixelgrow.evaluation.reference import load_reference, save_reference
 from pixelgrow.evaluation.shards import Shards
 from pixelgrow.evaluation.statistics import Marginals, Moments
 from pixelgrow.external.vision import load_clip
@@ -135,9 +145,31 @@ def test_the_numbers_are_those_of_the_metrics(tmp_path: Path) -> None:
     assert result.shown.equal(noise.images(range(20), 0)) and float(result.sums["count"]) == 40
 
 
-def test_one_seed_has_no_interval_over_seeds(tmp_path: Path) -> None:
-    row = rows_of(run(Noise(), plan_of("fd"), tmp_path))["FD-20 (pixels)"]
+def test_intervals_of_one_seed_are_over_its_images(tmp_path: Path) -> None:
+    found = rows_of(run(Noise(), plan_of("fd", "precision", "recall", "mmd"), tmp_path))
+    row = found["MMD-20 (pixels)"]
     assert (row["low"], row["high"], row["interval"], len(row["values"])) == (None, None, None, 1)
+    distance, features = found["FD-20 (pixels)"], Pixels()(Noise().images(range(20), 0)).features
+    parts = [Moments(12) for _ in range(10)]
+    for i, one in enumerate(features):
+        parts[i % 10].add(one[None])
+    real = Moments(12)
+    real.add(Pixels()(torch.from_numpy(Drawn().pixels).permute(0, 3, 1, 2)).features)
+    expected = frechet_interval(parts, real)
+    assert (distance["mean"], distance["low"], distance["high"]) == pytest.approx(
+        (expected.mean, expected.low, expected.high), rel=1e-6
+    )
+    precision, recall = found["precision-20 (pixels)"], found["recall-20 (pixels)"]
+    for shown, images in ((precision, 20), (recall, 24)):
+        inside = round(shown["mean"] * images)
+        share = over_prompts([1.0] * inside + [0.0] * (images - inside))
+        assert (shown["low"], shown["high"], shown["interval"]) == (share.low, share.high, "images")
+
+
+def test_intervals_over_seeds_end_where_the_metric_does() -> None:
+    made = row("precision", "precision-9", [0.1, 0.9])
+    assert (made["low"], made["high"]) == (0, 1)
+    assert row("mmd", "MMD-9", [0.1, 0.9])["low"] < 0 and row("fd", "FD-9", [1.0, 90.0])["low"] == 0
 
 
 def test_the_ratio_is_over_all_extractors(tmp_path: Path) -> None:
@@ -227,6 +259,12 @@ def test_a_reference_is_written_then_read(tmp_path: Path, monkeypatch: pytest.Mo
     changed = replace(plan.real or real_images(), fingerprint="other")
     with pytest.raises(UserError, match="does not fit the images: fingerprint: got 'of drawn', expected 'other'"):
         run(Noise(), replace(plan, real=changed), tmp_path / "4")
+    bare = tmp_path / "bare.safetensors"
+    whole = load_reference(file)
+    save_reference(bare, replace(whole, features=None))
+    assert run(Noise(), replace(plan, metrics=("fd",), reference=bare), tmp_path / "6").values["metrics"]
+    with pytest.raises(UserError, match="has moments, no features"):
+        check(replace(plan, reference=bare), Noise())
     monkeypatch.setattr(Pixels, "describe", lambda self: {"name": "pixels", "width": 12, "classes": 4})
     with pytest.raises(UserError, match="does not fit the extractor: classes: got 3, expected 4"):
         run(Noise(), plan, tmp_path / "5")

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from pixelgrow.errors import UserError
+from pixelgrow.evaluation.alignment.intervals import over_prompts
 from pixelgrow.evaluation.alignment.results import Judged, summarise
 from pixelgrow.evaluation.alignment.retrieval import Retrieval, retrieval
 from pixelgrow.evaluation.kernels import cmmd, kid, mmd
-from pixelgrow.evaluation.metrics import clip_score, extrapolated, fd_ratio, frechet, inception_score, interval, named
+from pixelgrow.evaluation.metrics import (
+    clip_score,
+    extrapolated,
+    fd_ratio,
+    frechet,
+    frechet_interval,
+    inception_score,
+    interval,
+    named,
+)
 from pixelgrow.evaluation.neighbours import neighbours
 from pixelgrow.evaluation.reference import Reference
 from pixelgrow.evaluation.shards import Shard
@@ -26,33 +38,39 @@ EXTRACTOR = "efficientnet-lite0"  # needs no hub
 LEAST = 10  # images: below, no metric of features says anything
 
 
+SHARE, UNBOUNDED = (0.0, 1.0), (-math.inf, math.inf)
+PARTS = 10  # of one seed's images, for the interval of a distance
+
+
 @dataclass(frozen=True)
 class Metric:
-    """title: as it is printed. takes: beside features of generated images. higher: whether more is better."""
+    """title: as it is printed. higher: whether more is better. takes: beside features of generated images. ends: of its
+    range, where intervals end too."""
 
     title: str
     higher: bool
     takes: tuple[Takes, ...]
+    ends: tuple[float, float] = (0.0, math.inf)
 
 
 METRICS: Mapping[str, Metric] = {
     "fd": Metric("FD", False, ("real",)),
     "fd-infinity": Metric("FD-infinity", False, ("real",)),
     "fd-ratio": Metric("FD-ratio", False, ("real", "train")),
-    "kid": Metric("KID", False, ("real",)),
-    "mmd": Metric("MMD", False, ("real",)),
+    "kid": Metric("KID", False, ("real",), UNBOUNDED),  # unbiased, so that it may be negative
+    "mmd": Metric("MMD", False, ("real",), UNBOUNDED),
     "cmmd": Metric("CMMD", False, ("real",)),
     "is": Metric("IS", True, ("logits",)),
-    "precision": Metric("precision", True, ("real",)),
-    "recall": Metric("recall", True, ("real",)),
+    "precision": Metric("precision", True, ("real",), SHARE),
+    "recall": Metric("recall", True, ("real",), SHARE),
     "density": Metric("density", True, ("real",)),
-    "coverage": Metric("coverage", True, ("real",)),
+    "coverage": Metric("coverage", True, ("real",), SHARE),
     "clipscore": Metric("CLIPScore", True, ("texts",)),
-    "retrieval": Metric("retrieval", True, ("real", "captions")),
-    "scenes": Metric("scenes", True, ("judge",)),
-    "counting": Metric("counting", True, ("judge",)),
-    "dsg": Metric("DSG", True, ("judge",)),
-    "soft-tifa": Metric("Soft-TIFA", True, ("judge",)),
+    "retrieval": Metric("retrieval", True, ("real", "captions"), SHARE),
+    "scenes": Metric("scenes", True, ("judge",), SHARE),
+    "counting": Metric("counting", True, ("judge",), SHARE),
+    "dsg": Metric("DSG", True, ("judge",), SHARE),
+    "soft-tifa": Metric("Soft-TIFA", True, ("judge",), SHARE),
 }
 NEIGHBOURS = ("precision", "recall", "density", "coverage")
 
@@ -75,6 +93,11 @@ def takes(names: Sequence[str], what: Takes) -> list[str]:
 def of_features(names: Sequence[str]) -> list[str]:
     """Those metrics that compare features."""
     return [name for name in names if "judge" not in METRICS[name].takes]
+
+
+def takes_features(names: Sequence[str]) -> bool:
+    """Whether some metric takes the real images' features one by one, not their moments alone."""
+    return any(name not in ("fd", "fd-infinity", "fd-ratio") for name in takes(names, "real"))
 
 
 class Seen:
@@ -100,6 +123,21 @@ class Seen:
             found.add(features)
         assert found is not None
         return found
+
+    def parts(self) -> list[Moments]:
+        """Moments of `PARTS` equal parts of the images: every tenth."""
+        found: list[Moments] = []
+        for numbers, features in self._tensors("features"):
+            found = found or [Moments(features.shape[1]) for _ in range(PARTS)]
+            rest = torch.as_tensor(numbers) % PARTS
+            for k, part in enumerate(found):
+                part.add(features[rest == k])
+        return found
+
+    def forget(self) -> None:
+        """Let go of what is large; it is read again if it is asked for."""
+        for name in ("features", "texts"):
+            self.__dict__.pop(name, None)
 
     @cached_property
     def features(self) -> Tensor:
@@ -140,35 +178,38 @@ class Against:
     @property
     def features(self) -> Tensor:
         """(n, width) of the real images."""
-        assert self.real is not None
-        if self.real.features is None:
-            raise UserError("the reference holds no features of its images, only moments: make it again")
+        assert self.real is not None and self.real.features is not None
         return self.real.features
 
 
 def rows_of_features(
-    names: Sequence[str], seen: Sequence[Seen], against: Against, own: Sequence[str], wide: str
+    names: Sequence[str], seen: Sequence[Seen], against: Against, own: Sequence[str], extractor: str
 ) -> list[Row]:
-    """Rows of the metrics of one extractor. seen: of each seed. own: the generated images' prompts. wide: its name."""
-    by_seed = [dict(_of_seed(names, one, against)) for one in seen]
+    """Rows of the metrics of one extractor. seen: of each seed. own: the generated images' prompts."""
+    n = seen[0].count
+    values: dict[str, list[float]] = {name: [] for name in names}
+    retrieved = []
+    for one in seen:
+        for name, value in _of_seed(names, one, against):
+            values[name].append(value)
+        if "retrieval" in names:
+            retrieved.append(_retrieval(one, against, own))
+        one.forget()
     rows: list[Row] = []
     for name in names:
-        metric, n = METRICS[name], seen[0].count
         if name == "retrieval":
-            captions = list(against.captions)[: len(against.features)]
-            real = against.features[: len(captions)]  # a reference may be of more images than have captions here
-            found = [retrieval(one.features, real, captions, list(own)) for one in seen]
-            rows += _of_retrieval(found, n, wide)
+            rows += _of_retrieval(retrieved, n, extractor)
         elif name != "fd-ratio":
-            title = "FID" if (name, wide) == ("fd", "inception") else metric.title
-            rows.append(row(name, named(title, n), metric.higher, [v[name] for v in by_seed], extractor=wide))
+            title = "FID" if (name, extractor) == ("fd", "inception") else METRICS[name].title
+            made = row(name, named(title, n), values[name], extractor)
+            rows.append(made | (_of_one_seed(name, values[name][0], seen[0], against) if len(seen) == 1 else {}))
     return rows
 
 
 def _of_seed(names: Sequence[str], seen: Seen, against: Against) -> Iterator[tuple[str, float]]:
-    if set(names) & set(NEIGHBOURS):
+    if asked := [name for name in names if name in NEIGHBOURS]:
         found = neighbours(against.features, seen.features)
-        yield from ((name, getattr(found, name)) for name in NEIGHBOURS)
+        yield from ((name, getattr(found, name)) for name in asked)
     for name in names:
         if name == "fd":
             assert against.real is not None
@@ -186,12 +227,32 @@ def _of_seed(names: Sequence[str], seen: Seen, against: Against) -> Iterator[tup
             yield name, clip_score(seen.features, seen.texts).mean().item()
 
 
+def _of_one_seed(name: str, value: float, seen: Seen, against: Against) -> Row:
+    """The interval of a metric of one seed, as far as the images themselves give one."""
+    if name == "fd":
+        assert against.real is not None
+        found = frechet_interval(seen.parts(), against.real.moments)
+        return {"low": found.low, "high": found.high, "interval": "images"}
+    if name in ("precision", "recall", "coverage"):  # shares of generated images, or of real ones
+        images = seen.count if name == "precision" else len(against.features)
+        inside = round(value * images)
+        share = over_prompts([1.0] * inside + [0.0] * (images - inside))  # Wilson's interval
+        return {"low": share.low, "high": share.high, "interval": "images"}
+    return {}
+
+
+def _retrieval(seen: Seen, against: Against, own: Sequence[str]) -> Retrieval:
+    captions = list(against.captions)[: len(against.features)]
+    real = against.features[: len(captions)]  # a reference may be of more images than have captions here
+    return retrieval(seen.features, real, captions, list(own))
+
+
 def _of_retrieval(found: Sequence[Retrieval], n: int, extractor: str) -> Iterator[Row]:
     """Rows of retrieval; their intervals are over captions, all seeds together."""
     summary = summarise(j for one in found for j in one.judged)
     for name, share in summary.scores.items():
         values = [_mean(one.judged, name) for one in found]
-        made = row("retrieval", named(f"retrieval {name}", n), True, values, extractor=extractor)
+        made = row("retrieval", named(f"retrieval {name}", n), values, extractor)
         made |= {"low": share.low, "high": share.high, "interval": "captions"}
         yield made | {"chance": found[0].chance[name], "candidates": found[0].candidates}
 
@@ -202,7 +263,7 @@ def ratio_row(seen: Mapping[str, Sequence[Seen]], against: Mapping[str, Against]
     heldout = {name: frechet(a.real.moments, train[name]) for name, a in against.items() if a.real is not None}
     seeds = range(len(next(iter(seen.values()))))
     values = [fd_ratio({name: frechet(s[k].moments, train[name]) for name, s in seen.items()}, heldout) for k in seeds]
-    made = row("fd-ratio", named("FD-ratio", n), False, values, extractor=", ".join(seen))
+    made = row("fd-ratio", named("FD-ratio", n), values, ", ".join(seen))
     return made | {"heldout": heldout}
 
 
@@ -215,7 +276,7 @@ def rows_of_judge(metric: str, judged: Sequence[Sequence[Judged]]) -> list[Row]:
     shares += [(k, f"{metric}: {k}", share, [s.kinds[k].mean for s in seeds]) for k, share in summary.kinds.items()]
     rows = []
     for measure, name, share, values in shares:
-        made = row(metric, named(name, images), True, values) | {"measure": measure}
+        made = row(metric, named(name, images), values) | {"measure": measure}
         rows.append(made | {"mean": share.mean, "low": share.low, "high": share.high, "interval": "prompts"})
     return rows
 
@@ -225,17 +286,18 @@ def _mean(judged: Sequence[Judged], name: str) -> float:
     return sum(scores) / len(scores)
 
 
-def row(metric: str, name: str, higher: bool, values: Sequence[float], extractor: str | None = None) -> Row:
+def row(metric: str, name: str, values: Sequence[float], extractor: str | None = None) -> Row:
     """A row of results: a value of each seed, their mean, and its interval over seeds if there are several."""
     found = interval(values) if len(values) > 1 else None
+    least, most = METRICS[metric].ends
     return {
         "metric": metric,
         "extractor": extractor,
         "name": name if extractor is None else f"{name} ({extractor})",
-        "better": "higher" if higher else "lower",
+        "better": "higher" if METRICS[metric].higher else "lower",
         "values": list(values),
         "mean": values[0] if found is None else found.mean,
-        "low": None if found is None else found.low,
-        "high": None if found is None else found.high,
+        "low": None if found is None else max(least, found.low),
+        "high": None if found is None else min(most, found.high),
         "interval": None if found is None else "seeds",
     }

@@ -153,6 +153,27 @@ def interval(values: Sequence[float], level: float = 0.95) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
+def frechet_interval(parts: Sequence[Moments], reference: Moments, level: float = 0.95) -> Interval:
+    """The Frechet distance of all images to `reference`, and its interval from one set of images, by a jackknife.
+
+    parts: moments of equal random parts of the images, ten or so. Each is left out in turn (delete-a-group jackknife;
+    Kott 2001, J. Off. Stat. 17), and the t interval has one degree of freedom fewer than there are parts. It covers the
+    choice of the images, not that of the reference's, nor the bias of a finite number. Raises UserError as `frechet`.
+    """
+    root, count = _root(reference.covariance), len(parts)
+
+    def distance(kept: Sequence[Moments]) -> float:
+        merged = Moments(reference.width)
+        for part in kept:
+            merged.merge(part)
+        return _frechet(merged, reference, root)
+
+    without = torch.tensor([distance([*parts[:i], *parts[i + 1 :]]) for i in range(count)], dtype=torch.float64)
+    error = math.sqrt((count - 1) / count * (without - without.mean()).square().sum().item())
+    whole, half = distance(parts), _t_quantile(level, count - 1) * error
+    return Interval(whole, max(0.0, whole - half), whole + half)
+
+
 def _t_quantile(level: float, freedom: int) -> float:
     """t with P(|T| < t) = level for Student's T with an integer number of degrees of freedom."""
     # With theta = atan(t / sqrt(freedom)), P is a finite sum (Abramowitz and Stegun 26.7.3 and 26.7.4).

@@ -35,6 +35,7 @@ from pixelgrow.evaluation.measures import (
     rows_of_features,
     rows_of_judge,
     takes,
+    takes_features,
 )
 from pixelgrow.evaluation.real import Real, digest
 from pixelgrow.evaluation.reference import Reference, load_reference, save_reference
@@ -121,7 +122,9 @@ def check(plan: Plan, candidate: Candidate) -> None:
             f"--reference {plan.reference}: got {len(plan.extractors)} extractors, and a reference is of one; name one"
         )
     for extractor in plan.extractors:
-        _kept(plan, extractor)
+        kept = _kept(plan, extractor)
+        if kept is not None and kept.features is None and takes_features(names):
+            raise UserError(f"reference {plan.reference} has moments, no features: delete it, and it is made again")
 
 
 def evaluate(
@@ -211,7 +214,8 @@ def _reference(plan: Plan, extractor: Extractor, shards: Shards, say: Progress) 
     seen = _seen_real(plan, plan.real, "real", extractor, shards, say)
     kept = [int(i) for shard in seen.each() for i in shard.tensors["numbers"]]
     data |= {"images": len(kept), "missing": sorted(set(range(len(plan.real))) - set(kept))}
-    found = Reference(seen.moments, data, extractor.describe(), seen.features)
+    rows = plan.reference is not None or takes_features(plan.metrics)  # a file serves all metrics
+    found = Reference(seen.moments, data, extractor.describe(), seen.features if rows else None)
     if plan.reference is not None:
         save_reference(plan.reference, found)
     return found

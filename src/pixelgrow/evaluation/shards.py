@@ -60,8 +60,8 @@ class Shards:
         at = 0
         while at < n:
             if starts and starts[0] <= at:
-                shard = self._read(part, starts.pop(0))
-                at = at if shard is None else max(at, shard.stop)
+                start = starts.pop(0)
+                at = max(at, start + self._facts(part, start).get("count", 0))
                 continue
             stop = min(at + batch, n, *starts[:1])
             yield at, stop
@@ -97,10 +97,17 @@ class Shards:
 
     def _read(self, part: str, start: int) -> Shard | None:
         """A shard; None if it is missing or damaged."""
-        path = self._path(part, start)
-        if fault_of(path):
+        facts = self._facts(part, start)
+        if not facts:
             return None
-        with safe_open(path, "pt") as file:
-            facts = json.loads((file.metadata() or {})[_FACTS])
+        with safe_open(self._path(part, start), "pt") as file:
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118  no mapping
         return Shard(start, facts.pop("count"), tensors, facts)
+
+    def _facts(self, part: str, start: int) -> dict[str, Any]:
+        """What the header of a shard says; nothing if it is missing or damaged."""
+        path = self._path(part, start)
+        if fault_of(path):
+            return {}
+        with safe_open(path, "pt") as file:
+            return dict(json.loads((file.metadata() or {})[_FACTS]))

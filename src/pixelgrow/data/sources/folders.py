@@ -162,8 +162,8 @@ class ImageFolder(Folder):
         for folder, names in walk(self._root, self._reject):
             for name in names:
                 key = folder + name
-                if not is_image(os.path.join(self._root, key)):
-                    self._pass_over(NEITHER, key_of(key))
+                if not is_image(os.path.join(self._root, key)) or suffix_of(key_of(key)) == SVG:
+                    self._pass_over(VECTOR if suffix_of(key_of(key)) == SVG else NEITHER, key_of(key))
                     continue
                 try:
                     with open_regular(os.path.join(self._root, key)) as file:

@@ -1,0 +1,132 @@
+"""Does the Frechet distance by EfficientNet-Lite0 order what it must: real images, blurred, JPEG, noise?
+
+    python -m bench.distances [--images 500]    # of each half; 6 minutes of one core with 250
+
+Of scenes at 64 px, and of crops of scikit-image's photographs at 64 px, two disjoint halves are taken. The distance of
+one half to the other, as it is and distorted in three ways at three strengths each: blurred (Gaussian, of so many
+pixels), compressed as JPEG (quality), and with Gaussian noise (standard deviation of 8-bit values).
+
+The claims, and the exit status: the distance rises with every strength, and at each strength undistorted < blurred <
+JPEG < noise. The strongest JPEG has quality 10.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+from torch import Tensor
+
+from pixelgrow.evaluation.features import Extractor, load_extractor
+from pixelgrow.evaluation.measures import EXTRACTOR
+from pixelgrow.evaluation.metrics import frechet
+from pixelgrow.evaluation.real import open_real
+from pixelgrow.evaluation.statistics import Moments
+
+SIDE, BATCH = 64, 16
+STRENGTHS: dict[str, Sequence[float]] = {"blur": (0.5, 0.7, 0.9), "jpeg": (30, 20, 10), "noise": (40, 70, 120)}
+
+
+def distort(image: np.ndarray, kind: str, strength: float, seed: int) -> np.ndarray:
+    """An image uint8 (h, w, 3), distorted; noise is a function of the seed."""
+    if kind == "noise":
+        noise = np.random.default_rng(seed).normal(0, strength, image.shape)
+        return np.clip(np.round(image + noise), 0, 255).astype(np.uint8)
+    picture = Image.fromarray(image)
+    if kind == "blur":
+        return np.asarray(picture.filter(ImageFilter.GaussianBlur(strength)))
+    data = io.BytesIO()
+    picture.save(data, "JPEG", quality=int(strength))
+    return np.asarray(Image.open(data))
+
+
+def scenes(count: int) -> Callable[[Sequence[int]], np.ndarray]:
+    real = open_real("scenes", (SIDE, SIDE), count)
+    return lambda numbers: real.images(numbers)[0].permute(0, 2, 3, 1).numpy()
+
+
+def photographs(count: int) -> Callable[[Sequence[int]], np.ndarray]:
+    """Crops of scikit-image's photographs, neighbours in number of different ones."""
+    from examples.photographs import PICTURES, crops
+
+    each = -(-count // len(PICTURES))
+    made = [np.asarray(Image.open(io.BytesIO(data))) for _, data, _ in crops(each, SIDE)]
+    order = [p * each + i for i in range(each) for p in range(len(PICTURES))]
+    return lambda numbers: np.stack([made[order[i]] for i in numbers])
+
+
+def moments(extractor: Extractor, images: Iterator[np.ndarray]) -> Moments:
+    """Moments of the features of images (B, h, w, 3), batch by batch."""
+    found = Moments(extractor.width)
+    for batch in images:
+        found.add(extractor(to_tensor(batch)).features)
+    return found
+
+
+def to_tensor(images: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+
+
+def distances(
+    extractor: Extractor,
+    images: Callable[[Sequence[int]], np.ndarray],
+    half: int,
+    kinds: Sequence[str] = tuple(STRENGTHS),
+) -> dict[str, list[float]]:
+    """By kind of distortion, the distances of the second half at each strength to the first; `none` has one."""
+
+    def second(kind: str, strength: float) -> Iterator[np.ndarray]:
+        for start in range(half, 2 * half, BATCH):
+            numbers = range(start, min(start + BATCH, 2 * half))
+            batch = images(numbers)
+            yield (
+                batch
+                if kind == "none"
+                else np.stack([distort(x, kind, strength, i) for x, i in zip(batch, numbers, strict=True)])
+            )
+
+    first = moments(extractor, (images(range(s, min(s + BATCH, half))) for s in range(0, half, BATCH)))
+    asked = {"none": (0.0,)} | {kind: STRENGTHS[kind] for kind in kinds}
+    return {
+        kind: [frechet(moments(extractor, second(kind, strength)), first) for strength in strengths]
+        for kind, strengths in asked.items()
+    }
+
+
+def faults(found: dict[str, list[float]]) -> list[str]:
+    """Which of the claims do not hold."""
+    none = found["none"][0]
+    kinds = [kind for kind in STRENGTHS if kind in found]
+    wrong = [f"{kind} does not rise" for kind in kinds if not none < found[kind][0] < found[kind][1] < found[kind][2]]
+    for level in range(3):
+        row = [none, *(found[kind][level] for kind in kinds)]
+        if row != sorted(row):
+            wrong.append(f"strength {level + 1} is not in order")
+    return wrong
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=500, help="of each half")
+    args = parser.parse_args(argv)
+    extractor, missed = load_extractor(EXTRACTOR), []
+    for name, source in (("scenes", scenes), ("photographs", photographs)):
+        began = time.process_time()
+        found = distances(extractor, source(2 * args.images), args.images)
+        rounded = {kind: [round(v, 2) for v in values] for kind, values in found.items()}
+        seconds = round(time.process_time() - began)
+        print(json.dumps({"images": name, "half": args.images, **rounded, "cpu_seconds": seconds}), flush=True)
+        missed += [f"{name}: {fault}" for fault in faults(found)]
+    if missed:
+        sys.exit("; ".join(missed))
+
+
+if __name__ == "__main__":
+    main()
