@@ -19,7 +19,7 @@ LONG = "x" * 300
         (
             ["xyz"],
             "there is no verb 'xyz'; expected one of average, compare, data, demo, edit, evaluate, graft, grow, info, "
-            "plan, run, sample",
+            "new, plan, run, sample",
         ),
         (["edit"], "edit: a verb is missing; expected one of inpaint, interpolate, transfer, upscale"),
         (["edit", "inpant"], "edit: there is no verb 'inpant'; did you mean inpaint?"),

@@ -66,9 +66,9 @@ def count(
     from pixelgrow.report.tables import inspection_tables, show
 
     for option, path in (("--sheet", sheet), ("--bad", bad)):
-        if path is not None and _within(path, source):
+        if path is not None and within(path, source):
             raise UserError(f"{option} {path}: lies in {source}, where nothing is written; name another place")
-    sheet_path = sheet or (None if _within(SHEET, source) else SHEET)
+    sheet_path = sheet or (None if within(SHEET, source) else SHEET)
     read = load_recipe(recipe) if recipe is not None else None
     opened = open_source(
         {"source": source} | ({} if source == "scenes" else {"kind": kind, "ground": ground, "fit": fit})
@@ -83,7 +83,7 @@ def count(
         typer.echo(f"no contact sheet: it would lie in {source}, where nothing is written; name a place with --sheet")
 
 
-def _within(path: Path, source: str) -> bool:
+def within(path: Path, source: str) -> bool:
     """Whether a file would lie in the folder of a source."""
     folder = Path(source).expanduser()
     return source != "scenes" and folder.is_dir() and path.resolve().is_relative_to(folder.resolve())

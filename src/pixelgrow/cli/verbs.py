@@ -56,7 +56,7 @@ def _about(
 
     \b
     Try it:           pixelgrow sample tiny "a red circle above two blue stars"
-    Train your own:   pixelgrow run photos --set data.source=FOLDER
+    Train your own:   pixelgrow new FOLDER
     """
 
 
@@ -64,6 +64,26 @@ def _about(
 def demo(settings: Set = None, runs: Runs = Path("runs")) -> None:
     """Train, grow and distill a tiny model. Takes about 20 minutes on two CPU cores and ends with a report."""
     _run("demo", settings, runs)
+
+
+@app.command()
+def new(
+    source: Annotated[str, typer.Argument(help="A folder of images with captions or in class folders, or tar shards.")],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="The recipe to write. Default: the name of SOURCE, .yaml.")
+    ] = None,
+    kind: Annotated[str, typer.Option("--kind", help="What SOURCE is: auto, folder, classes or tar.")] = "auto",
+) -> None:
+    """Look at images and at this machine, and write a commented recipe that fits both, for run.
+
+    \b
+    pixelgrow new path/to/pictures
+    pixelgrow run pictures.yaml
+    """
+    from pixelgrow.cli.new import new_recipe
+
+    made = new_recipe(source, out, kind)
+    typer.echo(f"written to {made}; train it with: pixelgrow run {made}")
 
 
 @app.command()

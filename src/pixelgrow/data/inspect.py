@@ -100,7 +100,7 @@ def inspect_source(
     of the source that stages would train on; None: all.
     """
     bad = {file.key: file for file in bad_of(source)}
-    decoded = _spread(len(source), len(source) if decode is None else decode)
+    decoded = spread(len(source), len(source) if decode is None else decode)
     broken: list[int] = []
     for item in decoded:
         try:
@@ -133,7 +133,7 @@ def inspect_source(
         distinct=len(set(texts)),
         classes=tuple((name, labels[str(label)]) for label, name in enumerate(classes)),
         sheet=None if sheet is None else contact_sheet(source, sheet),
-        shown=(source.key(0), source.key(_spread(len(source), SHEET[0] * SHEET[1])[-1])),
+        shown=(source.key(0), source.key(spread(len(source), SHEET[0] * SHEET[1])[-1])),
     )
 
 
@@ -147,7 +147,7 @@ def _account(source: Source, train: Subset | None, size: tuple[int, int], broken
 
 def captions_in(source: Source) -> list[str]:
     """Captions of at most 20,000 samples of a source, evenly spaced; of a source of classes, all labels."""
-    looked_at = _spread(len(source), len(source) if getattr(source, "classes", ()) else _MAX_CAPTIONS)
+    looked_at = spread(len(source), len(source) if getattr(source, "classes", ()) else _MAX_CAPTIONS)
     return [wording.text for item in looked_at for wording in wordings_of(source, item)]
 
 
@@ -160,7 +160,7 @@ def contact_sheet(source: Source, path: str | os.PathLike[str]) -> Path:
     page = Image.new("RGB", (columns * TILE, rows * (TILE + _LABEL)), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default()
     classes: tuple[str, ...] = getattr(source, "classes", ())
-    for place, item in enumerate(_spread(len(source), rows * columns)):
+    for place, item in enumerate(spread(len(source), rows * columns)):
         x, y = place % columns * TILE, place // columns * (TILE + _LABEL)
         text = source.text(item)
         text = classes[int(text)] if classes else text
@@ -180,7 +180,7 @@ def contact_sheet(source: Source, path: str | os.PathLike[str]) -> Path:
     return target
 
 
-def _spread(total: int, count: int) -> list[int]:
+def spread(total: int, count: int) -> list[int]:
     """At most `count` numbers below `total`, evenly spaced."""
     count = min(total, count)
     return [i * total // count for i in range(count)]

@@ -189,11 +189,15 @@ def large_enough(source: Source, size: tuple[int, int]) -> np.ndarray:
     return np.flatnonzero((sizes[:, 0] >= size[0]) & (sizes[:, 1] >= size[1]))
 
 
-HELD_OUT_AT_MOST = 10_000  # images
+HELD_OUT_AT_MOST, HELD_OUT_AT_LEAST = 10_000, 16  # images
 
 
 def heldout_split(
-    source: Source, fraction: float = 0.02, seed: int = 0, at_least: int = 16, at_most: int = HELD_OUT_AT_MOST
+    source: Source,
+    fraction: float = 0.02,
+    seed: int = 0,
+    at_least: int = HELD_OUT_AT_LEAST,
+    at_most: int = HELD_OUT_AT_MOST,
 ) -> tuple[Subset, Subset]:
     """(train view, held-out view), disjoint, by a hash of each sample's key.
 
