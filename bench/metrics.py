@@ -3,6 +3,7 @@
     python -m bench.metrics [--images 50000] [--width 2048]
     python -m bench.metrics --number
     python -m bench.metrics --copies
+    python -m bench.metrics --intervals
 
 One JSON line for each metric: seconds of CPU, and the most memory that the process has held so far, Python, torch and
 mapped files included. Features are random. They go the way an evaluation's do: real images' into a reference file,
@@ -13,6 +14,9 @@ ones or 5% larger; their Frechet distance is known. N of each against N real one
 
 `--copies`: 1,000 images of ten modes that lie well apart in 16 features, against as many of fewer modes, or fewer
 images that come several times.
+
+`--intervals`: over many draws of 500 images, 16 wide: how often the interval of one draw's Frechet distance holds its
+expectation; and the spread of precision, recall and coverage over that of as many independent yes or no.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ import torch
 from torch import Tensor
 
 from pixelgrow.evaluation.kernels import cmmd, kid, mmd
-from pixelgrow.evaluation.metrics import extrapolated, frechet
+from pixelgrow.evaluation.metrics import extrapolated, frechet, frechet_interval
 from pixelgrow.evaluation.neighbours import neighbours
 from pixelgrow.evaluation.reference import Reference, load_reference, save_reference
 from pixelgrow.evaluation.statistics import Gathered, Moments
@@ -137,18 +141,44 @@ def by_copies(n: int = 1000, modes: int = 10, width: int = 16) -> None:
         print(json.dumps({"generated": name, "FD": round(frechet(moments_of(left), moments_of(right)), 1)} | found))
 
 
+def by_draws(draws: int = 200, n: int = 500, width: int = 16) -> None:
+    """What intervals of one draw of images hold, over many draws."""
+    deviations, g = torch.arange(1, width + 1) ** -0.5, torch.Generator().manual_seed(0)
+
+    def draw(n: int, size: float = 1.1) -> Tensor:
+        return size * torch.randn(n, width, generator=g) * deviations
+
+    reference = moments_of(draw(50_000, 1.0))
+    expected = sum(frechet(moments_of(draw(n)), reference) for _ in range(draws)) / draws
+    found = [frechet_interval([moments_of(p) for p in draw(n).split(n // 10)], reference) for _ in range(draws)]
+    inside = sum(i.low <= expected <= i.high for i in found) / draws
+    print(json.dumps({"expected FD": round(expected, 4), "intervals that hold it": inside}), flush=True)
+    real = draw(n, 1.0)
+    for name, fresh in (("the same real images", False), ("fresh real images", True)):
+        near = [vars(neighbours(draw(n, 1.0) if fresh else real, draw(n))) for _ in range(draws)]
+        row = {}
+        for metric in ("precision", "recall", "coverage"):
+            values = torch.tensor([one[metric] for one in near], dtype=torch.float64)
+            mean = values.mean()
+            row[metric] = round((values.std() / (mean * (1 - mean) / n).sqrt()).item(), 2)
+        print(json.dumps({"spread over binomial": name} | row), flush=True)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=50_000)
     parser.add_argument("--width", type=int, default=2048)
     parser.add_argument("--number", action="store_true", help="what the number of images does to the metrics")
     parser.add_argument("--copies", action="store_true", help="what copies and lost modes do to the metrics")
+    parser.add_argument("--intervals", action="store_true", help="what intervals of one draw of images hold")
     parser.add_argument("--sizes", type=int, nargs="+", default=[500, 1000, 2000, 5000, 10_000])
     args = parser.parse_args(argv)
     if args.number:
         by_number(args.sizes)
     elif args.copies:
         by_copies()
+    elif args.intervals:
+        by_draws()
     elif (peak := scale(args.images, args.width)) > LIMIT_GIB:
         sys.exit(f"held {peak:.2f} GiB, expected at most {LIMIT_GIB:g}")
 

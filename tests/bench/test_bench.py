@@ -334,3 +334,6 @@ def test_metrics_knows_the_truth_of_its_distributions(capsys: pytest.CaptureFixt
     cases = {row["generated"]: row for row in map(json.loads, capsys.readouterr().out.splitlines())}
     assert cases["5 of 10 modes"]["coverage"] < 0.6 < cases["as the real ones"]["coverage"]
     assert cases["generated images 4 times"]["recall"] == 0 == cases["real images 4 times"]["precision"]
+    metrics.by_draws(draws=20, n=50, width=2)
+    held, same, _ = map(json.loads, capsys.readouterr().out.splitlines())
+    assert held["intervals that hold it"] > 0.7 and 0.3 < same["precision"] < 3
