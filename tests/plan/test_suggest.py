@@ -12,7 +12,7 @@ from pixelgrow.plan import machine as machines
 from pixelgrow.plan import suggest as suggesting
 from pixelgrow.plan.machine import Machine, this_machine
 from pixelgrow.plan.network import Cost, Memory
-from pixelgrow.plan.recipe import plan_recipe
+from pixelgrow.plan.recipe import SHARE, measured_rate, plan_recipe
 from pixelgrow.plan.suggest import PATIENCE, SHORTEST, Wanted, sides_of, suggest
 from pixelgrow.recipe.read import read_recipe
 
@@ -141,6 +141,16 @@ def test_a_suggestion_is_a_recipe_with_real_costs() -> None:
     recipe = read_recipe(raw, "test")
     assert [stage.name for stage in recipe.stages] == ["core", "grown64", "eval"]
     assert made.seconds == {plan.name: plan.seconds(LAPTOP.rate) for plan in plan_recipe(recipe, gpu=False)}
+
+
+def test_the_rate_is_that_of_an_idle_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large products are interrupted on a busy CPU; on a GPU small ones say nothing."""
+    found = {None: 1e10, 384: 2e11}
+    monkeypatch.setattr("pixelgrow.training.monitor.matmul_rate", lambda device, dtype, side: found[side])
+    for gpu, rate in ((False, 2e11), (True, 1e10)):
+        monkeypatch.setattr("torch.cuda.is_available", lambda gpu=gpu: gpu)
+        monkeypatch.setattr("pixelgrow.plan.recipe.has_bf16", lambda gpu=gpu: gpu)
+        assert measured_rate() == SHARE * rate
 
 
 def test_memory_is_that_of_the_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -141,8 +141,14 @@ def parts_of(config: NetConfig) -> dict[str, int]:
 
 
 def measured_rate() -> float:
-    """FLOP/s that training may reach on this machine: `SHARE` of the rate of matrix products, which is measured."""
+    """FLOP/s that training may reach on this machine, idle: `SHARE` of the rate of matrix products, which is measured.
+
+    On a CPU that other programs use, too, a large product is always interrupted, and small ones find a gap (two cores
+    with a load of 4: 55 GFLOP/s at a side of 1536, 205 at 384).
+    """
     from pixelgrow.training.monitor import matmul_rate
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return SHARE * matmul_rate(device, torch.bfloat16 if has_bf16() else torch.float32)
+    dtype = torch.bfloat16 if has_bf16() else torch.float32
+    sides = (None,) if device.type == "cuda" else (None, 384)
+    return SHARE * max(matmul_rate(device, dtype, side=side) for side in sides)

@@ -185,9 +185,9 @@ def seams(images: Tensor, patches: Sequence[int]) -> dict[str, float]:
     return found.ratios()
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """The device's rate of matrix products in FLOP/s: the best of repeated square products."""
-    n = 1536 if device.type == "cpu" else 8192
+def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3, side: int | None = None) -> float:
+    """The device's rate of matrix products in FLOP/s: the best of repeated square products of `side`."""
+    n = side or (1536 if device.type == "cpu" else 8192)
     a, b = (torch.ones(n, n, device=device, dtype=dtype) for _ in range(2))
     out, best, began = a @ b, float("inf"), time.perf_counter()
     synchronize(device)
