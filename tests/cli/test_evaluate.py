@@ -16,6 +16,7 @@ from PIL import Image
 from cli_files import noisy_classes
 from conftest import CliResult, RunCli
 from extractors import Pixels
+from pipelines import save_of_text
 from pixelgrow.evaluation.features import load_extractor
 from pixelgrow.evaluation.images import OfModel
 from pixelgrow.evaluation.measures import EXTRACTOR
@@ -141,6 +142,22 @@ def test_a_folder_of_scenes_is_plotted(scenes: Path, run_cli: RunCli, tmp_path: 
     root = ElementTree.fromstring((tmp_path / "p.svg").read_text(encoding="utf-8"))
     texts = [e.text for e in root.iter("{http://www.w3.org/2000/svg}text")]
     assert {"a", "b", "scenes-12 (higher is better)", "MMD-12 (efficientnet-lite0) (lower is better)"} <= set(texts)
+
+
+@pytest.mark.usefixtures("_quick")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_a_pipeline_is_evaluated_the_same_way(run_cli: RunCli, tmp_path: Path) -> None:
+    (tmp_path / "p").mkdir()
+    pipeline = save_of_text(tmp_path / "p")
+    words = ["--data", "scenes", "--metrics", "precision,scenes", "-n", "10", "--steps", "2", "--guidance", "3"]
+    result = run_cli("evaluate", pipeline, *words, "-o", "p.json", cwd=tmp_path)
+    assert result.code == 0, result.err
+    found = read(tmp_path / "p.json")
+    assert found["candidate"]["class"] == "StableDiffusionPipeline" and found["candidate"]["sha256"]
+    assert found["candidate"]["sampling"] == {"steps": 2, "guidance": 3.0} and found["cost"]["nfe"] == 4
+    assert {"precision-10 (pixels)", "scenes-10"} <= {row["name"] for row in found["metrics"]}
+    refused = run_cli("evaluate", pipeline, *words, "--threshold", "0.9", "-o", "q.json", cwd=tmp_path)
+    assert refused.code == 2 and "takes no threshold" in refused.err
 
 
 def test_mistakes(evaluate: Evaluate, model: Path, run_cli: RunCli, tmp_path: Path, scenes: Path) -> None:

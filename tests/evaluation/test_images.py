@@ -72,6 +72,18 @@ def test_a_checkpoint_keeps_its_own_number_of_steps(model: Path, tmp_path: Path)
     assert open_candidate(str(copied), SamplingSpec(steps=7)).describe()["sampling"]["steps"] == 7
 
 
+def test_weights_without_a_hash_get_one(model: Path) -> None:
+    found = []
+    for value in (0.0, 0.0, 1.0):
+        candidate = open_candidate(str(model))
+        assert isinstance(candidate, OfModel)
+        candidate.model.config = candidate.model.config.model_copy(update={"sha256": ""})  # as an unfinished stage's
+        with torch.no_grad():
+            candidate.model.network.net.exit["16"].conv.bias.fill_(value)
+        found.append(candidate.describe()["sha256"])
+    assert found[0] == found[1] != found[2] and len(found[0]) == 64
+
+
 def test_which_average_a_checkpoint_holds(model: Path) -> None:
     config = checkpoint.read_config(model)
     assert average_of(model, config) is None

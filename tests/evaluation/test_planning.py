@@ -71,6 +71,7 @@ def test_metrics_by_default(tmp_path: Path) -> None:
     scenes = make_plan(Blank(), Asked("scenes", n=12))
     assert tuple(scenes.metrics) == ("fd", "precision", "recall", "scenes") and isinstance(scenes.judge, SceneJudge)
     assert [e.name for e in scenes.extractors] == ["efficientnet-lite0"] and len(scenes.prompts) == 12
+    assert len(make_plan(Blank(), Asked("scenes", extractors=["efficientnet-lite0"] * 2, n=12)).extractors) == 1
     words = make_plan(Blank(), Asked(captioned(tmp_path / "words"), n=12))
     assert tuple(words.metrics) == ("fd", "precision", "recall", "retrieval") and words.judge is None
     silent = open_candidate(captioned(tmp_path / "silent", captions=False))

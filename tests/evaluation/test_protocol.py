@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import weakref
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from pixelgrow.evaluation.alignment.intervals import over_prompts
 from pixelgrow.evaluation.features import Features, load_extractor
 from pixelgrow.evaluation.images import Conditions, Made
 from pixelgrow.evaluation.judges import SceneJudge
-from pixelgrow.evaluation.measures import row
+from pixelgrow.evaluation.measures import Against, Seen, row, rows_of_features
 from pixelgrow.evaluation.metrics import (
     clip_score,
     extrapolated,
@@ -35,7 +36,7 @@ from pixelgrow.evaluation.metrics import (
 from pixelgrow.evaluation.neighbours import neighbours
 from pixelgrow.evaluation.protocol import Plan, Result, check, evaluate
 from pixelgrow.evaluation.real import Real, open_real
-from pixelgrow.evaluation.reference import load_reference, save_reference
+from pixelgrow.evaluation.reference import Reference, load_reference, save_reference
 from pixelgrow.evaluation.shards import Shards
 from pixelgrow.evaluation.statistics import Marginals, Moments
 from pixelgrow.external.vision import load_clip
@@ -205,6 +206,23 @@ def test_clipscore_is_of_images_and_their_prompts(tmp_path: Path) -> None:
     assert found == pytest.approx(expected, rel=1e-3)
 
 
+def test_seconds_are_of_an_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = itertools.count()
+    monkeypatch.setattr("pixelgrow.evaluation.protocol.time.perf_counter", lambda: float(next(ticks)))
+    measured = run(Noise(), plan_of("fd", seeds=2, batch=5), tmp_path).values["measured"]
+    assert measured["seconds_per_image"] == pytest.approx(1 / 5)  # a second for each batch
+
+
+def test_features_of_a_seed_are_let_go(tmp_path: Path) -> None:
+    plan, shards = plan_of("mmd"), Shards(tmp_path, {})
+    evaluate(Noise(), plan, shards)
+    seen = [Seen(lambda: shards.each("seed-0", 20), "pixels", 20)]
+    moments = Moments(12)
+    moments.add(seen[0].features)
+    rows_of_features(["mmd"], seen, Against(Reference(moments, {}, {}, seen[0].features)), [], "pixels")
+    assert "features" not in vars(seen[0])
+
+
 def test_extrapolation_takes_all_features(tmp_path: Path) -> None:
     real, noise = real_images(60), Noise()
     plan = Plan(("fd-infinity",), [0], real.prompts[:50], [Pixels()], real=real, batch=50)
@@ -256,6 +274,9 @@ def test_a_reference_is_written_then_read(tmp_path: Path, monkeypatch: pytest.Mo
     found = run(Noise(), fewer, tmp_path / "3")
     assert found.values["real"]["images"] == 24  # the reference's; the nearest is sought among those with captions here
     assert rows_of(found)["retrieval top-1-12 (pixels)"]["candidates"] == 14
+    moved = replace(plan.real or real_images(), name="elsewhere/drawn")
+    monkeypatch.setattr(Pixels, "describe", lambda self: {"name": "a folder", "width": 12, "classes": 3})
+    assert run(Noise(), replace(plan, real=moved), tmp_path / "7").values["metrics"] == first.values["metrics"]
     changed = replace(plan.real or real_images(), fingerprint="other")
     with pytest.raises(UserError, match="does not fit the images: fingerprint: got 'of drawn', expected 'other'"):
         run(Noise(), replace(plan, real=changed), tmp_path / "4")

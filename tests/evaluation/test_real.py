@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,17 @@ def test_images_without_captions_do_where_no_prompts_are_needed(tmp_path: Path) 
     assert real.images([])[0].shape == (0, 3, 16, 16)
     assert sorted(real.images(range(3))[0][:, 0, 0, 0].tolist()) == [0, 1, 2]
     assert torch.equal(open_train(str(tmp_path), (16, 16), 3).images(range(3))[0], real.images(range(3))[0])
+
+
+def test_tar_shards(tmp_path: Path) -> None:
+    folder = captioned(tmp_path / "data", 3)
+    with tarfile.open(tmp_path / "data.tar", "w") as tar:
+        for i in range(3):
+            (folder / f"{i:02d}.txt").write_text(f"caption {i}")
+            for end in ("png", "txt"):
+                tar.add(folder / f"{i:02d}.{end}", f"{i:02d}.{end}")
+    real = open_real(str(tmp_path / "data.tar"), (16, 16), 3)
+    assert sorted(real.prompts) == [f"caption {i}" for i in range(3)] and len(real.images(range(3))[0]) == 3
 
 
 def test_class_folders_have_labels(tmp_path: Path) -> None:

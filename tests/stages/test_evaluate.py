@@ -24,11 +24,13 @@ def _few_samples() -> Iterator[None]:
         yield
 
 
-def recipe(**evaluate: Any) -> Any:
+def recipe(*more: dict[str, Any], **evaluate: Any) -> Any:
+    """A core, its evaluation, and more of its evaluations."""
     small = {"images": 8, "batch": 8, "sample_every": 0, "validate_every": 0, "snapshot_every": 0}
     stages = [
         {"train": {"name": "core", "size": "tiny", "resolution": 32, **small}},
         {"evaluate": {"name": "eval", "prompts": 10, "steps": 1, "batch": 4, **evaluate}},
+        *({"evaluate": {"from": "core", "prompts": 10, "steps": 1, "batch": 4, **one}} for one in more),
     ]
     data = {"source": "scenes", "n": 40, "captions": 8}
     return read_recipe({"name": "r", "seed": 5, "data": data, "stages": stages}, "test")
@@ -81,10 +83,14 @@ def test_without_metrics_no_extractor_is_loaded(tmp_path: Path, monkeypatch: pyt
         "put",
         lambda self, part, shard: kept.append(shard) or put(self, part, shard),
     )
-    run(recipe(), tmp_path)
+    run(recipe({"name": "two", "seeds": 2}), tmp_path)
     assert not [name for shard in kept for name in shard.tensors if name.startswith("features")]
     metrics = json.loads((tmp_path / "r" / "eval" / "metrics.json").read_text())
     assert {row["metric"] for row in metrics["metrics"]} == {"scenes"}
+    two = json.loads((tmp_path / "r" / "two" / "metrics.json").read_text())
+    for name in ("seams", "details", "error"):  # of the first seed
+        assert two[name] == metrics[name]
+    assert two["seeds"] == [5, 6]
 
 
 @pytest.mark.parametrize(

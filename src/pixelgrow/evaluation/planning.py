@@ -98,9 +98,7 @@ def _of_data(candidate: Candidate, asked: Asked) -> tuple[Sequence[str], Real]:
     n = asked.n or (IMAGES if own is None else len(own))
     if own is not None and n > len(own):
         raise UserError(f"-n {n}: {candidate.name} has {len(own)} images; name no more")
-    real = open_real(
-        data, candidate.size, n, kind=asked.kind, captions=own is None and candidate.conditions != "nothing"
-    )
+    real = open_real(data, candidate.size, n, kind=asked.kind, captions=candidate.conditions != "nothing")
     if own is not None:
         return own[:n], real
     if len(real) < n:
