@@ -19,7 +19,7 @@ BENCHES = {
     "editing": "transfer, inpainting and upscaling of held-out scenes by the shipped model, judged by the checker",
     "drift": "a generator grown by four, with and without reconstruction: does its picture stay the one it grew from",
     "metrics": "memory and time of every metric of 50,000 images with 2048 features (40 minutes on one thread)",
-    "distances": "does the Frechet distance by EfficientNet-Lite0 order real, blurred, JPEG, noisy images (8 minutes)",
+    "distances": "does the Frechet distance by EfficientNet-Lite0 order real, blurred, JPEG, noisy images (5 minutes)",
     "exact": "exact growth against plain preserve on equal images, and what progressive sampling saves",
     "growth": "six ways to a 64 px model at equal training compute, three seeds (about 50 minutes on two cores)",
 }

@@ -1,6 +1,6 @@
 """Does the Frechet distance by EfficientNet-Lite0 order what it must: real images, blurred, JPEG, noise?
 
-    python -m bench.distances [--images 500]    # of each half; 6 minutes of one core with 250
+    python -m bench.distances [--images 500]    # of each half; five minutes of one core
 
 Of scenes at 64 px, and of crops of scikit-image's photographs at 64 px, two disjoint halves are taken. The distance of
 one half to the other, as it is and distorted in three ways at three strengths each: blurred (Gaussian, of so many
