@@ -180,8 +180,8 @@ def test_the_recipe_says_what_it_does(tmp_path: Path, run_cli: RunCli) -> None:
         "# Made by pixelgrow new for 12 images, to train about 6 min on 2 CPU cores with 8.0 GiB of memory."
     )
     assert (
-        "  # A tiny core learns what to draw, at 32 px: about 5 min.\n  # It sees 10 of 12 images: 2 held out.\n"
-        in text
+        "  # A tiny core learns the image as a whole, at 32 px: about 5 min.\n"
+        "  # It sees 10 of 12 images: 2 held out.\n" in text
     )
     assert recipe.preview[0] == 'a "thing": number 0 #0 \N{RED APPLE}'
     assert len(recipe.preview) == new.PROMPTS

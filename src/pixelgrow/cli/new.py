@@ -218,7 +218,7 @@ def recipe_text(name: str, data: Data, machine: Machine, made: Suggestion) -> st
         ((verb, body),) = stage.items()
         side = body.get("resolution", body.get("to"))
         if side is not None:
-            does = f"A {body['size']} core learns what to draw" if verb == "train" else "Details are added"
+            does = f"A {body['size']} core learns the image as a whole" if verb == "train" else "Details are added"
             lines.append(f"  # {does}, at {side} px: {_about(made.seconds[body['name']])}.")
             lines.append(f"  # It {accounts[side].line()}.")
         lines += _wrapped(f"  - {verb}: ", body)

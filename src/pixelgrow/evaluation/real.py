@@ -18,9 +18,7 @@ from pixelgrow.data.sources.base import Source, large_enough
 from pixelgrow.data.sources.opening import open_images, open_source
 from pixelgrow.errors import UserError
 
-SCENES = (
-    1_000_000  # held-out scenes to choose from, each with a caption of its own: a number means the same in any count
-)
+SCENES = 1_000_000  # scenes to choose from, each with a caption of its own: a number means the same in any count
 
 
 @dataclass(frozen=True)

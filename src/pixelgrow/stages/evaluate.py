@@ -112,22 +112,21 @@ class Evaluated:
         found = sampler(cond, numbers, None)
         images = self.materials.decode(found.images)
         made = eight_bit(images, self.name, numbers)
-        sums = (
-            self._sums(images, cond, range(numbers[0], numbers[-1] + 1)) if seed == self.materials.recipe.seed else {}
-        )
+        first = seed == self.materials.recipe.seed  # held-out images are measured once
+        sums = self._sums(images, cond, range(numbers[0], numbers[-1] + 1)) if first else {}
         return Made(made, found.nfe, sums)
 
     def _sums(self, images: Tensor, cond: Cond, numbers: range) -> dict[str, Tensor]:
         """Sums over some images (B, 3, h, w) in [-1, 1], and over the held-out ones of their numbers."""
-        seams, rows = self._seams(), slice(numbers.start, numbers.stop)
+        seams, pixels = self._seams(), self.held.pixels(slice(numbers.start, numbers.stop))
         seams.add(images)
         sums = {f"seams/{side}": torch.tensor([*seams.across[side], *seams.inside[side]]) for side in seams.across}
         if images.shape[-1] % 2 == 0:
-            pairs = images, self.held.pixels(rows)
+            pairs = images, pixels
             sums["details"] = torch.stack([details(x, 2).square().mean((1, 2, 3)).sum().cpu() for x in pairs]).double()
         model = self.model.network
         if isinstance(model, Denoiser):
-            held, seed = self.held.batch(rows).to(self.materials.device), self.materials.recipe.seed
+            held, seed = self.held.encode(pixels).to(self.materials.device), self.materials.recipe.seed
             by_level = denoising_error(model, held, cond, scale=model.noise_scale, seed=seed, index=numbers)
             sums |= {f"error/{level:g}": torch.tensor(e * len(numbers)).double() for level, e in by_level.items()}
         return sums
