@@ -4,7 +4,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 CODE := src tests bench tools examples
 
-.PHONY: demo test lint format bench install clean
+.PHONY: demo test lint format bench ablation install clean
 
 demo: $(STAMP)
 	$(BIN)/pixelgrow demo
@@ -24,6 +24,9 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m bench
+
+ablation: $(STAMP)
+	$(BIN)/python -m bench.ablation --root runs/ablation --figures docs/figures --processes 2 $(ABLATION_ARGS)
 
 install: $(STAMP)
 

@@ -21,6 +21,7 @@ BENCHES = {
     "metrics": "memory and time of every metric of 50,000 images with 2048 features (40 minutes on one thread)",
     "distances": "does the Frechet distance by EfficientNet-Lite0 order real, blurred, JPEG, noisy images (5 minutes)",
     "exact": "exact growth against plain preserve on equal images, and what progressive sampling saves",
+    "ablation": "the papers' comparisons at equal compute, three seeds (about three hours on two cores)",
     "growth": "six ways to a 64 px model at equal training compute, three seeds (about 50 minutes on two cores)",
 }
 OPTIONS = {
@@ -29,6 +30,7 @@ OPTIONS = {
     "onestep": ["--figures", "docs/figures"],
     "throughput": ["--output", "runs/bench/throughput.jsonl", "--figures", "docs/figures"],
     "exact": ["--root", "runs/bench/exact"],
+    "ablation": ["--root", "runs/ablation", "--figures", "docs/figures", "--processes", "2"],
     "growth": ["--root", "runs/bench/growth", "--figures", "docs/figures"],
 }
 

@@ -27,7 +27,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench.growth_plan import PATCH, REGIMES, Plan, describe, make_plan
+from bench.growth_plan import DEFAULT, PATCH, REGIMES, Plan, describe, make_plan
 from bench.growth_summary import summarize
 
 from pixelgrow.errors import UserError
@@ -42,6 +42,15 @@ NOISE = {"mean": 0.8, "std": 1.8}
 DETAILS = {"mean": -0.4, "std": 1.2}
 
 
+def grow(name: str, to: int, frozen: int) -> dict[str, Any]:
+    """The settings by which a regime grows the stage `core`. frozen: images after which `unfreeze` frees it."""
+    init, core, exact = REGIMES[name]
+    how = {"unfreeze_after": frozen} if core == "unfreeze" else core
+    made: dict[str, Any] = {"name": name, "from": "core", "to": to, "init": init, "core": how, "patch": PATCH}
+    made["noise"] = DETAILS if init == "preserve" else NOISE
+    return made | ({"exact": exact} if init == "preserve" else {})
+
+
 def recipe(seed: int, plan: Plan, args: argparse.Namespace) -> Recipe:
     """A core and every regime's growth of it."""
 
@@ -53,13 +62,8 @@ def recipe(seed: int, plan: Plan, args: argparse.Namespace) -> Recipe:
         {"train": {"name": "core", "size": args.size, "resolution": args.low} | settings(plan.core.images, NOISE)}
     ]
     for name, phases in plan.regimes.items():
-        init, core = REGIMES[name]
-        how = {"unfreeze_after": phases[0].images} if core == "unfreeze" else core
-        grow = {"name": name, "from": "core", "to": args.to, "init": init, "core": how, "patch": PATCH}
-        if init == "preserve":
-            grow["exact"] = False  # exact rungs leave a core's errors as they are: bench.exact compares them
-        noise = DETAILS if init == "preserve" else NOISE
-        stages.append({"grow": grow | settings(sum(p.images for p in phases), noise)})
+        made = grow(name, args.to, phases[0].images)
+        stages.append({"grow": made | settings(sum(p.images for p in phases), made["noise"])})
     return read_recipe(_head(f"seed{seed}", seed, plan, args.heldout, args) | {"stages": stages}, "bench growth")
 
 
@@ -118,7 +122,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--root", type=Path, default=Path("runs/bench-growth"))
     made.add_argument("--figures", type=Path, default=Path("docs/figures"))
     made.add_argument("--seeds", type=int, default=3)
-    made.add_argument("--regimes", nargs="+", choices=list(REGIMES), default=list(REGIMES), metavar="REGIME")
+    made.add_argument("--regimes", nargs="+", choices=list(REGIMES), default=DEFAULT, metavar="REGIME")
     made.add_argument("--budget", type=float, default=1.0, help="factor on both budgets below")
     made.add_argument("--core", type=float, default=4.0, help="TFLOP of a core's training")
     made.add_argument("--growth", type=float, default=10.0, help="TFLOP of a growth's training")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from bench.sampling_overhead import conditions
@@ -20,14 +20,25 @@ from pixelgrow.plan.shapes import planned_core
 from pixelgrow.recipe.data import TextSpec
 from pixelgrow.stages.looks import GRID, GRID_STEPS
 
-REGIMES: dict[str, tuple[Init, Literal["finetune", "frozen", "unfreeze"]]] = {
-    "scratch": ("scratch", "finetune"),
-    "finetune-random": ("random", "finetune"),
-    "frozen-random": ("random", "frozen"),
-    "unfreeze-random": ("random", "unfreeze"),
-    "frozen-preserve": ("preserve", "frozen"),
-    "unfreeze-preserve": ("preserve", "unfreeze"),
+
+class Regime(NamedTuple):
+    """How a core is grown, and what becomes of it; `exact`: by exact rungs."""
+
+    init: Init
+    core: Literal["finetune", "frozen", "unfreeze"]
+    exact: bool = False
+
+
+REGIMES: dict[str, Regime] = {
+    "scratch": Regime("scratch", "finetune"),
+    "finetune-random": Regime("random", "finetune"),
+    "frozen-random": Regime("random", "frozen"),
+    "unfreeze-random": Regime("random", "unfreeze"),
+    "frozen-preserve": Regime("preserve", "frozen"),
+    "unfreeze-preserve": Regime("preserve", "unfreeze"),
+    "frozen-exact": Regime("preserve", "frozen", exact=True),
 }
+DEFAULT = [name for name, regime in REGIMES.items() if not regime.exact]  # bench.exact compares exact rungs
 PATCH = 4  # pixels per cell of the top map, of a UViT and of a `preserve` rung alike
 TERA = 1e12
 
@@ -89,8 +100,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
     regimes: dict[str, tuple[Phase, ...]] = {}
     evaluation: dict[str, float] = {}
     for name in args.regimes:
-        init, how = REGIMES[name]
-        net = grown_config(small, args.to, init, patch=PATCH)
+        init, how, exact = REGIMES[name]
+        net = grown_config(small, args.to, init, patch=PATCH, exact=exact)
         if how == "unfreeze":
             regimes[name] = (phase(budget / 2, net, small), phase(budget / 2, net))
         elif how == "frozen":

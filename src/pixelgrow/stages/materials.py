@@ -99,7 +99,7 @@ class Materials:
     device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     _said: set[str] = field(default_factory=set, init=False)
     _extractors: dict[str, Extractor] = field(default_factory=dict, init=False)
-    note: Callable[[str, Any], None] = field(default=lambda name, value: None, init=False)  # of the stage's record
+    note: Callable[[str, Any], None] = field(default_factory=lambda: _forget, init=False)  # of the stage's record
 
     @cached_property
     def data(self) -> StageData:
@@ -355,3 +355,7 @@ class Materials:
 
 def _same(images: Tensor) -> Tensor:
     return images
+
+
+def _forget(name: str, value: Any) -> None:
+    """Notes of work that no stage keeps a record of."""
