@@ -173,15 +173,19 @@ def test_pairs_on_the_papers_40_levels(direction: Any, evaluations: int) -> None
     assert planned.flops == pytest.approx(evaluations * once.flops, rel=1e-9)  # two levels of DDIM: one evaluation
 
 
-def test_gates_are_planned_for() -> None:
-    """Pairs of a grown teacher, planned and counted: a rung is evaluated only at steps where its gate is open."""
+@pytest.mark.parametrize("interval", [None, (0.5, 20.0)])
+def test_gates_and_intervals_are_planned_for(interval: Any) -> None:
+    """Pairs of a grown teacher, planned and counted: a rung is evaluated only at steps where its gate is open, and the
+    null condition only within the interval."""
     low = shallow()
     net, _ = grow_network(low.net, grown_config(low.net.config, 32, "preserve", until=1.0), "preserve")
     teacher, c = Denoiser(net, low.config).eval(), cond(N)
     stage = PairsStage(name="pairs", n=8, batch=N, shard=N, direction="sample", sampler="heun", steps=8, guidance=3)
+    stage = stage.model_copy(update={"interval": interval})
     ode = Ode(stage.sampler, stage.steps, teacher.sigma_min, teacher.sigma_max)
     with torch.no_grad():
-        run = counted(lambda: ode.to_image(Guided(teacher, c, guidance=3.0), torch.randn(N, 3, 32, 32)))
+        guided = Guided(teacher, c, guidance=3.0, interval=interval)
+        run = counted(lambda: ode.to_image(guided, torch.randn(N, 3, 32, 32)))
     planned = pairs_cost(stage, net.config, low.config, tokens=TOKENS).flops * N
     whole = grown_config(low.net.config, 32, "preserve", until=float("inf"))
     ungated = pairs_cost(stage, whole, low.config, tokens=TOKENS).flops * N

@@ -81,6 +81,19 @@ def test_upscaled_pairs_average_down_to_the_generators_images(guided: bool, monk
     assert details(image, 2).abs().max() > 0.01
 
 
+def test_an_interval_limits_guidance() -> None:
+    denoiser = shallow(dtype=torch.float32)
+
+    def images(**given: Any) -> torch.Tensor:
+        stage = PairsStage(name="p", n=4, batch=4, shard=4, direction="sample", sampler="ddim", steps=8, **given)
+        return work(denoiser, stage).shard(0, 4, lambda _: None)["image"]
+
+    none, all_of = images(guidance=1.0), images(guidance=5.0)
+    assert not torch.equal(none, all_of)
+    assert torch.equal(images(guidance=5.0, interval=(0.0, 1e4)), all_of)
+    assert torch.equal(images(guidance=5.0, interval=(1e4, 2e4)), none)
+
+
 def test_pairs_that_are_sampled_decode_no_image(monkeypatch: pytest.MonkeyPatch) -> None:
     denoiser = shallow(dtype=torch.float32)
     loader = work(denoiser, PairsStage(name="p", n=8, batch=4, shard=4)).loader

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 from pixelgrow.diffusion.sampling import MAX_STEPS
 from pixelgrow.diffusion.solvers import SAMPLERS
@@ -19,6 +19,15 @@ class Spec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_by_name=True, validate_by_alias=True)
 
 
+def _ordered(interval: tuple[float, float]) -> tuple[float, float]:
+    if not 0 <= interval[0] < interval[1] < math.inf:
+        raise ValueError(f"got {list(interval)}, expected [lo, hi] with 0 <= lo < hi, both finite")
+    return interval
+
+
+Interval = Annotated[tuple[float, float], AfterValidator(_ordered)]
+
+
 class SamplingSpec(Spec):
     """Default sampling settings of a checkpoint; the library's own where one is left out."""
 
@@ -27,7 +36,7 @@ class SamplingSpec(Spec):
     sampler: str | None = None
     threshold: float | None = Field(None, gt=0, le=1)
     grid: Literal["karras", "native"] | None = None
-    interval: tuple[float, float] | None = Field(None, description="guide from lo to hi only, in sigma of the image")
+    interval: Interval | None = Field(None, description="guide from lo to hi only, in sigma of the image")
 
     guide_details: bool | None = Field(
         None, description="false: guide only the core; the rungs above are evaluated once"
@@ -39,13 +48,6 @@ class SamplingSpec(Spec):
         if sampler is not None and sampler not in SAMPLERS:
             raise ValueError(f"got {sampler!r}, expected one of {', '.join(SAMPLERS)}")
         return sampler
-
-    @field_validator("interval")
-    @classmethod
-    def _interval(cls, interval: tuple[float, float] | None) -> tuple[float, float] | None:
-        if interval is not None and not 0 <= interval[0] < interval[1] < math.inf:
-            raise ValueError(f"got {list(interval)}, expected [lo, hi] with 0 <= lo < hi, both finite")
-        return interval
 
     @property
     def given(self) -> dict[str, Any]:

@@ -5,7 +5,8 @@ As in `network.py`, the stages' own code runs on fake tensors; here with whole n
 
 from __future__ import annotations
 
-from collections import deque
+import math
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from pixelgrow.diffusion.denoiser import Denoiser, DiffusionConfig
 from pixelgrow.diffusion.generator import Generator
 from pixelgrow.diffusion.guidance import Guided
-from pixelgrow.diffusion.progressive import climb, floors_of, needed_floor, upscaling
+from pixelgrow.diffusion.progressive import Floor, climb, floors_of, needed_floor, upscaling
 from pixelgrow.growth import freeze, inherited, last_blocks
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.config import CoreConfig, NetConfig
@@ -63,15 +64,21 @@ def pairs_cost(
         denoiser.gated = False  # fake noise levels open no gate; the floors decide what is evaluated
         cond = blank_cond(teacher.core, stage.batch, tokens)
         x = torch.zeros(stage.batch, teacher.space.channels, teacher.resolution, teacher.resolution)
-        floors = floors_of(Guided(denoiser, cond, guidance=guidance))
-        if low is not None:
+
+        def floors_with(guidance: float) -> list[Floor]:
+            floors = floors_of(Guided(denoiser, cond, guidance=guidance))
+            if low is None:
+                return floors
             image = torch.zeros(stage.batch, low.space.channels, low.resolution, low.resolution)
-            floors = upscaling(floors, image, teacher.resolution)
-        each = [spent(partial(floor.denoise, box_down(x, floor.scale), 1.0))["forward"] for floor in floors]
-        counts = [0] * len(floors)
+            return upscaling(floors, image, teacher.resolution)
+
+        floors = floors_with(guidance)
+        below, above = stage.interval or (0.0, math.inf)
+        counts: Counter[tuple[int, bool]] = Counter()  # evaluations by floor and whether they are guided
 
         def count(scale: int, x: Tensor, sigma: float) -> Tensor:
-            counts[needed_floor(floors, scale * sigma)] += 1
+            level = scale * sigma
+            counts[needed_floor(floors, level), below < level <= above] += 1
             return x
 
         counting = [replace(floor, denoise=partial(count, floor.scale)) for floor in floors]
@@ -80,8 +87,12 @@ def pairs_cost(
         peak = spent(lambda: deque(climb(floors[-1:], x if inverts else few[0] * x, few, stage.sampler), maxlen=1)[0])[
             "peak"
         ]
+        of = {True: floors, False: floors_with(1.0)}
+        flops = 0.0
+        for (i, guided), calls in counts.items():
+            floor = of[guided][i]
+            flops += calls * spent(partial(floor.denoise, box_down(x, floor.scale), 1.0))["forward"] / stage.batch
     core, weights = bytes_of(denoiser.net.core), bytes_of(denoiser)
-    flops = sum(one * calls for one, calls in zip(each, counts, strict=True)) / stage.batch
     return Cost(
         parameters={"core": core // 4, "levels": (weights - core) // 4, "training": 0},
         work={"forward": flops * (1 + stage.flip)},

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from pixelgrow.diffusion.denoiser import DiffusionConfig
-from pixelgrow.diffusion.sampling_spec import SamplingSpec, Spec
+from pixelgrow.diffusion.sampling_spec import Interval, SamplingSpec, Spec
 from pixelgrow.evaluation.measures import LEAST, check_names, of_features
 from pixelgrow.models.sizes import SIZES
 from pixelgrow.onestep.losses import GUIDANCE_DISTRIBUTIONS, GuidanceDistribution
@@ -215,6 +215,7 @@ class PairsStage(Spec):
     sampler: Literal["heun", "ddim", "dpm++2m"] = "heun"
     steps: int = Field(40, ge=2, description="levels of the grid; heun evaluates 2 * steps - 2 times to invert")
     guidance: float | GuidanceDistribution = 1.0
+    interval: Interval | None = Field(None, description="guide from lo to hi only, in sigma of the image")
     upscales: str | None = Field(None, description="a one-step generator, whose images the teacher upscales")
     flip: bool = False
     batch: int = Field(64, ge=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -165,7 +166,9 @@ def _fit(
             usual = float(teacher_config.sampling.get("guidance", looks.GRID_GUIDANCE))
             guidance = min(max(usual, spread_of(distribution).low), spread_of(distribution).high)
         weight = float(solver["guidance"]) if guidance is None else guidance
-        latents = torch.cat([ode.to_latent(Guided(teacher, cond[r], guidance=weight), small[r]) for r in rows])
+        interval = solver.get("interval")
+        guided = partial(Guided, teacher, guidance=weight, interval=interval)
+        latents = torch.cat([ode.to_latent(guided(cond[r]), small[r]) for r in rows])
         solved = sample(
             teacher,
             cond[: looks.COLUMNS],
@@ -173,12 +176,13 @@ def _fit(
             seed=recipe.seed,
             steps=looks.GRID_STEPS,
             guidance=weight,
+            interval=interval,
         ).images
     prior = initial_noise(low, recipe.seed, range(len(images)), generator.space.channels).to(materials.device)
     latents, prior = (reduced(z, generator.latent_resolution) for z in (latents, prior))
     watch = Watch(generator, features, Watched(images, cond, latents, prior, solved, guidance), settings.micro_batch)
     view = looks.looks_of(materials, mixture, generator.resolution, held)
-    grid = looks.generator_rows(view, watch, teacher, weight, materials, held, guided_batch(settings))
+    grid = looks.generator_rows(view, watch, teacher, weight, interval, materials, held, guided_batch(settings))
     hooks = [
         Hook("validation", settings.validate_every or 0, watch.numbers, at_start=True),
         grid_hook(grid, folder, settings.sample_every or 0, materials.patches(generator)),

@@ -78,13 +78,20 @@ def denoiser_rows(looks: Looks, denoiser: Denoiser, materials: Materials, batch:
 
 
 def generator_rows(
-    looks: Looks, watch: Watch, teacher: Denoiser, guidance: float, materials: Materials, held: Examples, batch: int
+    looks: Looks,
+    watch: Watch,
+    teacher: Denoiser,
+    guidance: float,
+    interval: tuple[float, float] | None,
+    materials: Materials,
+    held: Examples,
+    batch: int,
 ) -> Callable[[], list[Row]]:
     """Makes the rows of a generator's grid: its images and its teacher's from the same latents, and reconstructions.
 
-    `guidance`: the teacher's. `held`: the held-out images that are watched.
+    `guidance`, `interval`: the teacher's. `held`: the held-out images that are watched.
     """
-    generator, solve = watch.generator, _samples(teacher, materials, guidance, batch)
+    generator, solve = watch.generator, _samples(teacher, materials, guidance, batch, interval)
     factor = generator.resolution // teacher.resolution
     low = (teacher.resolution, teacher.resolution)
     solved: dict[int, Tensor] = {}  # by the first number; the teacher does not change
@@ -112,7 +119,13 @@ def generator_rows(
     return rows
 
 
-def _samples(denoiser: Denoiser, materials: Materials, guidance: float, batch: int) -> Maker:
+def _samples(
+    denoiser: Denoiser,
+    materials: Materials,
+    guidance: float,
+    batch: int,
+    interval: tuple[float, float] | None = None,
+) -> Maker:
     """Samples of a denoiser as pixels."""
 
     def make(cond: Cond, numbers: Sequence[int]) -> Tensor:
@@ -124,6 +137,7 @@ def _samples(denoiser: Denoiser, materials: Materials, guidance: float, batch: i
             index=numbers,
             steps=GRID_STEPS,
             guidance=guidance,
+            interval=interval,
             batch=batch,
         )
         return materials.decode(found.images)

@@ -76,7 +76,7 @@ class Work:
     def denoise(self, cond: Cond, weights: Tensor | None) -> Guided:
         guidance = self.stage.guidance if weights is None else weights
         assert not isinstance(guidance, str)
-        return Guided(self.denoiser, cond, guidance=guidance)
+        return Guided(self.denoiser, cond, guidance=guidance, interval=self.stage.interval)
 
     def _check(self) -> None:
         if self.stopped.is_set():
@@ -251,13 +251,16 @@ def pairs_stage(stage: PairsStage, parent: Parent, folder: Path, materials: Mate
     logger.info("%s: %d pairs; measuring a round trip of %d images", stage.name, pairs, min(CHECKED, stage.n))
     images, captions, origin, checked = next(work.batches(0, min(CHECKED, stage.n)))
     denoise = work.denoise(materials.cond(captions), work.weights(checked, origin))
+    solver: dict[str, Any] = {"sampler": stage.sampler, "steps": stage.steps, "guidance": stage.guidance}
+    if stage.interval is not None:
+        solver["interval"] = stage.interval
     facts: dict[str, Any] = {
         "format": FORMAT,
         "teacher": parent.config.sha256,
         "keeps": kept_in(parent.config.lineage),
         "direction": stage.direction,
         **upscaled,
-        "solver": {"sampler": stage.sampler, "steps": stage.steps, "guidance": stage.guidance},
+        "solver": solver,
         "resolution": [side, side],
         "data": mixture.describe(),
         "pairs": pairs,
