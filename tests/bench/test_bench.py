@@ -85,7 +85,7 @@ def test_growth_dry_run_shares_out_equal_compute(capsys: pytest.CaptureFixture[s
     argv = ["--dry-run", "--root", str(tmp_path / "runs"), "--budget", "0.5"]
     growth.main(argv)
     out = capsys.readouterr().out
-    assert all(name in out for name in growth_plan.REGIMES) and "minutes at 90 GFLOP/s" in out
+    assert all(name in out for name in growth_plan.DEFAULT) and "minutes at 90 GFLOP/s" in out
     assert not (tmp_path / "runs").exists()
 
 
