@@ -156,7 +156,7 @@ def test_shards_hold_the_same(made: Path, packages: Path, tmp_path: Path) -> Non
     assert make(packages, tmp_path / "tars", "--tar").returncode == 0
     for part in ("train", "test"):
         tars, folder = as_files(tmp_path / "tars" / part), as_files(made / part)
-        assert [path.name for path in (tmp_path / "tars" / part).iterdir()] == ["00000.tar"] and not tars.bad
+        assert [path.name for path in (tmp_path / "tars" / part).glob("[!.]*")] == ["00000.tar"] and not tars.bad
         ours = {tars.key(i).removeprefix("00000.tar/"): (tars.read(i), tars.wordings(i)) for i in range(len(tars))}
         assert ours == {folder.key(i): (folder.read(i), folder.wordings(i)) for i in range(len(folder))}
 

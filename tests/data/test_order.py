@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
+import numpy as np
 import pytest
 
-from pixelgrow.data.order import Draw, Order
+from pixelgrow.data import order as module
+from pixelgrow.data.order import Draw, Order, Permutation
 from pixelgrow.errors import UserError
+from pixelgrow.rng import seed_of
 
 POSITIONS = [0, 1, 2, 59, 60, 61, 1000, 7, 0]
 
@@ -56,3 +61,39 @@ def test_a_replacement_is_any_sample_of_the_same_source_keyed_by_seed_turn_and_a
 def test_weights_that_mean_nothing(weights: list[float], words: str) -> None:
     with pytest.raises(UserError, match=words):
         Order([7, 12], weights)
+
+
+def test_up_to_a_million_numbers_are_sorted_by_random_bits() -> None:
+    """As ever: a run that goes on sees the same samples."""
+    expected = np.argsort(np.random.PCG64(seed_of(3, "order")).random_raw(1000), kind="stable")
+    assert list(Permutation(1000, 3, "order")) == expected.tolist()
+
+
+@pytest.mark.parametrize("count", [2, 9, 10, 99, 1000, 30_000])
+def test_a_network_permutes(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SORTED", 1)
+    found = list(Permutation(count, "a", 1))
+    assert sorted(found) == list(range(count)) and len(Permutation(count, "a", 1)) == count
+    assert [Permutation(count, "a", 1)[place] for place in (count - 1, 0)] == [found[-1], found[0]]
+    with pytest.raises(IndexError):
+        Permutation(count, "a", 1)[count]
+
+
+def test_a_network_leaves_no_trace_of_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Places, neighbours and other keys are not correlated, and each tenth goes evenly to all tenths."""
+    monkeypatch.setattr(module, "SORTED", 1)
+    count = 40_000
+    found, other = (np.array(list(Permutation(count, "b", key))) for key in (1, 2))
+    for a, b in ((found, np.arange(count)), (found[1:], found[:-1]), (found, other)):
+        assert abs(np.corrcoef(a, b)[0, 1]) < 5 / count**0.5
+    tenths = np.histogram2d(np.arange(count), found, bins=10)[0]
+    assert ((tenths - count / 100) ** 2 / (count / 100)).sum() < 81 + 5 * (2 * 81) ** 0.5  # chi-square, 81 degrees
+    assert 0 <= (found == np.arange(count)).sum() < 12  # one on average
+
+
+def test_the_order_of_a_hundred_million_begins_at_once() -> None:
+    began = time.process_time()
+    order = Order([100_000_000, 7], [3, 1], seed=5)
+    found = [order.at(position).item for position in range(10**9, 10**9 + 300)]
+    assert time.process_time() - began < 0.5
+    assert len(set(found)) > 200

@@ -277,8 +277,8 @@ def test_a_held_out_split_moves_little_when_files_are_added(tmp_path: Path) -> N
 
 def test_sizes_filter(tmp_path: Path) -> None:
     source = as_files(captioned(tmp_path, 10))  # 40..49 wide, 30 high
-    assert large_enough(source, (30, 45)).tolist() == [5, 6, 7, 8, 9]
-    assert large_enough(source, (45, 30)).tolist() == []
+    assert list(large_enough(source, (30, 45))) == [5, 6, 7, 8, 9]
+    assert list(large_enough(source, (45, 30))) == []
 
 
 def test_scenes_are_a_source_like_any_other() -> None:

@@ -17,7 +17,8 @@ from pixelgrow.data import open_source
 from pixelgrow.data.badfiles import BadFiles
 from pixelgrow.data.inspect import inspect_source
 from pixelgrow.data.sources.index import BESIDE
-from pixelgrow.data.sources.tars import BELOW, REPEATED, TarShards
+from pixelgrow.data.sources.shards import REPEATED
+from pixelgrow.data.sources.tars import BELOW, TarShards
 from pixelgrow.errors import UserError
 
 

@@ -19,7 +19,7 @@ from pixelgrow.data.sources.base import (
     HELD_OUT_AT_LEAST,
     Source,
     Subset,
-    clear_of,
+    clear_among,
     heldout_split,
     large_enough,
     sizes_of,
@@ -136,7 +136,7 @@ def _are_objects(opened: Source) -> bool:
     """Whether images are, in the main, objects cut out, of which a square crop would lose the ends."""
     sizes = sizes_of(opened)
     oblong = sizes.max(axis=1) > OBLONG * sizes.min(axis=1)
-    return bool(clear_of(opened).mean() >= 0.5 and oblong.mean() >= 0.25)
+    return bool(clear_among(opened) >= 0.5 * len(opened) and oblong.mean() >= 0.25)
 
 
 def _path(path: str, elsewhere: bool) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pixelgrow.data.sources.base import Source, Subset, bad_of, clear_of, ground_of, large_enough, passed_images
+from pixelgrow.data.sources.base import Source, Subset, bad_of, clear_among, ground_of, large_enough, passed_images
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def account_of(sources: Sequence[Source], size: tuple[int, int]) -> Account:
         bad, passed = sum(bad.samples for bad in bad_of(whole)), passed_images(whole)
         total += len(whole) + bad + passed
         seen = large_enough(source, size)
-        grounds[ground_of(source)] += int(clear_of(source)[seen].sum())
+        grounds[ground_of(source)] += clear_among(source, seen)
         others["too small"] += len(source) - len(seen)
         others["held out"] += len(whole) - len(source)
         others["passed over"] += passed

@@ -19,7 +19,7 @@ from pixelgrow.data.sources.base import (
     Source,
     Subset,
     bad_of,
-    clear_of,
+    clear_among,
     files_of,
     ground_of,
     large_enough,
@@ -110,7 +110,7 @@ def inspect_source(
             bad.setdefault(source.key(item), BadFile(source.key(item), error.reason))
     classes: tuple[str, ...] = getattr(source, "classes", ())
     texts = captions_in(source)
-    clear = int(clear_of(source).sum())
+    clear = clear_among(source)
     labels = Counter(texts) if classes else Counter[str]()
     return Inspection(
         name=source.name,
@@ -139,7 +139,7 @@ def inspect_source(
 
 def _account(source: Source, train: Subset | None, size: tuple[int, int], broken: Sequence[int]) -> Account:
     """What a stage of `size` (h, w) would see; `broken`: numbers of samples that cannot be decoded."""
-    seen = large_enough(source, size)
+    seen = np.asarray(large_enough(source, size))
     if train is not None:
         seen = np.intersect1d(seen, train.indices)
     return account_of([train or source], size).but("bad", int(np.isin(broken, seen).sum()))

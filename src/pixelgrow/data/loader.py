@@ -17,6 +17,7 @@ from pixelgrow.data.badfiles import BadFiles
 from pixelgrow.data.images import BadImage
 from pixelgrow.data.order import Order
 from pixelgrow.data.sources.base import BadFile, Source, chosen, large_enough, sizes_of, wordings_of
+from pixelgrow.data.sources.selection import Selection
 from pixelgrow.data.workers import in_processes
 from pixelgrow.errors import UserError
 from pixelgrow.rng import uniform
@@ -111,7 +112,7 @@ class Loader:
         seen: set[int] = set()
         for source, items in zip(self.sources, self.usable, strict=True):
             period = getattr(source, "captions", None)  # of scenes: samples i and i + captions have the same one
-            for item in items if period is None else np.unique(items % period):
+            for item in items if period is None else np.unique(np.asarray(items) % period):
                 for wording in wordings_of(source, int(item)):
                     if hash(wording.text) not in seen:
                         seen.add(hash(wording.text))
@@ -233,8 +234,8 @@ def take(source: Source, count: int, size: tuple[int, int]) -> Batch:
     return Batch(to_tensor(np.stack(images)), tuple(texts), torch.arange(len(images)))
 
 
-def usable(source: Source, size: tuple[int, int]) -> np.ndarray:
-    """Numbers (M,) int64 of the samples of at least `size` (h, w). Raises `UserError` if there is none."""
+def usable(source: Source, size: tuple[int, int]) -> Selection:
+    """Numbers of the samples of at least `size` (h, w). Raises `UserError` if there is none."""
     items = large_enough(source, size)
     if not len(items):
         largest = int(sizes_of(source).min(axis=1).max(initial=0))

@@ -1,6 +1,7 @@
 """The order of training samples: a pure function of the seed and the position in the stream."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -8,6 +9,9 @@ import numpy as np
 
 from pixelgrow.errors import UserError
 from pixelgrow.rng import Key, seed_of
+
+SORTED = 1 << 20  # numbers that are put in order by a sort
+_ROUNDS = 6
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class Order:
         # Source k has its share of the positions that sources 0 to k-1 leave. Fractions are exact at any position.
         exact = [Fraction(share) for share in shares]
         self._shares = [(share / sum(exact[k:])).as_integer_ratio() for k, share in enumerate(exact)]
-        self._shuffled: dict[int, tuple[int, np.ndarray]] = {}  # source: its epoch and the order in that
+        self._orders: dict[int, tuple[int, Permutation]] = {}  # source: its epoch and the order in that
 
     def at(self, position: int) -> Draw:
         """The sample at a position, counted from 0."""
@@ -57,16 +61,47 @@ class Order:
 
     def _item(self, source: int, turn: int) -> int:
         epoch, place = divmod(turn, self.counts[source])
-        cached = self._shuffled.get(source)
+        cached = self._orders.get(source)
         if cached is None or cached[0] != epoch:
-            new = shuffled(self.counts[source], self.seed, "order", source, epoch)
-            cached = self._shuffled[source] = (epoch, new)
-        return int(cached[1][place])
+            new = Permutation(self.counts[source], self.seed, "order", source, epoch)
+            cached = self._orders[source] = (epoch, new)
+        return cached[1][place]
 
 
-def shuffled(count: int, *keys: Key) -> np.ndarray:
-    """The numbers 0 to count - 1, (count,) int64, in an order that is a function of `keys`.
+class Permutation:
+    """The numbers 0 to `count` - 1 in an order that is a function of `keys`, the same in every version of numpy.
 
-    Made of raw bits and a stable sort, which are the same in every version of numpy; `permutation` is not.
+    Up to a million are sorted by raw random bits (`numpy.random.permutation` may change). For more, a Feistel network
+    computes each from its place: a place is two digits (l, r) in base ceil(sqrt(count)), each round makes (r, l + F(r))
+    of them, and what lands beyond `count` goes through again. F is a table of random digits for each round, so an order
+    of N numbers takes O(sqrt(N)) memory and time to begin (Luby and Rackoff, SIAM J. Comput. 17(2), 1988; in other
+    bases and with the walk back into range: Black and Rogaway, CT-RSA 2002).
     """
-    return np.argsort(np.random.PCG64(seed_of(*keys)).random_raw(count), kind="stable")
+
+    def __init__(self, count: int, *keys: Key) -> None:
+        self._count = count
+        bits = np.random.PCG64(seed_of(*keys))
+        self._sorted = np.argsort(bits.random_raw(count), kind="stable") if count <= SORTED else None
+        self._base = math.isqrt(count - 1) + 1 if count > SORTED else 0
+        drawn = bits.random_raw(_ROUNDS * self._base) % np.uint64(self._base) if self._base else np.zeros(0)
+        self._tables = [table.tolist() for table in np.split(drawn, _ROUNDS)]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, place: int) -> int:
+        if self._sorted is not None:
+            return int(self._sorted[place])
+        if not 0 <= place < self._count:
+            raise IndexError(f"place {place} of {self._count}")
+        base, number = self._base, place
+        while True:
+            left, right = divmod(number, base)
+            for table in self._tables:
+                left, right = right, (left + table[right]) % base
+            number = left * base + right
+            if number < self._count:
+                return number
+
+    def __iter__(self) -> Iterator[int]:
+        return map(self.__getitem__, range(self._count))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pixelgrow.data.images import BadImage
-from pixelgrow.data.order import shuffled
+from pixelgrow.data.order import Permutation
 from pixelgrow.data.scenes.source import Scenes
 from pixelgrow.data.sources.base import Source, large_enough
 from pixelgrow.data.sources.opening import open_images, open_source
@@ -80,31 +81,30 @@ def open_real(data: str, size: tuple[int, int], n: int, *, kind: str = "auto", c
     image that is large enough.
     """
     if data == "scenes":
-        return _first(Scenes(n=SCENES, captions=SCENES, split="heldout"), np.arange(min(n, SCENES)), size)
+        return _first(Scenes(n=SCENES, captions=SCENES, split="heldout"), range(min(n, SCENES)), size)
     source = open_source({"source": data, "kind": kind}) if captions or kind != "auto" else open_images(data)
-    return _first(source, _order(source, size)[:n], size)
+    return _first(source, itertools.islice(_order(source, size), n), size)
 
 
 def open_train(data: str, size: tuple[int, int], n: int, *, kind: str = "auto") -> Real:
     """The first `n` training images, as in `open_real`; scenes are of the training split."""
     if data == "scenes":
-        return _first(Scenes(n=SCENES, captions=SCENES, split="train"), np.arange(min(n, SCENES)), size)
+        return _first(Scenes(n=SCENES, captions=SCENES, split="train"), range(min(n, SCENES)), size)
     return open_real(data, size, n, kind=kind, captions=False)
 
 
-def _order(source: Source, size: tuple[int, int]) -> np.ndarray:
+def _order(source: Source, size: tuple[int, int]) -> Iterator[int]:
     """Numbers of the images that are large enough, shuffled."""
-    order = shuffled(len(source), "evaluation")
-    return order[np.isin(order, large_enough(source, size))]
+    return filter(large_enough(source, size).__contains__, Permutation(len(source), "evaluation"))
 
 
-def _first(source: Source, numbers: np.ndarray, size: tuple[int, int]) -> Real:
-    if not len(numbers):
+def _first(source: Source, numbers: Iterable[int], size: tuple[int, int]) -> Real:
+    items = [(source, i) for i in numbers]
+    if not items:
         raise UserError(
             f"{source.name}: got {len(source)} images, none of {size[0]}x{size[1]} or larger, which is the size of the "
             "images to evaluate; name larger ones"
         )
-    items = [(source, int(i)) for i in numbers]
     return Real(source.name, source.fingerprint, items, size, [source.text(i) for _, i in items])
 
 

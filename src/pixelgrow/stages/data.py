@@ -10,10 +10,8 @@ from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pixelgrow.data.account import Account, account_of
-from pixelgrow.data.order import shuffled
+from pixelgrow.data.order import Permutation
 from pixelgrow.data.scenes.source import Scenes
 from pixelgrow.data.sources.base import Source, Subset, heldout_split, large_enough
 from pixelgrow.data.sources.folders import ClassFolder, PairedFolder
@@ -250,10 +248,10 @@ def _in_turn(sources: Sequence[Source], size: tuple[int, int], *keys: Key) -> It
     """Samples of at least `size` (h, w), one of each source in turn; those of files in an order of `keys`."""
     turns = []
     for source in sources:
-        numbers = np.arange(len(source))
+        numbers: Iterator[int] = iter(range(len(source)))
         if not isinstance(source, Scenes):
-            numbers = shuffled(len(source), *keys)
-            numbers = numbers[np.isin(numbers, large_enough(source, size))]
+            enough = large_enough(source, size)
+            numbers = filter(enough.__contains__, Permutation(len(source), *keys))
         turns.append(_each(source, numbers))
     while turns:
         for turn in list(turns):
@@ -264,8 +262,8 @@ def _in_turn(sources: Sequence[Source], size: tuple[int, int], *keys: Key) -> It
                 yield item
 
 
-def _each(source: Source, numbers: np.ndarray) -> Iterator[Origin]:
-    return ((source, int(i)) for i in numbers)
+def _each(source: Source, numbers: Iterator[int]) -> Iterator[Origin]:
+    return ((source, i) for i in numbers)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -1,13 +1,15 @@
 """What a source of captioned images is, and views of one."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from pixelgrow.data.images import FRAME, Frame
+from pixelgrow.data.sources.selection import CHUNK, Selection, chunks
 from pixelgrow.errors import UserError
 
 
@@ -15,10 +17,11 @@ class Source(Protocol):
     """Captioned images by number; every answer is a function of the number alone.
 
     `name` is for messages, `fingerprint` a hash of what the source holds (`identity`, or its parameters).
-    A source of files also has `sizes` (N, 2) int32 of (h, w), `clear` (N,) bool (which images have transparency) and
-    the `frame` that they are laid out in, `bad` (what its index had to leave out), `passed` (files that are no samples
-    and no faults) and `files` (the number of distinct images, bad and lost ones included). A source
-    of classes has `classes`, the names of its labels. One whose captions say left and right has `mirror` False: its
+    A source of files also has `sides(part)` (n, 2) int32 of (h, w) and `clears(part)` (n,) bool (which images have
+    transparency) of the samples in a slice, the `frame` that they are laid out in, `bad` (what its index had to leave
+    out), `passed` (files that are no samples and no faults) and `files` (the number of distinct images, bad and lost
+    ones included). A source of many files has `least(seed, count)`, the hashes of its keys (`least_of`). A source of
+    classes has `classes`, the names of its labels. One whose captions say left and right has `mirror` False: its
     images are never mirrored. One with `several` True has samples of more than one caption, all of them in
     `wordings(i)`.
     """
@@ -78,12 +81,14 @@ class PassedOver:
 class Subset:
     """A view of some samples of a source. `indices` (M,) are numbers of the parent, in the order of the view."""
 
-    def __init__(self, parent: Source, indices: np.ndarray, name: str) -> None:
+    def __init__(self, parent: Source, indices: np.ndarray | Selection, name: str) -> None:
         self.parent = parent
-        self.indices = np.asarray(indices, dtype=np.int64)
+        self.indices = indices if isinstance(indices, Selection) else np.asarray(indices, dtype=np.int64)
         self.name = name
-        digest = hashlib.blake2b(self.indices.tobytes(), digest_size=8).hexdigest()
-        self.fingerprint = f"{parent.fingerprint}-{digest}"
+        digest = hashlib.blake2b(digest_size=8)
+        for part in chunks(len(self.indices)):
+            digest.update(self.indices[part].tobytes())
+        self.fingerprint = f"{parent.fingerprint}-{digest.hexdigest()}"
         self.bad: Sequence[BadFile] = bad_of(parent)
         self.passed: Sequence[PassedOver] = passed_of(parent)
         self.strays: Sequence[BadFile] = strays_of(parent)
@@ -93,13 +98,17 @@ class Subset:
         self.several: bool = getattr(parent, "several", False)
         self.frame: Frame = getattr(parent, "frame", FRAME)
 
-    @property
-    def sizes(self) -> np.ndarray:
-        return sizes_of(self.parent)[self.indices]
+    def sides(self, part: slice) -> np.ndarray:
+        return self._of_parent(sides_of, part)
 
-    @property
-    def clear(self) -> np.ndarray:
-        return clear_of(self.parent)[self.indices]
+    def clears(self, part: slice) -> np.ndarray:
+        return self._of_parent(clears_of, part)
+
+    def _of_parent(self, column: Callable[[Source, slice], np.ndarray], part: slice) -> np.ndarray:
+        """A column of the parent for a part of the view; what lies between its samples is read as well."""
+        numbers = self.indices[part]
+        first, last = (int(numbers.min()), int(numbers.max())) if len(numbers) else (0, -1)
+        return column(self.parent, slice(first, last + 1))[numbers - first]
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -132,19 +141,30 @@ def chosen(wordings: Sequence[Wording], u: float) -> int:
     return min(int(np.searchsorted(ends, u * ends[-1], side="right")), len(wordings) - 1)
 
 
+def sides_of(source: Source, part: slice) -> np.ndarray:
+    """Original sizes (n, 2) int32 of (h, w) of the samples in a part."""
+    sides: Callable[[slice], np.ndarray] | None = getattr(source, "sides", None)
+    if sides is not None:
+        return sides(part)
+    flat = (side for i in range(*part.indices(len(source))) for side in source.size(i))
+    return np.fromiter(flat, dtype=np.int32).reshape(-1, 2)
+
+
 def sizes_of(source: Source) -> np.ndarray:
     """All original sizes, (N, 2) int32 of (h, w)."""
-    sizes = getattr(source, "sizes", None)
-    if isinstance(sizes, np.ndarray):
-        return sizes
-    flat = (side for i in range(len(source)) for side in source.size(i))
-    return np.fromiter(flat, dtype=np.int32, count=2 * len(source)).reshape(-1, 2)
+    return sides_of(source, slice(0, len(source)))
 
 
-def clear_of(source: Source) -> np.ndarray:
-    """Which images have transparency, (N,) bool; none of a source without files."""
-    clear = getattr(source, "clear", None)
-    return clear if isinstance(clear, np.ndarray) else np.zeros(len(source), np.bool_)
+def clears_of(source: Source, part: slice) -> np.ndarray:
+    """Which images of a part have transparency, (n,) bool; none of a source without files."""
+    clears: Callable[[slice], np.ndarray] | None = getattr(source, "clears", None)
+    return np.zeros(part.stop - part.start, np.bool_) if clears is None else clears(part)
+
+
+def clear_among(source: Source, chosen: Selection | None = None) -> int:
+    """How many samples, or how many of the chosen ones, have transparency."""
+    parts = ((clears_of(source, part), part) for part in chunks(len(source)))
+    return sum(int((clear if chosen is None else clear & chosen.mask(part)).sum()) for clear, part in parts)
 
 
 def ground_of(source: Source) -> str:
@@ -183,10 +203,10 @@ def files_of(source: Source) -> int:
     return getattr(source, "files", len(source))
 
 
-def large_enough(source: Source, size: tuple[int, int]) -> np.ndarray:
-    """Numbers (M,) int64 of the samples whose original is at least `size` (h, w) on both sides."""
-    sizes = sizes_of(source)
-    return np.flatnonzero((sizes[:, 0] >= size[0]) & (sizes[:, 1] >= size[1]))
+def large_enough(source: Source, size: tuple[int, int]) -> Selection:
+    """Numbers of the samples whose original is at least `size` (h, w) on both sides."""
+    parts = (sides_of(source, part) for part in chunks(len(source)))
+    return Selection(len(source), ((sides[:, 0] >= size[0]) & (sides[:, 1] >= size[1]) for sides in parts))
 
 
 HELD_OUT_AT_MOST, HELD_OUT_AT_LEAST = 10_000, 16  # images
@@ -207,20 +227,51 @@ def heldout_split(
     """
     if not 0 < fraction < 1:
         raise UserError(f"held-out fraction: got {fraction}, expected a number between 0 and 1; the default is 0.02")
-    hashes = np.fromiter((_hash(seed, source.key(i)) for i in range(len(source))), dtype=np.uint64, count=len(source))
-    order = np.sort(hashes)
-    if len(order) < 2 or order[0] == order[-1]:
-        raise UserError(f"{source.name}: {len(order)} usable image(s), too few to hold some out; add images")
-    count = min(max(round(fraction * len(order)), at_least), at_most, len(order) // 2)
-    held = hashes <= order[count - 1]
-    if held.all():
-        held = hashes < order[-1]
+    total = len(source)
+    count = min(max(round(fraction * total), at_least), at_most, total // 2)
+    hashes, numbers = least_of(source, seed, max(count, 1))
+    if total < 2 or (len(numbers) == total and hashes[0] == hashes[-1]):
+        raise UserError(f"{source.name}: {total} usable image(s), too few to hold some out; add images")
+    held = hashes <= hashes[count - 1]
+    if held.sum() == total:
+        held = hashes < hashes[-1]
+    part = np.sort(numbers[held])
     return (
-        Subset(source, np.flatnonzero(~held), f"{source.name} (train)"),
-        Subset(source, np.flatnonzero(held), f"{source.name} (held out)"),
+        Subset(source, Selection.but(total, part), f"{source.name} (train)"),
+        Subset(source, part, f"{source.name} (held out)"),
     )
 
 
-def _hash(seed: int, key: str) -> int:
-    data = f"{seed}\0{key}".encode(errors="surrogatepass")
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little")
+def least_of(source: Source, seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """(hashes, numbers) of the samples with the least hashes of their keys: `count` of them, those whose hash equals
+    the last of these, and maybe more, in ascending order of their hashes. All, if fewer."""
+    least: Callable[[int, int], tuple[np.ndarray, np.ndarray]] | None = getattr(source, "least", None)
+    if least is not None:
+        return least(seed, count)
+    return least_hashes((source.key(i) for i in range(len(source))), seed, count)
+
+
+def least_hashes(keys: Iterator[str], seed: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """`least_of` the samples with some `keys`. Memory grows with `count`, not with the number of keys."""
+    kept = np.zeros(0, np.dtype([("hash", "<u8"), ("number", "<i8")]))
+    first = hashlib.blake2b(f"{seed}\0".encode(), digest_size=8)
+    start = 0
+    while True:
+        new = np.fromiter((_hash(first, key) for key in itertools.islice(keys, CHUNK)), np.uint64)
+        if not len(new):
+            return kept["hash"].copy(), kept["number"].copy()
+        found = np.empty(len(new), kept.dtype)
+        found["hash"], found["number"] = new, np.arange(start, start + len(new))
+        start += len(new)
+        if len(kept) >= count:
+            found = found[found["hash"] <= kept["hash"][count - 1]]
+        kept = np.concatenate([kept, found])
+        kept = kept[np.argsort(kept["hash"], kind="stable")]
+        if len(kept) > count:
+            kept = kept[: np.searchsorted(kept["hash"], kept["hash"][count - 1], side="right")]
+
+
+def _hash(first: hashlib.blake2b, key: str) -> int:
+    found = first.copy()
+    found.update(key.encode(errors="surrogatepass"))
+    return int.from_bytes(found.digest(), "little")

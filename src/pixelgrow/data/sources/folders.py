@@ -7,7 +7,7 @@ from pixelgrow.data.images import BadImage
 from pixelgrow.data.sources.base import Wording
 from pixelgrow.data.sources.captions import MAX_CAPTION, MAX_JSON, Captions, flat, from_json, from_text, wordings_from
 from pixelgrow.data.sources.files import is_image, key_of, open_regular, read_regular, walk
-from pixelgrow.data.sources.index import CAPTIONS, FURTHER, LOOSE, NEITHER, VECTOR, FileSource, Strings
+from pixelgrow.data.sources.index import CAPTIONS, FURTHER, LOOSE, NEITHER, VECTOR, FileSource, Scan, Strings
 from pixelgrow.data.sources.names import JSON, SVG, TEXT, match, suffix_of
 from pixelgrow.errors import UserError
 
@@ -38,11 +38,12 @@ class PairedFolder(Folder):
     def __init__(self, path: str) -> None:
         super().__init__(path)
         self._captions = Strings()  # names of the caption files
-        for folder, names in walk(self._root, self._reject):
-            self._take(folder, names)
-        self._finish()
+        scan = Scan(path)
+        for folder, names in walk(self._root, scan.reject):
+            self._take(scan, folder, names)
+        self._finish(scan)
 
-    def _take(self, folder: bytes, names: list[bytes]) -> None:
+    def _take(self, scan: Scan, folder: bytes, names: list[bytes]) -> None:
         """Take the samples of one folder into the index."""
         keys = [key_of(folder + name) for name in names]
         found = match(keys, lambda i: is_image(os.path.join(self._root, folder, names[i])))
@@ -51,23 +52,23 @@ class PairedFolder(Folder):
             try:
                 captions = self._read(folder + names[caption])
                 with open_regular(os.path.join(self._root, path)) as file:
-                    self._admit(file, keys[image].encode(errors="surrogatepass"), *_bytes(captions))
+                    scan.admit(file, keys[image].encode(errors="surrogatepass"), *_bytes(captions))
             except BadImage as error:
-                self._reject(keys[image], error.reason)
+                scan.reject(keys[image], error.reason)
                 continue
-            self._note(captions)
+            scan.note(captions)
             self._keys.append(path)
             self._captions.append(names[caption])
         for i, reason in found.faults.items():
-            self._reject(keys[i], reason)
+            scan.reject(keys[i], reason)
         for i, reason in found.strays.items():
-            self._stray(keys[i], reason)
+            scan.stray(keys[i], reason)
         for i in found.others:
-            self._pass_over(NEITHER, keys[i])
+            scan.pass_over(NEITHER, keys[i])
         for i in found.further:
-            self._pass_over(FURTHER, keys[i])
+            scan.pass_over(FURTHER, keys[i])
         for i in found.vectors:
-            self._pass_over(VECTOR, keys[i])
+            scan.pass_over(VECTOR, keys[i])
 
     def _read(self, path: bytes) -> Captions:
         is_json = suffix_of(key_of(path)) == JSON
@@ -102,30 +103,31 @@ class ClassFolder(Folder):
         super().__init__(path)
         self._labels = array("i")
         classes: dict[str, tuple[int, bytes]] = {}  # name: label, folder
-        for folder, names in walk(self._root, self._reject):
+        scan = Scan(path)
+        for folder, names in walk(self._root, scan.reject):
             top = folder.split(b"/", 1)[0]
             for name in names:
                 key = folder + name
                 if not is_image(os.path.join(self._root, key)):
-                    self._pass_over(CAPTIONS if suffix_of(key_of(key)) == TEXT else NEITHER, key_of(key))
+                    scan.pass_over(CAPTIONS if suffix_of(key_of(key)) == TEXT else NEITHER, key_of(key))
                     continue
                 if suffix_of(key_of(key)) == SVG:
-                    self._pass_over(VECTOR, key_of(key))
+                    scan.pass_over(VECTOR, key_of(key))
                     continue
                 if not top:
-                    self._stray(key_of(key), LOOSE)
+                    scan.stray(key_of(key), LOOSE)
                     continue
                 try:
                     label = self._label(top, classes)
                     with open_regular(os.path.join(self._root, key)) as file:
-                        self._admit(file, key_of(key).encode(errors="surrogatepass"), str(label).encode())
+                        scan.admit(file, key_of(key).encode(errors="surrogatepass"), str(label).encode())
                 except BadImage as error:
-                    self._reject(key_of(key), error.reason)
+                    scan.reject(key_of(key), error.reason)
                     continue
                 self._keys.append(key)
                 self._labels.append(label)
         self.classes = tuple(classes)
-        self._finish()
+        self._finish(scan)
 
     def _label(self, folder: bytes, classes: dict[str, tuple[int, bytes]]) -> int:
         """The label of a class's folder, the next one for a new class: the walk has them in order.
@@ -159,20 +161,21 @@ class ImageFolder(Folder):
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
-        for folder, names in walk(self._root, self._reject):
+        scan = Scan(path)
+        for folder, names in walk(self._root, scan.reject):
             for name in names:
                 key = folder + name
                 if not is_image(os.path.join(self._root, key)) or suffix_of(key_of(key)) == SVG:
-                    self._pass_over(VECTOR if suffix_of(key_of(key)) == SVG else NEITHER, key_of(key))
+                    scan.pass_over(VECTOR if suffix_of(key_of(key)) == SVG else NEITHER, key_of(key))
                     continue
                 try:
                     with open_regular(os.path.join(self._root, key)) as file:
-                        self._admit(file, key_of(key).encode(errors="surrogatepass"))
+                        scan.admit(file, key_of(key).encode(errors="surrogatepass"))
                 except BadImage as error:
-                    self._reject(key_of(key), error.reason)
+                    scan.reject(key_of(key), error.reason)
                     continue
                 self._keys.append(key)
-        self._finish()
+        self._finish(scan)
 
     def text(self, i: int) -> str:
         return ""

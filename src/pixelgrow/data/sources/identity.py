@@ -22,6 +22,7 @@ from typing import BinaryIO, Protocol
 
 import numpy as np
 
+from pixelgrow.data.sources.selection import chunks
 from pixelgrow.writing import writing
 
 FORM = "content1"  # the first part of a fingerprint; raise the number when a sample's hash is made otherwise
@@ -32,10 +33,12 @@ class Listed(Protocol):
     """A source whose samples have hashes, `prints` (N,) uint64."""
 
     fingerprint: str
-    prints: np.ndarray
 
+    @property
+    def prints(self) -> np.ndarray: ...
     def __len__(self) -> int: ...
     def key(self, i: int) -> str: ...
+    def keys(self) -> Iterator[str]: ...
 
 
 def hash_of(*parts: str | bytes) -> int:
@@ -53,9 +56,22 @@ def print_of(image: BinaryIO, *about: bytes) -> int:
     return hash_of(*about, str(length), hashlib.blake2b(image.read(END) + last).digest())
 
 
-def fingerprint_of(prints: np.ndarray, mark: str = "") -> str:
-    """The fingerprint of samples with hashes `prints` (N,) uint64, in order; `mark`: of the frame that shows them."""
-    return f"{FORM}{mark}-{hashlib.blake2b(prints.astype('<u8').tobytes(), digest_size=16).hexdigest()}"
+def digest() -> hashlib.blake2b:
+    """What `digest_of` fills with the hashes of samples, as bytes of little-endian uint64, and reads at the end."""
+    return hashlib.blake2b(digest_size=16)
+
+
+def digest_of(prints: np.ndarray) -> str:
+    """The hash of samples with hashes `prints` (N,) uint64, in order."""
+    found = digest()
+    for part in chunks(len(prints)):
+        found.update(prints[part].astype("<u8", copy=False).tobytes())
+    return found.hexdigest()
+
+
+def fingerprint_of(samples: str, mark: str = "") -> str:
+    """The fingerprint of `samples`, the `digest_of` their hashes; `mark`: of the frame that shows them."""
+    return f"{FORM}{mark}-{samples}"
 
 
 def frame_and_samples(fingerprint: str) -> tuple[str, str]:
@@ -73,8 +89,8 @@ def write_samples(folder: Path, source: Listed) -> None:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         with gzip.open(part, "wt", encoding="ascii", compresslevel=1) as file:
-            for i, one in enumerate(source.prints.tolist()):
-                file.write(json.dumps([source.key(i), one]) + "\n")
+            for key, one in zip(source.keys(), source.prints, strict=True):
+                file.write(json.dumps([key, int(one)]) + "\n")
         part.replace(path)
 
 
@@ -90,10 +106,10 @@ def differences(folder: Path, fingerprint: str, source: Listed) -> str:
     except (OSError, EOFError, ValueError, TypeError, zlib.error):
         return ""
     was, was_prints = pairs["f0"], pairs["f1"]
-    now = np.fromiter((hash_of(source.key(i)) for i in range(len(source))), np.uint64, len(source))
+    now, prints = np.fromiter(map(hash_of, source.keys()), np.uint64, len(source)), source.prints
     gone, new = ~np.isin(was, now), ~np.isin(now, was)
-    altered = ~new & ~np.isin(source.prints, was_prints)  # another image or caption; or one more caption of an image
-    dropped = ~gone & ~np.isin(was_prints, source.prints)  # as it was before; or a caption of an image that has others
+    altered = ~new & ~np.isin(prints, was_prints)  # another image or caption; or one more caption of an image
+    dropped = ~gone & ~np.isin(was_prints, prints)  # as it was before; or a caption of an image that has others
     changed = np.union1d(now[altered], was[dropped])
     parts = []
     if gone.any():

@@ -12,6 +12,7 @@ from pixelgrow.data.sources.folders import ClassFolder, PairedFolder
 from pixelgrow.data.sources.index import FileSource
 from pixelgrow.data.sources.metadata import MetadataFolder
 from pixelgrow.data.sources.names import JSON, TEXT, bytes_of, cuts, is_hidden, match, suffix_of, text_of
+from pixelgrow.data.sources.patterns import is_pattern
 from pixelgrow.data.sources.tables import COLUMNS, KINDS, table_in
 from pixelgrow.data.sources.tars import ARCHIVE_SUFFIXES, TarShards
 from pixelgrow.errors import UserError
@@ -67,6 +68,10 @@ def has_captions(path: str) -> bool:
 
 
 def _file(path: str, kind: str) -> Kind:
+    if not os.path.exists(path) and is_pattern(path):
+        if kind not in ("auto", "tar"):
+            raise UserError(f"{path}: kind {kind} expects a folder, got a pattern of names, which is for tar shards")
+        return Kind(TarShards, path)
     name, folder = os.path.basename(path), os.path.dirname(path) or "."
     found = format_at(os.fsencode(path))
     if name.lower() in KINDS:
@@ -91,6 +96,7 @@ def _shards(path: str) -> Kind | None:
         return None if _has_images(path) else Kind(TarShards, path)  # which refuses them
     root = os.fsencode(path)
     for folder, files in walk(root, lambda key, reason: None):
+        files = [name for name in files if suffix_of(text_of(name)) != ".tar"]  # many, and not to be opened
         if pair := _pair(root, folder, files):
             raise UserError(
                 f"{path}: it has tar shards ({tars[0]}) and captioned images ({pair}); expected one of the two: write "

@@ -19,11 +19,11 @@ from pixelgrow.data.sources.base import (
     Source,
     Wording,
     bad_of,
-    clear_of,
+    clears_of,
     files_of,
     large_enough,
     passed_of,
-    sizes_of,
+    sides_of,
     strays_of,
     wordings_of,
 )
@@ -64,13 +64,14 @@ class Latents:
         self.classes: tuple[str, ...] = getattr(source, "classes", ())
         self.several: bool = getattr(source, "several", False)
         self.frame: Frame = getattr(source, "frame", FRAME)
-        self.clear = clear_of(source)
         self.captions: int | None = getattr(source, "captions", None)
         self._made: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}  # size: numbers of samples, latents
 
-    @property
-    def sizes(self) -> np.ndarray:
-        return sizes_of(self.source) // self.encoder.factor
+    def sides(self, part: slice) -> np.ndarray:
+        return sides_of(self.source, part) // self.encoder.factor
+
+    def clears(self, part: slice) -> np.ndarray:
+        return clears_of(self.source, part)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -97,7 +98,7 @@ class Latents:
 
     def make(self, size: tuple[int, int]) -> None:
         """Encode every image that is large enough, and resume if it was interrupted. A bad image is left as NaN."""
-        numbers = large_enough(self, size)
+        numbers = np.asarray(large_enough(self, size))
         shape = (self.channels, *size)
         path = self.folder / f"{self.fingerprint}-{size[0]}x{size[1]}.f16"
         item = 2 * int(np.prod(shape))  # bytes

@@ -12,7 +12,7 @@ from pixelgrow.data.sources.base import Wording
 from pixelgrow.data.sources.captions import Captions, captions_in, flat, wordings_from
 from pixelgrow.data.sources.files import Missing, is_image, key_of, open_regular, read_regular, walk
 from pixelgrow.data.sources.identity import hash_of
-from pixelgrow.data.sources.index import CAPTIONS, NEITHER, UNNAMED, FileSource
+from pixelgrow.data.sources.index import CAPTIONS, NEITHER, UNNAMED, FileSource, Scan
 from pixelgrow.data.sources.names import TEXT, bytes_of, folded_form, form, loose_form, suffix_of, text_of
 from pixelgrow.data.sources.tables import FILE_NAME, open_table, table_in
 from pixelgrow.errors import UserError
@@ -38,6 +38,7 @@ class MetadataFolder(FileSource):
         self._table = open_table(os.path.join(path, name))
         self._starts, self._lengths = array("q"), array("i")
         self._last: tuple[int, tuple[str, ...]] = (-1, ())  # key and captions are read one after the other
+        scan = Scan(path)
         names, good, seen, rows = array("Q"), array("Q"), set(), 0  # hashes, to keep a million rows small
         for row in self._table.rows():
             rows += 1
@@ -54,21 +55,21 @@ class MetadataFolder(FileSource):
                 seen.add(hash_of(file_name, *texts))
                 key, samples = form(file_name), 1
                 with self._files.open(file_name) as file:
-                    self._admit(file, key.encode(errors="surrogatepass"), *(text.encode() for text in texts))
+                    scan.admit(file, key.encode(errors="surrogatepass"), *(text.encode() for text in texts))
             except BadImage as error:
-                self._reject(key, error.reason, samples)
+                scan.reject(key, error.reason, samples)
                 continue
             good.append(hash_of(key))
-            self._note(captions, key)
+            scan.note(captions, key)
             self._starts.append(row.start)
             self._lengths.append(row.length)
         del seen
         if not rows:
             raise UserError(f"{self._table.path}: empty; expected {self._table.example}")
-        self._pass_over_others(name, np.unique(np.frombuffer(names, np.uint64)))
-        self._finish(distinct=len(np.unique(np.frombuffer(good, np.uint64))))
+        self._pass_over_others(scan, name, np.unique(np.frombuffer(names, np.uint64)))
+        self._finish(scan, distinct=len(np.unique(np.frombuffer(good, np.uint64))))
 
-    def _pass_over_others(self, table: str, named: np.ndarray) -> None:
+    def _pass_over_others(self, scan: Scan, table: str, named: np.ndarray) -> None:
         """Count what else is in the folder. `named`: sorted hashes of the file names in the metadata."""
         for folder, files in walk(os.fsencode(self.name), lambda key, reason: None):
             keys = [key_of(folder + name) for name in files]
@@ -77,7 +78,7 @@ class MetadataFolder(FileSource):
                 if keys[i] != table:
                     other = CAPTIONS if suffix_of(keys[i]) == TEXT else NEITHER
                     path = os.path.join(os.fsencode(self.name), folder, files[i])
-                    self._pass_over(UNNAMED if is_image(path) else other, keys[i])
+                    scan.pass_over(UNNAMED if is_image(path) else other, keys[i])
 
     def _nothing(self) -> str:
         first = self.bad[0]

@@ -10,6 +10,7 @@ from pixelgrow.data.sources.base import Source
 from pixelgrow.data.sources.folders import ImageFolder
 from pixelgrow.data.sources.kinds import has_captions, kind_of
 from pixelgrow.data.sources.names import folded_form, text_of
+from pixelgrow.data.sources.patterns import is_pattern
 from pixelgrow.errors import UserError
 
 Spec = Mapping[str, object]
@@ -43,7 +44,7 @@ def open_source(spec: Spec | str) -> Source:
     if kind not in KINDS:
         raise UserError(f"{path}: kind is {kind!r}, expected one of {', '.join(KINDS)}")
     frame = _frame(settings, path)
-    if not os.path.exists(path):
+    if not os.path.exists(path) and not is_pattern(path):
         raise UserError(f"{path}: {_not_there(path)}; expected a folder of images, a .tar, or the word scenes")
     try:
         found = kind_of(path, str(kind))
