@@ -11,6 +11,7 @@ import pytest
 from data.test_sources import an_image, as_files, captioned, write_metadata, write_tar
 from pixelgrow.data.account import account_of
 from pixelgrow.data.badfiles import BadFiles
+from pixelgrow.data.sources import identity
 from pixelgrow.data.sources.base import BadFile
 from pixelgrow.data.sources.identity import END, differences, write_samples
 from pixelgrow.errors import UserError
@@ -175,6 +176,16 @@ def test_what_differs_in_lines_of_one_image_is_named(tmp_path: Path) -> None:
     with (folder / "metadata.jsonl").open("w", encoding="utf-8") as file:
         file.writelines("\n" + json.dumps(dict(reversed(row.items())), indent=None) + " \n" for row in rows)
     assert as_files(folder).fingerprint == first.fingerprint  # the same captions, written otherwise
+
+
+def test_of_too_many_samples_no_list_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = as_files(paired(tmp_path / "set"))
+    monkeypatch.setattr(identity, "MOST_LISTED", 3)
+    write_samples(tmp_path / "kept", first)
+    assert not list((tmp_path / "kept").glob("*")) and differences(tmp_path / "kept", first.fingerprint, first) == ""
+    monkeypatch.setattr(identity, "MOST_LISTED", 4)
+    write_samples(tmp_path / "kept", first)
+    assert len(list((tmp_path / "kept").iterdir())) == 1
 
 
 def test_labels_count_though_their_folder_is_all_bad(tmp_path: Path) -> None:

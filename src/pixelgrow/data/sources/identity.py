@@ -26,6 +26,7 @@ from pixelgrow.data.sources.selection import chunks
 from pixelgrow.writing import writing
 
 FORM = "content1"  # the first part of a fingerprint; raise the number when a sample's hash is made otherwise
+MOST_LISTED = 2_000_000  # samples
 END = 4096  # bytes of an image that are hashed, from either end
 
 
@@ -81,11 +82,14 @@ def frame_and_samples(fingerprint: str) -> tuple[str, str]:
 
 
 def write_samples(folder: Path, source: Listed) -> None:
-    """Write the list of a source's samples to `folder`, a line with key and hash each; whole or not at all."""
+    """Write the list of a source's samples to `folder`, a line with key and hash each; whole or not at all.
+
+    Of more than `MOST_LISTED` none is written: that would keep every run's first start waiting for a minute and more.
+    """
     path = _path(folder, source.fingerprint)
     part = path.with_name(f".{path.name}.part")
     with writing(path):
-        if path.exists():
+        if path.exists() or len(source) > MOST_LISTED:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         with gzip.open(part, "wt", encoding="ascii", compresslevel=1) as file:

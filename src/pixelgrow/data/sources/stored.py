@@ -268,7 +268,7 @@ def _header_of(fd: int) -> tuple[bytes, dict[str, Any], dict[str, Any], int]:
             raise Damaged("another version wrote it")
         if _seal(tensors) != seal:
             raise Damaged("its head is not what was written")
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise Damaged("it is no index") from None
     about = {key: int(value) if key in _CHECKED else value for key, value in about.items()}
     return raw[: 8 + length], tensors, about, 8 + length
