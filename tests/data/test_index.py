@@ -11,6 +11,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -49,12 +50,12 @@ def scanned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def write(path: Path, count: int = 3, first: int = 0, time: int = OLD, words: str = "number") -> Path:
+def write(path: Path, count: int = 3, first: int = 0, changed: int = OLD, words: str = "number") -> Path:
     members = []
     for i in range(first, first + count):
         members += [(f"{i:03}.png", an_image(40 + i, 30, i)), (f"{i:03}.txt", f"{words} {i}".encode())]
     write_tar(path, members)
-    os.utime(path, (time, time))
+    os.utime(path, (changed, changed))
     return path
 
 
@@ -204,6 +205,7 @@ def test_who_starts_while_another_scans_waits_and_takes_its_index(
         second.start()
         while "waiting for another process" not in caplog.text:
             assert second.is_alive()
+            time.sleep(0.01)
         go_on.set()
         first.join()
         second.join()
