@@ -57,11 +57,11 @@ class Toy:
 
 
 def stream(batch: int):
-    def batches(start: int) -> Iterator[ToyBatch]:
+    def batches(start: int, step: int = batch) -> Iterator[ToyBatch]:
         while True:
             index = torch.arange(start, start + batch)
             yield ToyBatch(normal((3, 8, 8), 0, "image", index).clamp(-1, 1), ("",) * batch, index)
-            start += batch
+            start += step
 
     return batches
 

@@ -6,13 +6,14 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pixelgrow import checkpoint
+from pixelgrow.distributed import Team
 from pixelgrow.errors import UserError, out_of_memory
 from pixelgrow.model import RECORD, find
 from pixelgrow.onestep.estimator import FACTS
@@ -43,29 +44,39 @@ from pixelgrow.stages.train import Parent, read_parent, train_stage
 from pixelgrow.training import state
 from pixelgrow.training.log import duration
 from pixelgrow.training.monitor import reset_peak
+from pixelgrow.training.stopping import Interrupted
 from pixelgrow.writing import going_on, writing
 
 logger = logging.getLogger(__name__)
 PATIENCE = 5.0  # seconds: workers of a killed run hold its lock until they notice
 
 
-def run(recipe: Recipe, root: Path = Path("runs")) -> Path:
+def run(recipe: Recipe, root: Path = Path("runs"), team: Team | None = None) -> Path:
     """Run every stage of a recipe in `root/<name>/` that is not done; returns the path of the report.
 
+    team: the processes that run it, each of which calls this function; the first writes.
     Raises UserError for what the user can fix, and `training.loop.Interrupted` when a signal stops it.
     """
-    folder = root / recipe.name
-    with locked(folder):
-        materials = Materials(recipe, folder)
-        records = {stage.name: Record(folder / stage.name) for stage in recipe.stages}
-        _check(recipe, materials, records)
-        for number, stage in enumerate(recipe.stages, 1):
-            _run_stage(stage, records[stage.name], materials, f"stage {number} of {len(recipe.stages)}, {stage.name}")
-        return write_report(recipe, folder)
+    folder, team = root / recipe.name, team or Team()
+    with ExitStack() as stack:
+        if team.first:
+            stack.enter_context(locked(folder))
+        materials = Materials(recipe, folder, team=team)
+        records = {stage.name: Record(folder / stage.name, team.first) for stage in recipe.stages}
+        team.alone(partial(_check, recipe, materials, records))
+        try:
+            for number, stage in enumerate(recipe.stages, 1):
+                where = f"stage {number} of {len(recipe.stages)}, {stage.name}"
+                _run_stage(stage, records[stage.name], materials, where)
+        except Interrupted:
+            team.wait()  # for the record of the first process: torchrun ends all when one has ended
+            raise
+        return team.alone(partial(write_report, recipe, folder))
 
 
 def _check(recipe: Recipe, materials: Materials, records: Mapping[str, Record]) -> None:
     """Check every stage before any of them runs: settings, networks, parents on disk, data."""
+    _check_shares(recipe, materials.team.size, records)
     for stage in recipe.stages:
         explain = partial(materials.data.explain, stage)
         records[stage.name].check(materials.describe(stage), free=stage.free, explain=explain)
@@ -80,18 +91,37 @@ def _check(recipe: Recipe, materials: Materials, records: Mapping[str, Record]) 
             materials.check(stage, (nets.get(stage.name) or parent_network(str(stage.parent), nets)).resolution)
 
 
+def _check_shares(recipe: Recipe, processes: int, records: Mapping[str, Record]) -> None:
+    """Raise UserError unless so many processes can share the micro-batches of each step evenly, in all stages."""
+    settings, uneven = [], []
+    for stage in recipe.stages:
+        if isinstance(stage, TrainedStage) and stage.accumulate % processes and not records[stage.name].done:
+            uneven.append(f"accumulate of {stage.name} is {stage.accumulate}")
+            more = _shared(stage, processes, stage.accumulate)
+            if more is None:
+                raise UserError(
+                    f"stage {stage.name!r}: {processes} processes cannot share its batch of {stage.batch} images "
+                    f"evenly: start as many as divide it, or make it a multiple of {processes}"
+                )
+            settings.append(f"--set stages.{stage.name}.accumulate={more}")
+    if uneven:
+        raise UserError(
+            f"{processes} processes share the micro-batches of each step, so accumulate must be a multiple of "
+            f"{processes}, and {', '.join(uneven)}: add {' '.join(settings)}"
+        )
+
+
+def _shared(stage: TrainedStage, processes: int, least: int) -> int | None:
+    """The next number of micro-batches that divides a stage's batch and that so many processes can share."""
+    return next((n for n in range(least, stage.batch + 1) if not (n % processes or stage.batch % n)), None)
+
+
 def _run_stage(stage: Stage, record: Record, materials: Materials, where: str) -> None:
     """Run a stage that is not done. `where`: the stage's number and name, for messages."""
-    parent = _parent(stage, materials)
-    settings, parents = materials.describe(stage), _hashes(stage, parent, materials)
-    record.check(settings, parents, stage.free, partial(materials.data.explain, stage))
-    if record.done:
-        logger.info("%s: already done", where)
+    team = materials.team
+    if not team.alone(partial(_begin, stage, record, materials, where)):
         return
-    logger.info("%s: %s", where, "resuming" if record.values else "starting")
-    materials.data.list_samples(stage)
-    _warn_of_micro_batches(stage, record)
-    record.begin(settings, parents)
+    parent = _parent(stage, materials)
     reset_peak(materials.device)
     began = time.monotonic()
     before = float(record.values.get("wall_seconds", 0))
@@ -99,19 +129,35 @@ def _run_stage(stage: Stage, record: Record, materials: Materials, where: str) -
     try:
         with going_on():
             result = _execute(stage, parent, record.folder, materials)
+        team.wait()
     except Exception as error:
         if out_of_memory(error):
             reason = str(error).partition("\n")[0][:120]
-            raise UserError(f"{where}: out of memory ({reason}): {less_memory(stage)}") from error
+            raise UserError(f"{where}: out of memory ({reason}): {less_memory(stage, team.size)}") from error
         raise
     finally:  # a run that is stopped counts too
         seconds = before + time.monotonic() - began
         record.write({**record.values, "wall_seconds": round(seconds, 1)})
-    record.finish(result=result)
-    state.clear(record.folder / "state")
+    if team.first:
+        record.finish(result=result)
+        state.clear(record.folder / "state")
     logger.info("%s: done in %s", where, duration(seconds))
     if report := result.get("bad_files") and result.get("bad_report"):
         logger.warning("%s: %s", where, report)
+
+
+def _begin(stage: Stage, record: Record, materials: Materials, where: str) -> bool:
+    """Check a stage, and write down that it begins; False if it is done."""
+    settings, parents = materials.describe(stage), _hashes(stage, _parent(stage, materials), materials)
+    record.check(settings, parents, stage.free, partial(materials.data.explain, stage))
+    if record.done:
+        logger.info("%s: already done", where)
+        return False
+    logger.info("%s: %s", where, "resuming" if record.values else "starting")
+    materials.data.list_samples(stage)
+    _warn_of_micro_batches(stage, record)
+    record.begin(settings, parents)
+    return True
 
 
 def _parent(stage: Stage, materials: Materials) -> Parent | None:
@@ -121,7 +167,8 @@ def _parent(stage: Stage, materials: Materials) -> Parent | None:
 def _model(name: str, materials: Materials) -> Parent:
     """The model that a stage names: of a stage of this run, or a checkpoint folder."""
     path = materials.checkpoint(name)
-    checkpoint.recover(path)
+    if materials.team.first:
+        checkpoint.recover(path)
     if not is_folder(name):
         _need(path / checkpoint.CONFIG, materials.folder / name)
     return read_parent(path, materials)
@@ -173,18 +220,17 @@ def _warn_of_micro_batches(stage: Stage, record: Record) -> None:
     was = record.values.get("settings", {}).get("accumulate", stage.accumulate)
     if was != stage.accumulate:
         logger.warning(
-            "%s: accumulate was %s, now %s: each micro-batch has its own adaptive weight, mismatched captions and step "
-            "of spectral norm, so the result differs a little from that of an unchanged run",
+            "%s: accumulate was %s, now %s: each micro-batch has its own adaptive weight and mismatched captions, "
+            "so the result differs a little from that of an unchanged run",
             stage.name, was, stage.accumulate,
         )  # fmt: skip
 
 
-def less_memory(stage: Stage) -> str:
-    """Options to add to the command for a stage that ran out of memory."""
+def less_memory(stage: Stage, processes: int = 1) -> str:
+    """Options to add to the command of so many processes for a stage that ran out of memory."""
     at, options = f"--set stages.{stage.name}", []
     if isinstance(stage, TrainedStage):
-        more = next((n for n in range(stage.accumulate + 1, stage.batch + 1) if stage.batch % n == 0), None)
-        if more:
+        if more := _shared(stage, processes, stage.accumulate + 1):
             options.append(f"{at}.accumulate={more} (micro-batches of {stage.batch // more} images)")
         if not stage.activation_checkpointing and not isinstance(stage, EstimateStage):
             options.append(f"{at}.activation_checkpointing=true (slower)")
@@ -208,10 +254,24 @@ def _execute(stage: Stage, parent: Parent | None, folder: Path, materials: Mater
         grow = grow_generator_stage if parent.config.objective == "generate" else grow_stage
         return grow(stage, parent, folder, materials)
     if isinstance(stage, PairsStage):
-        return pairs_stage(stage, parent, folder, materials)
+        return _by_first(partial(pairs_stage, stage, parent, folder, materials), materials)
     if isinstance(stage, EstimateStage):
         return estimate_stage(stage, parent, folder, materials)
-    return evaluate_stage(stage, parent, folder, materials)
+    return _by_first(partial(evaluate_stage, stage, parent, folder, materials), materials)
+
+
+def _by_first(work: Callable[[], dict[str, Any]], materials: Materials) -> dict[str, Any]:
+    """The result of a stage that the first process runs as if it were alone; the others wait."""
+    team = materials.team
+
+    def run_alone() -> dict[str, Any]:
+        materials.team = Team()
+        try:
+            return work()
+        finally:
+            materials.team = team
+
+    return team.alone(run_alone)
 
 
 @contextmanager

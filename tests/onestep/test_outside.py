@@ -255,10 +255,10 @@ def test_a_teacher_from_outside_is_inverted_and_distilled(tmp_path: Path, kind: 
     assert torch.equal(made(z, conditions.cond(texts)), teacher(20 * z, torch.full((N,), 20.0), conditions.cond(texts)))
     kept = {n: t.clone() for n, t in teacher.state_dict().items()}
 
-    def batches(start: int) -> Iterator[DistillBatch]:
+    def batches(start: int, step: int) -> Iterator[DistillBatch]:
         while True:
             yield DistillBatch(images, texts, torch.arange(start, start + N), z, images, texts)
-            start += N
+            start += step
 
     objective = DistillObjective(made, features, conditions, LossSettings(), seed=0)
     settings = TrainSettings(images=16 * N, batch=N, lr=5e-4, warmup=0, decay="constant", log_every=N)

@@ -59,11 +59,11 @@ def images(index: torch.Tensor, side: int) -> torch.Tensor:
 
 
 def stream(side: int, batch: int):
-    def batches(start: int) -> Iterator[Batch]:
+    def batches(start: int, step: int = batch) -> Iterator[Batch]:
         while True:
             index = torch.arange(start, start + batch)
             yield Batch(images(index, side), tuple(str(int(i) % 4) for i in index), index)
-            start += batch
+            start += step
 
     return batches
 

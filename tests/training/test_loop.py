@@ -284,8 +284,8 @@ def test_bad_data_leave_a_state_and_a_result_behind(tmp_path: Path) -> None:
     whole, kept = toy.Toy(), {}
     expected = toy.weights(whole, toy.run(tmp_path / "whole", whole))
 
-    def broken(start: int) -> Iterator[object]:
-        for batch in toy.stream(8)(start):
+    def broken(start: int, step: int) -> Iterator[object]:
+        for batch in toy.stream(8)(start, step):
             if int(batch.index[0]) == 56:
                 raise UserError("too many files are bad")
             yield batch

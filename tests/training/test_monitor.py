@@ -19,7 +19,7 @@ from torch import nn
 
 from pixelgrow.errors import UserError
 from pixelgrow.training import cpu, monitor
-from pixelgrow.training.log import Averages, Display, Log, duration
+from pixelgrow.training.log import Averages, Display, Log, duration, numbers
 from pixelgrow.training.monitor import Hook, Meter, Row
 from pixelgrow.training.objective import Terms
 
@@ -64,13 +64,18 @@ def test_a_log_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: p
 
 def test_averages() -> None:
     means = Averages()
-    means.add({"a": 1.0, "b": torch.tensor([1.0, 3.0])})
+    means.add({"a": 1.0, "b": 2.0})
     means.add({"a": 2.0})
     again = Averages(json.loads(json.dumps(means.stored())))
     assert means.read() == {"a": 1.5, "b": 2.0}
     assert means.read() == {}
-    again.add({"b": torch.tensor(4.0)})
+    again.add({"b": 4.0})
     assert again.read() == {"a": 1.5, "b": 3.0}
+
+
+def test_numbers_move_at_once_and_a_tensor_of_several_counts_as_its_mean() -> None:
+    logs = [{"a": torch.tensor([1.0, 3.0]), "b": 4.0}, {"b": torch.tensor(5.0)}]
+    assert numbers(logs, torch.tensor(6.0)) == ([{"a": 2.0, "b": 4.0}, {"b": 5.0}], [6.0])
 
 
 def test_a_terminal_gets_a_bar_and_a_file_gets_lines(caplog: pytest.LogCaptureFixture) -> None:

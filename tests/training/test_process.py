@@ -67,7 +67,7 @@ def test_training_leaves_the_process_as_it_was(
 def test_the_command_line_tunes_its_own_process(run_cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
     monkeypatch.setattr(cpu, "tune_allocator", lambda: done.append("tuned"))
-    monkeypatch.setattr("pixelgrow.run.run", lambda recipe, runs: done.append("run") or runs / "report.html")
+    monkeypatch.setattr("pixelgrow.run.run", lambda recipe, runs, team: done.append("run") or runs / "report.html")
     assert run_cli("run", "smoke", "--runs", tmp_path).code == 0
     assert done == ["tuned", "run"]
 

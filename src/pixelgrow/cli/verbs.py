@@ -110,15 +110,18 @@ def run(
 
 
 def _run(recipe: str, settings: list[str] | None, runs: Path) -> None:
+    from pixelgrow.distributed import join
     from pixelgrow.recipe.read import load_recipe
 
-    read = load_recipe(recipe, settings or [])
-    from pixelgrow.run import run as run_recipe
-    from pixelgrow.training.cpu import tune_allocator
+    with join() as team:
+        read = load_recipe(recipe, settings or [])
+        from pixelgrow.run import run as run_recipe
+        from pixelgrow.training.cpu import tune_allocator
 
-    tune_allocator()
-    report = run_recipe(read, runs)
-    typer.echo(f"report: {report}")
+        tune_allocator()
+        report = run_recipe(read, runs, team)
+        if team.first:
+            typer.echo(f"report: {report}")
 
 
 @app.command()

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from pixelgrow.data.sources.base import BadFile, Source, bad_of, files_of, lost_in_shards, strays_of
+from pixelgrow.distributed import Team
 from pixelgrow.errors import UserError
 from pixelgrow.writing import writing
 
@@ -40,6 +41,7 @@ class BadFiles:
         self._found: list[dict[str, str]] = [{} for _ in self._sources]
         self._listed: set[tuple[str, str]] = set()  # (fingerprint, file) of the list's first `_read` bytes
         self._read = self._warned = 0
+        self._news: list[tuple[int, BadFile]] = []
         self._forget_what_changed()
         for number, source in enumerate(self._sources):
             strays = {stray.key: stray.reason for stray in strays_of(source)}
@@ -53,8 +55,27 @@ class BadFiles:
         new = {bad.key: bad.reason for bad in found if bad.key not in self._found[source]}
         if new:
             self._found[source] |= new
+            self._news += [(source, BadFile(key, reason)) for key, reason in new.items()]
             self._list(source, new)
             check_share(self._sources[source], self._found[source], self.limit, self.path)
+
+    @property
+    def unshared(self) -> int:
+        """How many files were added since the last `share`."""
+        return len(self._news)
+
+    def share(self, team: Team) -> None:
+        """Add the files that the other processes have met since the last call to the account of the first one.
+
+        Raises UserError in all of them if there are too many.
+        """
+        found = team.gather(self._news)
+        self._news = []
+        with team.together():
+            for source, file in (one for other in found[1:] for one in other):
+                if team.first:
+                    self.add(source, [file])
+        self._news = []
 
     def __len__(self) -> int:
         return sum(len(found) for found in self._found)

@@ -118,13 +118,16 @@ class Loader:
                         seen.add(hash(wording.text))
                         yield wording.text
 
-    def batches(self, start: int = 0) -> Generator[Batch, None, None]:
-        """Batches without end, from position `start` of the stream on. Close the generator to stop the workers."""
-        starts = itertools.count(start, self.batch)
-        here = (self._try_load(start) for start in starts)
+    def batches(self, start: int = 0, step: int | None = None) -> Generator[Batch, None, None]:
+        """Batches without end, at the positions start, start + step, ... of the stream. Close it to stop the workers.
+
+        `step`: the size of a batch if None, so that no image is left out.
+        """
+        starts = itertools.count(start, step or self.batch)
+        here = (self._try_load(at) for at in starts)
         decoded = in_processes(self._try_load, starts, self.workers) if self.workers else here
         with contextlib.closing(decoded):
-            for at, raw in zip(itertools.count(start, self.batch), decoded, strict=True):
+            for at, raw in zip(itertools.count(start, step or self.batch), decoded, strict=True):
                 if isinstance(raw, UserError):
                     raise raw
                 for source, bad in raw.bad:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
@@ -41,6 +42,28 @@ class Discriminator(nn.Module):
         super().__init__()
         self.heads = nn.ModuleList(Head(width, cond_dim, hidden) for width in widths)
         self.guidance = GuidanceEmbedding(cond_dim) if guided else None
+        self.train()
+
+    def train(self, mode: bool = True) -> Discriminator:
+        """As of any module, but spectral norms iterate in `begin_step` alone."""
+        super().train(mode)
+        for _, norm in self._norms():
+            norm.eval()
+        return self
+
+    @torch.no_grad()
+    def begin_step(self) -> None:
+        """Iterate the spectral norms once, so that a step's result does not depend on how many micro-batches it has:
+        torch iterates in each forward pass."""
+        for weight, norm in self._norms():
+            norm.train()
+            norm(weight)
+            norm.eval()
+
+    def _norms(self) -> Iterator[tuple[Tensor, nn.Module]]:
+        for module in self.modules():
+            if isinstance(module, nn.utils.parametrize.ParametrizationList):
+                yield module.original, module[0]
 
     def forward(self, features: Sequence[Tensor], vec: Tensor, guidance: Tensor | None = None) -> list[Tensor]:
         assert (guidance is None) == (self.guidance is None)

@@ -98,10 +98,13 @@ class EstimateBatch:
     index: Tensor
 
 
-def batches_of(description: Tensor, guidance: Tensor, batch: int, seed: int, start: int) -> Iterator[EstimateBatch]:
-    """Endless batches of descriptions (N, width) and their weights (N,), from a position on; shuffled in each epoch."""
+def batches_of(
+    description: Tensor, guidance: Tensor, batch: int, seed: int, start: int, step: int | None = None
+) -> Iterator[EstimateBatch]:
+    """Endless batches of descriptions (N, width) and their weights (N,), at the positions start, start + step, ... of
+    a stream that is shuffled in each epoch; `step`: `batch` if None."""
     order = Order([len(description)], seed=rng.seed_of(seed, "estimate"))
-    for at in count(start, batch):
+    for at in count(start, step or batch):
         rows = [order.at(position).item for position in range(at, at + batch)]
         yield EstimateBatch(description[rows], guidance[rows], torch.arange(at, at + batch))
 

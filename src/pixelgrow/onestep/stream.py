@@ -51,9 +51,9 @@ class PairStream:
         """The captions of the pairs, for the text cache."""
         return [caption(self.sources, self.pairs.origins[n]) for n in self.usable]
 
-    def batches(self, start: int = 0) -> Generator[DistillBatch, None, None]:
-        """Batches from stream position `start` on, without end. Close it to stop the loader's workers."""
-        with contextlib.closing(self.loader.batches(start)) as real:
+    def batches(self, start: int = 0, step: int | None = None) -> Generator[DistillBatch, None, None]:
+        """Batches without end; see `Loader.batches`. Close it to stop the loader's workers."""
+        with contextlib.closing(self.loader.batches(start, step)) as real:
             for batch in real:
                 numbers = [int(self.usable[self.order.at(int(i)).item]) for i in batch.index]
                 yield DistillBatch(

@@ -30,7 +30,7 @@ from pixelgrow.onestep.watch import Watch, Watched
 from pixelgrow.recipe.stages import DistillStage, GrowStage
 from pixelgrow.stages import looks
 from pixelgrow.stages.grow import REPORT, describe, lineage_entry
-from pixelgrow.stages.materials import BAD_FILES, Materials
+from pixelgrow.stages.materials import BAD_FILES, Examples, Materials
 from pixelgrow.stages.train import WATCHED, Parent, config_of, finish, guided_batch
 from pixelgrow.training import loop, unfinished
 from pixelgrow.training.denoise import recompute_blocks
@@ -65,7 +65,7 @@ def grow_generator_stage(stage: GrowStage, parent: Parent, folder: Path, materia
     """Run or resume the `grow` stage of a one-step generator: adds decoder halves to its features, freezes the rest."""
     if stage.pairs is None:
         raise UserError(f"stage {stage.name!r}: {stage.parent} is a one-step generator: write pairs: STAGE to grow it")
-    growth = read_json(folder / REPORT) or _make_start(stage, parent, folder, materials)
+    growth = materials.team.alone(lambda: read_json(folder / REPORT) or _make_start(stage, parent, folder, materials))
     generator, _ = checkpoint.load_generator(folder / START)
     freeze(generator.net, growth["frozen"])
     losses = stage.losses or LossSettings()
@@ -119,16 +119,18 @@ def _fit(
     seed = rng.seed_of(recipe.seed, "stage", stage.name, "")
     loader = materials.loader(mixture, generator.resolution, settings, seed, folder / BAD_FILES)
     stream = PairStream(loader, pairs, generator.latent_resolution)
-    held = materials.heldout(WATCHED, loader.size)
-    materials.account(held, mixture, loader.bad)
     unread = {"beyond fraction": int(pairs.facts["pairs"]) - len(pairs), "too small": len(pairs) - len(stream.usable)}
     paired = Account(int(pairs.facts["pairs"]), unread, "pairs")
     materials.sees(stage.name, materials.images(stage, generator.resolution), paired)
-    captions = materials.encode(stage.name, chain(loader.texts(), stream.texts(), held.captions))
-    cond = materials.cond(held.captions)
+    held = None
+    if materials.team.first:
+        held = materials.heldout(WATCHED, loader.size)
+        materials.account(held, mixture, loader.bad)
+    spoken = chain(loader.texts(), stream.texts(), held.captions if held else ())
+    captions = materials.encode(stage.name, spoken)
     features = TeacherFeatures(teacher)
     networks = load_networks(losses, features, materials.device)
-    if networks.similarity is not None and (cut := networks.similarity.cut(captions[:LOOKED_AT])).captions:
+    if networks.similarity is not None and captions and (cut := networks.similarity.cut(captions[:LOOKED_AT])).captions:
         logger.warning("%s: for losses.similarity, %s", stage.name, cut.line())
     distribution, labels = pairs.distribution, None
     if distribution is not None and stage.estimator is not None:
@@ -154,18 +156,58 @@ def _fit(
             f"the teacher of the pairs works at {teacher.resolution} px, this stage at {generator.resolution} px: "
             "name pairs of a teacher that is no larger"
         )
+    guidance: float | None = None  # of a guided generator's samples: its teacher's, clipped to the distribution
+    if distribution is not None:
+        usual = float(teacher_config.sampling.get("guidance", looks.GRID_GUIDANCE))
+        guidance = min(max(usual, spread_of(distribution).low), spread_of(distribution).high)
+    sampling = {} if guidance is None else {"guidance": guidance}
+    hooks: list[Hook] = []
+    if held is not None:
+        view = looks.looks_of(materials, mixture, generator.resolution, held)
+        solver = pairs.facts["solver"]
+        weight = float(solver["guidance"]) if guidance is None else guidance
+        watch = _watch(generator, features, held, pairs, guidance, weight, settings.micro_batch, materials)
+        grid = looks.generator_rows(
+            view, watch, teacher, weight, solver.get("interval"), materials, held, guided_batch(settings)
+        )
+        hooks = [
+            Hook("validation", settings.validate_every or 0, watch.numbers, at_start=True),
+            grid_hook(grid, folder, settings.sample_every or 0, materials.patches(generator)),
+        ]
+        unfinished.describe(folder, generator, config_of(generator, materials, lineage, sampling))
+    result = loop.train(
+        objective,
+        stream.batches,
+        settings,
+        folder,
+        seed=seed,
+        hooks=hooks,
+        name=f"{recipe.name}/{stage.name}",
+        team=materials.team,
+        bad=loader.bad,
+    )
+    return finish(result, GENERATOR, generator, folder / CHECKPOINT, materials, lineage, loader, sampling)
+
+
+def _watch(
+    generator: Generator,
+    features: TeacherFeatures,
+    held: Examples,
+    pairs: Pairs,
+    guidance: float | None,
+    weight: float,
+    batch: int,
+    materials: Materials,
+) -> Watch:
+    """What validates a generator: held-out images with their latents by the teacher, whose guidance is `weight`."""
+    teacher, seed = features.teacher, materials.recipe.seed
     low = (teacher.resolution, teacher.resolution)
     solver = pairs.facts["solver"]
     ode = Ode(solver["sampler"], min(20, int(solver["steps"])), teacher.sigma_min, teacher.sigma_max)
-    images = held.images.to(materials.device)
+    images, cond = held.images.to(materials.device), materials.cond(held.captions)
     with torch.no_grad():
         small = box_down(images, generator.resolution // teacher.resolution)
-        rows = [slice(start, start + settings.micro_batch) for start in range(0, len(small), settings.micro_batch)]
-        guidance: float | None = None  # of a guided generator's samples: its teacher's, clipped to the distribution
-        if distribution is not None:
-            usual = float(teacher_config.sampling.get("guidance", looks.GRID_GUIDANCE))
-            guidance = min(max(usual, spread_of(distribution).low), spread_of(distribution).high)
-        weight = float(solver["guidance"]) if guidance is None else guidance
+        rows = [slice(start, start + batch) for start in range(0, len(small), batch)]
         interval = solver.get("interval")
         guided = partial(Guided, teacher, guidance=weight, interval=interval)
         latents = torch.cat([ode.to_latent(guided(cond[r]), small[r]) for r in rows])
@@ -173,23 +215,11 @@ def _fit(
             teacher,
             cond[: looks.COLUMNS],
             size=low,
-            seed=recipe.seed,
+            seed=seed,
             steps=looks.GRID_STEPS,
             guidance=weight,
             interval=interval,
         ).images
-    prior = initial_noise(low, recipe.seed, range(len(images)), generator.space.channels).to(materials.device)
+    prior = initial_noise(low, seed, range(len(images)), generator.space.channels).to(materials.device)
     latents, prior = (reduced(z, generator.latent_resolution) for z in (latents, prior))
-    watch = Watch(generator, features, Watched(images, cond, latents, prior, solved, guidance), settings.micro_batch)
-    view = looks.looks_of(materials, mixture, generator.resolution, held)
-    grid = looks.generator_rows(view, watch, teacher, weight, interval, materials, held, guided_batch(settings))
-    hooks = [
-        Hook("validation", settings.validate_every or 0, watch.numbers, at_start=True),
-        grid_hook(grid, folder, settings.sample_every or 0, materials.patches(generator)),
-    ]
-    sampling = {} if guidance is None else {"guidance": guidance}
-    unfinished.describe(folder, generator, config_of(generator, materials, lineage, sampling))
-    result = loop.train(
-        objective, stream.batches, settings, folder, seed=seed, hooks=hooks, name=f"{recipe.name}/{stage.name}"
-    )
-    return finish(result, GENERATOR, generator, folder / CHECKPOINT, materials, lineage, loader, sampling)
+    return Watch(generator, features, Watched(images, cond, latents, prior, solved, guidance), batch)

@@ -51,17 +51,14 @@ def estimate_stage(stage: EstimateStage, parent: Parent, folder: Path, materials
     materials.encode(stage.name, texts)
     features = TeacherFeatures(checkpoint.load(parent.folder, materials.device)[0])
     logger.info("%s: extracting the teacher's features of %d images", stage.name, len(pairs))
-    descriptions = torch.cat(
-        [
-            described(
-                features,
-                pairs.images[rows].float().to(materials.device),
-                materials.text.cond([texts[n] for n in rows]).to(materials.device),
-            ).cpu()
-            for start in range(0, len(pairs), settings.micro_batch)
-            for rows in [range(start, min(start + settings.micro_batch, len(pairs)))]
-        ]
-    )
+    every = [range(at, min(at + settings.micro_batch, len(pairs))) for at in range(0, len(pairs), settings.micro_batch)]
+
+    def describe(rows: range) -> Tensor:
+        assert pairs.images is not None
+        cond = materials.text.cond([texts[n] for n in rows]).to(materials.device)
+        return described(features, pairs.images[rows].float().to(materials.device), cond).cpu()
+
+    descriptions = torch.cat(materials.team.share(every, describe))
     seed = rng.seed_of(materials.recipe.seed, "stage", stage.name)
     known, held = pairs.guidance[:kept], pairs.guidance[kept:]
     with torch.random.fork_rng(devices=[]):
@@ -80,19 +77,25 @@ def estimate_stage(stage: EstimateStage, parent: Parent, folder: Path, materials
 
     result = loop.train(
         EstimateObjective(estimator),
-        lambda start: batches_of(descriptions[:kept], known, settings.micro_batch, seed, start),
+        lambda start, step: batches_of(descriptions[:kept], known, settings.micro_batch, seed, start, step),
         settings,
         folder,
         seed=seed,
         hooks=[Hook("validation", settings.validate_every or 0, validate, at_start=True)],
         name=f"{materials.recipe.name}/{stage.name}",
+        team=materials.team,
     )
     estimator.eval()
     averages = result.averages[PART]
-    with averages[0].applied() if averages else nullcontext(), torch.no_grad():
-        rmse = error(descriptions[kept:], held)
-        facts = save_estimator(folder, estimator, parent.config.sha256, rmse)
-    write_json(folder / FACTS, facts)
+
+    def write() -> float:
+        with averages[0].applied() if averages else nullcontext(), torch.no_grad():
+            rmse = error(descriptions[kept:], held)
+            facts = save_estimator(folder, estimator, parent.config.sha256, rmse)
+        write_json(folder / FACTS, facts)
+        return rmse
+
+    rmse = materials.team.alone(write)
     deviation = estimator.spread.std
     logger.info("%s: held-out RMSE %.3g of the weight; a constant guess has %.3g", stage.name, rmse, deviation)
     return {

@@ -34,7 +34,8 @@ def grow_stage(stage: GrowStage, parent: Parent, folder: Path, materials: Materi
     and one stream of data; weights, averages and optimizer state are carried on. The paper does not say how the core
     starts to train. Ours: with an empty optimizer state, at the rate of the schedule.
     """
-    growth = read_json(folder / REPORT) or make_start(stage, parent, folder, materials)
+    team = materials.team
+    growth = team.alone(lambda: read_json(folder / REPORT) or make_start(stage, parent, folder, materials))
     loaded = list(growth["frozen"])
     entry = lineage_entry(stage, parent, growth, materials)
     lineage = [*parent.config.lineage, entry]
@@ -44,17 +45,24 @@ def grow_stage(stage: GrowStage, parent: Parent, folder: Path, materials: Materi
         return fit(denoiser, stage, stage.training(), folder, materials, lineage)
     # The second phase is a new model that loads the state of the first: no hook or optimizer of the first is reused.
     frozen, stop_at = folder / FROZEN, stage.unfreeze_after
-    first = read_json(frozen / RESULT)
-    if first is None or not (state.newest(folder / "state") or state.newest(frozen / "state") >= stop_at):
+    began, first = team.alone(lambda: (_second_phase(folder, stop_at), read_json(frozen / RESULT)))
+    if first is None or not began:
         freeze(denoiser.net, loaded)
         alone = [*parent.config.lineage, entry | {"images": stop_at}]
         first = fit(denoiser, stage, stage.training(), frozen, materials, alone, stop_at=stop_at)
-        write_json(frozen / RESULT, first)
+        if team.first:
+            write_json(frozen / RESULT, first)
         denoiser, _ = checkpoint.load(folder / START)
     lineage = [*parent.config.lineage, entry | {"unfrozen_after": stop_at}]
     second = fit(denoiser, stage, stage.training(), folder, materials, lineage, after=frozen)
-    state.clear(frozen / "state")
+    if team.first:
+        state.clear(frozen / "state")
     return second | {"phases": [first, second]}
+
+
+def _second_phase(folder: Path, stop_at: int) -> bool:
+    """Whether the states on the disk are those that the second phase, or its start, goes on from."""
+    return bool(state.newest(folder / "state") or state.newest(folder / FROZEN / "state") >= stop_at)
 
 
 def lineage_entry(stage: GrowStage, parent: Parent, growth: dict[str, Any], materials: Materials) -> dict[str, Any]:

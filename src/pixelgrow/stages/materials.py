@@ -21,6 +21,7 @@ from pixelgrow.data.sources.base import BadFile, Source, Subset, bad_of
 from pixelgrow.data.sources.latents import Latents
 from pixelgrow.diffusion.denoiser import Denoiser
 from pixelgrow.diffusion.generator import Generator
+from pixelgrow.distributed import Team
 from pixelgrow.errors import UserError
 from pixelgrow.evaluation.features import Extractor, load_extractor
 from pixelgrow.evaluation.measures import EXTRACTOR, of_features
@@ -92,11 +93,15 @@ class MadePairs:
 
 @dataclass
 class Materials:
-    """What the stages of a run share. Each part is opened once, when it is first used."""
+    """What the stages of a run share. Each part is opened once, when it is first used.
+
+    team: the processes of the run; the first one makes what all need, and writes all files.
+    """
 
     recipe: Recipe
     folder: Path
     device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    team: Team = field(default_factory=Team)
     _said: set[str] = field(default_factory=set, init=False)
     _extractors: dict[str, Extractor] = field(default_factory=dict, init=False)
     note: Callable[[str, Any], None] = field(default_factory=lambda: _forget, init=False)  # of the stage's record
@@ -148,7 +153,8 @@ class Materials:
         folder = self.folder / "latents"
         made = [Latents(source, self.autoencoder, self.space.channels, folder) for source in sources]
         for latents in made:
-            latents.make((side, side))
+            self.team.alone(partial(latents.make, (side, side)))
+            latents.make((side, side))  # what is made is opened
         return list(made)
 
     def pairs_of(self, stage: DistillStage | GrowStage | EstimateStage) -> MadePairs:
@@ -188,7 +194,7 @@ class Materials:
             flip=settings.flip,
             workers=settings.workers,
             bad_limit=settings.bad_limit,
-            bad_path=bad_path,
+            bad_path=bad_path if self.team.first else None,
         )
 
     def heldout(self, n: int, size: tuple[int, int]) -> Examples:
@@ -281,15 +287,22 @@ class Materials:
     def encode(self, stage: str, captions: Iterable[str]) -> list[str]:
         """Encode every caption that a stage uses into the text cache; warn of those longer than the encoder reads.
 
-        Returns the distinct captions.
+        Returns the distinct captions in the first process, none in the others, which need not know them.
         """
-        distinct = list(dict.fromkeys(captions))
-        if done := self.text.ensure(distinct):
-            logger.info("encoded %s captions", f"{done:,}")
-        cut = self.text.cut(distinct)
-        if cut.captions:
-            self._say(logging.WARNING, f"{stage}: {cut.line()}")
-        self.note("cut", asdict(cut))
+
+        def fill() -> None:
+            distinct.extend(dict.fromkeys(captions))
+            if done := self.text.ensure(distinct):
+                logger.info("encoded %s captions", f"{done:,}")
+            cut = self.text.cut(distinct)
+            if cut.captions:
+                self._say(logging.WARNING, f"{stage}: {cut.line()}")
+            self.note("cut", asdict(cut))
+
+        distinct: list[str] = []
+        self.team.alone(fill)
+        if not self.team.first:
+            self.text.reload()
         return distinct
 
     def cond(self, captions: Sequence[str]) -> Cond:

@@ -26,13 +26,14 @@ class Record:
     """The `stage.json` of a stage's folder: `settings`, `parents` (hashes), `done`, and the numbers of its run.
 
     A hidden copy beside it is read if it is damaged. Raises UserError if both are.
+    first: whether this is the process of the run that reads and writes it; in others it is empty.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.path = folder, folder / RECORD
+    def __init__(self, folder: Path, first: bool = True) -> None:
+        self.folder, self.path, self.first = folder, folder / RECORD, first
         self.copy = folder / f".{RECORD}.copy"
         self.values: dict[str, Any] = {}
-        if self.path.exists():
+        if first and self.path.exists():
             found = read_json(self.path)
             if found is None:
                 found = read_json(self.copy)
@@ -104,7 +105,7 @@ class Record:
     def write(self, values: Mapping[str, Any]) -> None:
         """Write the file and its copy, one after the other, so that one of them is always whole."""
         self.values = dict(values)
-        for path in (self.path, self.copy):
+        for path in (self.path, self.copy) if self.first else ():
             write_json(path, self.values)
 
 

@@ -25,7 +25,7 @@ from pixelgrow.stages.materials import BAD_FILES, Materials
 from pixelgrow.training import loop, unfinished
 from pixelgrow.training.denoise import DenoiseObjective, validation_hook
 from pixelgrow.training.loop import CHECKPOINT, TrainResult
-from pixelgrow.training.monitor import grid_hook
+from pixelgrow.training.monitor import Hook, grid_hook
 from pixelgrow.training.settings import TrainSettings
 from pixelgrow.writing import writing
 
@@ -109,6 +109,7 @@ def fit(
 ) -> dict[str, Any]:
     """Train the parameters that require gradients, or resume; write the first average to `folder/checkpoint`.
 
+    The first process watches it and writes.
     `fresh`: the network is new, so its text whitening is set from the captions. `stop_at`, `after`: of a stage in
     phases, see `loop.train`.
     """
@@ -120,30 +121,31 @@ def fit(
     mixture = materials.data.mixture(stage)
     bad_path = materials.folder / stage.name / BAD_FILES  # shared by the phases of a stage
     loader = materials.loader(mixture, side, settings, seed, bad_path)
-    held = materials.heldout(WATCHED, (side, side))
-    materials.account(held, mixture, loader.bad)
     materials.sees(stage.name, materials.images(stage, side))
-    texts = list(loader.texts())
-    materials.encode(stage.name, chain(texts, held.captions))  # in one call, which loads the encoder once
-    if fresh and not materials.recipe.text.classes:
-        denoiser.net.core.whiten(materials.tokens(texts[:: -(-len(texts) // SPREAD)]))
-    cond = materials.cond(held.captions)
-
-    looks = looks_of(materials, mixture, side, held)
-    rows = denoiser_rows(looks, denoiser, materials, guided_batch(settings))
     sampling = stage.sampling.given if stage.sampling else {}
+    hooks: list[Hook] = []
+    if not materials.team.first:
+        materials.encode(stage.name, ())
+    else:
+        held = materials.heldout(WATCHED, (side, side))
+        materials.account(held, mixture, loader.bad)
+        texts = list(loader.texts())
+        materials.encode(stage.name, chain(texts, held.captions))  # in one call, which loads the encoder once
+        if fresh and not materials.recipe.text.classes:
+            denoiser.net.core.whiten(materials.tokens(texts[:: -(-len(texts) // SPREAD)]))
+        cond, period = materials.cond(held.captions), settings.validate_every or 0
+        looks = looks_of(materials, mixture, side, held)
+        rows = denoiser_rows(looks, denoiser, materials, guided_batch(settings))
+        hooks = [
+            validation_hook(denoiser, held.images, cond, period, seed=recipe.seed, batch=settings.micro_batch),
+            grid_hook(rows, folder, settings.sample_every or 0, materials.patches(denoiser)),
+        ]
+        unfinished.describe(folder, denoiser, config_of(denoiser, materials, lineage, sampling, settings.noise))
 
     def keep(where: Path, images: int) -> None:
         stopped = lineage[-1] | {"stopped_after": images}
         save(where, denoiser, materials, [*lineage[:-1], stopped], sampling, settings.noise)
 
-    hooks = [
-        validation_hook(
-            denoiser, held.images, cond, settings.validate_every or 0, seed=recipe.seed, batch=settings.micro_batch
-        ),
-        grid_hook(rows, folder, settings.sample_every or 0, materials.patches(denoiser)),
-    ]
-    unfinished.describe(folder, denoiser, config_of(denoiser, materials, lineage, sampling, settings.noise))
     result = loop.train(
         DenoiseObjective(denoiser, materials.text, settings, seed),
         loader.batches,
@@ -155,6 +157,8 @@ def fit(
         keep=keep,
         stop_at=stop_at,
         after=after,
+        team=materials.team,
+        bad=loader.bad,
     )
     return finish(
         result, "denoiser", denoiser, folder / CHECKPOINT, materials, lineage, loader, sampling, settings.noise
@@ -174,8 +178,12 @@ def finish(
 ) -> dict[str, Any]:
     """Write the first average of a finished training as a checkpoint; returns the numbers of the run."""
     averages = result.averages[part]
-    with averages[0].applied() if averages else nullcontext():
-        digest = save(folder, model, materials, lineage, sampling, noise)
+
+    def write() -> str:
+        with averages[0].applied() if averages else nullcontext():
+            return save(folder, model, materials, lineage, sampling, noise)
+
+    digest = materials.team.alone(write)
     return {
         "sha256": digest,
         "images": result.images,

@@ -55,7 +55,7 @@ class TextCache:
         self.spec = describe(encoder_name, max_tokens)
         self.folder = Path(folder) / self.spec.fingerprint[:16]
         self._device = device
-        self._reload()
+        self.reload()
 
     @property
     def dim(self) -> int:
@@ -91,7 +91,7 @@ class TextCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._lock():
-                self._reload()  # another process may have been here
+                self.reload()  # another process may have been here
                 return self._fill(wanted, progress)
         except OSError as error:
             what = "the disk is full" if error.errno == errno.ENOSPC else str(error.strerror or error)
@@ -135,8 +135,8 @@ class TextCache:
 
     # Reading
 
-    def _reload(self) -> None:
-        """Read the index, without entries at its end that a kill or a power cut left unfinished."""
+    def reload(self) -> None:
+        """Read the index anew, without entries at its end that a kill or a power cut left unfinished."""
         index, records = self.folder / "index.bin", self.folder / "records.f16"
         entries = np.empty(0, _ENTRY)
         if index.exists() and records.exists():
@@ -208,7 +208,7 @@ class TextCache:
         finally:
             encoder = None
             gc.collect()  # modules with hooks may be in reference cycles
-            self._reload()
+            self.reload()
         return done
 
     def _encode(self, encoder: TextEncoder, batch: TokenBatch, texts: Sequence[str]) -> NDArray[np.float16]:

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -25,38 +25,39 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+def numbers(logs: Sequence[Mapping[str, Tensor | float]], *more: Tensor) -> tuple[list[dict[str, float]], list[float]]:
+    """Numbers by name, and more of them, in one transfer from the device; a tensor of several elements is its mean."""
+    flat = [*(v for values in logs for v in values.values()), *more]
+    moved = iter(torch.stack([v.detach().double().mean() for v in flat if isinstance(v, Tensor)]).tolist())
+    found = [float(next(moved) if isinstance(v, Tensor) else v) for v in flat]
+    rest = iter(found)
+    return [{name: next(rest) for name in values} for values in logs], list(rest)
+
+
 class Averages:
-    """Running means of named numbers. Tensors stay on their device until the means are read."""
+    """Running means of named numbers."""
 
     def __init__(self, stored: Mapping[str, tuple[float, int]] | None = None) -> None:
-        self.sums: dict[str, Tensor | float] = {n: total for n, (total, _) in (stored or {}).items()}
-        self.counts: dict[str, int] = {n: count for n, (_, count) in (stored or {}).items()}
+        self.sums = {n: total for n, (total, _) in (stored or {}).items()}
+        self.counts = {n: count for n, (_, count) in (stored or {}).items()}
 
-    def add(self, values: Mapping[str, Tensor | float]) -> None:
-        """Add one set of numbers; a tensor of several elements counts as its mean."""
-        for name, value in values.items():
-            number = value.detach().double().mean() if isinstance(value, Tensor) else float(value)
+    def add(self, values: Mapping[str, float]) -> None:
+        """Add one set of numbers."""
+        for name, number in values.items():
             self.sums[name] = self.sums[name] + number if name in self.sums else number
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def copy(self) -> Averages:
         """A copy: what is added to one later is not in the other."""
-        twin = Averages()
-        twin.sums, twin.counts = dict(self.sums), dict(self.counts)
-        return twin
+        return Averages(self.stored())
 
     def stored(self) -> dict[str, tuple[float, int]]:
-        """Sums and counts since the last `read`, in one transfer from the device."""
-        tensors = {n: v for n, v in self.sums.items() if isinstance(v, Tensor)}
-        moved: dict[str, float] = dict(
-            zip(tensors, torch.stack(list(tensors.values())).tolist() if tensors else [], strict=True)
-        )
-        numbers = {n: v for n, v in self.sums.items() if not isinstance(v, Tensor)} | moved
-        return {n: (numbers[n], self.counts[n]) for n in self.sums}
+        """Sums and counts since the last `read`."""
+        return {n: (self.sums[n], self.counts[n]) for n in self.sums}
 
     def read(self) -> dict[str, float]:
         """The means since the last `read`; starts anew."""
-        means = {n: total / count for n, (total, count) in self.stored().items()}
+        means = {n: total / self.counts[n] for n, total in self.sums.items()}
         self.sums, self.counts = {}, {}
         return means
 

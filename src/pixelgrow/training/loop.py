@@ -2,6 +2,9 @@
 
 Progress is counted in images. A step is a function of the state, the batch and (seed, images). So a run that is stopped
 anywhere and resumed ends with the same bytes as one that was never stopped (on a CPU, with the same number of threads).
+
+Several processes share the micro-batches of each step and have the same weights (`distributed.Team`). The first of them
+writes all files and runs the hooks.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,13 +23,15 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 from pixelgrow import precision
+from pixelgrow.data.badfiles import BadFiles
+from pixelgrow.distributed import Lost, Team
 from pixelgrow.errors import UserError
 from pixelgrow.rng import seed_of
 from pixelgrow.training import monitor, optim, process, state
 from pixelgrow.training.ema import Ema
-from pixelgrow.training.log import Averages, Display, Log
+from pixelgrow.training.log import Averages, Display, Log, numbers
 from pixelgrow.training.monitor import Hook
-from pixelgrow.training.objective import Objective, Terms, noise_levels
+from pixelgrow.training.objective import Objective, Stepped, Terms, in_words, noise_levels
 from pixelgrow.training.periods import SaveClock, crossed
 from pixelgrow.training.settings import TrainSettings
 from pixelgrow.training.stopping import Interrupted, stop_signals
@@ -36,6 +42,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 CHECKPOINT = "checkpoint"  # the result, in a run's folder
 Keep = Callable[[Path, int], None]
+Batches = Callable[[int, int], Iterator[Any]]
 
 
 @dataclass
@@ -66,7 +73,7 @@ class TrainResult:
 
 def train(
     objective: Objective,
-    batches: Callable[[int], Iterator[Any]],
+    batches: Batches,
     settings: TrainSettings,
     folder: Path,
     *,
@@ -78,13 +85,16 @@ def train(
     keep: Keep | None = None,
     stop_at: int | None = None,
     after: Path | None = None,
+    team: Team | None = None,
+    bad: BadFiles | None = None,
 ) -> TrainResult:
     """Train until `settings.images` have been seen; resumes from `folder/state` if there is one.
 
     A run in phases with different frozen tensors takes one call for each phase, with the same settings: one schedule
     runs through them all. The first phase ends at `stop_at` images; the second names the first's folder in `after`.
 
-    batches: position in the stream -> the micro-batches from there on, of `settings.micro_batch` images each.
+    batches: (start, step) -> the micro-batches at the stream's positions start, start + step, ..., of
+    `settings.micro_batch` images each.
     folder: gets `state/`, `log.jsonl`, `tensorboard/`, `snapshots/`. The modules hold the last weights at the end.
     flops: per image, forward and backward; counted on the first batch if None.
     keep: writes a checkpoint of the modules. If bad data or non-finite steps stop the run, it is called as
@@ -93,10 +103,13 @@ def train(
     after: folder of the phase before, read if `folder` has no state. Counters, weights, averages and optimizer state
     are taken from there. Tensors that were frozen in it start from the module's weights, with averages equal to them
     and an empty optimizer state.
+    team: the processes that share the steps; `settings.accumulate` is a multiple of their number. The weights at the
+    start are those of the first one.
+    bad: the bad files that `batches` meets; those of all processes are counted by the first.
     Raises UserError (damaged state, full disk, bad data, too many non-finite steps) and Interrupted.
     """
-    run = Training(objective, settings, Path(folder), seed, keep, stop_at, after)
-    return run.run(batches, hooks, name, flops, console)
+    run = Training(objective, settings, Path(folder), seed, keep, stop_at, after, team)
+    return run.run(batches, hooks, name, flops, console, bad)
 
 
 class Training:
@@ -111,11 +124,15 @@ class Training:
         keep: Keep | None = None,
         stop_at: int | None = None,
         after: Path | None = None,
+        team: Team | None = None,
     ) -> None:
+        self.team = team or Team()
+        assert settings.accumulate % self.team.size == 0
         self.objective, self.settings, self.folder, self.seed, self.keep = objective, settings, folder, seed, keep
         self.stop_at = settings.images if stop_at is None else stop_at
         self.device = next(p for m in objective.modules.values() for p in m.parameters()).device
         self.dtype = precision.training_dtype(settings.precision, self.device)
+        self.team.spread(t for m in objective.modules.values() for t in (*m.parameters(), *m.buffers()))
         self.parameters = {part: optim.trainable(m) for part, m in objective.modules.items()}
         for part, parameters in self.parameters.items():
             if not parameters:
@@ -126,7 +143,10 @@ class Training:
         self.means = Averages()
         self.bad = 0  # steps in a row that were not finite; not saved, as a state is that before them
         self.saved, self.clock = -1, SaveClock()
-        self.resume(after)
+        with self.team.together():
+            self.resume(after)
+        if len(set(self.team.gather(self.counters.images))) > 1:
+            raise UserError(f"the processes of this run see different states in {folder}: put it on a disk of all")
         self.good = self._now(self.counters.lines)
 
     # --- state -----------------------------------------------------------------------------------------------------
@@ -152,25 +172,29 @@ class Training:
         """The number of writes to each buffer so far."""
         return [b._version for m in self.objective.modules.values() for b in m.buffers()]
 
-    def save(self, log: Log) -> None:
-        """Write the state after the last good step, unless it is written already, or the tensors have changed since."""
+    def save(self, log: Log | None) -> None:
+        """Write the state after the last good step, unless it is written already, or the tensors have changed since.
+
+        Only the process with a log writes.
+        """
         c, means, writes = self.good
         # A skipped step changes no tensor, except that it may update another part, or buffers.
         if self.saved == c.images or (self.bad and (len(self.parameters) > 1 or writes != self._writes())):
             return
         began = self.clock.clock()
-        log.flush()
-        state.save(self.folder / "state", c.images, self.tensors(), asdict(c) | {"means": means.stored()})
+        if log is not None:
+            log.flush()
+            state.save(self.folder / "state", c.images, self.tensors(), asdict(c) | {"means": means.stored()})
         self.saved = c.images
         self.clock.saved(began)
 
-    def _rescue(self, log: Log) -> None:
+    def _rescue(self, log: Log | None) -> None:
         """Before a UserError stops the run: save the state, and write a checkpoint that can be used."""
         if not self.good[0].images:
             return
         try:
             self.save(log)
-            if self.keep is not None:
+            if self.keep is not None and log is not None:
                 with monitor.averaged(self.objective, self.averages, self.device, self.dtype):
                     self.keep(self.folder / CHECKPOINT, self.good[0].images)
         except UserError as error:  # what is raised is the error that stopped the run
@@ -179,11 +203,11 @@ class Training:
     @torch.no_grad()
     def resume(self, after: Path | None = None) -> None:
         """Load the newest state, if there is one; else the last one of the phase before, in the folder `after`."""
-        folder = self.folder
-        found = state.load(folder / "state")
+        folder, load = self.folder, state.load if self.team.first else state.read
+        found = load(folder / "state")
         if found is None and after is not None:
             folder = after
-            found = state.load(folder / "state")
+            found = load(folder / "state")
         if found is None:
             return
         self.means = Averages(found.counters.pop("means"))
@@ -201,12 +225,7 @@ class Training:
         live = {n: t for n, t in self.tensors().items() if not n.startswith("optimizer/")}
         if folder == after:  # tensors that were frozen there are not in its state
             live = {n: t for n, t in live.items() if n in stored}
-        odd = sorted(live.keys() ^ stored.keys())
-        odd += [
-            n
-            for n in live.keys() & stored.keys()
-            if (live[n].shape, live[n].dtype) != (stored[n].shape, stored[n].dtype)
-        ]
+        odd = state.odd(live, stored)
         odd += [n for n, t in found.tensors.items() if n.startswith("optimizer/") and t.dtype != torch.float32]
         if odd:
             raise UserError(
@@ -222,20 +241,28 @@ class Training:
     # --- one step --------------------------------------------------------------------------------------------------
 
     def step(self, micro: Sequence[Any]) -> None:
-        """One update of every part from the micro-batches of one batch."""
-        c, s = self.counters, self.settings
-        torch.manual_seed(seed_of(self.seed, "step", c.images))
+        """One update of every part from the micro-batches of one batch; those of this process are given."""
+        c, s, team = self.counters, self.settings, self.team
         middle = c.images + s.batch / 2
         good = True
+        for module in self.objective.modules.values():
+            if isinstance(module, Stepped):
+                module.begin_step()
         for part in self.objective.modules:
             optim.set_rate(self.optimizers[part], s.lr * self.objective.rates[part] * optim.rate(middle, s))
-            terms = self._gradients(micro, part)
-            grads = [p.grad for p in self.parameters[part].values() if p.grad is not None]
-            # The only values that a step waits for: whether it is finite, and by how much to clip.
-            loss, norm = torch.stack(
-                [torch.stack([t.loss.detach() for t in terms]).double().sum(), get_total_norm(grads, foreach=True)]
-            ).tolist()
-            if math.isfinite(loss) and math.isfinite(norm):
+            with team.together():
+                terms = self._gradients(micro, part)
+            parameters = list(self.parameters[part].values())
+            losses = torch.stack([t.loss.detach() for t in terms]).double()
+            zero = team.add_up(parameters, losses.sum() * 0)  # NaN in all processes if a loss is not finite in one
+            grads = [p.grad for p in parameters if p.grad is not None]
+            # The only values that a step waits for: whether it is finite, by how much to clip, and what to log.
+            mine, (fault, norm) = numbers(
+                [{"loss": t.loss} | t.logs for t in terms], zero, get_total_norm(grads, foreach=True)
+            )
+            logs = team.interleave(mine)  # of all micro-batches
+            loss = sum(values.pop("loss") for values in logs) / len(logs)
+            if math.isfinite(fault) and math.isfinite(norm):
                 if s.clip and norm > s.clip:
                     torch._foreach_mul_(grads, s.clip / norm)
                 for opt in self.optimizers[part]:
@@ -243,12 +270,12 @@ class Training:
                 for ema in self.averages[part]:
                     ema.update(c.images, c.images + s.batch)
                 prefix = f"{part}/" if len(self.objective.modules) > 1 else ""
-                self.means.add({f"{prefix}loss": loss / len(terms), f"{prefix}grad_norm": norm})
-                for t in terms:
-                    self.means.add({prefix + n: v for n, v in t.logs.items()})
+                self.means.add({f"{prefix}loss": loss, f"{prefix}grad_norm": norm})
+                for values in logs:
+                    self.means.add({prefix + n: v for n, v in values.items()})
             else:
                 good = False
-                self._skip(part, loss, norm, terms)
+                self._skip(part, loss * len(logs), norm, terms)
             for m in self.objective.modules.values():
                 m.zero_grad(set_to_none=True)
         c.images += s.batch
@@ -257,11 +284,12 @@ class Training:
         self.bad = 0 if good else self.bad + 1
 
     def _gradients(self, micro: Sequence[Any], part: str) -> list[Terms]:
-        terms = []
-        for batch in micro:
+        terms, team = [], self.team
+        for i, batch in enumerate(micro):
+            torch.manual_seed(seed_of(self.seed, "step", self.counters.images, part, team.rank + i * team.size))
             with precision.autocast(self.device, self.dtype):
                 one = self.objective.loss(batch, part)
-            (one.loss / len(micro)).backward()
+            (one.loss / (len(micro) * team.size)).backward()
             terms.append(one)
         return terms
 
@@ -269,7 +297,7 @@ class Training:
         """Log a step that is not finite; UserError if there were too many in a row."""
         c, limit = self.counters, self.settings.max_bad_steps
         where = f"step {c.steps + 1} ({c.images:,} images) of {part}: loss {loss:.3g}, gradient norm {norm:.3g}"
-        where += noise_levels(terms)
+        where += in_words(self.team.gather(noise_levels(terms)))
         if self.bad + 1 >= limit:
             self.bad += 1
             raise UserError(f"not finite {limit} times in a row, last at {where}; {self._remedy()}")
@@ -290,65 +318,94 @@ class Training:
 
     def run(
         self,
-        batches: Callable[[int], Iterator[Any]],
+        batches: Batches,
         hooks: Sequence[Hook],
         name: str,
         flops: float | None,
         console: Console | None,
+        bad: BadFiles | None = None,
     ) -> TrainResult:
         """See `train`."""
-        c, s = self.counters, self.settings
-        log = Log(self.folder, keep=c.lines, images=c.images)
+        c, s, team = self.counters, self.settings, self.team
+        log = Log(self.folder, keep=c.lines, images=c.images) if team.first else None
         before = c.images - s.batch if c.images else 0
         stream: Iterator[Any] | None = None
         fresh = True
         try:
-            with (
-                process.settings(self.device, s.compile),
-                stop_signals() as stop,
-                Display(name, self.stop_at, c.images, console) as display,
-            ):
-                meter = monitor.Meter(flops, monitor.matmul_rate(self.device, self.dtype))
+            with process.settings(self.device, s.compile), stop_signals() as stop, ExitStack() as stack:
+                display = stack.enter_context(Display(name, self.stop_at, c.images, console)) if team.first else None
+                rate = monitor.matmul_rate(self.device, self.dtype) if team.first else 1.0
+                meter = monitor.Meter(flops and flops / team.size, rate)
                 while True:
                     done = c.images >= self.stop_at
                     if not self.bad:
-                        self.good = self._now(log.lines)
-                    if stop or done or (c.images and (self.clock.due or crossed(s.save_every, before, c.images))):
+                        self.good = self._now(log.lines if log else 0)
+                    if done or (c.images and (self.clock.due or crossed(s.save_every, before, c.images))):
                         self.save(log)
-                    if stop:
-                        raise Interrupted(stop[0], max(self.saved, 0))
+                    signum, met = team.most(stop[0] if stop else 0, 0 if bad is None else bad.unshared)
+                    if bad is not None and met:
+                        with self._rescuing(log):
+                            bad.share(team)
+                    if signum:
+                        self.save(log)
+                        team.wait()
+                        raise Interrupted(signum, max(self.saved, 0))
                     self._look(hooks, before, log)
                     if done:
                         break
-                    try:
+                    with self._rescuing(log):
                         if stream is None:
-                            stream = batches(c.images)
+                            first = c.images + team.rank * s.micro_batch
+                            stream = batches(first, team.size * s.micro_batch)
                         waited = time.perf_counter()
-                        micro = [_next(stream, c.images + i * s.micro_batch) for i in range(s.accumulate)]
+                        micro = self._micro_batches(stream, bad)
                         waited = time.perf_counter() - waited
                         if fresh:
                             fresh = False
-                            if meter.flops is None:
-                                meter.flops = monitor.flops_per_image(self.objective, micro[0])
+                            if meter.flops is None and team.first:
+                                meter.flops = monitor.flops_per_image(self.objective, micro[0]) / team.size
                             self._compile()
                         began = time.perf_counter()
                         before = c.images
                         self.step(micro)
                         worked = time.perf_counter() - began
-                    except UserError:  # bad data, a worker that died, or too many non-finite steps
-                        self._rescue(log)
-                        raise
                     meter.add(s.batch, worked, waited)
                     c.seconds += worked + waited
-                    if crossed(s.log_every, before, c.images) or c.images >= self.stop_at:
+                    if log and (crossed(s.log_every, before, c.images) or c.images >= self.stop_at):
                         self._report(log, meter)
-                    display.update(c.images, meter.note)
+                    if display:
+                        display.update(c.images, meter.note)
         finally:
             if stream is not None and hasattr(stream, "close"):
                 stream.close()
-            log.close()
+            if log:
+                log.close()
         peak = monitor.peak_memory(self.device)
         return TrainResult(c.images, c.steps, c.skipped, c.seconds, meter.speed, meter.share, peak, self.averages)
+
+    def _micro_batches(self, stream: Iterator[Any], bad: BadFiles | None) -> list[Any]:
+        """This process's micro-batches of the next step."""
+        c, s, team = self.counters, self.settings, self.team
+        try:
+            with team.together():
+                mine = range(team.rank, s.accumulate, team.size)
+                return [_next(stream, c.images + i * s.micro_batch) for i in mine]
+        except UserError:
+            if bad is not None:
+                bad.share(team)
+            raise
+
+    @contextmanager
+    def _rescuing(self, log: Log | None) -> Iterator[None]:
+        """Save before a UserError ends all processes: bad data, a worker that died, too many non-finite steps."""
+        try:
+            yield
+        except Lost:
+            raise
+        except UserError:
+            self._rescue(log)
+            self.team.wait()  # for the first process, which writes: when one has ended, torchrun ends the others
+            raise
 
     def _compile(self) -> None:
         if self.settings.compile:
@@ -362,9 +419,11 @@ class Training:
         meter.read(values.get("loss", values.get(f"{first}/loss")))
         log.write(self.counters.images, values | meter.values)
 
-    def _look(self, hooks: Sequence[Hook], before: int, log: Log) -> None:
-        """Write a snapshot of the averages and run hooks, if due."""
+    def _look(self, hooks: Sequence[Hook], before: int, log: Log | None) -> None:
+        """Write a snapshot of the averages and run hooks, if due, in the process with a log."""
         c, s = self.counters, self.settings
+        if log is None:
+            return
         if s.snapshot_every and c.images and (crossed(s.snapshot_every, before, c.images) or c.images >= self.stop_at):
             for part, emas in self.averages.items():
                 kept = {f"{e.length}/{n}": t.half() for e in emas for n, t in e.tensors.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +26,27 @@ class Terms:
     losses: Tensor | None = None
 
 
-def noise_levels(terms: Sequence[Terms]) -> str:
-    """`, noise level 0.0123`: that of the samples whose losses are not finite; of all if only the gradient is not."""
+@dataclass(frozen=True)
+class Levels:
+    """Noise levels of samples whose losses are not finite, and of all."""
+
+    wrong: list[float]
+    all: list[float]
+
+
+def noise_levels(terms: Sequence[Terms]) -> Levels:
+    """The noise levels of some micro-batches."""
     found = [t.sigma.detach().float().cpu() for t in terms if t.sigma is not None]
     wrong = [t.sigma[~t.losses.isfinite()].float().cpu() for t in terms if t.sigma is not None and t.losses is not None]
-    levels = torch.cat(wrong if any(map(len, wrong)) else found) if found else torch.empty(0)
-    if not len(levels):
+    return Levels(*(torch.cat(some).tolist() if some else [] for some in (wrong, found)))
+
+
+def in_words(levels: Sequence[Levels]) -> str:
+    """`, noise level 0.0123`: that of the samples whose losses are not finite; of all if only the gradient is not."""
+    wrong = [sigma for some in levels for sigma in some.wrong] or [sigma for some in levels for sigma in some.all]
+    if not wrong:
         return ""
-    low, high = float(levels.min()), float(levels.max())
+    low, high = min(wrong), max(wrong)
     return f", noise level {low:.3g}" if low == high else f", noise levels {low:.3g} to {high:.3g}"
 
 
@@ -51,3 +64,10 @@ class Objective(Protocol):
         """The loss of `modules[part]` on a batch of the stage's stream, a frozen dataclass of tensors and tuples over
         images. All randomness is keyed by `batch.index` (B,)."""
         ...
+
+
+@runtime_checkable
+class Stepped(Protocol):
+    """A part that does something once before each step, however many micro-batches and processes it has."""
+
+    def begin_step(self) -> None: ...

@@ -120,6 +120,13 @@ def read(folder: Path, prefixes: tuple[str, ...] = ("",)) -> State | None:
         raise UserError(f"{newest / TENSORS} cannot be read ({error}); {remedy}") from error
 
 
+def odd(live: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> list[str]:
+    """Names of tensors that are in one mapping alone, or of another shape or type in the other."""
+    same = live.keys() & stored.keys()
+    differ = [n for n in same if (live[n].shape, live[n].dtype) != (stored[n].shape, stored[n].dtype)]
+    return sorted(live.keys() ^ stored.keys()) + differ
+
+
 def newest(folder: Path) -> int:
     """Images at the newest state in `folder`; 0 if there is none. Nothing is checked."""
     saved = _saved(folder)
