@@ -178,15 +178,17 @@ def join() -> Iterator[Team]:
         return
     from torch.distributed.rendezvous import rendezvous
 
-    store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl", store=store, rank=rank, world_size=size)
-        talk = dist.new_group(backend="gloo", timeout=PATIENCE)
-    else:
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
-        talk = dist.group.WORLD
+    with _connected():
+        store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("nccl", store=store, rank=rank, world_size=size)
+            talk = dist.new_group(backend="gloo", timeout=PATIENCE)
+        else:
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=PATIENCE)
+            talk = dist.group.WORLD
     team = Team(rank, size, talk, store)
+    team.wait()  # none leaves before all have come
     logger = logging.getLogger("pixelgrow")
     level = logger.level
     if not team.first:
