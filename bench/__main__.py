@@ -22,6 +22,7 @@ BENCHES = {
     "metrics": "memory and time of every metric of 50,000 images with 2048 features (40 minutes on one thread)",
     "distances": "does the Frechet distance by EfficientNet-Lite0 order real, blurred, JPEG, noisy images (5 minutes)",
     "exact": "exact growth against plain preserve on equal images, and what progressive sampling saves",
+    "search": "the best of 16 previews by the checker: what it gains over one sample, what it costs (20 minutes)",
     "ablation": "the papers' comparisons at equal compute, three seeds (about three hours on two cores)",
     "growth": "six ways to a 64 px model at equal training compute, three seeds (about 50 minutes on two cores)",
 }

@@ -17,6 +17,7 @@ import json
 import shutil
 import sys
 import tempfile
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +57,16 @@ def recipe(folder: Path, side: int, growth: str, images: int) -> Recipe:
 
 def bases(folder: Path) -> int:
     """Write the shipped models as they were before their last growth, `teacher` and `student`; the side of both."""
+
+    def ungrown_too(config: checkpoint.CheckpointConfig) -> checkpoint.CheckpointConfig:
+        before = list(takewhile(lambda entry: entry["verb"] != "grow", config.lineage))
+        return config.model_copy(update={"lineage": before, "sampling": {}})
+
     teacher, config = checkpoint.load(find(TEACHER))
-    checkpoint.save(folder / "teacher", ungrown(teacher), config.model_copy(update={"lineage": config.lineage[:-1]}))
+    checkpoint.save(folder / "teacher", ungrown(teacher), ungrown_too(config))
     grown, config = checkpoint.load_generator(find(STUDENT))
     student = Generator(ungrown(grown.denoiser).net, grown.config)
-    checkpoint.save(folder / "student", student, config.model_copy(update={"lineage": config.lineage[:-1]}))
+    checkpoint.save(folder / "student", student, ungrown_too(config))
     return student.resolution
 
 

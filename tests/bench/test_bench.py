@@ -185,6 +185,17 @@ def test_onestep_counts_what_each_rung_costs_without_allocating() -> None:
     assert more[2] > 3 * more[1]  # four times the pixels, the same channels
 
 
+def test_a_search_keeps_the_preview_that_the_checker_likes_best(capsys: pytest.CaptureFixture[str]) -> None:
+    from bench import search
+
+    images = np.arange(2 * 4 * 4 * 3).reshape(2, 4, 4, 3)
+    assert np.array_equal(search.averaged(images, 2)[0, :, :, 0], [[7.5, 13.5], [31.5, 37.5]])
+    search.main(["tiny", "--prompts", "2", "--of", "2", "--steps", "2"])
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in said[1:3]] == ["one sample", "best of 2"]
+    assert float(said[-1].rpartition("at most ")[2].split()[0]) <= 1
+
+
 # --- pairs ------------------------------------------------------------------------------------------------------------
 
 
@@ -195,7 +206,7 @@ def test_pairs_are_mended_and_another_teacher_is_refused(tmp_path: Path, monkeyp
     monkeypatch.setattr(pairs, "SHARD", 2)
     monkeypatch.setattr(stages_of_pairs, "CHECKED", 2)
     model, config = checkpoint.load(find("tiny"))
-    alone = config.model_copy(update={"lineage": config.lineage[:1]})  # of the core
+    alone = config.model_copy(update={"lineage": config.lineage[:2]})  # of the core
     checkpoint.save(tmp_path / "teacher", ungrown(model), alone)
     pairs.work(str(tmp_path / "teacher"), str(tmp_path / "run"))
     assert pairs.whole(tmp_path / "run") == 3 and len(pairs.contents(tmp_path / "run")) == 4
