@@ -17,7 +17,6 @@ import json
 import shutil
 import sys
 import tempfile
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +57,17 @@ def recipe(folder: Path, side: int, growth: str, images: int) -> Recipe:
 def bases(folder: Path) -> int:
     """Write the shipped models as they were before their last growth, `teacher` and `student`; the side of both."""
 
-    def ungrown_too(config: checkpoint.CheckpointConfig) -> checkpoint.CheckpointConfig:
-        before = list(takewhile(lambda entry: entry["verb"] != "grow", config.lineage))
-        return config.model_copy(update={"lineage": before, "sampling": {}})
+    def before(config: checkpoint.CheckpointConfig) -> checkpoint.CheckpointConfig:
+        """The configuration of what grew; if the grown model was cast, of what grew, cast."""
+        at = next(i for i, entry in enumerate(config.lineage) if entry["verb"] == "grow")
+        casts = [e | {"parent": config.lineage[at]["parent"]} for e in config.lineage[at + 1 :] if e["verb"] == "cast"]
+        return config.model_copy(update={"lineage": [*config.lineage[:at], *casts], "sampling": {}})
 
     teacher, config = checkpoint.load(find(TEACHER))
-    checkpoint.save(folder / "teacher", ungrown(teacher), ungrown_too(config))
+    checkpoint.save(folder / "teacher", ungrown(teacher), before(config))
     grown, config = checkpoint.load_generator(find(STUDENT))
     student = Generator(ungrown(grown.denoiser).net, grown.config)
-    checkpoint.save(folder / "student", student, ungrown_too(config))
+    checkpoint.save(folder / "student", student, before(config))
     return student.resolution
 
 

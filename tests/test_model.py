@@ -29,7 +29,7 @@ from pixelgrow.models.uvit import UViT
 from pixelgrow.pictures import to_uint8
 from pixelgrow.text.encoders import load_encoder
 
-SHIPPED_BYTES = 21 * 2**20  # all weights together
+SHIPPED_BYTES = 16 * 2**20  # all weights together
 
 
 def untrained(resolution: int = 16, seed: int = 0, encoder: str = "labels:3") -> Model:
@@ -126,7 +126,7 @@ def test_the_shipped_model_follows_held_out_captions(tiny: Model) -> None:
     scenes = [Scenes(n=64, captions=64, split="heldout").scene(i) for i in range(12)]
     images = tiny.sample([s.caption for s in scenes], seed=1, steps=16)
     result = score([np.asarray(i) for i in images], [s.questions for s in scenes])
-    assert result["background"] >= 0.8 and result["colour"] >= 0.6, result
+    assert result["background"] >= 0.8 and result["colour"] >= 0.9 and result["shape"] >= 0.7, result
 
 
 def test_the_shipped_one_step_model_follows_held_out_captions() -> None:
@@ -134,7 +134,7 @@ def test_the_shipped_one_step_model_follows_held_out_captions() -> None:
     images = pixelgrow.load("tiny-onestep").sample([s.caption for s in scenes], seed=1)
     result = score([np.asarray(i) for i in images], [s.questions for s in scenes])
     assert result["background"] >= 0.95 and result["colour"] >= 0.9 and result["relation"] >= 0.9, result
-    assert result["shape"] >= 0.6, result
+    assert result["shape"] >= 0.75, result
 
 
 def test_an_image_does_not_depend_on_the_others_of_its_batch(tiny: Model) -> None:
