@@ -162,7 +162,7 @@ def main() -> int:
             print(f"made in {time.perf_counter() - began:.0f} s", flush=True)
         command = [sys.executable, "-m", "bench.index", "--workers", str(args.workers), "--measure", str(folder)]
         for number in range(1 + args.repeats):  # the first writes the hashes of keys
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            done = subprocess.run(command, check=True, capture_output=True, encoding="utf-8")
             rows.append(json.loads(done.stdout))
             print(("once: " if not number else "again: ") + ", ".join(f"{k} {v:.5g}" for k, v in rows[-1].items()))
     if args.output:

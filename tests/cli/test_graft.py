@@ -48,7 +48,7 @@ def test_two_packs_of_details_have_the_same_thumbnails(run_cli: RunCli, tmp_path
         samples[below] = np.asarray(grafted.sample(PROMPT, steps=3)[0], np.float64)
     assert np.array_equal(samples["core"], samples["one"])
     first = np.asarray(one.sample(PROMPT, steps=3)[0], np.float64)
-    assert np.abs(first - samples["one"]).max() > 10
+    assert np.abs(first - samples["one"]).max() > 4
 
     def down(image: np.ndarray) -> np.ndarray:
         return image.reshape(32, 2, 32, 2, 3).mean((1, 3))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import itertools
 import json
 import logging
@@ -247,6 +248,7 @@ def test_where_nothing_can_be_kept_every_start_scans(
         assert "can be written nowhere" in caplog.text
     assert len(scanned) == 8
     del source
+    gc.collect()
     assert not list(tmp_path.glob("pixelgrow-*"))
 
 

@@ -26,10 +26,13 @@ class Sized:
     """A source of images with these smaller sides."""
 
     def __init__(self, *sides: int) -> None:
-        self.sizes = np.array([[side, side + 7] for side in sides], np.int32)
+        self.sides = sides
 
     def __len__(self) -> int:
-        return len(self.sizes)
+        return len(self.sides)
+
+    def size(self, i: int) -> tuple[int, int]:
+        return self.sides[i], self.sides[i] + 7
 
 
 @pytest.mark.parametrize(
