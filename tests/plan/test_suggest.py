@@ -26,13 +26,13 @@ class Sized:
     """A source of images with these smaller sides."""
 
     def __init__(self, *sides: int) -> None:
-        self.sides = sides
+        self.short = sides
 
     def __len__(self) -> int:
-        return len(self.sides)
+        return len(self.short)
 
     def size(self, i: int) -> tuple[int, int]:
-        return self.sides[i], self.sides[i] + 7
+        return self.short[i], self.short[i] + 7
 
 
 @pytest.mark.parametrize(
