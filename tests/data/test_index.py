@@ -242,6 +242,7 @@ def test_where_nothing_can_be_kept_every_start_scans(
 ) -> None:
     forbid(monkeypatch, folder, tmp_path / "cache")
     monkeypatch.setattr(keeping.tempfile, "tempdir", str(tmp_path))
+    caplog.set_level(logging.INFO)
     for _ in range(2):
         source = as_files(folder)
         assert source.text(0) == "number 0"

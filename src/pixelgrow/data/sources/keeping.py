@@ -63,7 +63,7 @@ def _kept(keeper: _Keeper, name: str, places: Sequence[Path]) -> Stored:
         try:
             return keeper.update(place)
         except CannotWrite as error:
-            log.info("%s: its index goes elsewhere: %s", name, error)
+            log.info("%s: its index goes elsewhere: %s", name, str(error))  # whose frames would keep the index alive
     folder = Path(tempfile.mkdtemp(prefix="pixelgrow-"))
     try:
         found = keeper.update(folder / "index")
