@@ -54,15 +54,15 @@ def recipe(folder: Path, side: int, growth: str, images: int) -> Recipe:
     return read_recipe({"name": "drift", "data": data, "heldout": held, "stages": stages}, "bench/drift.py")
 
 
+def before(config: checkpoint.CheckpointConfig) -> checkpoint.CheckpointConfig:
+    """The configuration of what grew; if the grown model was cast, of what grew, cast."""
+    at = next(i for i, entry in enumerate(config.lineage) if entry["verb"] == "grow")
+    casts = [e | {"parent": config.lineage[at]["parent"]} for e in config.lineage[at + 1 :] if e["verb"] == "cast"]
+    return config.model_copy(update={"lineage": [*config.lineage[:at], *casts], "sampling": {}})
+
+
 def bases(folder: Path) -> int:
     """Write the shipped models as they were before their last growth, `teacher` and `student`; the side of both."""
-
-    def before(config: checkpoint.CheckpointConfig) -> checkpoint.CheckpointConfig:
-        """The configuration of what grew; if the grown model was cast, of what grew, cast."""
-        at = next(i for i, entry in enumerate(config.lineage) if entry["verb"] == "grow")
-        casts = [e | {"parent": config.lineage[at]["parent"]} for e in config.lineage[at + 1 :] if e["verb"] == "cast"]
-        return config.model_copy(update={"lineage": [*config.lineage[:at], *casts], "sampling": {}})
-
     teacher, config = checkpoint.load(find(TEACHER))
     checkpoint.save(folder / "teacher", ungrown(teacher), before(config))
     grown, config = checkpoint.load_generator(find(STUDENT))

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench.drift import before
 from bench.growth_summary import spread
 from bench.sampling_overhead import conditions
 
@@ -67,7 +68,7 @@ def core(root: Path) -> Path:
     if not (folder / checkpoint.CONFIG).is_file():
         denoiser, config = checkpoint.load(find("tiny"))
         alone = ungrown(denoiser)
-        checkpoint.save(folder, alone, config.model_copy(update={"network": alone.net.config, "sampling": {}}))
+        checkpoint.save(folder, alone, before(config))
     return folder
 
 

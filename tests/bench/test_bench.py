@@ -200,14 +200,15 @@ def test_a_search_keeps_the_preview_that_the_checker_likes_best(capsys: pytest.C
 
 
 def test_pairs_are_mended_and_another_teacher_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench.drift import before
+
     from bench import pairs
 
     monkeypatch.setattr(pairs, "IMAGES", 6)
     monkeypatch.setattr(pairs, "SHARD", 2)
     monkeypatch.setattr(stages_of_pairs, "CHECKED", 2)
     model, config = checkpoint.load(find("tiny"))
-    alone = config.model_copy(update={"lineage": config.lineage[:2]})  # of the core
-    checkpoint.save(tmp_path / "teacher", ungrown(model), alone)
+    checkpoint.save(tmp_path / "teacher", ungrown(model), before(config))
     pairs.work(str(tmp_path / "teacher"), str(tmp_path / "run"))
     assert pairs.whole(tmp_path / "run") == 3 and len(pairs.contents(tmp_path / "run")) == 4
     found = pairs.cut_off(tmp_path / "teacher", tmp_path / "run", random.Random(0))
