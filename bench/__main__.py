@@ -10,6 +10,7 @@ import sys
 BENCHES = {
     "throughput": "share of the matrix-product rate, images/s and memory: training and sampling at 16 to 256 px",
     "loader": "images/s of the loader against a bare decode-and-resize loop over the same files",
+    "input": "images/s that reach training against what the same workers decode with nothing behind them",
     "index": "12.4 million samples by their index: seconds to open, to the first batch; memory of every process",
     "sampling_overhead": "what sampling costs beyond the network's evaluations",
     "resume": "twenty runs killed at random moments and gone on with: the same bytes as one left alone",

@@ -35,6 +35,7 @@ from pixelgrow.models.cond import Cond
 from pixelgrow.models.config import PIXELS, NetConfig, Space
 from pixelgrow.models.layers import box_down, up_nearest
 from pixelgrow.models.uvit import UViT
+from pixelgrow.pictures import to_float
 from pixelgrow.recipe.stages import EvaluateStage, ModelStage
 from pixelgrow.stages.evaluate import MEASURED, accuracy_of, real_of
 from pixelgrow.stages.materials import BAD_FILES, Materials
@@ -89,7 +90,7 @@ class EnlargerObjective:
 
     def loss(self, batch: Batch, part: str = "enlarger") -> Terms:
         """The mean weighted error of a batch."""
-        seed, x0 = self.seed, batch.image
+        seed, x0 = self.seed, to_float(batch.image)
         sigma = self.schedule.sigma(rng.uniform(seed, "sigma", batch.index)).float()
         level = MOST * rng.uniform(seed, "level", batch.index).float()
         small = box_down(x0, self.model.factor)

@@ -12,7 +12,7 @@ import torch
 
 from data.test_loader import Shades
 from onestep.test_pairs import written
-from pixelgrow.data.loader import Loader, to_tensor
+from pixelgrow.data.loader import Loader
 from pixelgrow.data.sources.base import Wording
 from pixelgrow.errors import UserError
 from pixelgrow.onestep.distill import DistillBatch
@@ -27,8 +27,8 @@ def pairs_of(folder: Path, origins: list[list[int]], *, side: int = 4, **facts: 
     return Pairs(folder), whole
 
 
-def loader(*sources: Any, size: tuple[int, int] = (4, 4)) -> Loader:
-    return Loader(list(sources), size=size, batch=3, seed=2)
+def loader(*sources: Any, size: tuple[int, int] = (4, 4), workers: int = 0) -> Loader:
+    return Loader(list(sources), size=size, batch=3, seed=2, workers=workers, bad_limit=1)
 
 
 def first(stream: PairStream, batches: int, start: int = 0) -> list[DistillBatch]:
@@ -57,7 +57,7 @@ def test_each_real_image_has_a_pair_with_its_own_image_and_caption(tmp_path: Pat
             source, item, mirrored = origins[at]
             image = sources[source].image(item, (4, 4), (0.5, 0.5))
             assert batch.target_text[row] == sources[source].text(item)
-            assert torch.equal(batch.target[row], to_tensor((image[:, ::-1] if mirrored else image)[None].copy())[0])
+            assert np.array_equal(batch.target[row].permute(1, 2, 0), image[:, ::-1] if mirrored else image)
             numbers.append(at)
     for epoch in range(0, 24, 4):
         assert sorted(numbers[epoch : epoch + 4]) == [0, 1, 2, 3]  # each pair once in an epoch
@@ -66,6 +66,10 @@ def test_each_real_image_has_a_pair_with_its_own_image_and_caption(tmp_path: Pat
     assert all(torch.equal(a.latent, b.latent) for a, b in zip(late, batches[2:4], strict=True))
     assert late[0].index.tolist() == [6, 7, 8]
     real.close()
+    by_workers = first(PairStream(loader(*sources, workers=2), pairs, 4), 8)
+    for one, other in zip(batches, by_workers, strict=True):
+        assert one.target_text == other.target_text and one.text == other.text
+        assert all(torch.equal(getattr(one, n), getattr(other, n)) for n in ("image", "target", "latent", "caption"))
 
 
 def test_sampled_pairs_have_their_images_weights_and_captions(tmp_path: Path) -> None:
@@ -84,7 +88,7 @@ def test_sampled_pairs_have_their_images_weights_and_captions(tmp_path: Path) ->
     assert stream.texts() == texts == [caption([source], torch.tensor(o)) for o in origins]
     at = [texts.index(text) for text in batch.target_text]
     assert batch.guidance is not None and torch.equal(batch.guidance, whole["guidance"][at])
-    assert torch.equal(batch.target, whole["image"][at].float())
+    assert torch.equal(batch.target, whole["image"][at])
     assert torch.equal(batch.latent, reduced(whole["latent"][at].float(), 4)) and batch.latent.shape[-1] == 4
     assert batch.caption is not None and [t.split()[1] for t in batch.text] == [
         ("first", "second")[i] for i in batch.caption.tolist()
@@ -111,8 +115,9 @@ def test_sampled_pairs_are_of_one_size(tmp_path: Path) -> None:
         PairStream(loader(Shades(9), size=(8, 4)), pairs, 4)
 
 
-def test_an_image_that_is_gone_is_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_is_gone_is_one_line(tmp_path: Path, workers: int) -> None:
     pairs, _ = pairs_of(tmp_path, [[0, 1, 0]], **INVERTED)
     source = Shades(9, broken=frozenset({1}), name="broken")
     with pytest.raises(UserError, match=r"broken: 1\.png.*cannot be decoded any more"):
-        PairStream(loader(source), pairs, 4).target([0])
+        first(PairStream(loader(source, workers=workers), pairs, 4), 1)

@@ -176,6 +176,19 @@ def test_the_loss_of_a_sample_depends_on_its_index_alone() -> None:
     assert torch.allclose(whole, sum(halves) / 2, rtol=1e-5)
 
 
+def test_images_of_eight_bits_train_as_their_values_do() -> None:
+    objective = DenoiseObjective(awake(), Labels(), TrainSettings(images=8, batch=8), seed=0)
+    text, index = next(stream(8, 8)(0)).text, torch.arange(8)
+    image = torch.randint(256, (8, 3, 8, 8), dtype=torch.uint8)
+    eight, full = (objective.loss(Batch(x, text, index)) for x in (image, image.float() / 127.5 - 1))
+    assert torch.equal(eight.loss, full.loss)
+    assert eight.losses is not None
+    third = (rng.uniform(0, "sigma", index) * 3).long()
+    for number, name in enumerate(("loss_low", "loss_middle", "loss_high")):
+        rows = eight.losses[third == number]
+        assert torch.equal(eight.logs[name], rows.detach()) if len(rows) else name not in eight.logs
+
+
 @pytest.mark.parametrize("init", [None, "random", "preserve"])
 def test_the_edm_loss_is_the_error_of_the_network_itself(init: Init | None) -> None:
     """|F - target|^2, unweighted, of the first rung; F is 0 before the first step, and so is what `preserve` adds."""

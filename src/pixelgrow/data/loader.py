@@ -3,10 +3,12 @@
 An image that cannot be decoded is replaced by another. The batches are the same for any number of workers.
 """
 
+from __future__ import annotations
+
 import contextlib
 import itertools
 import os
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,12 +16,13 @@ import torch
 from torch import Tensor
 
 from pixelgrow.data.badfiles import BadFiles
+from pixelgrow.data.feed import CPU, Packet, fed
 from pixelgrow.data.images import BadImage
 from pixelgrow.data.order import Order
 from pixelgrow.data.sources.base import BadFile, Source, chosen, large_enough, sizes_of, wordings_of
 from pixelgrow.data.sources.selection import Selection
-from pixelgrow.data.workers import in_processes
 from pixelgrow.errors import UserError
+from pixelgrow.pictures import to_float
 from pixelgrow.rng import uniform
 
 _MAX_ATTEMPTS = 100  # replacements that are tried for one image
@@ -29,9 +32,10 @@ _MAX_ATTEMPTS = 100  # replacements that are tried for one image
 class Batch:
     """A batch for training.
 
-    `image`: (B, 3, H, W) float32 in [-1, 1], or latents (B, C, h, w). `text`: B captions; of classes, labels in
-    decimal. `index`: (B,) int64, positions in the training stream; a sample's randomness is a function of the seed and
-    its index. `caption`: (B,) int64, which of its sample's captions each text is.
+    `image`: (B, 3, H, W) uint8, or in [-1, 1], or latents (B, C, h, w); `pictures.to_float` takes them all. `text`: B
+    captions; of classes, labels in decimal. `index`: (B,) int64, positions in the training stream; a sample's
+    randomness is a function of the seed and its index. `caption`: (B,) int64, which of its sample's captions each text
+    is.
     """
 
     image: Tensor
@@ -44,8 +48,18 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Said:
+    """What a worker sends beside arrays: see `Raw`. `target_text`: captions of pairs."""
+
+    text: tuple[str, ...]
+    caption: tuple[int, ...]
+    bad: tuple[tuple[int, BadFile], ...]
+    target_text: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Raw:
-    """A batch as a worker returns it.
+    """A batch as it is loaded.
 
     `image`: uint8 (B, 3, H, W), or float32 latents. `text`: B captions. `bad`: (source number, file) of each bad file
     that was met. `origin`: (B, 2) int64, the number of each image's source, and its number in that source. `caption`:
@@ -67,6 +81,7 @@ class Loader:
     - `flip`: mirror half of the images. Sources with `mirror` False are never mirrored.
     - `random_crop`: crop anywhere along the longer side; else at the centre.
     - `workers`: processes that decode; 0 decodes in this process. The batches do not depend on it.
+    - `device`: of the batches' images, which are sent there while the batch before is worked on.
     - `bad_limit`, `bad_path`: as in `BadFiles`.
 
     A sample with several captions has one of them each time, chosen at random by their weights.
@@ -90,13 +105,14 @@ class Loader:
         workers: int = 0,
         bad_limit: float = 0.01,
         bad_path: str | os.PathLike[str] | None = None,
+        device: torch.device = CPU,
     ) -> None:
         self.sources: list[Source] = list(sources) if isinstance(sources, Sequence) else [sources]
         if batch < 1 or workers < 0 or min(size) < 1:
             raise UserError(f"loader: got batch {batch}, workers {workers}, size {size}; expected >= 1, >= 0 and >= 1")
         if not self.sources:
             raise UserError("loader: got no sources, expected at least one")
-        self.size, self.batch, self.seed, self.workers = size, batch, seed, workers
+        self.size, self.batch, self.seed, self.workers, self.device = size, batch, seed, workers, device
         self.mirror, self.random_crop = mirrored(self.sources, flip), random_crop
         self.several = has_several(self.sources)
         self.usable = [usable(source, size) for source in self.sources]
@@ -123,23 +139,40 @@ class Loader:
 
         `step`: the size of a batch if None, so that no image is left out.
         """
-        starts = itertools.count(start, step or self.batch)
-        here = (self._try_load(at) for at in starts)
-        decoded = in_processes(self._try_load, starts, self.workers) if self.workers else here
-        with contextlib.closing(decoded):
-            for at, raw in zip(itertools.count(start, step or self.batch), decoded, strict=True):
-                if isinstance(raw, UserError):
-                    raise raw
-                for source, bad in raw.bad:
-                    self.bad.add(source, [bad])
-                image, index = _to_float(torch.from_numpy(raw.image)), torch.arange(at, at + self.batch)
-                yield Batch(image, raw.text, index, torch.from_numpy(raw.caption))
+        for tensors, said, at in self.stream(self.packet, self.room, start, step):
+            yield Batch(tensors["image"], said.text, torch.arange(at, at + self.batch), torch.tensor(said.caption))
 
-    def _try_load(self, start: int) -> "Raw | UserError":
+    def stream(
+        self, work: Callable[[int], Packet], room: int, start: int, step: int | None = None
+    ) -> Generator[tuple[dict[str, Tensor], Said, int], None, None]:
+        """Tensors and texts of the packets that workers make of the positions start, start + step, ..., and these.
+
+        The rest of each packet is a `Said` or a `UserError`. `room`: the most bytes of a packet's arrays.
+        """
+        starts = itertools.count(start, step or self.batch)
+        with contextlib.closing(fed(work, starts, self.workers, room, self.device)) as packets:
+            for at, (tensors, said) in zip(itertools.count(start, step or self.batch), packets, strict=True):
+                if isinstance(said, UserError):
+                    raise said
+                for source, bad in said.bad:
+                    self.bad.add(source, [bad])
+                yield tensors, said, at
+
+    def packet(self, start: int) -> Packet:
+        """The batch at position `start`, as a worker sends it."""
         try:
-            return self.load(start)
-        except UserError as error:  # returned, as an exception in a worker arrives with its whole traceback
-            return error
+            raw = self.load(start)
+        except UserError as error:  # sent, as an exception in a worker arrives with its whole traceback
+            return Packet({}, error)
+        return Packet({"image": raw.image}, Said(raw.text, tuple(raw.caption.tolist()), raw.bad))
+
+    @property
+    def room(self) -> int:
+        """Bytes of the arrays of a packet."""
+        h, w = self.size
+        channels = getattr(self.sources[0], "channels", None)
+        pixel = np.dtype(np.float32).itemsize * channels if channels else 3
+        return self.batch * h * w * pixel
 
     def load(self, start: int, decode: bool = True) -> Raw:
         """Load the batch at position `start` in this process.
@@ -206,14 +239,7 @@ def mirrored(sources: Sequence[Source], flip: bool) -> list[bool]:
 
 def to_tensor(image: np.ndarray) -> Tensor:
     """Images uint8 (B, H, W, 3) -> float32 (B, 3, H, W) in [-1, 1]; float32 latents (B, h, w, C) -> (B, C, h, w)."""
-    return _to_float(torch.from_numpy(image).permute(0, 3, 1, 2))
-
-
-def _to_float(image: Tensor) -> Tensor:
-    if image.is_floating_point():
-        return image.contiguous()
-    # One allocation instead of three: new memory takes longer than the arithmetic.
-    return torch.empty(image.shape).copy_(image).div_(127.5).sub_(1.0)
+    return to_float(torch.from_numpy(image).permute(0, 3, 1, 2)).contiguous()
 
 
 def take(source: Source, count: int, size: tuple[int, int]) -> Batch:

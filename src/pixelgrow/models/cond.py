@@ -11,6 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device. A copy from the CPU to a GPU goes through pinned memory: out of other memory, it would wait
+    until the GPU has done all that it was given before."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 @dataclass(frozen=True)
 class Cond:
     """A batch of conditions from a frozen text encoder, or of class labels.
@@ -41,7 +49,8 @@ class Cond:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Cond:
         """Move to `device`; cast floating-point tensors to `dtype`."""
-        return self.map(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None))
+        moved = self if device is None else self.map(lambda t: to_device(t, torch.device(device)))
+        return moved.map(lambda t: t.to(dtype) if t.is_floating_point() else t) if dtype else moved
 
     def __getitem__(self, rows: slice | Tensor) -> Cond:
         """The conditions of some rows, selected by a slice or an index tensor."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pixelgrow import rng
 from pixelgrow.diffusion.generator import Generator
 from pixelgrow.diffusion.sampling import space_of
-from pixelgrow.models.cond import Cond
+from pixelgrow.models.cond import Cond, to_device
 from pixelgrow.models.discriminator import Discriminator
 from pixelgrow.onestep.estimator import Labels
 from pixelgrow.onestep.features import Distance, FeatureDistance, FeatureOutput, Features
@@ -28,6 +28,7 @@ from pixelgrow.onestep.losses import (
 )
 from pixelgrow.onestep.outside import OutsideGenerator
 from pixelgrow.onestep.settings import LossSettings
+from pixelgrow.pictures import to_float
 from pixelgrow.training.denoise import Conditions
 from pixelgrow.training.objective import Terms
 
@@ -38,8 +39,9 @@ GENERATOR, DISCRIMINATOR = "generator", "discriminator"
 class DistillBatch:
     """A batch of B real images, each with a pair.
 
-    image: (B, 3, H, W) real images. text: their captions.
-    latent, target: (B, 3, h, w) and (B, 3, H, W), the pairs. target_text: the captions of their images.
+    image: (B, 3, H, W) real images, as in a `Batch`. text: their captions.
+    latent: (B, 3, h, w) and target: (B, 3, H, W), as `image` or in half precision: the pairs. target_text: the captions
+    of their images.
     index: (B,) int64, positions in the training stream.
     guidance: (B,) guidance weights of the pairs, where each has its own; else None.
     caption: (B,) which of its image's captions each `text` is, for the distribution "mixed".
@@ -113,10 +115,10 @@ class DistillObjective:
 
     def _generator(self, batch: DistillBatch) -> Terms:
         s, n = self.losses, len(batch)
-        target = batch.target.to(self.device)
+        target = to_float(to_device(batch.target, self.device))
         crop = self._uniform("crop", batch.index, 2)
-        latent = batch.latent.to(self.device)
-        guidance = None if batch.guidance is None else batch.guidance.to(self.device)
+        latent = to_device(batch.latent, self.device)
+        guidance = None if batch.guidance is None else to_device(batch.guidance, self.device)
         if not s.adversarial and self.similarity is None:
             cond = self.text.cond(batch.target_text).to(self.device)
             images = self.generator(latent, cond, guidance)
@@ -153,7 +155,7 @@ class DistillObjective:
         cond = self.text.cond((*batch.text, *batch.text, *(batch.text[j] for _, j in mismatched))).to(self.device)
         draws = self._uniform("augment discriminator", batch.index, DRAWS + 2)
         with torch.no_grad():
-            image, omega = batch.image.to(self.device), self._weights(batch, DISCRIMINATOR)
+            image, omega = to_float(to_device(batch.image, self.device)), self._weights(batch, DISCRIMINATOR)
             fake = self.generator(self._prior(batch.index, DISCRIMINATOR), cond[:n], omega)
             rows = [i for i, _ in mismatched]
             images, draws = torch.cat([image, fake, image[rows]]), torch.cat([draws, draws, draws[rows]])
@@ -196,7 +198,7 @@ class DistillObjective:
         if self.distribution is None:
             return None
         u = rng.uniform(self.seed, f"guidance {part}", batch.index)
-        return guidance_weights(u, self.distribution, batch.caption).float().to(self.device)
+        return to_device(guidance_weights(u, self.distribution, batch.caption).float(), self.device)
 
     def _prior(self, index: Tensor, part: str) -> Tensor:
         side = self.generator.latent_resolution
@@ -206,4 +208,4 @@ class DistillObjective:
     def _uniform(self, stream: str, index: Tensor, count: int) -> Tensor:
         """(B, count) in [0, 1), row b a function of (seed, stream, index[b])."""
         columns = [rng.uniform(self.seed, f"{stream} {i}", index) for i in range(count)]
-        return torch.stack(columns, 1).float().to(self.device)
+        return to_device(torch.stack(columns, 1).float(), self.device)

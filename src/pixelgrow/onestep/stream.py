@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pixelgrow.data.feed import Packet
 from pixelgrow.data.images import BadImage
-from pixelgrow.data.loader import Loader, to_tensor
+from pixelgrow.data.loader import Loader
 from pixelgrow.data.order import Order
 from pixelgrow.data.sources.base import Source, large_enough, wordings_of
 from pixelgrow.errors import UserError
@@ -53,25 +54,51 @@ class PairStream:
 
     def batches(self, start: int = 0, step: int | None = None) -> Generator[DistillBatch, None, None]:
         """Batches without end; see `Loader.batches`. Close it to stop the loader's workers."""
-        with contextlib.closing(self.loader.batches(start, step)) as real:
-            for batch in real:
-                numbers = [int(self.usable[self.order.at(int(i)).item]) for i in batch.index]
-                yield DistillBatch(
-                    image=batch.image,
-                    text=batch.text,
-                    index=batch.index,
-                    latent=reduced(self.pairs.latents[numbers].float(), self.side),
-                    target=self.target(numbers),
-                    target_text=tuple(caption(self.sources, self.pairs.origins[n]) for n in numbers),
-                    guidance=None if self.pairs.guidance is None else self.pairs.guidance[numbers],
-                    caption=batch.caption,
-                )
+        size = self.loader.batch
+        for tensors, said, at in self.loader.stream(self.packet, self.room, start, step):
+            yield DistillBatch(
+                image=tensors["image"],
+                text=said.text,
+                index=torch.arange(at, at + size),
+                latent=reduced(tensors["latent"].float(), self.side),
+                target=tensors["target"],
+                target_text=said.target_text,
+                guidance=tensors.get("guidance"),
+                caption=torch.tensor(said.caption),
+            )
 
-    def target(self, numbers: Sequence[int]) -> Tensor:
-        """The images (B, 3, H, W) of the pairs of some numbers."""
-        if self.pairs.images is not None:
-            return self.pairs.images[numbers].float()
-        return to_tensor(np.stack([self._image(n) for n in numbers]))
+    def packet(self, start: int) -> Packet:
+        """The batch at position `start`, as a worker sends it."""
+        packet = self.loader.packet(start)
+        if isinstance(packet.rest, UserError):
+            return packet
+        numbers = [int(self.usable[self.order.at(i).item]) for i in range(start, start + self.loader.batch)]
+        try:
+            arrays = {**packet.arrays, **self.arrays(numbers)}
+        except UserError as error:
+            return Packet({}, error)
+        texts = tuple(caption(self.sources, self.pairs.origins[n]) for n in numbers)
+        return Packet(arrays, replace(packet.rest, target_text=texts))
+
+    @property
+    def room(self) -> int:
+        """Bytes of the arrays of a packet."""
+        of_pairs = (self.pairs.latents, self.pairs.images, self.pairs.guidance)
+        pair = sum(
+            rows.shape[1:].numel() * 4 for rows in of_pairs if rows is not None
+        )  # more than half precision takes
+        return 2 * self.loader.room + self.loader.batch * pair
+
+    def arrays(self, numbers: Sequence[int]) -> dict[str, np.ndarray]:
+        """Of the pairs of some numbers: `latent` (B, 3, h, w), `target` (B, 3, H, W), and `guidance` (B,) if they have
+        weights."""
+        pairs = self.pairs
+        found = {"latent": pairs.latents[numbers].numpy()}
+        if pairs.images is not None:
+            found["target"] = pairs.images[numbers].numpy()
+        else:
+            found["target"] = np.stack([self._image(n).transpose(2, 0, 1) for n in numbers])
+        return found if pairs.guidance is None else found | {"guidance": pairs.guidance[numbers].numpy()}
 
     def _image(self, number: int) -> np.ndarray:
         source, item, mirrored, *_ = (int(v) for v in self.pairs.origins[number])

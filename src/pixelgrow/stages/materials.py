@@ -195,6 +195,7 @@ class Materials:
             workers=settings.workers,
             bad_limit=settings.bad_limit,
             bad_path=bad_path if self.team.first else None,
+            device=self.device,
         )
 
     def heldout(self, n: int, size: tuple[int, int]) -> Examples:

@@ -13,8 +13,9 @@ from pixelgrow import rng
 from pixelgrow.diffusion import denoiser as diffusion
 from pixelgrow.diffusion.denoiser import Denoiser, NoiseSchedule
 from pixelgrow.diffusion.heldout import denoising_error
-from pixelgrow.models.cond import Cond
+from pixelgrow.models.cond import Cond, to_device
 from pixelgrow.models.uvit import UViT
+from pixelgrow.pictures import to_float
 from pixelgrow.training.monitor import Hook
 from pixelgrow.training.objective import Terms
 from pixelgrow.training.settings import TrainSettings
@@ -56,25 +57,28 @@ class DenoiseObjective:
         """The mean weighted error of a batch; see the class."""
         s, seed, device = self.settings, self.seed, self.device
         u = rng.uniform(seed, "sigma", batch.index)
-        sigma = self.schedule.sigma(u).float().to(device)  # (B,)
-        x0 = batch.image.to(device, non_blocking=True)  # (B, 3, H, W)
+        third = (u * 3).long()
+        # All copies to the device come before the forward pass: the first one after it would wait for its end.
+        by_third = to_device(third.argsort(stable=True), device).split(third.bincount(minlength=3).tolist())
+        sigma = to_device(self.schedule.sigma(u).float(), device)  # (B,)
+        density = to_device(self.schedule.density(u), device) if s.weighting == "sigmoid" else None
+        x0 = to_float(to_device(batch.image, device))  # (B, 3, H, W)
         eps = rng.normal(x0.shape[1:], seed, "noise", batch.index, device)
         cond = self.text.cond(batch.text).to(device)
-        cond = cond.dropped(rng.uniform(seed, "dropout", batch.index) < s.cond_dropout)
+        cond = cond.dropped(to_device(rng.uniform(seed, "dropout", batch.index) < s.cond_dropout, device))
         weights = diffusion.weight(
             s.weighting,
             sigma,
             self.denoiser.config.sigma_data,
             self.denoiser.first_scale,
             bias=diffusion.SIGMOID_BIAS if s.weighting_bias is None else s.weighting_bias,
-            density=self.schedule.density(u).to(device) if s.weighting == "sigmoid" else None,
+            density=density,
         )
         losses = diffusion.loss(self.denoiser, x0, sigma, eps, cond, weights, self.halvings)  # (B,)
         logs: dict[str, Tensor | float] = {}
-        for i, name in enumerate(("loss_low", "loss_middle", "loss_high")):
-            rows = ((u * 3).long() == i).nonzero()[:, 0]
+        for name, rows in zip(("loss_low", "loss_middle", "loss_high"), by_third, strict=True):
             if len(rows):
-                logs[name] = losses.detach()[rows.to(device)]
+                logs[name] = losses.detach()[rows]
         return Terms(losses.mean(), logs, sigma, losses.detach())
 
 

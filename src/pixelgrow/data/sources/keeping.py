@@ -25,7 +25,7 @@ from filelock import FileLock, Timeout
 
 from pixelgrow.data.sources.shards import Part, Shard, scan_shard, stamp_of
 from pixelgrow.data.sources.stored import FIELDS, Damaged, Found, Journal, Stored, write
-from pixelgrow.data.workers import in_processes
+from pixelgrow.data.workers import Workers
 from pixelgrow.errors import UserError
 from pixelgrow.writing import CannotWrite, atomic, writing
 
@@ -188,7 +188,7 @@ def _scanned(shards: Sequence[Shard], size: int) -> Generator[Part, None, None]:
     count = min(cores, len(shards), _MOST)
     here = (scan(number) for number in itertools.count())
     parallel = count > 1 and size > _ALONE
-    with contextlib.closing(in_processes(scan, itertools.count(), count) if parallel else here) as results:
+    with contextlib.closing(Workers(scan, itertools.count(), count) if parallel else here) as results:
         for _, result in zip(shards, results, strict=False):
             if isinstance(result, UserError):
                 raise result
