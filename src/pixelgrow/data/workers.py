@@ -70,7 +70,7 @@ class Workers(Generic[Result]):
         try:
             for views in self._views:
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_serve, args=(theirs, work, views), daemon=True)  # type: ignore[attr-defined]
+                process = context.Process(target=_serve, args=(theirs, work, views), daemon=True)
                 process.start()
                 self._workers.append((process, ours))
                 theirs.close()
