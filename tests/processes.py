@@ -10,18 +10,19 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from conftest import CliResult
 from pixelgrow.cli.main import main
 from pixelgrow.data.loader import Batch
-from pixelgrow.training import loop, monitor
+from pixelgrow.training import loop, monitor, state
 from pixelgrow.training.denoise import DenoiseObjective
 from pixelgrow.training.objective import Terms
 from runs import few_samples
@@ -109,6 +110,25 @@ def terminated() -> None:
 
 def killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def all_killed(images: int, rank: int) -> None:
+    """All processes are killed before their step at so many images."""
+    at_step(killed, images, rank, rank)
+
+
+def killed_in_save(images: int, rank: int) -> None:
+    """The first process is killed when half of its state at so many images is on the disk."""
+    real = state._store
+
+    def store(path: Path, tensors: Mapping[str, Tensor]) -> None:
+        real(path, tensors)
+        if path.parent.name == f".{images}.part":
+            os.truncate(path, path.stat().st_size // 2)
+            killed()
+
+    if rank == 0:
+        state._store = store
 
 
 def without_workers() -> None:

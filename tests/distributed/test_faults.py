@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,19 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(
     if rank:  # the first process holds what all share; torchrun holds it elsewhere
         assert message(ended) == "pixelgrow: another process of this run has ended: run the same command again to go on"
     assert [p.name for p in (tmp_path / "c" / "core" / "state").glob("0*")] == [f"{16:012d}"]
+    assert [r.code for r in go(tmp_path, path)] == [0, 0]
+    assert (tmp_path / "c" / "core" / WEIGHTS).read_bytes() == whole
+
+
+@pytest.mark.parametrize("fault", [processes.all_killed, processes.killed_in_save])
+def test_a_run_goes_on_from_the_state_before_a_kill(
+    fault: Callable[[int, int], None], tmp_path: Path, data: Path, whole: bytes
+) -> None:
+    path = recipe(tmp_path, data, save_every=8)
+    ended = go(tmp_path, path, prepare=partial(fault, 24))
+    assert ended[0].code == -signal.SIGKILL and ended[1].code in (-signal.SIGKILL, 2)
+    kept = 24 if fault is processes.all_killed else 16
+    assert max(p.name for p in (tmp_path / "c" / "core" / "state").glob("0*")) == f"{kept:012d}"
     assert [r.code for r in go(tmp_path, path)] == [0, 0]
     assert (tmp_path / "c" / "core" / WEIGHTS).read_bytes() == whole
 
