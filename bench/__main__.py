@@ -13,7 +13,8 @@ BENCHES = {
     "input": "images/s that reach training against what the same workers decode with nothing behind them",
     "index": "12.4 million samples by their index: seconds to open, to the first batch; memory of every process",
     "sampling_overhead": "what sampling costs beyond the network's evaluations",
-    "resume": "twenty runs killed at random moments and gone on with: the same bytes as one left alone",
+    "resume": "twenty runs that meet random faults and go on: the same bytes as one left alone (--processes 2: of two)",
+    "distribution": "throughput that two processes lose against one that has half the work",
     "contention": "training beside other processes: what spinning threads cost, what the command line's setting saves",
     "biased_teacher": "reconstruction against distillation as a teacher gets worse, in two dimensions",
     "onestep": "one evaluation against guided sampling, by part, by resolution, and against an autoencoder's decoder",
@@ -28,6 +29,7 @@ BENCHES = {
     "growth": "six ways to a 64 px model at equal training compute, three seeds (about 50 minutes on two cores)",
 }
 OPTIONS = {
+    "resume": ["--processes", "2"],
     "editing": ["--figures", "docs/figures"],
     "biased_teacher": ["--figures", "docs/figures"],
     "onestep": ["--figures", "docs/figures"],

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 import sys
+from argparse import Namespace
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -16,11 +20,13 @@ import pytest
 from pixelgrow import checkpoint
 from pixelgrow.data.scenes.seeing import look
 from pixelgrow.diffusion.generator import Generator
+from pixelgrow.distributed import Team
 from pixelgrow.growth import ungrown
 from pixelgrow.model import find
 from pixelgrow.models.uvit import UViT
 from pixelgrow.stages import looks
 from pixelgrow.stages import pairs as stages_of_pairs
+from pixelgrow.writing import flush
 from text_models import save_t5
 
 ROOT = Path(__file__).parents[2]
@@ -74,6 +80,67 @@ def test_throughput_plots_cost_by_resolution(tmp_path: Path) -> None:
     ]
     throughput.plot(results, tmp_path / "figures" / "throughput.png")
     assert (tmp_path / "figures" / "throughput.png").stat().st_size > 1000
+
+
+# --- distribution -----------------------------------------------------------------------------------------------------
+
+
+def test_distribution_times_every_kind_of_work() -> None:
+    from bench import distribution
+
+    args = Namespace(size="tiny", resolution=16, batch=1, processes=1, rounds=2, seconds=1e-3)
+    found = distribution.measure(args, Team())
+    assert [len(found[kind]) for kind in distribution.KINDS] == [2, 2, 2]
+    assert all(seconds > 1e-4 for of in found.values() for seconds in of)
+
+
+def test_distribution_tells_what_is_lost_from_what_the_machine_takes() -> None:
+    from bench import distribution
+
+    found = {"alone": [1.0, 1.0, 1.0], "apart": [1.0, 1.25, 1.25], "shared": [1.0, 2.0, 1.25]}
+    result = distribution.summary(found)
+    assert result["lost"] == pytest.approx(0.2) and result["machine"] == pytest.approx(0.2)
+    assert result["rounds_lost"] == pytest.approx([0, 0.5, 0.2])
+
+
+# --- resume -----------------------------------------------------------------------------------------------------------
+
+
+def test_resume_compares_results_and_not_times(tmp_path: Path) -> None:
+    from bench import resume
+
+    for name, seconds, loss in (("a", 1, 0.5), ("b", 2, 0.5), ("c", 2, 0.6)):
+        stage = tmp_path / name / "core"
+        (stage / "state" / "000000000008").mkdir(parents=True)
+        (stage / "state" / "000000000008" / "state.json").write_text(f"{seconds}")
+        (stage / "stage.json").write_text(json.dumps({"wall_seconds": seconds, "result": {"seconds": seconds}}))
+        (stage / "log.jsonl").write_text(json.dumps({"time": seconds, "loss": loss}) + "\n")
+    made = {name: resume.contents(tmp_path / name) for name in "abc"}
+    assert set(made["a"]) == {"core/stage.json", "core/log.jsonl"}
+    assert made["a"] == made["b"] != made["c"]
+    assert resume.where(tmp_path / "a") == "core, saved at 8"
+
+
+def test_resume_cuts_off_a_write(tmp_path: Path) -> None:
+    from bench import resume
+
+    child = os.fork()
+    if not child:
+        writes = resume._count_writes(2)
+        for name in "abc":
+            (tmp_path / name).write_bytes(b"1234")
+            flush(tmp_path / name)
+        os._exit(writes())
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert {p.name: p.stat().st_size for p in tmp_path.iterdir()} == {"a": 4, "b": 2}
+
+
+def test_resume_counts_equal_runs_by_fault() -> None:
+    from bench import resume
+
+    good = resume.Trial(resume.Fault("kill one", 1, 2.0), (-9, 0), "core, saved at 8", (), "")
+    trials = [good, replace(good, differ=("core/log.jsonl",)), replace(good, statuses=(-9, 2), where="grown, ...")]
+    assert "| kill one | 3 | 1 | 2 core, 1 grown |" in resume.table(trials)
 
 
 # --- growth -----------------------------------------------------------------------------------------------------------
