@@ -20,8 +20,12 @@ import torch
 from torch import Tensor
 
 from conftest import CliResult
+from extractors import Pixels
 from pixelgrow.cli.main import main
 from pixelgrow.data.loader import Batch
+from pixelgrow.evaluation import planning
+from pixelgrow.evaluation.shards import Shard, Shards
+from pixelgrow.stages import pairs
 from pixelgrow.training import loop, monitor, state
 from pixelgrow.training.denoise import DenoiseObjective
 from pixelgrow.training.objective import Terms
@@ -88,6 +92,36 @@ def _main(rank: int, size: int, port: int, folder: Path, words: list[str], prepa
         main()
 
 
+# --- what each process makes -----------------------------------------------------------------------------------------
+
+
+def noted(folder: Path, rank: int) -> None:
+    """Write down which shards of pairs and of evaluations a process makes; its extractor costs nothing."""
+
+    def note(path: Path) -> None:
+        with (folder / f"{rank}.made").open("a", encoding="utf-8") as file:
+            file.write(f"{path.parent.name}/{path.stem.lstrip('0') or '0'}\n")
+
+    def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+        write(path, tensors)
+        note(path)
+
+    def put(self: Shards, part: str, shard: Shard) -> None:
+        keep(self, part, shard)
+        note(self._path(part, shard.start))
+
+    write, keep = pairs.write_shard, Shards.put
+    pairs.write_shard = write_shard
+    Shards.put = put  # type: ignore[method-assign]
+    planning.load_extractor = lambda *_: Pixels()  # type: ignore[assignment]
+
+
+def made(folder: Path, size: int) -> list[list[str]]:
+    """What `noted` wrote, by rank."""
+    files = [folder / f"{rank}.made" for rank in range(size)]
+    return [file.read_text().splitlines() if file.exists() else [] for file in files]
+
+
 # --- faults: what `prepare` does to one process -----------------------------------------------------------------------
 
 
@@ -129,6 +163,20 @@ def killed_in_save(images: int, rank: int) -> None:
 
     if rank == 0:
         state._store = store
+
+
+def killed_in_pairs(folder: Path, shard: int, of: int, rank: int) -> None:
+    """Process `of` is killed before it writes a shard of pairs."""
+    noted(folder, rank)
+    write = pairs.write_shard
+
+    def write_shard(path: Path, tensors: dict[str, Tensor]) -> None:
+        if int(path.stem) == shard:
+            killed()
+        write(path, tensors)
+
+    if rank == of:
+        pairs.write_shard = write_shard
 
 
 def without_workers() -> None:

@@ -6,7 +6,7 @@ import fcntl
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
@@ -254,24 +254,10 @@ def _execute(stage: Stage, parent: Parent | None, folder: Path, materials: Mater
         grow = grow_generator_stage if parent.config.objective == "generate" else grow_stage
         return grow(stage, parent, folder, materials)
     if isinstance(stage, PairsStage):
-        return _by_first(partial(pairs_stage, stage, parent, folder, materials), materials)
+        return pairs_stage(stage, parent, folder, materials)
     if isinstance(stage, EstimateStage):
         return estimate_stage(stage, parent, folder, materials)
-    return _by_first(partial(evaluate_stage, stage, parent, folder, materials), materials)
-
-
-def _by_first(work: Callable[[], dict[str, Any]], materials: Materials) -> dict[str, Any]:
-    """The result of a stage that the first process runs as if it were alone; the others wait."""
-    team = materials.team
-
-    def run_alone() -> dict[str, Any]:
-        materials.team = Team()
-        try:
-            return work()
-        finally:
-            materials.team = team
-
-    return team.alone(run_alone)
+    return evaluate_stage(stage, parent, folder, materials)
 
 
 @contextmanager

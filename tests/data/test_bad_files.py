@@ -374,6 +374,7 @@ def test_a_list_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch: 
     with pytest.raises(UserError, match=r"cannot write .*is a file, not a folder"):
         BadFiles([source], 1.0, tmp_path / "data" / "x.txt" / "list").add(0, found)
     BadFiles([source], 1.0, tmp_path / "list").add(0, found)
+    (tmp_path / "list").write_text("damaged\n" + (tmp_path / "list").read_text())  # so that it is written anew
 
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -169,6 +169,10 @@ def test_micro_batches_that_cannot_be_shared_are_one_line(tmp_path: Path, data: 
         "pixelgrow: 2 processes share the micro-batches of each step, so accumulate must be a multiple of 2, and "
         "accumulate of core is 1: add --set stages.core.accumulate=2"
     )
+    ended = go(tmp_path, recipe(tmp_path, data, accumulate=4), size=3)
+    assert "3 processes cannot share its batch of 8 images evenly" in message(ended)
+    ended = go(tmp_path, recipe(tmp_path, data, batch=24, accumulate=4), size=3)
+    assert message(ended).endswith("accumulate of core is 4: add --set stages.core.accumulate=6")
     ended = go(tmp_path, recipe(tmp_path, data, batch=9, accumulate=3))
     assert "2 processes cannot share its batch of 9 images evenly" in message(ended)
     assert not (tmp_path / "c" / "core").exists()

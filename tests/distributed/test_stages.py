@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
-from processes import start
+from processes import made, noted, start
 
 RECIPE = """
 name: all
@@ -25,7 +26,7 @@ stages:
   - estimate: {name: omega, pairs: pairs, images: 16, batch: 8, accumulate: 2, log_every: 8}
   - distill: {name: onestep, pairs: pairs, estimator: omega, images: 16, batch: 8, accumulate: 2, log_every: 8,
               save_every: 8, validate_every: 16, sample_every: 16, snapshot_every: 0}
-  - evaluate: {name: eval, prompts: 4, guidance: 4}
+  - evaluate: {name: eval, prompts: 4, batch: 2, guidance: 4}
 """
 MEASURED = {"time", "images_per_second", "waited", "matmul_share", "memory_mib"}  # of a log: the machine's
 PARTS = ("core", "grown/frozen", "grown", "omega", "onestep")
@@ -36,7 +37,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """The finished run's folder by the number of processes."""
     root = tmp_path_factory.mktemp("runs")
     (root / "all.yaml").write_text(RECIPE)
-    running = {n: start(root / f"said{n}", "run", root / "all.yaml", "--runs", root / str(n), size=n) for n in (1, 2)}
+    running = {}
+    for n in (1, 2):
+        words = ("run", root / "all.yaml", "--runs", root / str(n))
+        running[n] = start(root / f"said{n}", *words, size=n, prepare=partial(noted, root / f"said{n}"))
     for n, processes in running.items():
         first, *others = processes.end()
         assert first.code == 0, first.err
@@ -93,6 +97,11 @@ def test_what_an_evaluation_measures_is_equal(runs: dict[int, Path]) -> None:
     one, two = (json.loads((runs[n] / "eval" / "metrics.json").read_text()) for n in (1, 2))
     for name in ("accuracy", "seams", "details"):
         assert one[name] == two[name]
+
+
+def test_processes_share_pairs_and_images(runs: dict[int, Path]) -> None:
+    root = runs[2].parents[1]
+    assert made(root / "said2", 2) == [["pairs/0", "pairs/2", "seed-0/0"], ["pairs/1", "seed-0/2"]]
 
 
 def test_files_are_those_of_one_process(runs: dict[int, Path]) -> None:

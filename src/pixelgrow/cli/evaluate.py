@@ -14,11 +14,12 @@ from typing import Any
 
 from rich.text import Text
 
+from pixelgrow.distributed import Team
 from pixelgrow.errors import UserError
 from pixelgrow.evaluation.compare import FORMAT, Evaluation, compare, read_evaluations
 from pixelgrow.evaluation.images import Candidate, device, open_candidate
 from pixelgrow.evaluation.planning import Asked, make_plan, parse_sweep, sampling
-from pixelgrow.evaluation.protocol import Plan, check, evaluate
+from pixelgrow.evaluation.protocol import Plan, check, measure, result
 from pixelgrow.evaluation.shards import Shards
 from pixelgrow.report.evaluations import comparison_table, evaluation_table, trade_off
 from pixelgrow.report.tables import show
@@ -41,15 +42,18 @@ class Request:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def evaluate_candidate(request: Request) -> None:
-    """Evaluate, or go on with it; write the JSON, of a sweep a plot too, and print the table. Raises UserError."""
+def evaluate_candidate(request: Request, team: Team) -> None:
+    """Evaluate, or go on with it; write the JSON, of a sweep a plot too, and print the table. Raises UserError.
+
+    team: the processes that share the images, each of which calls this function; the first one writes.
+    """
     out = request.out or Path(f"evaluation-{_slug(request.candidate)}.json")
     if out.suffix != ".json":
         raise UserError(f"--output {out}: expected a name that ends in .json")
     given = sampling({k: v for k, v in request.settings.items() if v is not None})
     setting, values = ("", []) if request.sweep is None else parse_sweep(request.sweep)
     with reading(out):
-        there = out.exists()
+        there = team.tell(out.exists())
     found = read_evaluations(out) if there else []  # refuses a file that is none before anything is loaded
     candidate = open_candidate(request.candidate, given, batch=request.asked.batch)
     candidates = [candidate.varied(setting, value) for value in values] or [candidate]
@@ -64,11 +68,14 @@ def evaluate_candidate(request: Request) -> None:
         logger.info("%s is there already; delete it to evaluate again", out)
     else:
         with going_on():
-            shards = Shards(out.with_name(f"{out.name}.part"), described)
-            made = [_measured(one, plan, shards, setting) | {"plan": digest} for one in candidates]
+            shards = team.in_turn(lambda: Shards(out.with_name(f"{out.name}.part"), described))
+            made = [_measured(one, plan, shards, setting, team) | {"plan": digest} for one in candidates]
             swept = {"format": FORMAT, "sweep": {"setting": setting, "values": values}, "evaluations": made}
-            write_json(out, swept if setting else made[0])
-            shards.clear()
+            if team.first:
+                write_json(out, swept if setting else made[0])
+                shards.clear()
+    if not team.first:
+        return
     evaluations = read_evaluations(out)
     if not setting:
         show(evaluation_table(evaluations[0]))
@@ -77,13 +84,14 @@ def evaluate_candidate(request: Request) -> None:
     _plot(out.with_suffix(".svg"), {out.stem: evaluations})
 
 
-def _measured(candidate: Candidate, plan: Plan, shards: Shards, setting: str) -> dict[str, Any]:
+def _measured(candidate: Candidate, plan: Plan, shards: Shards, setting: str, team: Team) -> dict[str, Any]:
     """The JSON of a candidate."""
     key = f"{setting}={candidate.describe()['sampling'][setting]}/" if setting else ""
     began = time.monotonic()
     reset_peak(device())
     with Displays() as display:
-        values = evaluate(candidate, plan, shards, key=key, progress=display).values
+        measure(candidate, plan, shards, key=key, progress=display, team=team)
+        values = team.alone(lambda: result(candidate, plan, shards, key=key).values)
     values["measured"] |= {
         "seconds": round(time.monotonic() - began, 1),
         "peak_memory": peak_memory(device()),

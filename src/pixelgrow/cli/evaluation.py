@@ -81,6 +81,7 @@ def evaluate(
     pixelgrow evaluate folder/of/images --data folder/of/real/images
     """
     from pixelgrow.cli.evaluate import Request, evaluate_candidate
+    from pixelgrow.distributed import join
     from pixelgrow.evaluation.planning import Asked
 
     asked = Asked(
@@ -92,7 +93,8 @@ def evaluate(
         "steps": steps, "guidance": guidance, "sampler": sampler, "threshold": threshold, "interval": interval,
         "grid": schedule,
     }  # fmt: skip
-    evaluate_candidate(Request(candidate, asked, out, sweep, settings))
+    with join() as team:
+        evaluate_candidate(Request(candidate, asked, out, sweep, settings), team)
 
 
 def _names(text: str) -> list[str]:

@@ -125,9 +125,12 @@ class BadFiles:
             return
         names = {source.name for source in self._sources}  # a list may hold other sources' files too
         kept = [row for row in self._rows() if row["fingerprint"] in self._states or row["source"] not in names]
+        text = "".join(json.dumps(row) + "\n" for row in kept)
+        if text == self.path.read_text(encoding="utf-8", errors="replace"):
+            return  # other processes may be adding to it
         fresh = self.path.with_name(f"{self.path.name}.tmp")
         with writing(self.path):
-            fresh.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            fresh.write_text(text, encoding="utf-8")
             fresh.replace(self.path)
 
     def _list(self, number: int, new: dict[str, str], warn: bool = True) -> None:

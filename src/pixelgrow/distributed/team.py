@@ -109,6 +109,15 @@ class Team:
                 made = work()
         return self.tell(made)  # type: ignore[return-value]
 
+    def in_turn(self, work: Callable[[], T]) -> T:
+        """What `work()` returns in each process: the first one calls it before the others, which find what it made."""
+        made: list[T] = []
+        for turn in (self.first, not self.first):
+            with self.together():
+                if turn:
+                    made.append(work())
+        return made[0]
+
     def share(self, tasks: Sequence[T], work: Callable[[T], R]) -> list[R]:
         """`work(task)` for each task, of which each process does its share; all get all results."""
         with self.together():

@@ -1,7 +1,8 @@
 """An evaluation: images of several sampling seeds are made, measured and forgotten, batch by batch; then the metrics.
 
-What was measured is kept on disk (`shards.py`), so that an interrupted evaluation goes on. The result is a function of
-what is evaluated, the plan and the data; only `measured` in it differs from run to run.
+What was measured is kept on disk (`shards.py`), so that an interrupted evaluation goes on. Several processes share the
+batches, and the first one reads what all of them have kept. The result is a function of what is evaluated, the plan and
+the data; only `measured` in it differs from run to run.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pixelgrow.distributed import Team
 from pixelgrow.errors import UserError
 from pixelgrow.evaluation.alignment.results import Judged
 from pixelgrow.evaluation.compare import FORMAT
@@ -134,22 +136,54 @@ def evaluate(
 
     Raises UserError if the plan does not fit (`check`), for images that are not finite, and for a full disk.
     """
+    measure(candidate, plan, shards, key=key, progress=progress)
+    return result(candidate, plan, shards, key=key)
+
+
+def measure(
+    candidate: Candidate,
+    plan: Plan,
+    shards: Shards,
+    *,
+    key: str = "",
+    progress: Progress | None = None,
+    team: Team | None = None,
+) -> None:
+    """Measure what `shards` lacks of a candidate and of the real images.
+
+    team: the processes that share the batches, each of which calls this function with `shards` on a disk of all. A
+    process that fails waits for no other: it ends them.
+    """
     check(plan, candidate)
-    say = progress or (lambda name, done, total: None)
+    team = team or Team()
+    say = progress if progress is not None and team.first else _say_nothing
     n, looked_at = len(plan.prompts), _Instruments(plan)
-    references = {e.name: _reference(plan, e, shards, say) for e in plan.extractors if plan.real is not None}
-    train = {
-        e.name: _seen_real(plan, plan.train, "train", e, shards, say).moments for e in plan.extractors if plan.train
-    }
+    kept = team.alone(lambda: all(_kept(plan, e) is not None for e in plan.extractors))
+    for real, part in ((None if kept else plan.real, "real"), (plan.train, "train")):
+        if real is not None:
+            for start, stop in _mine(shards, part, len(real), plan.batch, team):
+                say(f"{part} images", start, len(real))
+                shards.put(part, _seen(real, plan.extractors, range(start, stop)))
+                say(f"{part} images", stop, len(real))
     for number, seed in enumerate(plan.seeds):
         part = f"{key}seed-{seed}"
         name = f"{key.rstrip('/')} {f'seed {seed}' if len(plan.seeds) > 1 else 'images'}".lstrip()
-        for start, stop in shards.missing(part, n, plan.batch):
+        for start, stop in _mine(shards, part, n, plan.batch, team):
             say(name, start, n)
             shown = max(0, SHOWN - start) if number == 0 else 0
             shards.put(part, _made(candidate, plan, looked_at, range(start, stop), seed, shown))
             say(name, stop, n)
-    return _result(candidate, plan, shards, key, references, train)
+    team.wait()
+
+
+def _say_nothing(name: str, done: int, total: int) -> None:
+    pass
+
+
+def _mine(shards: Shards, part: str, n: int, batch: int, team: Team) -> list[tuple[int, int]]:
+    """Those of the missing batches that are this process's."""
+    missing = team.alone(lambda: list(shards.missing(part, n, batch)))
+    return missing[team.rank :: team.size]
 
 
 def _made(candidate: Candidate, plan: Plan, looked_at: _Instruments, numbers: range, seed: int, shown: int) -> Shard:
@@ -205,13 +239,13 @@ class _Instruments:
 # --- real images ------------------------------------------------------------------------------------------------------
 
 
-def _reference(plan: Plan, extractor: Extractor, shards: Shards, say: Progress) -> Reference:
-    """Statistics of the real images: of the plan's file, or measured, and then written there."""
+def _reference(plan: Plan, extractor: Extractor, shards: Shards) -> Reference:
+    """Statistics of the real images: of the plan's file, or of what was measured, and then written there."""
     if found := _kept(plan, extractor):
         return found
     assert plan.real is not None
     data = plan.real.describe()
-    seen = _seen_real(plan, plan.real, "real", extractor, shards, say)
+    seen = _real_seen(shards, plan.real, "real", extractor)
     kept = [int(i) for shard in seen.each() for i in shard.tensors["numbers"]]
     data |= {"images": len(kept), "missing": sorted(set(range(len(plan.real))) - set(kept))}
     rows = plan.reference is not None or takes_features(plan.metrics)  # a file serves all metrics
@@ -233,29 +267,26 @@ def _kept(plan: Plan, extractor: Extractor) -> Reference | None:
     return load_reference(plan.reference, data=data, extractor=described)
 
 
-def _seen_real(plan: Plan, real: Real, part: str, extractor: Extractor, shards: Shards, say: Progress) -> Seen:
-    """Real images as an extractor sees them. All extractors see a batch when it is decoded."""
-    for start, stop in shards.missing(part, len(real), plan.batch):
-        say(f"{part} images", start, len(real))
-        images, kept, bad = real.images(range(start, stop))
-        tensors = {f"features/{e.name}": e(images).features for e in plan.extractors}
-        tensors["numbers"] = torch.tensor(kept, dtype=torch.int64)
-        shards.put(part, Shard(start, stop - start, tensors, {"bad": bad}))
-        say(f"{part} images", stop, len(real))
+def _seen(real: Real, extractors: Sequence[Extractor], numbers: range) -> Shard:
+    """Some of the real images as all extractors see them."""
+    images, kept, bad = real.images(numbers)
+    tensors = {f"features/{e.name}": e(images).features for e in extractors}
+    tensors["numbers"] = torch.tensor(kept, dtype=torch.int64)
+    return Shard(numbers.start, len(numbers), tensors, {"bad": bad})
+
+
+def _real_seen(shards: Shards, real: Real, part: str, extractor: Extractor) -> Seen:
+    """What was kept of the real images of an extractor."""
     return Seen(lambda: shards.each(part, len(real)), extractor.name, len(real))
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
-def _result(
-    candidate: Candidate,
-    plan: Plan,
-    shards: Shards,
-    key: str,
-    references: Mapping[str, Reference],
-    train: Mapping[str, Any],
-) -> Result:
+def result(candidate: Candidate, plan: Plan, shards: Shards, *, key: str = "") -> Result:
+    """The metrics of what was measured (`measure`). Writes the plan's reference if it is not there."""
+    references = {e.name: _reference(plan, e, shards) for e in plan.extractors if plan.real is not None}
+    train = {e.name: _real_seen(shards, plan.train, "train", e).moments for e in plan.extractors if plan.train}
     n, features = len(plan.prompts), of_features(plan.metrics)
 
     def each(seed: int) -> Callable[[], Any]:

@@ -1,7 +1,7 @@
 """The `evaluate` stage: samples of held-out prompts, measured as `pixelgrow evaluate` does, and held-out error.
 
 Images are sampled and measured batch by batch, so the memory used does not grow with their number, and a stage that is
-interrupted goes on from what was measured.
+interrupted goes on from what was measured. Several processes share the batches; the first one writes the results.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pixelgrow.diffusion.heldout import denoising_error
 from pixelgrow.evaluation.images import Conditions, Made, eight_bit
 from pixelgrow.evaluation.judges import SceneJudge
 from pixelgrow.evaluation.measures import takes
-from pixelgrow.evaluation.protocol import Plan, evaluate
+from pixelgrow.evaluation.protocol import Plan, measure, result
 from pixelgrow.evaluation.real import Real
 from pixelgrow.evaluation.shards import Shards
 from pixelgrow.model import Model
@@ -63,18 +63,25 @@ def evaluate_stage(stage: EvaluateStage, parent: Parent, folder: Path, materials
         real_of(held) if takes(metrics, "real") else None,
         batch=stage.batch,
     )
-    shards = Shards(folder / MEASURED, plan.describe(candidate))
+    team = materials.team
+    shards = team.in_turn(lambda: Shards(folder / MEASURED, plan.describe(candidate)))
     with Displays(f"{materials.recipe.name}/{stage.name}") as display:
-        result = evaluate(candidate, plan, shards, progress=display)
-    rows, values = result.values["metrics"], result.values
+        measure(candidate, plan, shards, progress=display, team=team)
+    return team.alone(lambda: _write(stage, candidate, plan, shards, folder))
+
+
+def _write(stage: EvaluateStage, candidate: Evaluated, plan: Plan, shards: Shards, folder: Path) -> dict[str, Any]:
+    """Write the results of what was measured; returns the metrics."""
+    made, held, n = result(candidate, plan, shards), candidate.held, len(candidate.held)
+    rows, values = made.values["metrics"], made.values
     found: dict[str, Any] = {
         "prompts": n,
         "bad_files": [f"{source.name}: {file.key}: {file.reason}" for source, file in held.bad],
         "sampling": candidate.sampling,
         "nfe": values["cost"]["nfe"],
         "seconds_per_image": round(values["measured"]["seconds_per_image"], 5),
-        **candidate.summary(result.sums, n),
-        "peak_memory": peak_memory(materials.device),
+        **candidate.summary(made.sums, n),
+        "peak_memory": peak_memory(candidate.materials.device),
     }
     if accuracy := accuracy_of(rows):
         found["accuracy"] = accuracy
@@ -82,8 +89,8 @@ def evaluate_stage(stage: EvaluateStage, parent: Parent, folder: Path, materials
     if rows:
         found |= {"metrics": rows, "seeds": list(plan.seeds), "extractors": values["extractors"]}
     with atomic(folder / "samples" / "grid.png") as part:
-        grid(result.shown.permute(0, 2, 3, 1).numpy(), 8, len(result.shown)).save(part, format="PNG")
-    write_prompts(folder, held.captions[: len(result.shown)])
+        grid(made.shown.permute(0, 2, 3, 1).numpy(), 8, len(made.shown)).save(part, format="PNG")
+    write_prompts(folder, held.captions[: len(made.shown)])
     write_json(folder / "metrics.json", found)
     shards.clear()
     return found

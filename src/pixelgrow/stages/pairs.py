@@ -1,4 +1,7 @@
-"""The `pairs` stage: joins images with a teacher's latents, shard by shard. A finished shard is never made again."""
+"""The `pairs` stage: joins images with a teacher's latents, shard by shard. A finished shard is never made again.
+
+Several processes share the shards: process r of N makes r, r + N, ... of those that are missing.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,7 @@ from pixelgrow.diffusion.denoiser import Denoiser
 from pixelgrow.diffusion.generator import Generator
 from pixelgrow.diffusion.guidance import Guided
 from pixelgrow.diffusion.sampling import initial_noise
+from pixelgrow.distributed import Team
 from pixelgrow.growth import kept_in
 from pixelgrow.models.cond import Cond
 from pixelgrow.onestep.losses import guidance_weights
@@ -46,6 +51,9 @@ class Models(nn.Module):
     def __init__(self, denoiser: Denoiser, generator: Generator | None = None) -> None:
         super().__init__()
         self.denoiser, self.generator = denoiser, generator
+
+
+Job = tuple[Path, int, int]  # a shard's file; the first position of its images in the stream, and the one after them
 
 
 @dataclass(frozen=True)
@@ -160,12 +168,14 @@ class Work:
         return mirrored(self.loader.sources, self.stage.flip)[source]
 
 
-def make(name: str, works: Sequence[Work], jobs: Sequence[tuple[Path, int, int]]) -> float | None:
-    """Write the shards of `jobs` (file, start, stop), one thread for each of `works`. Each takes the next job.
+def make(name: str, works: Sequence[Work], jobs: Sequence[Job], team: Team) -> float | None:
+    """Write the shards of `jobs`, one thread for each of `works`. Each takes the next job of this process.
 
-    Returns images per second; None if there are no jobs.
+    Returns the images per second of all processes; None if there are no jobs. A process that fails waits for no other:
+    it ends them.
     """
-    left, taking, counting, done = iter(jobs), threading.Lock(), threading.Lock(), 0
+    mine = jobs[team.rank :: team.size]
+    left, taking, counting, done = iter(mine), threading.Lock(), threading.Lock(), 0
 
     def worker(work: Work) -> None:
         while True:
@@ -180,12 +190,13 @@ def make(name: str, works: Sequence[Work], jobs: Sequence[tuple[Path, int, int]]
         nonlocal done
         with counting:
             done += images
-            display.update(done)
+            if display is not None:
+                display.update(min(images_of(jobs), done * team.size))  # the others are about as far
 
     threads, began = torch.get_num_threads(), time.monotonic()
     each = max(1, threads // len(works))
     with (
-        Display(name, sum(stop - start for _, start, stop in jobs), 0) as display,
+        Display(name, images_of(jobs), 0) if team.first else nullcontext() as display,
         ThreadPoolExecutor(len(works), initializer=torch.set_num_threads, initargs=(each,)) as pool,
     ):
         try:
@@ -196,32 +207,46 @@ def make(name: str, works: Sequence[Work], jobs: Sequence[tuple[Path, int, int]]
             raise
         finally:
             torch.set_num_threads(threads)
-    return done / (time.monotonic() - began) if done else None
+    team.wait()
+    return images_of(jobs) / (time.monotonic() - began) if jobs else None
 
 
-def devices_of(stage: PairsStage, device: torch.device) -> list[torch.device]:
-    """The device of each worker: the GPUs in turn, or `device`."""
+def images_of(jobs: Sequence[Job]) -> int:
+    """Images in the shards of `jobs`."""
+    return sum(stop - start for _, start, stop in jobs)
+
+
+def devices_of(stage: PairsStage, device: torch.device, processes: int = 1) -> list[torch.device]:
+    """The device of each worker of a process: `device`, or the GPUs in turn if the process is alone."""
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    if processes > 1:  # each has a GPU of its own
+        return [device] * -(-(stage.workers or 1) // processes)
     workers = stage.workers or max(1, gpus)
     return [torch.device("cuda", i % gpus) if gpus else device for i in range(workers)]
 
 
 def pairs_stage(stage: PairsStage, parent: Parent, folder: Path, materials: Materials) -> dict[str, Any]:
     """Run or resume a `pairs` stage; returns the numbers of its run."""
+    team = materials.team
     denoiser, _ = checkpoint.load(parent.folder, materials.device)
     seed = rng.seed_of(materials.recipe.seed, "stage", stage.name)
     side = denoiser.resolution
     mixture = materials.data.mixture(stage)
-    loader = Loader(
-        materials.seen(mixture.sources, side),
-        mixture.weights,
-        size=(side, side),
-        batch=stage.batch,
-        seed=seed,
-        random_crop=False,
-        bad_limit=stage.bad_limit,
-        bad_path=folder / BAD_FILES,
-    )
+    sources = materials.seen(mixture.sources, side)
+
+    def loader_of() -> Loader:
+        return Loader(
+            sources,
+            mixture.weights,
+            size=(side, side),
+            batch=stage.batch,
+            seed=seed,
+            random_crop=False,
+            bad_limit=stage.bad_limit,
+            bad_path=folder / BAD_FILES,  # all write it, as soon as they meet one: no shard is made twice
+        )
+
+    loader = team.in_turn(loader_of)
     if stage.direction == "invert" and stage.n > len(loader):
         logger.warning(
             "%s: n is %d, the data have %d images: some are inverted more than once", stage.name, stage.n, len(loader)
@@ -235,15 +260,29 @@ def pairs_stage(stage: PairsStage, parent: Parent, folder: Path, materials: Mate
         upscaled = {"upscales": config.sha256}
     models = Models(denoiser, generator)
     work = Work(stage, models, ode, loader, materials, seed, threading.Lock(), threading.Event())
-    devices = devices_of(stage, materials.device)
+    devices = devices_of(stage, work.device, team.size)
     copies = {d: models if d == work.device else copy.deepcopy(models).to(d) for d in dict.fromkeys(devices)}
     works = [replace(work, models=copies[device]) for device in devices]
     starts = range(0, stage.n, stage.shard)
     all_of = ((shard_path(folder, i), start, min(start + stage.shard, stage.n)) for i, start in enumerate(starts))
-    jobs = [job for job in all_of if read_shard(job[0]) is None]
-    speed = make(stage.name, works, jobs)
+    jobs = team.alone(lambda: [job for job in all_of if read_shard(job[0]) is None])
+    speed = make(stage.name, works, jobs, team)
+    loader.bad.share(team)
+    made = team.alone(lambda: _describe(work, folder, parent, len(starts), upscaled))
+    return {
+        "images": stage.n,
+        **made,
+        **({"images_per_second": speed} if speed else {}),
+        "bad_files": len(loader.bad),
+        "bad_report": loader.bad.report(),
+    }
+
+
+def _describe(work: Work, folder: Path, parent: Parent, shards: int, upscaled: dict[str, str]) -> dict[str, Any]:
+    """Write `pairs.json`: what made the pairs, what their latents look like, what is lost on the way and back."""
+    stage, materials, ode, side = work.stage, work.materials, work.ode, work.denoiser.resolution
     pairs, some = 0, []
-    for i in range(len(starts)):
+    for i in range(shards):
         shard = read_shard(shard_path(folder, i))
         assert shard is not None  # it was made or read just now
         some.append(shard["latent"][: max(0, DESCRIBED - pairs)].clone())  # a copy, so that the shard is freed
@@ -262,9 +301,9 @@ def pairs_stage(stage: PairsStage, parent: Parent, folder: Path, materials: Mate
         **upscaled,
         "solver": solver,
         "resolution": [side, side],
-        "data": mixture.describe(),
+        "data": materials.data.mixture(stage).describe(),
         "pairs": pairs,
-        "shards": len(starts),
+        "shards": shards,
         "latents": spread(torch.cat(some)),
         "round_trip_psnr": ode.round_trip(denoise, images.to(materials.device)),
     }
@@ -274,12 +313,8 @@ def pairs_stage(stage: PairsStage, parent: Parent, folder: Path, materials: Mate
     psnrs = ", ".join(f"{v:g} dB from sigma {k}" for k, v in facts["round_trip_psnr"].items())
     logger.info("round trip: %s", psnrs)
     return {
-        "images": stage.n,
         "pairs": pairs,
-        **({"images_per_second": speed} if speed else {}),
-        "bytes_per_pair": sum(shard_path(folder, i).stat().st_size for i in range(len(starts))) / pairs,
-        "bad_files": len(loader.bad),
-        "bad_report": loader.bad.report(),
+        "bytes_per_pair": sum(shard_path(folder, i).stat().st_size for i in range(shards)) / pairs,
         "latents": facts["latents"],
         "round_trip_psnr": facts["round_trip_psnr"],
     }
