@@ -26,6 +26,7 @@ from pixelgrow.data.sources.base import (
 )
 from pixelgrow.data.sources.kinds import split_of
 from pixelgrow.data.sources.opening import open_source
+from pixelgrow.data.sources.remote import is_url
 from pixelgrow.errors import UserError
 from pixelgrow.plan.machine import Machine, this_machine
 from pixelgrow.plan.suggest import PATIENCE, SMALLEST, Suggestion, Wanted, sides_of, suggest
@@ -141,7 +142,7 @@ def _are_objects(opened: Source) -> bool:
 
 def _path(path: str, elsewhere: bool) -> str:
     """A path for a recipe: as it was typed, absolute if the recipe lies in another folder."""
-    return os.path.abspath(os.path.expanduser(path)) if elsewhere else path
+    return os.path.abspath(os.path.expanduser(path)) if elsewhere and not is_url(path) else path
 
 
 def _other_split(source: str, classes: tuple[str, ...], fit: Mapping[str, str]) -> Source | None:

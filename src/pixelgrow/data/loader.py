@@ -18,8 +18,8 @@ from torch import Tensor
 from pixelgrow.data.badfiles import BadFiles
 from pixelgrow.data.feed import CPU, Packet, fed
 from pixelgrow.data.images import BadImage
-from pixelgrow.data.order import Order
-from pixelgrow.data.sources.base import BadFile, Source, chosen, large_enough, sizes_of, wordings_of
+from pixelgrow.data.lanes import order_of
+from pixelgrow.data.sources.base import BadFile, Source, chosen, hold, large_enough, sizes_of, wordings_of
 from pixelgrow.data.sources.selection import Selection
 from pixelgrow.errors import UserError
 from pixelgrow.pictures import to_float
@@ -78,6 +78,7 @@ class Loader:
 
     - `weights`: share of images from each source; None: in proportion to their usable images.
     - `size` (h, w): in pixels. Images that are smaller on either side are left out.
+    - `lanes`: number of positions of a step, of which lanes of shards are equal parts (`data.lanes`); None: no lanes.
     - `flip`: mirror half of the images. Sources with `mirror` False are never mirrored.
     - `random_crop`: crop anywhere along the longer side; else at the centre.
     - `workers`: processes that decode; 0 decodes in this process. The batches do not depend on it.
@@ -99,6 +100,7 @@ class Loader:
         *,
         size: tuple[int, int],
         batch: int = 64,
+        lanes: int | None = None,
         seed: int = 0,
         flip: bool = False,
         random_crop: bool = True,
@@ -116,7 +118,7 @@ class Loader:
         self.mirror, self.random_crop = mirrored(self.sources, flip), random_crop
         self.several = has_several(self.sources)
         self.usable = [usable(source, size) for source in self.sources]
-        self.order = Order([len(items) for items in self.usable], weights, seed)
+        self.order = order_of(self.sources, self.usable, weights, seed, lanes)
         self.bad = BadFiles(self.sources, bad_limit, bad_path)
 
     def __len__(self) -> int:
@@ -150,13 +152,22 @@ class Loader:
         The rest of each packet is a `Said` or a `UserError`. `room`: the most bytes of a packet's arrays.
         """
         starts = itertools.count(start, step or self.batch)
-        with contextlib.closing(fed(work, starts, self.workers, room, self.device)) as packets:
+        with contextlib.closing(fed(work, starts, self.workers, room, self.device)) as packets, self._holding():
             for at, (tensors, said) in zip(itertools.count(start, step or self.batch), packets, strict=True):
                 if isinstance(said, UserError):
                     raise said
                 for source, bad in said.bad:
                     self.bad.add(source, [bad])
                 yield tensors, said, at
+
+    @contextlib.contextmanager
+    def _holding(self) -> Iterator[None]:
+        """Let go of the shards that this process has held, where it decodes itself."""
+        try:
+            yield
+        finally:
+            for source in self.sources:
+                hold(source, (), ())
 
     def packet(self, start: int) -> Packet:
         """The batch at position `start`, as a worker sends it."""
@@ -180,6 +191,8 @@ class Loader:
         Without `decode`, `image` is empty (B, C, 0, 0), and samples that cannot be decoded are not replaced.
         """
         positions = range(start, start + self.batch)
+        for number, (now, ahead) in self.order.needs(positions).items() if decode else ():
+            hold(self.sources[number], now, ahead)
         centre = [0.5] * self.batch
         # One number serves both sides: only the longer one has room to crop.
         crop = uniform(self.seed, "crop", positions).tolist() if self.random_crop else centre

@@ -47,10 +47,15 @@ class Order:
 
     def at(self, position: int) -> Draw:
         """The sample at a position, counted from 0."""
+        source, turn = self.turn(position)
+        return Draw(source, self._item(source, turn), turn)
+
+    def turn(self, position: int) -> tuple[int, int]:
+        """The source at a position, and how many positions before it have the same one."""
         for source, (share, whole) in enumerate(self._shares):
             before, after = position * share // whole, (position + 1) * share // whole
             if after > before:
-                return Draw(source, self._item(source, before), before)
+                return source, before
             position -= before
         raise AssertionError("the last source's share is one")
 
@@ -58,6 +63,11 @@ class Order:
         """Replacement number `attempt`, from 0, for a sample that cannot be decoded: any sample of its source."""
         key = seed_of(self.seed, "replacement", draw.source, draw.turn, attempt)
         return Draw(draw.source, key % self.counts[draw.source], draw.turn)
+
+    def needs(self, positions: Sequence[int]) -> dict[int, tuple[Sequence[int], Sequence[int]]]:
+        """Of each source that is read shard by shard (`data.lanes`): the shards that some positions need, and those
+        that the positions behind them will need."""
+        return {}
 
     def _item(self, source: int, turn: int) -> int:
         epoch, place = divmod(turn, self.counts[source])

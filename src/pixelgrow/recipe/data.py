@@ -13,7 +13,7 @@ from pixelgrow.data.sources.base import HELD_OUT_AT_MOST
 from pixelgrow.diffusion.sampling_spec import Spec
 
 SCENES = ("n", "captions", "seed", "split")  # settings of the built-in scenes
-FILES = ("kind", "ground", "fit")  # settings of a path
+FILES = ("kind", "ground", "fit", "lanes", "window", "cache")  # settings of a path
 
 
 def _colour(name: str) -> str:
@@ -72,7 +72,10 @@ class LatentSpec(Spec):
 class DataSpec(Spec):
     """One source of images with captions or classes. A word alone is its `source`.
 
-    `source`: `scenes` (rendered, with `n`, `captions`, `seed`, `split`), or the path of a folder or of tar shards.
+    `source`: `scenes` (rendered, with `n`, `captions`, `seed`, `split`), or the path of a folder or of tar shards, or
+    the URL of tar shards. `lanes`, `window`: tar shards are read in so many lanes, each of which shuffles so many at a
+    time; without them, as one shuffled whole, where they are on this machine. `cache`: GB of this machine for shards
+    from a URL.
     `kind`: what is at the path; `auto` looks. `ground`: the colour of transparent parts (white). `fit`: images that are
     not square are cropped, or padded with the ground. `weight`: share of the mixture; in proportion to the size if left
     out.
@@ -82,6 +85,9 @@ class DataSpec(Spec):
     kind: Literal["auto", "folder", "classes", "tar"] = "auto"
     ground: Annotated[str, AfterValidator(_colour)] | None = None
     fit: Fit | None = None
+    lanes: int | None = Field(None, ge=1)
+    window: int | None = Field(None, ge=1)
+    cache: float | None = Field(None, gt=0)
     weight: float | None = Field(None, gt=0)
     n: int | None = Field(None, ge=1, le=MAX_SCENES)
     captions: int | None = Field(None, ge=1)

@@ -12,6 +12,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from pixelgrow.data.sources.remote import is_url
 from pixelgrow.training.log import duration
 from pixelgrow.writing import reading
 
@@ -106,7 +107,8 @@ def _held_out(spec: HeldoutSpec, images: str) -> str:
 
 def _data(spec: DataSpec) -> str:
     with reading(spec.source):
-        found = "" if spec.source == "scenes" or Path(expanduser(spec.source)).exists() else " (not there yet)"
+        here = spec.source == "scenes" or is_url(spec.source) or Path(expanduser(spec.source)).exists()
+        found = "" if here else " (not there yet)"
     return spec.source + (f" x {spec.weight:g}" if spec.weight is not None else "") + found
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from pixelgrow.data.account import Account, account_of
 from pixelgrow.data.order import Permutation
 from pixelgrow.data.scenes.source import Scenes
-from pixelgrow.data.sources.base import Source, Subset, heldout_split, large_enough
+from pixelgrow.data.sources.base import Lanes, Source, Subset, heldout_split, large_enough
 from pixelgrow.data.sources.folders import ClassFolder, PairedFolder
 from pixelgrow.data.sources.identity import FORM, differences, frame_and_samples, write_samples
 from pixelgrow.data.sources.index import FileSource
@@ -38,7 +38,7 @@ class Mixture:
         """Names, fingerprints and weights, for `stage.json`."""
         weights: Sequence[float | None] = self.weights or [None] * len(self.sources)
         return [
-            {"source": s.name, "fingerprint": s.fingerprint, "weight": w}
+            {"source": s.name, "fingerprint": s.fingerprint, "weight": w} | _lanes(s)
             for s, w in zip(self.sources, weights, strict=True)
         ]
 
@@ -268,6 +268,11 @@ def _each(source: Source, numbers: Iterator[int]) -> Iterator[Origin]:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _lanes(source: Source) -> dict[str, int]:
+    lanes: Lanes | None = getattr(source, "lanes", None)
+    return {} if lanes is None else {"lanes": lanes.count, "window": lanes.window}
 
 
 def _weight(spec: DataSpec) -> dict[str, float]:

@@ -190,6 +190,7 @@ class Materials:
             mixture.weights,
             size=(side, side),
             batch=settings.micro_batch,
+            lanes=settings.batch,
             seed=seed,
             flip=settings.flip,
             workers=settings.workers,

@@ -23,7 +23,8 @@ class Source(Protocol):
     ones included). A source of many files has `least(seed, count)`, the hashes of its keys (`least_of`). A source of
     classes has `classes`, the names of its labels. One whose captions say left and right has `mirror` False: its
     images are never mirrored. One with `several` True has samples of more than one caption, all of them in
-    `wordings(i)`.
+    `wordings(i)`. One that is read shard by shard has `lanes`, and `cuts` (S + 1,), the number of its samples before
+    each shard and of all; `hold(now, ahead)`, if it fetches shards, says which are needed now and next.
     """
 
     name: str
@@ -49,6 +50,15 @@ class Source(Protocol):
     def key(self, i: int) -> str:
         """File name or tar member."""
         ...
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """How a source of shards is read in training: in `count` lanes, each of which shuffles `window` shards at a time
+    (`data.lanes`)."""
+
+    count: int = 8
+    window: int = 4
 
 
 @dataclass(frozen=True)
@@ -97,6 +107,18 @@ class Subset:
         self.mirror: bool = getattr(parent, "mirror", True)
         self.several: bool = getattr(parent, "several", False)
         self.frame: Frame = getattr(parent, "frame", FRAME)
+        self.lanes: Lanes | None = getattr(parent, "lanes", None)
+
+    @property
+    def cuts(self) -> np.ndarray:
+        """Of a parent with lanes, whose samples stand in its order."""
+        cuts: np.ndarray = self.parent.cuts  # type: ignore[attr-defined]
+        if isinstance(self.indices, Selection):
+            return self.indices.rank(cuts)
+        return np.searchsorted(self.indices, cuts)
+
+    def hold(self, now: Sequence[int], ahead: Sequence[int]) -> None:
+        hold(self.parent, now, ahead)
 
     def sides(self, part: slice) -> np.ndarray:
         return self._of_parent(sides_of, part)
@@ -133,6 +155,13 @@ def wordings_of(source: Source, i: int) -> tuple[Wording, ...]:
     """All captions of a sample."""
     wordings: Callable[[int], tuple[Wording, ...]] | None = getattr(source, "wordings", None)
     return (Wording(source.text(i)),) if wordings is None else wordings(i)
+
+
+def hold(source: Source, now: Sequence[int], ahead: Sequence[int]) -> None:
+    """Say which shards of a source are needed now, and which soon. All others may go."""
+    held: Callable[[Sequence[int], Sequence[int]], None] | None = getattr(source, "hold", None)
+    if held is not None:
+        held(now, ahead)
 
 
 def chosen(wordings: Sequence[Wording], u: float) -> int:

@@ -11,7 +11,7 @@ from typing import BinaryIO, Protocol
 import numpy as np
 
 from pixelgrow.data.images import FRAME, OUR_FAULT, BadImage, Frame, read_header, read_image
-from pixelgrow.data.sources.base import BadFile, PassedOver, Wording
+from pixelgrow.data.sources.base import BadFile, Lanes, PassedOver, Wording
 from pixelgrow.data.sources.captions import Captions, flat
 from pixelgrow.data.sources.identity import digest_of, fingerprint_of, hash_of, print_of
 from pixelgrow.data.sources.names import UNCAPTIONED
@@ -167,6 +167,7 @@ class FileSource(ABC):
     guess = ""  # what `opening` assumed when it chose this kind of source, and how to say something else
     classes: tuple[str, ...] = ()
     several = False  # whether a sample has more than one caption
+    lanes: Lanes | None = None  # of a source that is read shard by shard
 
     def __init__(self, path: str) -> None:
         self.name = path

@@ -4,6 +4,9 @@ It lies in a hidden folder beside the shards, or in the user's cache where that 
 the index has none of its name, size and time of change. What is scanned goes to a journal beside the index, so that a
 scan that was interrupted goes on; then the index is written anew and replaces the old one. Who begins while another
 process scans waits for it.
+
+Shards of other machines are not looked at when a run starts: what their index says holds, and a shard that is not in it
+is fetched and scanned, after the index that may lie beside them.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,25 +36,43 @@ from pixelgrow.writing import CannotWrite, atomic, writing
 FOLDER = ".pixelgrow"  # beside the shards
 _ALONE = 1 << 26  # bytes of shards that are scanned faster without further processes
 _MOST = 32  # processes that scan
+_FETCHING = 8  # processes that fetch and scan, at least
 _PAUSE = 15.0  # seconds between two lines of progress
 _KEPT = 1 << 16  # least hashes of keys that are kept; where there are no more samples, none are
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Elsewhere:
+    """How shards of other machines are indexed: `scan` fetches and scans one; `publish` writes the index that lies
+    beside them to a path, and says whether there is one."""
+
+    scan: Callable[[Shard], Part]
+    publish: Callable[[Path], bool]
+
+
+def cache_folder() -> Path | None:
+    """The user's cache; None for a user without a home."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cache, "pixelgrow") if os.path.isabs(cache) else None
+
+
+def cached_places(folder: bytes, what: str) -> list[Path]:
+    """Where in the user's cache the index of the shards `what` in a folder may be kept."""
+    cache = cache_folder()
+    hashed = hashlib.blake2b(folder + b"\0" + os.fsencode(what), digest_size=16).hexdigest()
+    return [cache / "index" / hashed / f"{what}.index"] if cache else []
+
+
 def places_of(root: bytes, what: str) -> list[Path]:
     """Where the index of the shards `what` in the folder `root` may be kept, the best place first."""
     folder = os.path.realpath(root)
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    hashed = hashlib.blake2b(folder + b"\0" + os.fsencode(what), digest_size=16).hexdigest()
-    name = f"{what}.index"
-    places = [Path(os.fsdecode(folder), FOLDER, name), Path(cache, "pixelgrow", "index", hashed, name)]
-    return places if os.path.isabs(cache) else places[:1]  # not for a user without a home
+    return [Path(os.fsdecode(folder), FOLDER, f"{what}.index"), *cached_places(folder, what)]
 
 
-def index_of(shards: Sequence[Shard], name: str, places: Sequence[Path]) -> Stored:
+def index_of(shards: Sequence[Shard], name: str, places: Sequence[Path], elsewhere: Elsewhere | None = None) -> Stored:
     """The index of shards as they are now. `name`: of the source, for messages. Raises `UserError`."""
-    now = np.array([stamp_of(shard.path) for shard in shards], np.int64).reshape(-1, 2)
-    with contextlib.closing(_Keeper(shards, name, now)) as keeper:
+    with contextlib.closing(_Keeper(shards, name, elsewhere)) as keeper:
         return _kept(keeper, name, places)
 
 
@@ -76,10 +98,10 @@ def _kept(keeper: _Keeper, name: str, places: Sequence[Path]) -> Stored:
 
 
 class _Keeper:
-    """`now`: size and time of change of each shard, (S, 2)."""
-
-    def __init__(self, shards: Sequence[Shard], name: str, now: np.ndarray) -> None:
-        self._shards, self._name, self._now = shards, name, now
+    def __init__(self, shards: Sequence[Shard], name: str, elsewhere: Elsewhere | None) -> None:
+        self._shards, self._name, self._elsewhere = shards, name, elsewhere
+        stamps = [] if elsewhere else [stamp_of(shard.path) for shard in shards]
+        self._now = np.array(stamps, np.int64).reshape(-1, 2)  # size and time of change of each shard that is here
         self._names = [shard.name for shard in shards]
         self._indices: list[Stored] = []
         self._journals: list[Journal] = []
@@ -102,12 +124,16 @@ class _Keeper:
 
     def fits(self, index: Stored) -> bool:
         """Whether an index is that of the shards as they are."""
-        return index.names == self._names and bool((index.stamps[:, :2] == self._now).all())
+        if index.names != self._names:
+            return False
+        return bool((index.stamps[:, 1] >= 0 if self._elsewhere else index.stamps[:, :2] == self._now).all())
 
     def update(self, place: Path) -> Stored:
         """Write the index to a place. Raises `CannotWrite`; what was scanned until then is used at the next place."""
         with _locked(place, self._name):
             found = self.open(place)  # another process may have written it
+            if found is None and self._elsewhere and self._elsewhere.publish(place):
+                found = self.open(place)
             if found is not None and self.fits(found):
                 return found
             journal = Journal(place.with_name(f"{place.name}.journal"))
@@ -129,21 +155,49 @@ class _Keeper:
             known |= {name: index.found(shard) for shard, name in enumerate(index.names)}
         for other in self._journals:
             known |= other.found
-        todo = []
-        for number, (name, stamp) in enumerate(zip(self._names, self._now.tolist(), strict=True)):
-            if (part := known.get(name)) is None or [part.size, part.time] != stamp:
-                todo.append(number)
+        todo = [number for number, name in enumerate(self._names) if not self._holds(number, known.get(name))]
         if 0 < len(todo) < len(self._names):
             log.info("%s: %d of %d shards are new or have changed", self._name, len(todo), len(self._names))
-        with contextlib.closing(_scanned([self._shards[number] for number in todo], self._bytes(todo))) as scanned:
+        with contextlib.closing(self._scanned([self._shards[number] for number in todo], self._bytes(todo))) as scanned:
             progress = _Progress(self._name, len(todo))
             for new in scanned:
                 known[new.name] = journal.add(new)
                 progress.say(len(new.clear))
         return [known[name] for name in self._names]
 
+    def _holds(self, number: int, part: Found | None) -> bool:
+        """Whether a part is what a scan of a shard would find."""
+        if part is None or self._elsewhere:
+            return part is not None and part.time >= 0
+        return [part.size, part.time] == self._now[number].tolist()
+
     def _bytes(self, todo: list[int]) -> int:
-        return int(self._now[todo, 0].sum()) if todo else 0
+        return int(self._now[todo, 0].sum()) if todo and not self._elsewhere else 0
+
+    def _scanned(self, shards: Sequence[Shard], size: int) -> Generator[Part, None, None]:
+        """The parts of shards, in order. `size`: in bytes, of all."""
+        one = self._elsewhere.scan if self._elsewhere else scan_shard
+
+        def scan(number: int) -> Part | UserError:
+            if number >= len(shards):  # a task ahead of the end
+                return UserError("")
+            try:
+                return one(shards[number])
+            except UserError as error:
+                return error
+            except OSError as error:
+                path = os.fsdecode(shards[number].path)
+                return UserError(f"{path}: cannot be read: {error.strerror or error}")
+
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        count = min(max(cores, _FETCHING) if self._elsewhere else cores, len(shards), _MOST)
+        here = (scan(number) for number in itertools.count())
+        parallel = count > 1 and (self._elsewhere or size > _ALONE)
+        with contextlib.closing(Workers(scan, itertools.count(), count) if parallel else here) as results:
+            for _, result in zip(shards, results, strict=False):
+                if isinstance(result, UserError):
+                    raise result
+                yield result
 
     def _same(self, index: Stored, parts: list[Found]) -> bool:
         """Whether an index has these parts to the byte."""
@@ -168,31 +222,6 @@ class _Progress:
                 *(self._name, f"{self._done:,}", f"{self._shards:,}", f"{self._images:,}", self._images / took),
                 took * (self._shards / self._done - 1) / 60,
             )
-
-
-def _scanned(shards: Sequence[Shard], size: int) -> Generator[Part, None, None]:
-    """The parts of shards, in order. `size`: in bytes, of all."""
-
-    def scan(number: int) -> Part | UserError:
-        if number >= len(shards):  # a task ahead of the end
-            return UserError("")
-        try:
-            return scan_shard(shards[number])
-        except UserError as error:
-            return error
-        except OSError as error:
-            path = os.fsdecode(shards[number].path)
-            return UserError(f"{path}: cannot be read: {error.strerror or error}")
-
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = min(cores, len(shards), _MOST)
-    here = (scan(number) for number in itertools.count())
-    parallel = count > 1 and size > _ALONE
-    with contextlib.closing(Workers(scan, itertools.count(), count) if parallel else here) as results:
-        for _, result in zip(shards, results, strict=False):
-            if isinstance(result, UserError):
-                raise result
-            yield result
 
 
 @contextlib.contextmanager

@@ -15,12 +15,14 @@ from torch import Tensor
 from pixelgrow.data.images import FRAME, BadImage, Frame
 from pixelgrow.data.sources.base import (
     BadFile,
+    Lanes,
     PassedOver,
     Source,
     Wording,
     bad_of,
     clears_of,
     files_of,
+    hold,
     large_enough,
     passed_of,
     sides_of,
@@ -65,7 +67,13 @@ class Latents:
         self.several: bool = getattr(source, "several", False)
         self.frame: Frame = getattr(source, "frame", FRAME)
         self.captions: int | None = getattr(source, "captions", None)
+        self.lanes: Lanes | None = getattr(source, "lanes", None)
         self._made: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}  # size: numbers of samples, latents
+
+    @property
+    def cuts(self) -> np.ndarray:
+        cuts: np.ndarray = self.source.cuts  # type: ignore[attr-defined]
+        return cuts
 
     def sides(self, part: slice) -> np.ndarray:
         return sides_of(self.source, part) // self.encoder.factor
@@ -111,13 +119,22 @@ class Latents:
                     file.truncate(first * item)
                 began = said = time.monotonic()
                 for start in range(first, len(numbers), CHUNK):
+                    self._hold(numbers[start : start + CHUNK])
                     file.write(self._chunk(numbers[start : start + CHUNK], size).tobytes())
                     if time.monotonic() - said > PAUSE:
                         said = time.monotonic()
                         done = start + CHUNK
                         speed = (done - first) / (said - began)
                         logger.info("%s: %d of %d latents, %.3g a second", self.name, done, len(numbers), speed)
+        hold(self.source, (), ())
         self._made[size] = numbers, np.memmap(path, np.float16, "r", shape=(len(numbers), *shape))
+
+    def _hold(self, numbers: np.ndarray) -> None:
+        """Have the shards of some samples, and the one behind them, fetched whole."""
+        if self.lanes is not None:
+            cuts = self.cuts
+            shards = np.unique(np.searchsorted(cuts, numbers, side="right") - 1).tolist()
+            hold(self.source, shards, [shards[-1] + 1] if shards[-1] + 2 < len(cuts) else ())
 
     def _chunk(self, numbers: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         images: dict[int, np.ndarray] = {}

@@ -6,16 +6,21 @@ from collections.abc import Mapping, Sequence
 from typing import cast, get_args
 
 from pixelgrow.data.images import FRAME, Fit, Frame, colour_of
-from pixelgrow.data.sources.base import Source
+from pixelgrow.data.sources.base import Lanes, Source
 from pixelgrow.data.sources.folders import ImageFolder
+from pixelgrow.data.sources.index import FileSource
 from pixelgrow.data.sources.kinds import has_captions, kind_of
 from pixelgrow.data.sources.names import folded_form, text_of
 from pixelgrow.data.sources.patterns import is_pattern
+from pixelgrow.data.sources.remote import is_url
+from pixelgrow.data.sources.streamed import CACHE, StreamedShards
+from pixelgrow.data.sources.tars import TarShards
 from pixelgrow.errors import UserError
 
 Spec = Mapping[str, object]
 SCENE_KEYS = ("n", "captions", "seed", "split")
 FRAME_KEYS = ("ground", "fit")
+SHARD_KEYS = ("lanes", "window", "cache")
 KINDS = ("auto", "folder", "classes", "tar")
 log = logging.getLogger(__name__)
 
@@ -24,7 +29,8 @@ def open_source(spec: Spec | str) -> Source:
     """Open and index a source.
 
     `spec`: a path, or a mapping: `{source: scenes, n, captions, seed, split}` for the built-in scenes,
-    `{source: path, kind: auto|folder|classes|tar, ground: colour, fit: crop|pad}` for files (`images.Frame`). A
+    `{source: path, kind: auto|folder|classes|tar, ground: colour, fit: crop|pad}` for files (`images.Frame`), with
+    `lanes` and `window` for tar shards that are read in lanes (`Lanes`), and `cache` for those whose path is a URL. A
     `weight` beside them is left to `open_mixture`. Raises `UserError` for a missing folder, an empty set, captions in
     no known form.
     """
@@ -39,21 +45,56 @@ def open_source(spec: Spec | str) -> Source:
 
         return Scenes(**settings)
     path = os.path.expanduser(os.fspath(where))
-    _known(settings, ("kind", *FRAME_KEYS), path)
+    _known(settings, ("kind", *FRAME_KEYS, *SHARD_KEYS), path)
     kind = settings.get("kind", "auto")
     if kind not in KINDS:
         raise UserError(f"{path}: kind is {kind!r}, expected one of {', '.join(KINDS)}")
-    frame = _frame(settings, path)
+    frame, source = _frame(settings, path), _streamed(path, settings) if is_url(path) else _here(path, settings)
+    source.lay(frame)
+    return source
+
+
+def _here(path: str, settings: Mapping[str, object]) -> FileSource:
+    """The source at a path."""
     if not os.path.exists(path) and not is_pattern(path):
         raise UserError(f"{path}: {_not_there(path)}; expected a folder of images, a .tar, or the word scenes")
     try:
-        found = kind_of(path, str(kind))
+        found = kind_of(path, str(settings.get("kind", "auto")))
         source = found.source(found.path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     source.guess = found.guess
-    source.lay(frame)
+    given = [key for key in SHARD_KEYS if key in settings]
+    if given and (not isinstance(source, TarShards) or "cache" in given):
+        where = "the URL of tar shards" if "cache" in given else "tar shards"
+        raise UserError(f"{path}: {given[-1]} belongs to {where}, which this is not; drop it")
+    source.lanes = _lanes(settings, path) if given else None
     return source
+
+
+def _streamed(url: str, settings: Mapping[str, object]) -> FileSource:
+    """The source at a URL."""
+    if settings.get("kind", "auto") not in ("auto", "tar"):
+        raise UserError(f"{url}: kind is {settings['kind']!r}, and a URL is of tar shards; drop it")
+    lanes = _lanes(settings, url)
+    source = StreamedShards(url, _number(settings, "cache", url, CACHE))
+    source.lanes = lanes
+    return source
+
+
+def _lanes(settings: Mapping[str, object], path: str) -> Lanes:
+    count, window = (
+        _number(settings, key, path, default) for key, default in (("lanes", Lanes.count), ("window", Lanes.window))
+    )
+    return Lanes(int(count), int(window))
+
+
+def _number(settings: Mapping[str, object], key: str, path: str, default: float) -> float:
+    value = settings.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0 or (key != "cache" and value % 1):
+        expected = "a number of GB above 0" if key == "cache" else "a whole number from 1 on"
+        raise UserError(f"{path}: {key} is {value!r}, expected {expected}")
+    return value
 
 
 def open_images(path: str) -> Source:
@@ -63,7 +104,12 @@ def open_images(path: str) -> Source:
     """
     folder = os.path.expanduser(path)
     try:
-        if not os.path.isdir(folder) or has_captions(folder) or any(n.endswith(".tar") for n in os.listdir(folder)):
+        if (
+            is_url(path)
+            or not os.path.isdir(folder)
+            or has_captions(folder)
+            or any(n.endswith(".tar") for n in os.listdir(folder))
+        ):
             return open_source(path)
         return ImageFolder(folder)
     except OSError as error:

@@ -75,6 +75,18 @@ class Selection:
     def __contains__(self, number: int) -> bool:
         return 0 <= number < self.total and bool(self._bits[number >> 3] & (128 >> (number & 7)))
 
+    def rank(self, numbers: np.ndarray) -> np.ndarray:
+        """How many chosen numbers are below each of `numbers` (n,), from 0 to `total`: (n,) int64."""
+        found = np.full(len(numbers), len(self), np.int64)
+        blocks = np.concatenate([[0], self._ends])
+        rows = self._bits.reshape(-1, _BLOCK // 8)
+        inside = np.flatnonzero(numbers < self.total)
+        for part in np.array_split(inside, max(1, -(-len(inside) // 4096))):
+            block, bit = np.divmod(numbers[part], _BLOCK)
+            before = np.unpackbits(rows[block], axis=1) & (np.arange(_BLOCK) < bit[:, None])
+            found[part] = blocks[block] + before.sum(axis=1)
+        return found
+
     def mask(self, part: slice) -> np.ndarray:
         """Which of the numbers of a part (of `chunks(total)`) are chosen, bool."""
         size = part.stop - part.start

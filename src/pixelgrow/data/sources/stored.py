@@ -194,6 +194,11 @@ class Stored:
         counts: list[int] = np.diff(self._firsts).tolist()
         return counts
 
+    @property
+    def cuts(self) -> np.ndarray:
+        """How many samples are before each shard, and all, (S + 1,)."""
+        return self._firsts
+
     def found(self, shard: int) -> Found:
         """The part of a shard, to be copied."""
         cuts = self._starts[shard : shard + 2].tolist()

@@ -16,7 +16,7 @@ from pixelgrow.data.sources.keeping import index_of, kept_hashes, places_of
 from pixelgrow.data.sources.names import is_hidden, suffix_of, text_of
 from pixelgrow.data.sources.patterns import is_pattern, paths_in
 from pixelgrow.data.sources.shards import Shard, add_facts, stamp_of
-from pixelgrow.data.sources.stored import Stored
+from pixelgrow.data.sources.stored import Row, Stored
 from pixelgrow.errors import UserError
 
 ARCHIVE_SUFFIXES = (".gz", ".tgz", ".zst", ".bz2", ".tbz2", ".xz", ".txz", ".lz4", ".zip", ".7z", ".rar")
@@ -43,13 +43,18 @@ class TarShards(FileSource):
         shards = [Shard(os.path.join(self._root, name), name, alone) for name in names]
         self._places = places_of(self._root, os.fsdecode(names[0]) if alone else what)
         self._index = index_of(shards, path, self._places)
-        scan = Scan()
-        damages = [add_facts(facts, scan) for facts in self._index.facts()]
-        for shard, lost, words in _losses(self._index, damages):
-            scan.reject(key_of(names[shard]), f"shard: {damages[shard]}; {words}", lost)
+        scan = self._facts()
         if os.path.isdir(path):
             self._pass_over_others(set(names), scan)
         self._finish(scan, self._index)
+
+    def _facts(self) -> Scan:
+        """What the index knows of all shards beside their samples."""
+        scan = Scan()
+        damages = [add_facts(facts, scan) for facts in self._index.facts()]
+        for shard, lost, words in _losses(self._index, damages):
+            scan.reject(key_of(self._index.names[shard]), f"shard: {damages[shard]}; {words}", lost)
+        return scan
 
     def _pass_over_others(self, shards: set[bytes], scan: Scan) -> None:
         """Count what else is in the folder of the shards."""
@@ -59,6 +64,11 @@ class TarShards(FileSource):
                     is_shard = suffix_of(key_of(name)) == ".tar"
                     image = not is_shard and is_image(os.path.join(self._root, folder, name))
                     scan.pass_over(BELOW if is_shard else BESIDE if image else NEITHER, key_of(folder + name))
+
+    @property
+    def cuts(self) -> np.ndarray:
+        """How many samples are before each shard, and all, (S + 1,)."""
+        return self._index.cuts
 
     def key(self, i: int) -> str:
         return self._index.row(i).key
@@ -81,10 +91,14 @@ class TarShards(FileSource):
         path = os.path.join(self._root, self._index.names[row.shard])
         data = read_regular(path, row.start, row.length)
         if stamp_of(path) != tuple(self._index.stamps[row.shard, :2].tolist()):
-            about = (row.key.encode(errors="surrogateescape"), *(text.encode() for text in row.captions))
-            if print_of(io.BytesIO(data), *about) != self._index.print(i):
-                raise changed(key_of(path), f"another image in the place of {row.key}")
+            self._check(i, row, data, path)
         return data
+
+    def _check(self, i: int, row: Row, data: bytes, path: bytes) -> None:
+        """Raise `UserError` if the bytes of an image are not those of sample i."""
+        about = (row.key.encode(errors="surrogateescape"), *(text.encode() for text in row.captions))
+        if print_of(io.BytesIO(data), *about) != self._index.print(i):
+            raise changed(key_of(path), f"another image in the place of {row.key}")
 
 
 def _losses(index: Stored, damages: list[str]) -> Iterator[tuple[int, int, str]]:
