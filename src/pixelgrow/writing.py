@@ -169,3 +169,11 @@ def fault_of(path: Path, remedy: str = "copy it again") -> str:
     if size < whole:
         return f"is cut off ({size:,} of {whole:,} bytes): {remedy}"
     return f"is damaged ({size:,} bytes instead of {whole:,}): {remedy}" if size > whole else ""
+
+
+def size_of(n: float) -> str:
+    """A number of bytes as text: 12.3 MiB."""
+    for power, suffix in ((40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if n >= 2**power:
+            return f"{n / 2**power:.1f} {suffix}"
+    return f"{n:.0f} B"

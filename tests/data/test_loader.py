@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,8 @@ from pixelgrow.data.order import Order
 from pixelgrow.data.scenes.source import Scenes
 from pixelgrow.data.sources.base import Subset
 from pixelgrow.errors import UserError
+from pixelgrow.models.cond import cond_of
+from pixelgrow.text.encoders import padded
 
 
 class Shades:
@@ -191,6 +193,40 @@ def test_small_images_are_left_out() -> None:
     assert len(Loader(Shades(10, side=40), size=(40, 40))) == 10
     with pytest.raises(UserError, match=r"none of its 10 images is at least 64x64 pixels \(.* smaller side of 40\)"):
         Loader(Shades(10, side=40), size=(64, 64))
+
+
+def test_captions_of_some_samples_are_spread_evenly() -> None:
+    loader = Loader([Shades(7, name="a"), Shades(4, name="b"), Shades(30, name="c")], size=(4, 4))
+    whole = list(loader.texts())
+    assert len(whole) == 41
+    for about in (1, 3, 10, 20, 40, 41, 100):
+        assert list(loader.texts(about)) == whole[:: -(-41 // about)]
+    assert (
+        list(Loader(Scenes(n=40, captions=10), size=(16, 16)).texts(5))
+        == list(Loader(Scenes(n=10, captions=10), size=(16, 16)).texts())[::2]
+    )
+
+
+class Letters:
+    """Encodings of captions: their letters."""
+
+    def arrays(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+        items = [(np.array([[ord(c)] for c in text], np.float16), np.float16([len(text)])) for text in texts]
+        return padded(items, 1, 1)
+
+    def room(self, count: int) -> int:
+        return count * 200
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_encoded_captions_come_with_the_images(workers: int) -> None:
+    loader = Loader(Shades(20), size=(4, 4), batch=5, workers=workers, text=Letters())
+    for batch in first(loader, 4):
+        want = cond_of({name: torch.from_numpy(array) for name, array in Letters().arrays(batch.text).items()})
+        assert batch.cond is not None
+        for name in ("tokens", "mask", "pooled", "null"):
+            assert torch.equal(getattr(batch.cond, name), getattr(want, name))
+    assert first(Loader(Shades(20), size=(4, 4), batch=5), 1)[0].cond is None
 
 
 def test_weights_are_shares_of_the_stream() -> None:

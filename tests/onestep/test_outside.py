@@ -16,12 +16,12 @@ from pixelgrow.diffusion.guidance import Guided
 from pixelgrow.diffusion.sampling import generate, sample
 from pixelgrow.diffusion.solvers import solve
 from pixelgrow.errors import UserError
-from pixelgrow.models.cond import Cond
+from pixelgrow.models.cond import Cond, cond_of
 from pixelgrow.onestep.distill import DistillBatch, DistillObjective
 from pixelgrow.onestep.outside import OutsideDenoiser, OutsideFeatures, OutsideGenerator
 from pixelgrow.onestep.pairs import Ode, psnr, read_shard, write_shard
 from pixelgrow.onestep.settings import LossSettings
-from pixelgrow.text.encoders import label_cond
+from pixelgrow.text.encoders import labels_of
 from pixelgrow.text.spec import describe
 from pixelgrow.training import loop
 from pixelgrow.training.settings import TrainSettings
@@ -35,7 +35,7 @@ def scheduler(**changes: Any) -> Any:
 
 
 def labels(*numbers: int) -> Cond:
-    return label_cond([str(n) for n in numbers], describe("labels:4"))
+    return cond_of({"labels": torch.from_numpy(labels_of([str(n) for n in numbers], describe("labels:4")))})
 
 
 # --- the adapter ------------------------------------------------------------------------------------------------------
@@ -202,7 +202,7 @@ def test_a_process_that_is_not_known_is_one_line(network: Any, known: Any, words
 
 class Labels:
     def cond(self, texts: Sequence[str]) -> Cond:
-        return label_cond(texts, describe("labels:4"))
+        return cond_of({"labels": torch.from_numpy(labels_of(texts, describe("labels:4")))})
 
 
 class Captions:

@@ -27,11 +27,12 @@ from pixelgrow.plan.onestep import distill_cost, pairs_cost
 from pixelgrow.plan.recipe import StagePlan, plan_recipe
 from pixelgrow.recipe.read import load_recipe, read_recipe
 from pixelgrow.recipe.stages import PairsStage
-from pixelgrow.report.tables import count, plan_tables, size_of, time_of
+from pixelgrow.report.tables import count, plan_tables, time_of
 from pixelgrow.training.denoise import recompute_blocks
 from pixelgrow.training.monitor import flops_per_image
 from pixelgrow.training.optim import optimizers, trainable
 from pixelgrow.training.settings import TrainSettings
+from pixelgrow.writing import size_of
 from test_growth import cond, shallow
 
 N, TOKENS = 3, 6  # images of a batch; tokens of `cond`'s captions

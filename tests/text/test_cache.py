@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import threading
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,9 +22,11 @@ import torch
 from filelock import FileLock
 
 from pixelgrow.errors import UserError
+from pixelgrow.models.cond import cond_of, joined
 from pixelgrow.text import cache as text_cache
 from pixelgrow.text.cache import TextCache
 from pixelgrow.text.encoders import TextEncoder, load_encoder
+from pixelgrow.writing import size_of
 from text_models import TEXTS, save_t5
 
 MANY = [f"{a} {b} {c}" for a in TEXTS[:4] for b in TEXTS[:4] for c in ("", "red", "blue stars", "far more words than")]
@@ -80,6 +84,40 @@ def test_stored_conditions_are_the_encoders(tmp_path: Path, model: str) -> None:
         assert stored.mask is not None and fresh.mask is not None
         assert torch.equal(stored.mask, fresh.mask)
         assert not stored.null.any()
+
+
+def test_arrays_are_the_conditions_in_half_precision_and_go_to_other_processes(filled: TextCache) -> None:
+    texts, copy = TEXTS[:4], pickle.loads(pickle.dumps(filled))  # noqa: S301
+    for width in (None, 16):
+        arrays, whole = copy.arrays(texts, width), filled.cond(texts, width)
+        assert (arrays["tokens"].dtype, arrays["pooled"].dtype) == (np.float16, np.float16)
+        assert sum(array.nbytes for array in arrays.values()) <= filled.room(len(texts))
+        made = cond_of({name: torch.from_numpy(array) for name, array in arrays.items()})
+        for name in ("tokens", "mask", "pooled", "null"):
+            assert torch.equal(getattr(made, name), getattr(whole, name))
+    assert arrays["tokens"].shape[1] == 16
+    assert filled.cond(TEXTS[1:2]).tokens.shape[1] == 8  # type: ignore[union-attr]
+
+
+def test_conditions_of_two_batches_are_those_of_one(filled: TextCache) -> None:
+    for a, b in ((TEXTS[:1], TEXTS[2:4]), (TEXTS[2:3], TEXTS[1:2])):
+        both, whole = joined(filled.cond(a), filled.cond(b)), filled.cond(a + b)
+        for name in ("tokens", "mask", "pooled", "null"):
+            assert torch.equal(getattr(both, name), getattr(whole, name))
+
+
+def test_its_size_is_told_and_compared_with_the_disk_before_it_is_filled(
+    tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = TextCache(tmp_path, model, 16)
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"64 captions take about .* KiB, .* 9 B free"):
+        patch.setattr(text_cache, "load_spec", _no_encoder)
+        patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=9))
+        cache.ensure(MANY)
+    with caplog.at_level("INFO"):
+        cache.ensure(MANY)
+    size = sum((cache.folder / name).stat().st_size for name in ("records.f16", "index.bin"))
+    assert f"encoding {len(MANY)} captions with {model}, about {size_of(size)}" in caplog.text
 
 
 def test_what_is_stored_needs_no_encoder(tmp_path: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> None:

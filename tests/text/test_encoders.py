@@ -37,6 +37,12 @@ def check_against_reference(name: str, folder: Path, model: Any, max_tokens: int
     encoder = load_encoder(name, max_tokens)
     assert isinstance(encoder, TextEncoder)
     cond = encoder.encode(TEXTS)
+    for width, length in ((None, cond.tokens.shape[1]), (24, 24)):  # type: ignore[union-attr]
+        at_once = encoder.together(TEXTS, width)
+        assert at_once.tokens is not None and at_once.mask is not None and at_once.tokens.shape[1] == length
+        assert not at_once.tokens[~at_once.mask].any()
+        torch.testing.assert_close(at_once.tokens[at_once.mask], cond.tokens[cond.mask], rtol=1e-4, atol=1e-5)  # type: ignore[index]
+        torch.testing.assert_close(at_once.pooled, cond.pooled, rtol=1e-4, atol=1e-5)
     tokens, mask, pooled = padded_reference(folder, model, max_tokens)
     assert cond.tokens is not None and cond.mask is not None and cond.pooled is not None
     length = tokens.shape[1]

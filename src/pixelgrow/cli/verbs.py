@@ -326,15 +326,21 @@ def _plan_recipe(
 ) -> None:
     """Print the plan of a recipe. `look`: also open its data, if they are there."""
     from pixelgrow.plan.recipe import plan_recipe
+    from pixelgrow.plan.text import plan_text
     from pixelgrow.recipe.read import load_recipe
-    from pixelgrow.report.tables import plan_tables, recipe_heading, show
+    from pixelgrow.report.tables import plan_tables, recipe_heading, show, text_line
     from pixelgrow.stages.foresight import foreseen
+    from pixelgrow.stages.materials import text_folder
     from pixelgrow.stages.record import done_before
 
     read = load_recipe(recipe, settings or [])
     done = done_before(read, runs / read.name)
     seen = foreseen(read) if look else None
-    show(recipe_heading(read, runs / read.name, done, seen), plan_tables(plan_recipe(read), *_rate(rate)))
+    reached, how = _rate(rate)
+    text = seen.text if seen else plan_text(read.text)
+    show(recipe_heading(read, runs / read.name, done, seen), plan_tables(plan_recipe(read), reached, how))
+    if text is not None:
+        show("", text_line(text, text_folder(read, runs / read.name), reached))
 
 
 def _rate(given: float | None) -> tuple[float, str]:

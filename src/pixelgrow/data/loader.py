@@ -10,6 +10,7 @@ import itertools
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,10 +23,23 @@ from pixelgrow.data.lanes import order_of
 from pixelgrow.data.sources.base import BadFile, Source, chosen, hold, large_enough, sizes_of, wordings_of
 from pixelgrow.data.sources.selection import Selection
 from pixelgrow.errors import UserError
+from pixelgrow.models.cond import Cond, cond_of
 from pixelgrow.pictures import to_float
 from pixelgrow.rng import uniform
 
 _MAX_ATTEMPTS = 100  # replacements that are tried for one image
+
+
+class Encoded(Protocol):
+    """Encodings of captions; `text.cache.TextCache` has them."""
+
+    def arrays(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+        """What `cond_of` makes their conditions of."""
+        ...
+
+    def room(self, count: int) -> int:
+        """The most bytes of the arrays of so many captions."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -35,13 +49,14 @@ class Batch:
     `image`: (B, 3, H, W) uint8, or in [-1, 1], or latents (B, C, h, w); `pictures.to_float` takes them all. `text`: B
     captions; of classes, labels in decimal. `index`: (B,) int64, positions in the training stream; a sample's
     randomness is a function of the seed and its index. `caption`: (B,) int64, which of its sample's captions each text
-    is.
+    is. `cond`: the captions' conditions, if the loader has their encodings.
     """
 
     image: Tensor
     text: tuple[str, ...]
     index: Tensor
     caption: Tensor | None = None
+    cond: Cond | None = None
 
     def __len__(self) -> int:
         return len(self.text)
@@ -83,6 +98,7 @@ class Loader:
     - `random_crop`: crop anywhere along the longer side; else at the centre.
     - `workers`: processes that decode; 0 decodes in this process. The batches do not depend on it.
     - `device`: of the batches' images, which are sent there while the batch before is worked on.
+    - `text`: encodings of all captions, to be sent with the images.
     - `bad_limit`, `bad_path`: as in `BadFiles`.
 
     A sample with several captions has one of them each time, chosen at random by their weights.
@@ -108,6 +124,7 @@ class Loader:
         bad_limit: float = 0.01,
         bad_path: str | os.PathLike[str] | None = None,
         device: torch.device = CPU,
+        text: Encoded | None = None,
     ) -> None:
         self.sources: list[Source] = list(sources) if isinstance(sources, Sequence) else [sources]
         if batch < 1 or workers < 0 or min(size) < 1:
@@ -115,6 +132,7 @@ class Loader:
         if not self.sources:
             raise UserError("loader: got no sources, expected at least one")
         self.size, self.batch, self.seed, self.workers, self.device = size, batch, seed, workers, device
+        self.text = text
         self.mirror, self.random_crop = mirrored(self.sources, flip), random_crop
         self.several = has_several(self.sources)
         self.usable = [usable(source, size) for source in self.sources]
@@ -125,12 +143,19 @@ class Loader:
         """Number of samples that are large enough."""
         return sum(len(items) for items in self.usable)
 
-    def texts(self) -> Iterator[str]:
-        """Each distinct caption of the usable samples, once."""
+    def texts(self, about: int | None = None) -> Iterator[str]:
+        """Each distinct caption of the usable samples, once; `about`: of so many samples at most, evenly spread."""
         seen: set[int] = set()
+        columns: list[Sequence[int] | np.ndarray | Selection] = []
         for source, items in zip(self.sources, self.usable, strict=True):
             period = getattr(source, "captions", None)  # of scenes: samples i and i + captions have the same one
-            for item in items if period is None else np.unique(np.asarray(items) % period):
+            columns.append(items if period is None else np.unique(np.asarray(items) % period))
+        step = -(-sum(map(len, columns)) // about) if about else 1
+        first = 0  # in this source
+        for source, column in zip(self.sources, columns, strict=True):
+            places = range(first, len(column), step)
+            first = (first - len(column)) % step
+            for item in column if step == 1 else (column[place] for place in places):
                 for wording in wordings_of(source, int(item)):
                     if hash(wording.text) not in seen:
                         seen.add(hash(wording.text))
@@ -142,7 +167,8 @@ class Loader:
         `step`: the size of a batch if None, so that no image is left out.
         """
         for tensors, said, at in self.stream(self.packet, self.room, start, step):
-            yield Batch(tensors["image"], said.text, torch.arange(at, at + self.batch), torch.tensor(said.caption))
+            index, caption = torch.arange(at, at + self.batch), torch.tensor(said.caption)
+            yield Batch(tensors["image"], said.text, index, caption, cond_of(tensors) if self.text else None)
 
     def stream(
         self, work: Callable[[int], Packet], room: int, start: int, step: int | None = None
@@ -175,7 +201,8 @@ class Loader:
             raw = self.load(start)
         except UserError as error:  # sent, as an exception in a worker arrives with its whole traceback
             return Packet({}, error)
-        return Packet({"image": raw.image}, Said(raw.text, tuple(raw.caption.tolist()), raw.bad))
+        encoded = self.text.arrays(raw.text) if self.text else {}
+        return Packet({"image": raw.image, **encoded}, Said(raw.text, tuple(raw.caption.tolist()), raw.bad))
 
     @property
     def room(self) -> int:
@@ -183,7 +210,7 @@ class Loader:
         h, w = self.size
         channels = getattr(self.sources[0], "channels", None)
         pixel = np.dtype(np.float32).itemsize * channels if channels else 3
-        return self.batch * h * w * pixel
+        return self.batch * h * w * pixel + (self.text.room(self.batch) if self.text else 0)
 
     def load(self, start: int, decode: bool = True) -> Raw:
         """Load the batch at position `start` in this process.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -60,6 +60,33 @@ class Cond:
         """The same batch with the null condition where `drop` (B,) bool is True; everywhere if it is None."""
         null = torch.ones_like(self.null) if drop is None else self.null | drop.to(self.null.device)
         return replace(self, null=null)
+
+
+def cond_of(arrays: Mapping[str, Tensor]) -> Cond:
+    """Conditions from `tokens` (B, L, D) and `pooled` (B, P), which may be of half precision, and `lengths` (B,), the
+    number of each caption's tokens; or from `labels` (B,)."""
+    if "labels" in arrays:
+        labels = arrays["labels"]
+        return Cond(None, None, None, labels.new_zeros(len(labels), dtype=torch.bool), labels)
+    tokens, lengths = arrays["tokens"], arrays["lengths"]
+    mask = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+    null = mask.new_zeros(len(mask))
+    return Cond(tokens.float(), mask, arrays["pooled"].float(), null)
+
+
+def joined(a: Cond, b: Cond) -> Cond:
+    """The conditions of two batches, not mixtures, as one: those of fewer tokens are padded."""
+    if a.labels is not None and b.labels is not None:
+        return Cond(None, None, None, torch.cat([a.null, b.null]), torch.cat([a.labels, b.labels]))
+    assert a.tokens is not None and a.mask is not None and a.pooled is not None
+    assert b.tokens is not None and b.mask is not None and b.pooled is not None
+    width = max(a.tokens.shape[1], b.tokens.shape[1])
+    return Cond(
+        torch.cat([F.pad(tokens, (0, 0, 0, width - tokens.shape[1])) for tokens in (a.tokens, b.tokens)]),
+        torch.cat([F.pad(mask, (0, width - mask.shape[1])) for mask in (a.mask, b.mask)]),
+        torch.cat([a.pooled, b.pooled]),
+        torch.cat([a.null, b.null]),
+    )
 
 
 def mixed(a: Cond, b: Cond, t: Tensor, classes: int = 0) -> Cond:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pixelgrow import rng
 from pixelgrow.diffusion.generator import Generator
 from pixelgrow.diffusion.sampling import space_of
-from pixelgrow.models.cond import Cond, to_device
+from pixelgrow.models.cond import Cond, joined, to_device
 from pixelgrow.models.discriminator import Discriminator
 from pixelgrow.onestep.estimator import Labels
 from pixelgrow.onestep.features import Distance, FeatureDistance, FeatureOutput, Features
@@ -45,6 +45,7 @@ class DistillBatch:
     index: (B,) int64, positions in the training stream.
     guidance: (B,) guidance weights of the pairs, where each has its own; else None.
     caption: (B,) which of its image's captions each `text` is, for the distribution "mixed".
+    cond, target_cond: conditions of `text` and `target_text`, where the stream has their encodings.
     """
 
     image: Tensor
@@ -55,6 +56,8 @@ class DistillBatch:
     target_text: tuple[str, ...]
     guidance: Tensor | None = None
     caption: Tensor | None = None
+    cond: Cond | None = None
+    target_cond: Cond | None = None
 
     def __len__(self) -> int:
         return len(self.text)
@@ -120,11 +123,11 @@ class DistillObjective:
         latent = to_device(batch.latent, self.device)
         guidance = None if batch.guidance is None else to_device(batch.guidance, self.device)
         if not s.adversarial and self.similarity is None:
-            cond = self.text.cond(batch.target_text).to(self.device)
+            cond = self._cond(batch.target_cond, batch.target_text)
             images = self.generator(latent, cond, guidance)
             rec = at_output(images, lambda y: self._distance(y, target, cond, crop))
             return Terms(rec.loss, {"rec": rec.value})
-        both = self.text.cond(batch.target_text + batch.text).to(self.device)
+        both = joined(self._cond(batch.target_cond, batch.target_text), self._cond(batch.cond, batch.text))
         first, cond = both[:n], both[n:]
         omega = self._weights(batch, GENERATOR)
         if guidance is not None and omega is not None:
@@ -152,12 +155,13 @@ class DistillObjective:
 
     def _discriminator(self, batch: DistillBatch) -> Terms:
         n, mismatched = len(batch), self._mismatched(batch.text)
-        cond = self.text.cond((*batch.text, *batch.text, *(batch.text[j] for _, j in mismatched))).to(self.device)
+        rows, others = (to_device(torch.tensor(some, dtype=torch.int64), self.device) for some in mismatched)
+        real = self._cond(batch.cond, batch.text)
+        cond = joined(joined(real, real), real[others])
         draws = self._uniform("augment discriminator", batch.index, DRAWS + 2)
         with torch.no_grad():
             image, omega = to_float(to_device(batch.image, self.device)), self._weights(batch, DISCRIMINATOR)
             fake = self.generator(self._prior(batch.index, DISCRIMINATOR), cond[:n], omega)
-            rows = [i for i, _ in mismatched]
             images, draws = torch.cat([image, fake, image[rows]]), torch.cat([draws, draws, draws[rows]])
             features = self._augmented_features(images, cond, draws)
             if omega is not None:
@@ -165,19 +169,24 @@ class DistillObjective:
                 estimated = self.labels(image, cond[:n])
                 omega = torch.cat([estimated, omega, estimated[rows]])
         logits = self._logits(features, omega)
-        real, rejected = [v[:n] for v in logits], [v[n:] for v in logits]
-        groups = {"real": real, "fake": [v[:n] for v in rejected], "mismatched": [v[n:] for v in rejected]}
+        kept, rejected = [v[:n] for v in logits], [v[n:] for v in logits]
+        groups = {"real": kept, "fake": [v[:n] for v in rejected], "mismatched": [v[n:] for v in rejected]}
         means: dict[str, Tensor | float] = {
             name: torch.stack([v.mean() for v in some]).mean().detach() for name, some in groups.items() if len(some[0])
         }
-        return Terms(hinge_discriminator(real, rejected), means)
+        return Terms(hinge_discriminator(kept, rejected), means)
 
-    def _mismatched(self, texts: Sequence[str]) -> list[tuple[int, int]]:
-        """Rows of real images, each with the row whose other caption it is to be rejected with."""
+    def _cond(self, cond: Cond | None, texts: Sequence[str]) -> Cond:
+        """The conditions of a batch's captions, which it may have."""
+        return (self.text.cond(texts) if cond is None else cond).to(self.device)
+
+    def _mismatched(self, texts: Sequence[str]) -> tuple[list[int], list[int]]:
+        """Rows of real images, and for each the row whose other caption it is to be rejected with."""
         if not self.losses.mismatched:
-            return []
+            return [], []
         pairs = ((i, (i + 1) % len(texts)) for i in range(len(texts)))
-        return [(i, j) for i, j in pairs if texts[i] != texts[j]]
+        other = [(i, j) for i, j in pairs if texts[i] != texts[j]]
+        return [i for i, _ in other], [j for _, j in other]
 
     def _distance(self, images: Tensor, target: Tensor, cond: Cond, crop: Tensor) -> Tensor:
         """The reconstruction loss of images and those of their pairs, a scalar."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +15,7 @@ from pixelgrow.data.loader import Loader
 from pixelgrow.data.order import Order
 from pixelgrow.data.sources.base import Source, large_enough, wordings_of
 from pixelgrow.errors import UserError
+from pixelgrow.models.cond import cond_of
 from pixelgrow.onestep.distill import DistillBatch
 from pixelgrow.onestep.pairs import Pairs, reduced
 from pixelgrow.rng import seed_of
@@ -65,6 +66,8 @@ class PairStream:
                 target_text=said.target_text,
                 guidance=tensors.get("guidance"),
                 caption=torch.tensor(said.caption),
+                cond=cond_of(tensors) if self.loader.text else None,
+                target_cond=cond_of(named(tensors, "target_")) if self.loader.text else None,
             )
 
     def packet(self, start: int) -> Packet:
@@ -78,6 +81,8 @@ class PairStream:
         except UserError as error:
             return Packet({}, error)
         texts = tuple(caption(self.sources, self.pairs.origins[n]) for n in numbers)
+        if self.loader.text:
+            arrays |= {f"target_{name}": array for name, array in self.loader.text.arrays(texts).items()}
         return Packet(arrays, replace(packet.rest, target_text=texts))
 
     @property
@@ -110,6 +115,11 @@ class PairStream:
                 f"decoded any more ({bad.reason}): restore the file, or make the pairs again"
             ) from bad
         return image[:, ::-1] if mirrored else image
+
+
+def named(tensors: Mapping[str, Tensor], start: str) -> dict[str, Tensor]:
+    """Those whose names have a certain start, by the rest of their names."""
+    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
 
 
 def caption(sources: Sequence[Source], origin: Tensor) -> str:

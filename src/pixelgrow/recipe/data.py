@@ -22,10 +22,16 @@ def _colour(name: str) -> str:
 
 
 class TextSpec(Spec):
-    """The frozen text encoder, or class labels instead: `{classes: N}` is short for `{encoder: "labels:N"}`."""
+    """The frozen text encoder, or class labels instead: `{classes: N}` is short for `{encoder: "labels:N"}`.
+
+    Each caption is encoded once, into the run's folder; with `cache`, into a folder that recipes may share. With
+    `online`, captions are encoded while a stage trains, again each time, and nothing is stored.
+    """
 
     encoder: str = "minilm"
     max_tokens: int = Field(32, ge=1)
+    online: bool = False
+    cache: str | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -46,6 +52,15 @@ class TextSpec(Spec):
         if head == "labels" and not (count.isdigit() and int(count) > 0):
             raise ValueError(f"got {encoder!r}, expected labels:N with N the number of classes")
         return encoder
+
+    @model_validator(mode="after")
+    def _stored_or_not(self) -> TextSpec:
+        if self.online and (self.cache is not None or self.classes):
+            other = f"classes: {self.classes}" if self.classes else f"cache: {self.cache}"
+            raise ValueError(f"got online: true and {other}, but with online nothing is stored; drop one of the two")
+        if self.cache is not None and self.classes:
+            raise ValueError(f"got cache: {self.cache}, but class labels are not encoded; drop it")
+        return self
 
     @property
     def classes(self) -> int:

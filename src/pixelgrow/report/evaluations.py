@@ -10,8 +10,9 @@ from rich.text import Text
 
 from pixelgrow.evaluation.compare import Comparison, Evaluation, Line
 from pixelgrow.report.plot import Point, Series, scatter
-from pixelgrow.report.tables import count, size_of, table_of
+from pixelgrow.report.tables import count, table_of
 from pixelgrow.training.log import duration
+from pixelgrow.writing import size_of
 
 # Which of the metrics that all evaluations have stands on the axes of a plot: the first that is there.
 DISTANCES = ("fd", "fd-ratio", "fd-infinity", "cmmd", "kid", "mmd")

@@ -29,11 +29,11 @@ from pixelgrow.recipe.stages import (
 )
 from pixelgrow.report.page import PAGE
 from pixelgrow.report.svg import Curve, chart
-from pixelgrow.report.tables import count, size_of
+from pixelgrow.report.tables import count
 from pixelgrow.stages.record import Record
 from pixelgrow.text.cut import Cut
 from pixelgrow.training.log import duration
-from pixelgrow.writing import read_json, writing
+from pixelgrow.writing import read_json, size_of, writing
 
 FILE = "report.html"
 POINTS = 500  # of a curve, which is drawn 400 units wide

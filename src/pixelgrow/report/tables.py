@@ -14,12 +14,13 @@ from rich.text import Text
 
 from pixelgrow.data.sources.remote import is_url
 from pixelgrow.training.log import duration
-from pixelgrow.writing import reading
+from pixelgrow.writing import reading, size_of
 
 if TYPE_CHECKING:
     from pixelgrow.checkpoint import CheckpointConfig
     from pixelgrow.data.inspect import Inspection, Lengths
     from pixelgrow.plan.recipe import StagePlan
+    from pixelgrow.plan.text import TextPlan
     from pixelgrow.recipe.data import DataSpec, HeldoutSpec
     from pixelgrow.recipe.stages import Recipe
     from pixelgrow.stages.foresight import Foresight
@@ -34,14 +35,6 @@ def count(n: float, unit: str = "") -> str:
         if abs(n) >= 0.9995 * 10**power:
             return f"{n / 10**power:.3g}{suffix}{unit}"
     return f"{n:.3g}{unit}"
-
-
-def size_of(n: float) -> str:
-    """A number of bytes as text: 12.3 MiB."""
-    for power, suffix in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
-        if n >= 2**power:
-            return f"{n / 2**power:.1f} {suffix}"
-    return f"{n:.0f} B"
 
 
 def time_of(seconds: float) -> str:
@@ -132,6 +125,17 @@ def plan_tables(plans: Sequence[StagePlan], rate: float, how: str) -> Renderable
     if any(list(p.cost.work) == ["forward"] for p in plans):
         note += " Pairs are made in float32 (TF32 on a GPU), which is slower than that."
     return Group(work, Text(), memory, Text(), Text(note, style="dim"))
+
+
+def text_line(text: TextPlan, folder: Path, rate: float) -> RenderableType:
+    """What a recipe's captions take in a cache in `folder`, or online, at `rate` FLOP/s."""
+    each, stored = f"captions of at most {text.tokens:.3g} tokens", f"{size_of(text.size)} each in {folder}"
+    if text.captions is not None:
+        each = f"at most {text.captions:,} captions to train on, of {text.tokens:.3g} tokens on average"
+        stored = f"{size_of(text.captions * text.size)} in {folder}, {time_of(text.seconds(rate))} of encoding"
+    if text.online:
+        stored = "while training, and nothing is stored"
+    return Text(f"text: {each}, encoded {'' if text.online else 'once: '}{stored} ({count(text.flops)}FLOP each)")
 
 
 def checkpoint_tables(folder: Path, config: CheckpointConfig, parts: dict[str, int]) -> RenderableType:

@@ -30,7 +30,7 @@ from pixelgrow.onestep.watch import Watch, Watched
 from pixelgrow.recipe.stages import DistillStage, GrowStage
 from pixelgrow.stages import looks
 from pixelgrow.stages.grow import REPORT, describe, lineage_entry
-from pixelgrow.stages.materials import BAD_FILES, Examples, Materials
+from pixelgrow.stages.materials import BAD_FILES, LOOKED_AT, Examples, Materials
 from pixelgrow.stages.train import WATCHED, Parent, config_of, finish, guided_batch
 from pixelgrow.training import loop, unfinished
 from pixelgrow.training.denoise import recompute_blocks
@@ -39,7 +39,6 @@ from pixelgrow.training.monitor import Hook, grid_hook
 from pixelgrow.training.unfinished import START
 from pixelgrow.writing import read_json, write_json
 
-LOOKED_AT = 4096  # captions, to see whether the CLIP of losses.similarity reads them whole
 logger = logging.getLogger(__name__)
 
 
@@ -140,7 +139,7 @@ def _fit(
     objective = DistillObjective(
         generator,
         networks.features,
-        materials.text,
+        materials.conditions(settings),
         losses,
         seed,
         distance=networks.distance,

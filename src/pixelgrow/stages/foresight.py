@@ -8,11 +8,14 @@ from os.path import expanduser
 from pathlib import Path
 
 from pixelgrow.data.account import Account
+from pixelgrow.data.sources.base import Source, wordings_of
 from pixelgrow.external.autoencoder import Autoencoder
 from pixelgrow.plan.shapes import networks, parent_network
+from pixelgrow.plan.text import TextPlan, plan_text
 from pixelgrow.recipe.data import DataSpec
 from pixelgrow.recipe.stages import EvaluateStage, ModelStage, PairsStage, Recipe
 from pixelgrow.stages.data import StageData, whole
+from pixelgrow.text.cache import LOOKED_AT
 from pixelgrow.writing import reading
 
 
@@ -20,11 +23,13 @@ from pixelgrow.writing import reading
 class Foresight:
     """`accounts`: what each stage whose data are on this machine would see, by its name.
 
-    `held_out`: how many images are held out of how many, "" if the recipe's data are not here.
+    `held_out`: how many images are held out of how many, "" if the recipe's data are not here. `text`: what the
+    captions take, as far as that can be told.
     """
 
     accounts: dict[str, Account]
     held_out: str
+    text: TextPlan | None
 
 
 def foreseen(recipe: Recipe) -> Foresight:
@@ -46,7 +51,22 @@ def foreseen(recipe: Recipe) -> Foresight:
         parts = [(len(part), len(whole(part))) for part in data.heldout_sources]
         many = f" of {sum(n for _, n in parts):,}" if not recipe.heldout.source else ""
         held_out = f"{sum(n for n, _ in parts):,}{many} images"
-    return Foresight(accounts, held_out)
+    return Foresight(accounts, held_out, _text(recipe, data))
+
+
+def _text(recipe: Recipe, data: StageData) -> TextPlan | None:
+    """The plan of the captions of all data that are here, each source counted once."""
+    sources: dict[str, Source] = {}
+    for stage in recipe.stages:
+        if isinstance(stage, ModelStage | PairsStage) and _are_here(data.specs(stage)):
+            sources |= {source.fingerprint: source for source in data.mixture(stage).sources}
+    captions, some = 0, list[str]()
+    for source in sources.values():
+        many = min(len(source), getattr(source, "captions", None) or len(source))
+        chosen = [wordings_of(source, i) for i in range(0, many, -(-many // LOOKED_AT))]
+        captions += round(many * sum(map(len, chosen)) / len(chosen))
+        some += [wording.text for wordings in chosen for wording in wordings]
+    return plan_text(recipe.text, captions or None, some)
 
 
 def _are_here(specs: Iterable[DataSpec]) -> bool:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +45,15 @@ from pixelgrow.recipe.stages import (
 )
 from pixelgrow.stages.data import Mixture, Origin, StageData, whole
 from pixelgrow.text.cache import TextCache
-from pixelgrow.text.encoders import as_labels
+from pixelgrow.text.encoders import as_labels, width_of
+from pixelgrow.text.online import OfWidth, OnlineText
+from pixelgrow.training.log import duration
 from pixelgrow.training.loop import CHECKPOINT
 from pixelgrow.training.settings import TrainSettings
 
 BAD_FILES = "bad_files.jsonl"  # in a stage's folder
+LOOKED_AT = 4096  # captions that stand for all, where not all are read
+PAUSE = 15.0  # seconds between two lines of progress
 logger = logging.getLogger(__name__)
 
 
@@ -112,9 +118,15 @@ class Materials:
         return StageData(self.recipe, self.folder)
 
     @cached_property
-    def text(self) -> TextCache:
+    def text(self) -> TextCache | OnlineText:
         spec = self.recipe.text
-        return TextCache(self.folder / "text", spec.encoder, spec.max_tokens, device=self.device)
+        if spec.online:
+            return OnlineText(spec.encoder, spec.max_tokens, device=self.device)
+        return TextCache(text_folder(self.recipe, self.folder), spec.encoder, spec.max_tokens, device=self.device)
+
+    def conditions(self, settings: TrainSettings) -> TextCache | OnlineText | OfWidth:
+        """The text of a training: under `compile`, all captions are padded to one length."""
+        return OfWidth(self.text, width_of(self.recipe.text.max_tokens)) if settings.compile else self.text
 
     @cached_property
     def autoencoder(self) -> Autoencoder | None:
@@ -197,6 +209,7 @@ class Materials:
             bad_limit=settings.bad_limit,
             bad_path=bad_path if self.team.first else None,
             device=self.device,
+            text=None if self.recipe.text.online else self.conditions(settings),
         )
 
     def heldout(self, n: int, size: tuple[int, int]) -> Examples:
@@ -289,12 +302,13 @@ class Materials:
     def encode(self, stage: str, captions: Iterable[str]) -> list[str]:
         """Encode every caption that a stage uses into the text cache; warn of those longer than the encoder reads.
 
-        Returns the distinct captions in the first process, none in the others, which need not know them.
+        Returns the distinct captions in the first process, none in the others, which need not know them. Captions that
+        are encoded while the stage trains are not all read: the first ones are looked at.
         """
 
         def fill() -> None:
-            distinct.extend(dict.fromkeys(captions))
-            if done := self.text.ensure(distinct):
+            distinct.extend(dict.fromkeys(islice(captions, LOOKED_AT) if self.recipe.text.online else captions))
+            if done := self.text.ensure(distinct, Encoding(stage)):
                 logger.info("encoded %s captions", f"{done:,}")
             cut = self.text.cut(distinct)
             if cut.captions:
@@ -322,6 +336,8 @@ class Materials:
         if classes:
             return self.text.cond(as_labels(prompts, self.data.classes, classes)).to(self.device)
         spec = self.recipe.text
+        if spec.online:
+            return self.cond(prompts)
         cache = TextCache(self.folder / "text" / "preview", spec.encoder, spec.max_tokens, device=self.device)
         cache.ensure(prompts)
         if (cut := cache.cut(list(dict.fromkeys(prompts)))).captions:
@@ -366,6 +382,26 @@ class Materials:
         if isinstance(stage, EvaluateStage) and (extractors := self.extractors(stage)):
             settings["extractors"] = {e.name: e.identity for e in extractors}
         return settings
+
+
+class Encoding:
+    """Logs how far an encoding of captions is, from time to time."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage = stage
+        self.began = self.said = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self.said > PAUSE:
+            self.said = now
+            left = duration((total - done) * (now - self.began) / done)
+            logger.info("%s: encoded %s of %s captions, %s left", self.stage, f"{done:,}", f"{total:,}", left)
+
+
+def text_folder(recipe: Recipe, folder: Path) -> Path:
+    """Where a recipe whose run has this folder keeps encoded captions."""
+    return Path(recipe.text.cache).expanduser() if recipe.text.cache else folder / "text"
 
 
 def _same(images: Tensor) -> Tensor:

@@ -129,10 +129,9 @@ def fit(
     else:
         held = materials.heldout(WATCHED, (side, side))
         materials.account(held, mixture, loader.bad)
-        texts = list(loader.texts())
-        materials.encode(stage.name, chain(texts, held.captions))  # in one call, which loads the encoder once
+        materials.encode(stage.name, chain(loader.texts(), held.captions))  # in one call, which loads the encoder once
         if fresh and not materials.recipe.text.classes:
-            denoiser.net.core.whiten(materials.tokens(texts[:: -(-len(texts) // SPREAD)]))
+            denoiser.net.core.whiten(materials.tokens(list(loader.texts(SPREAD))))
         cond, period = materials.cond(held.captions), settings.validate_every or 0
         looks = looks_of(materials, mixture, side, held)
         rows = denoiser_rows(looks, denoiser, materials, guided_batch(settings))
@@ -147,7 +146,7 @@ def fit(
         save(where, denoiser, materials, [*lineage[:-1], stopped], sampling, settings.noise)
 
     result = loop.train(
-        DenoiseObjective(denoiser, materials.text, settings, seed),
+        DenoiseObjective(denoiser, materials.conditions(settings), settings, seed),
         loader.batches,
         settings,
         folder,

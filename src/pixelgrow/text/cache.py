@@ -15,6 +15,7 @@ import io
 import json
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,14 +27,16 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from pixelgrow.errors import UserError
-from pixelgrow.models.cond import Cond
-from pixelgrow.text.cut import Cut, cut_in
-from pixelgrow.text.encoders import TextEncoder, TokenBatch, assemble, label_cond, load_spec, load_tokenizer
-from pixelgrow.text.spec import describe
+from pixelgrow.models.cond import Cond, cond_of
+from pixelgrow.text.cut import Cut, cut_in, lengths_of
+from pixelgrow.text.encoders import TextEncoder, TokenBatch, labels_of, load_spec, load_tokenizer, padded, width_of
+from pixelgrow.text.spec import EncoderSpec, describe
+from pixelgrow.writing import size_of
 
 _ENTRY = np.dtype([("hi", "<u8"), ("lo", "<u8"), ("start", "<u8"), ("length", "<u4"), ("check", "<u4")])
 _SLAB = 16384  # captions tokenized at a time
 _FLUSH = 1024  # captions between two writes
+LOOKED_AT = 1024  # captions whose lengths stand for all
 _log = logging.getLogger(__name__)
 
 
@@ -84,7 +87,7 @@ class TextCache:
         """
         wanted = list(dict.fromkeys(texts))
         if self.spec.classes is not None:
-            label_cond(wanted, self.spec)
+            labels_of(wanted, self.spec)
             return 0
         if (self._find(wanted) >= 0).all():
             return 0
@@ -100,13 +103,18 @@ class TextCache:
                 "what was stored so far is kept, run again"
             ) from error
 
-    def cond(self, texts: Sequence[str]) -> Cond:
-        """The stored conditions of `texts`, float32 on the CPU; tokens (B, L, dim), L the longest's rounded up to 8.
+    def cond(self, texts: Sequence[str], width: int | None = None) -> Cond:
+        """The stored conditions of `texts`, float32 on the CPU; tokens (B, L, dim), L `width`, or the longest's rounded
+        up to 8.
 
         Raises KeyError with the caption that is not stored.
         """
+        return cond_of({name: torch.from_numpy(array) for name, array in self.arrays(texts, width).items()})
+
+    def arrays(self, texts: Sequence[str], width: int | None = None) -> dict[str, NDArray[Any]]:
+        """What `cond_of` makes the conditions of `texts` of, in half precision."""
         if self.spec.classes is not None:
-            return label_cond(texts, self.spec)
+            return {"labels": labels_of(texts, self.spec)}
         found = self._find(texts)
         if (found < 0).any():
             raise KeyError(f"caption not in the text cache, ensure() it first: {texts[int(found.argmin())]!r}")
@@ -118,7 +126,12 @@ class TextCache:
             items.append(
                 (self._records[middle : middle + length * dim].reshape(length, dim), self._records[start:middle])
             )
-        return assemble(items, dim, pooled_dim)
+        return padded(items, dim, pooled_dim, width)
+
+    def room(self, count: int) -> int:
+        """The most bytes of the `arrays` of so many captions."""
+        width = 0 if self.spec.classes else width_of(self.spec.max_tokens)
+        return count * (2 * (width * self.dim + self.pooled_dim) + 8)
 
     def cut(self, texts: Sequence[str]) -> Cut:
         """Count those of some distinct, stored `texts` that are longer than `max_tokens`.
@@ -134,6 +147,14 @@ class TextCache:
         )
 
     # Reading
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For a process that is spawned: it opens the files itself."""
+        return {name: getattr(self, name) for name in ("spec", "folder", "_device")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.reload()
 
     def reload(self) -> None:
         """Read the index anew, without entries at its end that a kill or a power cut left unfinished."""
@@ -187,7 +208,7 @@ class TextCache:
         total, done = int(missing.sum()), 0
         if not total:
             return 0
-        _log.info("encoding %d captions with %s", total, self.spec.name)
+        self._check_room([wanted[row] for row in np.flatnonzero(missing)[:: -(-total // LOOKED_AT)]], total)
         encoder: TextEncoder | None = load_spec(self.spec, self._device)
         try:
             assert encoder is not None
@@ -211,6 +232,18 @@ class TextCache:
             self.reload()
         return done
 
+    def _check_room(self, some: Sequence[str], total: int) -> None:
+        """Say how much `total` captions take on the disk, by the lengths of some. UserError if there is no room."""
+        size = total * bytes_of(self.spec, mean_length(load_tokenizer(self.spec), some, self.spec.max_tokens))
+        free = shutil.disk_usage(self.folder).free
+        if size > free:
+            raise UserError(
+                f"text cache {self.folder}: {total:,} captions take about {size_of(size)}, and the disk has "
+                f"{size_of(free)} free: make room, name a folder elsewhere (text: {cache: FOLDER}), or encode captions while training "
+                "(text: {online: true})"
+            )
+        _log.info("encoding %s captions with %s, about %s", f"{total:,}", self.spec.name, size_of(size))
+
     def _encode(self, encoder: TextEncoder, batch: TokenBatch, texts: Sequence[str]) -> NDArray[np.float16]:
         """Records (B, pooled_dim + L * dim) of a batch."""
         out = encoder.run(batch)
@@ -229,6 +262,17 @@ class TextCache:
         temporary = self.folder / f"encoder.json.{os.getpid()}"
         temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         temporary.replace(self.folder / "encoder.json")
+
+
+def mean_length(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> float:
+    """The mean number of tokens that an encoder reads of some texts."""
+    lengths = lengths_of(tokenizer, texts)
+    return sum(min(length, max_tokens) for length in lengths) / max(1, len(lengths))
+
+
+def bytes_of(spec: EncoderSpec, tokens: float) -> float:
+    """What a caption of so many tokens takes on the disk."""
+    return 2 * (spec.pooled_dim + tokens * spec.dim) + _ENTRY.itemsize
 
 
 def _open(path: Path) -> io.FileIO:

@@ -38,7 +38,7 @@ def cut_in(tokenizer: Any, texts: Sequence[str], max_tokens: int, total: int | N
     tokenizer: of transformers. total: the number of captions that `texts` were picked from, if the others are short.
     """
     total = len(texts) if total is None else total
-    rows = [row for row, length in enumerate(_lengths(tokenizer, texts)) if length > max_tokens]
+    rows = [row for row, length in enumerate(lengths_of(tokenizer, texts)) if length > max_tokens]
     return Cut(len(rows), total, max_tokens, _unseen(tokenizer, texts[rows[0]], max_tokens) if rows else "")
 
 
@@ -47,7 +47,8 @@ def clean(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _lengths(tokenizer: Any, texts: Sequence[str]) -> list[int]:
+def lengths_of(tokenizer: Any, texts: Sequence[str]) -> list[int]:
+    """The numbers of tokens of some texts, special tokens included, as if nothing was cut."""
     if not texts:
         return []
     found = tokenizer([clean(text) for text in texts], truncation=False, padding=False, verbose=False)
@@ -61,7 +62,7 @@ def _unseen(tokenizer: Any, text: str, max_tokens: int) -> str:
     low, high = 0, len(parts)  # `low` parts fit, `high` do not
     while high - low > 1:
         middle = (low + high) // 2
-        if _lengths(tokenizer, [space.join(parts[:middle])])[0] > max_tokens:
+        if lengths_of(tokenizer, [space.join(parts[:middle])])[0] > max_tokens:
             high = middle
         else:
             low = middle

@@ -15,12 +15,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pixelgrow.errors import UserError
 from pixelgrow.external import hub
-from pixelgrow.models.cond import Cond
+from pixelgrow.models.cond import Cond, cond_of, to_device
+from pixelgrow.precision import has_bf16
 from pixelgrow.text.cut import Cut, clean, cut_in
 from pixelgrow.text.spec import EncoderSpec, describe
 
@@ -47,7 +49,7 @@ class Encoding:
 
 
 class TextEncoder:
-    """A frozen encoder in memory.
+    """A frozen encoder in memory; in bfloat16 on a GPU that has it.
 
     Captions are encoded in batches of equal length, without padding and masks. So, beyond rounding, an encoding does
     not depend on the other captions of the batch.
@@ -55,9 +57,10 @@ class TextEncoder:
 
     def __init__(self, spec: EncoderSpec, model: nn.Module, tokenizer: Any, device: torch.device | str = "cpu") -> None:
         self.spec = spec
-        self.model = model.eval().requires_grad_(False).to(device)
         self._tokenizer = tokenizer
         self._device = torch.device(device)
+        half = torch.bfloat16 if self._device.type == "cuda" and has_bf16() else None
+        self.model = model.eval().requires_grad_(False).to(self._device, half)
 
     @property
     def name(self) -> str:
@@ -81,20 +84,10 @@ class TextEncoder:
 
     def plan(self, texts: Sequence[str]) -> list[TokenBatch]:
         """Divide `texts` into batches of equal length, shortest first; a function of `texts` alone."""
-        if not texts:
-            return []
-        ids = self._tokenizer(
-            [clean(text) for text in texts], truncation=True, max_length=self.max_tokens, padding=False
-        )["input_ids"]
+        ids = self._ids(texts)
         by_length: dict[int, list[int]] = defaultdict(list)
         for row, one in enumerate(ids):
             by_length[len(one)].append(row)
-        if 0 in by_length:
-            empty = texts[by_length[0][0]]
-            raise UserError(
-                f"text encoder {self.name!r} makes no token of {empty!r}, expected at least one: use a tokenizer that "
-                "adds an end-of-text token, or drop that caption"
-            )
         batches, budget = [], _CPU_TOKENS if self._device.type == "cpu" else _GPU_TOKENS
         for length in sorted(by_length):
             rows, size = by_length[length], max(1, budget // length)
@@ -102,6 +95,21 @@ class TextEncoder:
                 part = rows[start : start + size]
                 batches.append(TokenBatch(part, torch.tensor([ids[row] for row in part])))
         return batches
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of each text, at least one and at most `max_tokens`."""
+        if not texts:
+            return []
+        cleaned = [clean(text) for text in texts]
+        ids: list[list[int]] = self._tokenizer(cleaned, truncation=True, max_length=self.max_tokens, padding=False)[
+            "input_ids"
+        ]
+        if [] in ids:
+            raise UserError(
+                f"text encoder {self.name!r} makes no token of {texts[ids.index([])]!r}, expected at least one: use a "
+                "tokenizer that adds an end-of-text token, or drop that caption"
+            )
+        return ids
 
     def cut(self, texts: Sequence[str]) -> Cut:
         """Count those of some distinct `texts` that are longer than `max_tokens`."""
@@ -111,10 +119,34 @@ class TextEncoder:
     def run(self, batch: TokenBatch) -> Encoding:
         """Encode one batch of `plan`."""
         ids = batch.ids.to(self._device)
-        out = self.model(input_ids=ids, attention_mask=torch.ones_like(ids))
-        tokens = out.last_hidden_state.float()  # (B, L, D)
-        pooled = out.pooler_output.float() if self.spec.model_type == "clip_text_model" else tokens.mean(1)  # (B, P)
+        tokens, pooled = self._encode(ids, torch.ones_like(ids))
         return Encoding(tokens.cpu(), pooled.cpu())
+
+    def together(self, texts: Sequence[str], width: int | None = None) -> Cond:
+        """The conditions of `texts` in one pass, padded and masked, on the encoder's device, in float32.
+
+        Beyond rounding they are those of `encode`. width: of the token axis; by default the longest's, rounded up to 8.
+        """
+        rows = self._ids(texts)
+        longest = max(map(len, rows), default=0)
+        padding = torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.int64)
+        ids = to_device(padding.view(len(rows), longest), self._device)
+        lengths = to_device(torch.tensor([len(row) for row in rows]), self._device)
+        mask = torch.arange(longest, device=self._device) < lengths[:, None]
+        with torch.no_grad(), torch.autocast(self._device.type, enabled=False):  # whatever training computes in
+            tokens, pooled = self._encode(ids, mask.long())
+        # Afterwards: an encoder may have no positions up to that width.
+        tokens = F.pad(tokens * mask[..., None], (0, 0, 0, width_of(longest, width) - longest))
+        return cond_of({"tokens": tokens, "lengths": lengths, "pooled": pooled})
+
+    def _encode(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B, L, D) and pooled (B, P) of ids (B, L), float32; mask (B, L) is 0 at padding."""
+        out = self.model(input_ids=ids, attention_mask=mask)
+        tokens = out.last_hidden_state.float()
+        if self.spec.model_type == "clip_text_model":
+            return tokens, out.pooler_output.float()
+        real = mask[..., None].float()
+        return tokens, (tokens * real).sum(1) / real.sum(1)
 
     def encode(self, texts: Sequence[str]) -> Cond:
         """The conditions of `texts`, float32 on the CPU; tokens (B, L, dim), L the longest's, rounded up to 8."""
@@ -123,7 +155,8 @@ class TextEncoder:
             out = self.run(batch)
             for row, tokens, pooled in zip(batch.rows, out.tokens.numpy(), out.pooled.numpy(), strict=True):
                 found[row] = (tokens, pooled)
-        return assemble(found, self.dim, self.pooled_dim)
+        arrays = padded(found, self.dim, self.pooled_dim)
+        return cond_of({name: torch.from_numpy(array) for name, array in arrays.items()})
 
 
 class LabelEncoder:
@@ -136,7 +169,7 @@ class LabelEncoder:
 
     def encode(self, texts: Sequence[str]) -> Cond:
         """`Cond.labels` (B,) from decimal labels; UserError for other texts, and for numbers out of range."""
-        return label_cond(texts, self.spec)
+        return cond_of({"labels": torch.from_numpy(labels_of(texts, self.spec))})
 
     def cut(self, texts: Sequence[str]) -> Cut:
         """Labels are never cut."""
@@ -146,7 +179,7 @@ class LabelEncoder:
 def load_encoder(
     name: str = "minilm", max_tokens: int = 32, device: torch.device | str = "cpu"
 ) -> TextEncoder | LabelEncoder:
-    """Load the frozen encoder `name` (see `text.spec.describe`) in float32; it reads `max_tokens` of a caption.
+    """Load the frozen encoder `name` (see `text.spec.describe`); it reads `max_tokens` of a caption.
 
     Raises UserError if it cannot be found or loaded, or if its weights do not fit its configuration.
     """
@@ -188,25 +221,30 @@ def load_tokenizer(spec: EncoderSpec) -> Any:
         return transformers.AutoTokenizer.from_pretrained(spec.folder, local_files_only=True)
 
 
-def assemble(items: Sequence[tuple[NDArray[Any], NDArray[Any]]], dim: int, pooled_dim: int) -> Cond:
-    """A padded float32 batch from rows of tokens (l, dim) and pooled (pooled_dim,); padding is zero and masked."""
-    count = len(items)
-    longest = max((len(tokens) for tokens, _ in items), default=0)
-    width = max(_ROUND, -(-longest // _ROUND) * _ROUND)
+def width_of(longest: int, width: int | None = None) -> int:
+    """The length of a token axis that holds `longest` tokens: `width`, or the next multiple of 8."""
+    return width or max(_ROUND, -(-longest // _ROUND) * _ROUND)
+
+
+def padded(
+    items: Sequence[tuple[NDArray[Any], NDArray[Any]]], dim: int, pooled_dim: int, width: int | None = None
+) -> dict[str, NDArray[Any]]:
+    """Arrays for `cond_of` from rows of tokens (l, dim) and pooled (pooled_dim,), in their precision; padding is zero.
+
+    width: of the token axis; by default the longest's, rounded up to 8.
+    """
+    lengths = np.array([len(tokens) for tokens, _ in items], np.int64)
     dtype = items[0][0].dtype if items else np.float32  # torch widens float16 faster than numpy does
-    tokens = np.zeros((count, width, dim), dtype)
-    pooled = np.zeros((count, pooled_dim), dtype)
-    mask = np.zeros((count, width), np.bool_)
+    tokens = np.zeros((len(items), width_of(int(lengths.max(initial=0)), width), dim), dtype)
+    pooled = np.zeros((len(items), pooled_dim), dtype)
     for row, (one, whole) in enumerate(items):
         tokens[row, : len(one)] = one
         pooled[row] = whole
-        mask[row, : len(one)] = True
-    null = torch.zeros(count, dtype=torch.bool)
-    return Cond(torch.from_numpy(tokens).float(), torch.from_numpy(mask), torch.from_numpy(pooled).float(), null)
+    return {"tokens": tokens, "lengths": lengths, "pooled": pooled}
 
 
-def label_cond(texts: Sequence[str], spec: EncoderSpec) -> Cond:
-    """`Cond.labels` (B,) int64 from decimal labels; UserError for texts that are not numbers in [0, classes)."""
+def labels_of(texts: Sequence[str], spec: EncoderSpec) -> NDArray[np.int64]:
+    """Class labels (B,) from decimal numbers; UserError for texts that are not numbers in [0, classes)."""
     assert spec.classes is not None
     for text in texts:
         if not (text.isascii() and text.isdecimal() and int(text) < spec.classes):
@@ -214,8 +252,7 @@ def label_cond(texts: Sequence[str], spec: EncoderSpec) -> Cond:
                 f"class {text!r} is unknown; expected a whole number from 0 to {spec.classes - 1}: give data in class "
                 "folders, or a model that reads captions"
             )
-    labels = torch.tensor([int(text) for text in texts], dtype=torch.int64)
-    return Cond(None, None, None, torch.zeros(len(texts), dtype=torch.bool), labels)
+    return np.array([int(text) for text in texts], np.int64)
 
 
 def as_labels(prompts: Sequence[str], names: Sequence[str], classes: int) -> list[str]:

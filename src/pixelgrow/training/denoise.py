@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 
 class Conditions(Protocol):
-    """Gives the encodings of captions; `text.cache.TextCache` does."""
+    """Gives the conditions of captions that come without; `text.cache.TextCache` and `text.online.OnlineText` do."""
 
     def cond(self, texts: Sequence[str]) -> Cond:
-        """The conditions of captions, on the CPU."""
+        """The conditions of captions, on any device."""
         ...
 
 
@@ -64,7 +64,7 @@ class DenoiseObjective:
         density = to_device(self.schedule.density(u), device) if s.weighting == "sigmoid" else None
         x0 = to_float(to_device(batch.image, device))  # (B, 3, H, W)
         eps = rng.normal(x0.shape[1:], seed, "noise", batch.index, device)
-        cond = self.text.cond(batch.text).to(device)
+        cond = (self.text.cond(batch.text) if batch.cond is None else batch.cond).to(device)
         cond = cond.dropped(to_device(rng.uniform(seed, "dropout", batch.index) < s.cond_dropout, device))
         weights = diffusion.weight(
             s.weighting,
