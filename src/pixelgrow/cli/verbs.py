@@ -337,7 +337,7 @@ def _plan_recipe(
     done = done_before(read, runs / read.name)
     seen = foreseen(read) if look else None
     reached, how = _rate(rate)
-    text = seen.text if seen else plan_text(read.text)
+    text = seen.text if seen else plan_text(read)
     show(recipe_heading(read, runs / read.name, done, seen), plan_tables(plan_recipe(read), reached, how))
     if text is not None:
         show("", text_line(text, text_folder(read, runs / read.name), reached))

@@ -10,9 +10,10 @@ from pathlib import Path
 from safetensors import safe_open
 
 from pixelgrow.external import hub
+from pixelgrow.models.sizes import core_config
 from pixelgrow.plan.shapes import is_here
-from pixelgrow.recipe.data import TextSpec
-from pixelgrow.text.cache import bytes_of, mean_length
+from pixelgrow.recipe.stages import Recipe, TrainStage
+from pixelgrow.text.cache import mean_length, stored_bytes
 from pixelgrow.text.encoders import load_tokenizer
 from pixelgrow.text.spec import EncoderSpec, describe
 
@@ -31,30 +32,43 @@ _NOT = (
 
 @dataclass(frozen=True)
 class TextPlan:
-    """Of a recipe's captions. `captions`: at most so many distinct ones, None if the data were not looked at; `tokens`:
-    of one, the mean; `size`: its bytes on the disk; `flops`: of encoding it; `online`: it is encoded each time."""
+    """Of a recipe's captions. `captions`: at most so many distinct ones, None if the data were not looked at.
+
+    Of one caption, `tokens`: the mean, or the most, which `measured` tells; `size`: its bytes on the disk; `flops`: of
+    encoding it, None if unknown. `online`: it is encoded each time, and not stored.
+    """
 
     captions: int | None
     tokens: float
+    measured: bool
     size: float
-    flops: float
+    flops: float | None
     online: bool
 
-    def seconds(self, rate: float) -> float:
+    def seconds(self, rate: float) -> float | None:
         """To encode all of them at `rate` FLOP/s."""
-        return (self.captions or 0) * self.flops / rate
+        return None if self.captions is None or self.flops is None else self.captions * self.flops / rate
 
 
-def plan_text(text: TextSpec, captions: int | None = None, some: Sequence[str] = ()) -> TextPlan | None:
+def plan_text(recipe: Recipe, captions: int | None = None, some: Sequence[str] = ()) -> TextPlan | None:
     """What `captions` captions take, by the lengths of some of them; without any, of as many tokens as are read.
 
-    None for classes, and for an encoder that is not on this machine.
+    None for classes. An encoder that is not on this machine has the reference width of the recipe's size.
     """
-    if text.classes or not is_here(text):
+    text = recipe.text
+    if text.classes:
         return None
+    if not is_here(text):
+        size = next((s.size for s in recipe.stages if isinstance(s, TrainStage) and s.size), None)
+        if size is None:
+            return None
+        core = core_config(size)
+        stored = stored_bytes(core.text_dim, core.pooled_dim, text.max_tokens)
+        return TextPlan(captions, text.max_tokens, False, stored, None, text.online)
     spec = describe(text.encoder, text.max_tokens)
     tokens = mean_length(load_tokenizer(spec), some, spec.max_tokens) if some else spec.max_tokens
-    return TextPlan(captions, tokens, bytes_of(spec, tokens), 2 * _parameters(spec) * tokens, text.online)
+    stored, work = stored_bytes(spec.dim, spec.pooled_dim, tokens), 2 * _parameters(spec) * tokens
+    return TextPlan(captions, tokens, bool(some), stored, work, text.online)
 
 
 def _parameters(spec: EncoderSpec) -> int:

@@ -129,13 +129,14 @@ def plan_tables(plans: Sequence[StagePlan], rate: float, how: str) -> Renderable
 
 def text_line(text: TextPlan, folder: Path, rate: float) -> RenderableType:
     """What a recipe's captions take in a cache in `folder`, or online, at `rate` FLOP/s."""
-    each, stored = f"captions of at most {text.tokens:.3g} tokens", f"{size_of(text.size)} each in {folder}"
-    if text.captions is not None:
-        each = f"at most {text.captions:,} captions to train on, of {text.tokens:.3g} tokens on average"
-        stored = f"{size_of(text.captions * text.size)} in {folder}, {time_of(text.seconds(rate))} of encoding"
+    many = "captions" if text.captions is None else f"at most {text.captions:,} captions to train on,"
+    each = f"{many} of {'' if text.measured else 'at most '}{text.tokens:.3g} tokens"
+    work = "" if text.flops is None else f" ({count(text.flops)}FLOP each)"
     if text.online:
-        stored = "while training, and nothing is stored"
-    return Text(f"text: {each}, encoded {'' if text.online else 'once: '}{stored} ({count(text.flops)}FLOP each)")
+        return Text(f"text: {each}, encoded while training{work}, and nothing is stored")
+    stored, seconds = size_of((text.captions or 1) * text.size), text.seconds(rate)
+    time = "" if seconds is None else f", {time_of(seconds)} of encoding"
+    return Text(f"text: {each}, encoded once{work}: {stored}{'' if text.captions else ' each'} in {folder}{time}")
 
 
 def checkpoint_tables(folder: Path, config: CheckpointConfig, parts: dict[str, int]) -> RenderableType:

@@ -66,7 +66,7 @@ def _text(recipe: Recipe, data: StageData) -> TextPlan | None:
         chosen = [wordings_of(source, i) for i in range(0, many, -(-many // LOOKED_AT))]
         captions += round(many * sum(map(len, chosen)) / len(chosen))
         some += [wording.text for wordings in chosen for wording in wordings]
-    return plan_text(recipe.text, captions or None, some)
+    return plan_text(recipe, captions or None, some)
 
 
 def _are_here(specs: Iterable[DataSpec]) -> bool:

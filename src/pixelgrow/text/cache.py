@@ -30,7 +30,7 @@ from pixelgrow.errors import UserError
 from pixelgrow.models.cond import Cond, cond_of
 from pixelgrow.text.cut import Cut, cut_in, lengths_of
 from pixelgrow.text.encoders import TextEncoder, TokenBatch, labels_of, load_spec, load_tokenizer, padded, width_of
-from pixelgrow.text.spec import EncoderSpec, describe
+from pixelgrow.text.spec import describe
 from pixelgrow.writing import size_of
 
 _ENTRY = np.dtype([("hi", "<u8"), ("lo", "<u8"), ("start", "<u8"), ("length", "<u4"), ("check", "<u4")])
@@ -234,13 +234,14 @@ class TextCache:
 
     def _check_room(self, some: Sequence[str], total: int) -> None:
         """Say how much `total` captions take on the disk, by the lengths of some. UserError if there is no room."""
-        size = total * bytes_of(self.spec, mean_length(load_tokenizer(self.spec), some, self.spec.max_tokens))
+        tokens = mean_length(load_tokenizer(self.spec), some, self.spec.max_tokens)
+        size = total * stored_bytes(self.dim, self.pooled_dim, tokens)
         free = shutil.disk_usage(self.folder).free
         if size > free:
             raise UserError(
                 f"text cache {self.folder}: {total:,} captions take about {size_of(size)}, and the disk has "
-                f"{size_of(free)} free: make room, name a folder elsewhere (text: {cache: FOLDER}), or encode captions while training "
-                "(text: {online: true})"
+                f"{size_of(free)} free: make room, name a folder elsewhere (text: {{cache: FOLDER}}), or encode "
+                "captions while training (text: {online: true})"
             )
         _log.info("encoding %s captions with %s, about %s", f"{total:,}", self.spec.name, size_of(size))
 
@@ -270,9 +271,9 @@ def mean_length(tokenizer: Any, texts: Sequence[str], max_tokens: int) -> float:
     return sum(min(length, max_tokens) for length in lengths) / max(1, len(lengths))
 
 
-def bytes_of(spec: EncoderSpec, tokens: float) -> float:
+def stored_bytes(dim: int, pooled_dim: int, tokens: float) -> float:
     """What a caption of so many tokens takes on the disk."""
-    return 2 * (spec.pooled_dim + tokens * spec.dim) + _ENTRY.itemsize
+    return 2 * (pooled_dim + tokens * dim) + _ENTRY.itemsize
 
 
 def _open(path: Path) -> io.FileIO:
