@@ -7,7 +7,8 @@ works. So what is measured is what stands between: shared memory, pipes, this pr
 the same workers, which send back a number. The two take turns.
 
 `share` is the median over the rounds of images/s that arrive over images/s decoded. `by CPU` compares the CPU seconds
-per image of all processes instead, which other work on the machine changes less.
+per image of all processes instead, which other work on the machine changes less. `at most`: images per CPU second of
+this process alone: what it could take from any number of workers.
 """
 
 from __future__ import annotations
@@ -47,15 +48,17 @@ def cpu_seconds() -> float:
     return ticks / os.sysconf("SC_CLK_TCK")
 
 
-def measured(batches: Iterator[Any], size: int, warm: int, seconds: float) -> tuple[float, float]:
-    """Images per second, and CPU seconds per image, of batches of `size` images once `warm` of them were taken."""
+def measured(batches: Iterator[Any], size: int, warm: int, seconds: float) -> tuple[float, float, float]:
+    """Of batches of `size` images, once `warm` of them were taken: images per second; CPU seconds per image, of all
+    processes and of this one."""
     for _ in itertools.islice(batches, warm):
         pass
-    began, worked, images = time.perf_counter(), cpu_seconds(), 0
+    began, worked, own, images = time.perf_counter(), cpu_seconds(), time.process_time(), 0
     while time.perf_counter() - began < seconds or images < 2 * warm * size:
         next(batches)
         images += size
-    return images / (time.perf_counter() - began), (cpu_seconds() - worked) / images
+    took, own = time.perf_counter() - began, time.process_time() - own
+    return images / took, (cpu_seconds() - worked) / images, own / images
 
 
 def compare(loader: Loader, rounds: int, seconds: float) -> dict[str, float]:
@@ -69,12 +72,13 @@ def compare(loader: Loader, rounds: int, seconds: float) -> dict[str, float]:
         with contextlib.closing(loader.batches()) as stream:
             arrived = measured(stream, loader.batch, warm, seconds)
         rows.append((*decoded, *arrived))
-    rates, costs, through, with_all = (statistics.median(column) for column in zip(*rows, strict=True))
+    rates, costs, _, through, with_all, own = (statistics.median(column) for column in zip(*rows, strict=True))
     return {
         "decoded": rates,
         "arrived": through,
-        "share": statistics.median(row[2] / row[0] for row in rows),
+        "share": statistics.median(row[3] / row[0] for row in rows),
         "by CPU": costs / with_all,
+        "at most": 1 / own,
     }
 
 
@@ -96,7 +100,7 @@ def main() -> int:
         rows.append(found)
         print(
             f"{side:5} px: decoded {found['decoded']:7.1f} images/s, arrived {found['arrived']:7.1f}, "
-            f"share {found['share']:.3f}, by CPU {found['by CPU']:.3f}",
+            f"share {found['share']:.3f}, by CPU {found['by CPU']:.3f}, at most {found['at most']:8.0f}",
             flush=True,
         )
     if args.output:

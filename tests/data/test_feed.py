@@ -6,7 +6,7 @@ import itertools
 import multiprocessing
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from pixelgrow.data.feed import Packet, fed
 from pixelgrow.data.workers import Workers
 
 SHAPE = (2, 3, 5)
+ToGpu = feed._ToGpu
 
 
 def made(task: int) -> Packet:
@@ -90,6 +91,62 @@ def test_the_next_packet_is_sent_before_one_is_handed_out(monkeypatch: pytest.Mo
             events.append(f"take {task}")
     sent = ["wait", "send 0", "wait", "send 1", "take 0", "wait", "send 2", "take 1", "wait", "send 3", "take 2"]
     assert events[: len(sent)] == sent
+
+
+def test_memory_of_copies_under_way_is_not_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a pretended GPU: the copy of a packet has ended before the packet that goes into its memory is asked for."""
+    done: list[str] = []
+
+    class Event:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def synchronize(self) -> None:
+            done.append(f"waited for {self.number}")
+
+    class Stream:
+        copies = 0
+
+        def record_event(self) -> Event:
+            self.copies += 1
+            return Event(self.copies - 1)
+
+        def wait_event(self, event: Event) -> None:
+            done.append(f"queued after {event.number}")
+
+        def synchronize(self) -> None:
+            done.append("waited for all")
+
+    class Runtime:
+        def cudaHostRegister(self, start: int, size: int, flags: int) -> int:
+            done.append("pinned")
+            return 0
+
+        def cudaHostUnregister(self, start: int) -> int:
+            done.append("not pinned")
+            return 0
+
+    streams = {"Stream": lambda device: Stream(), "stream": nullcontext, "current_stream": lambda device: Stream()}
+    for name, value in {**streams, "cudart": Runtime}.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+    monkeypatch.setattr(Workers, "ready", lambda self: True)
+    real = Workers.__next__
+
+    def asked(self: Workers[Packet]) -> Packet:
+        packet = real(self)
+        done.append(f"asked for {packet.rest.removeprefix('task ')}")
+        return packet
+
+    monkeypatch.setattr(Workers, "__next__", asked)
+    monkeypatch.setattr(feed, "_ToGpu", lambda device, workers: ToGpu(torch.device("cpu"), workers))
+    with closing(fed(made, itertools.count(), 2, ROOM, torch.device("cuda"))) as packets:
+        for number in range(4):
+            assert int(next(packets)[0]["image"].flatten()[0]) == number
+    assert done[:1] == ["pinned"] and done[-2:] == ["waited for all", "not pinned"]
+    for number in range(3):  # what a worker has just been asked for lies where its result before lay
+        assert done.index(f"waited for {number}") < done.index(f"asked for {number + 2}")
+        assert done.index(f"asked for {number + 1}") < done.index(f"queued after {number}")
 
 
 @pytest.mark.gpu

@@ -18,7 +18,7 @@ from torch import Tensor
 from pixelgrow.data.account import Account
 from pixelgrow.data.badfiles import BadFiles, check_share
 from pixelgrow.data.images import BadImage
-from pixelgrow.data.loader import Loader, has_several, mirrored, to_tensor, usable
+from pixelgrow.data.loader import Encoded, Loader, has_several, mirrored, to_tensor, usable
 from pixelgrow.data.sources.base import BadFile, Source, Subset, bad_of
 from pixelgrow.data.sources.latents import Latents
 from pixelgrow.diffusion.denoiser import Denoiser
@@ -47,6 +47,7 @@ from pixelgrow.stages.data import Mixture, Origin, StageData, whole
 from pixelgrow.text.cache import TextCache
 from pixelgrow.text.encoders import as_labels, width_of
 from pixelgrow.text.online import OfWidth, OnlineText
+from pixelgrow.training.denoise import Conditions
 from pixelgrow.training.log import duration
 from pixelgrow.training.loop import CHECKPOINT
 from pixelgrow.training.settings import TrainSettings
@@ -124,7 +125,7 @@ class Materials:
             return OnlineText(spec.encoder, spec.max_tokens, device=self.device)
         return TextCache(text_folder(self.recipe, self.folder), spec.encoder, spec.max_tokens, device=self.device)
 
-    def conditions(self, settings: TrainSettings) -> TextCache | OnlineText | OfWidth:
+    def conditions(self, settings: TrainSettings) -> Conditions:
         """The text of a training: under `compile`, all captions are padded to one length."""
         return OfWidth(self.text, width_of(self.recipe.text.max_tokens)) if settings.compile else self.text
 
@@ -209,8 +210,14 @@ class Materials:
             bad_limit=settings.bad_limit,
             bad_path=bad_path if self.team.first else None,
             device=self.device,
-            text=None if self.recipe.text.online else self.conditions(settings),
+            text=self._encoded(settings),
         )
+
+    def _encoded(self, settings: TrainSettings) -> Encoded | None:
+        """The encodings that a loader sends with its images."""
+        if isinstance(self.text, OnlineText):
+            return None
+        return OfWidth(self.text, width_of(self.recipe.text.max_tokens)) if settings.compile else self.text
 
     def heldout(self, n: int, size: tuple[int, int]) -> Examples:
         """Up to `n` held-out images of `size` (h, w), centre crops; the same ones at every call.

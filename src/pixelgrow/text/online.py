@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
-from pixelgrow.models.cond import Cond
+from pixelgrow.models.cond import Cond, to_device
 from pixelgrow.text.cache import TextCache
 from pixelgrow.text.cut import Cut
 from pixelgrow.text.encoders import TextEncoder, load_spec
@@ -46,7 +46,9 @@ class OnlineText:
         rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
         with self._alone:
             found = self._encoder.together(list(rows), width)
-        return found if len(rows) == len(texts) else found[torch.tensor([rows[text] for text in texts])]
+        if len(rows) == len(texts):
+            return found
+        return found[to_device(torch.tensor([rows[text] for text in texts]), found.null.device)]
 
     def ensure(self, texts: Iterable[str], progress: Callable[[int, int], None] | None = None) -> int:
         """Nothing is stored."""
