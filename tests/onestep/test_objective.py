@@ -4,6 +4,7 @@ caption, which weight is whose, and that real and fake images are augmented alik
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -79,9 +80,18 @@ def batch(real: Tensor, text: Sequence[int], target: Tensor, target_text: Sequen
     return DistillBatch(real, names[0], torch.arange(n), torch.randn(n, 3, 8, 8), target, names[1])
 
 
-def test_every_image_is_rated_with_its_own_caption() -> None:
+class Nothing:
+    def cond(self, texts: Sequence[str]) -> Cond:
+        raise AssertionError("the batch has the conditions of its captions")
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_every_image_is_rated_with_its_own_caption(given: bool) -> None:
     made = objective(LossSettings(augment=(), balance="fixed"))
     some = batch(paint([1.0, 5.0]), (1, 5), paint([2.0, 7.0]), (2, 7))
+    if given:
+        made.text = Nothing()
+        some = replace(some, cond=Numbers().cond(some.text), target_cond=Numbers().cond(some.target_text))
     terms = made.loss(some, GENERATOR)
     assert float(terms.logs["rec"]) == 0  # pairs are reconstructed under the pairs' captions,
     assert float(terms.logs["adv"]) == 0  # prior samples have the captions of the real images

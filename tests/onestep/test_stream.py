@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.test_loader import Shades
+from data.test_loader import Letters, Shades
 from onestep.test_pairs import written
 from pixelgrow.data.loader import Loader
 from pixelgrow.data.sources.base import Wording
@@ -66,10 +66,16 @@ def test_each_real_image_has_a_pair_with_its_own_image_and_caption(tmp_path: Pat
     assert all(torch.equal(a.latent, b.latent) for a, b in zip(late, batches[2:4], strict=True))
     assert late[0].index.tolist() == [6, 7, 8]
     real.close()
-    by_workers = first(PairStream(loader(*sources, workers=2), pairs, 4), 8)
+    encoded = loader(*sources, workers=2)
+    encoded.text = Letters()
+    by_workers = first(PairStream(encoded, pairs, 4), 8)
     for one, other in zip(batches, by_workers, strict=True):
         assert one.target_text == other.target_text and one.text == other.text
         assert all(torch.equal(getattr(one, n), getattr(other, n)) for n in ("image", "target", "latent", "caption"))
+        assert other.cond is not None and other.target_cond is not None
+        for found, texts in ((other.cond, one.text), (other.target_cond, one.target_text)):
+            arrays = Letters().arrays(texts)
+            assert torch.equal(found.tokens, torch.from_numpy(arrays["tokens"]).float())  # type: ignore[arg-type]
 
 
 def test_sampled_pairs_have_their_images_weights_and_captions(tmp_path: Path) -> None:

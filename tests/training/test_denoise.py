@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -174,6 +175,14 @@ def test_the_loss_of_a_sample_depends_on_its_index_alone() -> None:
         for rows in (slice(4, 8), slice(0, 4))
     ]
     assert torch.allclose(whole, sum(halves) / 2, rtol=1e-5)
+
+
+def test_conditions_that_come_with_a_batch_are_used() -> None:
+    objective = DenoiseObjective(awake(), Labels(), TrainSettings(images=8, batch=8), seed=0)
+    batch = next(stream(8, 8)(0))
+    want, other = objective.loss(batch).loss, objective.loss(replace(batch, text=("3",) * 8)).loss
+    objective.text = None  # type: ignore[assignment]
+    assert torch.equal(objective.loss(replace(batch, cond=Labels().cond(batch.text))).loss, want) and want != other
 
 
 def test_images_of_eight_bits_train_as_their_values_do() -> None:
