@@ -174,7 +174,7 @@ def test_an_unfinished_stage_resumes_with_other_settings_that_are_free(
         [],
         ["accumulate=4"],
         ["accumulate=2", "activation_checkpointing=true"],
-        ["compile=true", "log_every=16"],
+        ["compile=true", "log_every=16", "workers=1"],
     ]
     every = [f"{name}_every={n}" for name, n in (("validate", 32), ("sample", 0), ("snapshot", 32))]
     for images, some in zip([*saves, None], changes, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -155,11 +156,18 @@ def test_a_dead_worker_ends_all_with_everything_saved(tmp_path: Path, data: Path
     assert [p.name for p in (tmp_path / "c" / "core" / "state").glob("0*")] == [f"{16:012d}"]
 
 
-def test_memory_that_runs_out_in_one_process_is_one_line_of_advice(tmp_path: Path, data: Path) -> None:
-    ended = go(tmp_path, recipe(tmp_path, data), prepare=partial(processes.out_of_memory, 1))
+def test_memory_that_runs_out_in_one_process_is_advice_that_can_be_followed(tmp_path: Path, data: Path) -> None:
+    path = recipe(tmp_path, data, save_every=8)
+    ended = go(tmp_path, path, prepare=partial(processes.at_step, processes.terminated, 8, 0))
+    ended = go(tmp_path, path, prepare=partial(processes.out_of_memory, 1))
     assert [r.code for r in ended] == [2, 2]
     assert message(ended).endswith("--set stages.core.activation_checkpointing=true (slower)")
     assert "stages.core.accumulate=4 (micro-batches of 2 images)" in message(ended)
+    advice = re.findall(r"--set \S+", message(ended))
+    words = [word for setting in advice for word in setting.split()]
+    ended = run_team(tmp_path / "said", "run", path, "--runs", tmp_path, *words)
+    assert [r.code for r in ended] == [0, 0], ended
+    assert record(tmp_path / "c" / "core")["settings"]["accumulate"] == 4
 
 
 def test_micro_batches_that_cannot_be_shared_are_one_line(tmp_path: Path, data: Path) -> None:

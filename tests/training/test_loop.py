@@ -95,6 +95,15 @@ def test_saves_by_the_clock_change_no_result(tmp_path: Path, monkeypatch: pytest
     assert results(tmp_path / "whole") == results(tmp_path / "cut")
 
 
+def test_slow_steps_are_logged_by_the_clock_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, slow = toy.Toy(), toy.Toy()
+    expected = toy.weights(whole, toy.run(tmp_path / "whole", whole, log_every=96))
+    monkeypatch.setattr(periods, "LOG_SECONDS", 0.0)
+    same(toy.weights(slow, toy.run(tmp_path / "slow", slow, log_every=96)), expected)
+    (mean,), steps = ([r["loss"] for r in lines(tmp_path / name) if "loss" in r] for name in ("whole", "slow"))
+    assert len(steps) == 12 and sum(steps) / 12 == pytest.approx(mean, rel=1e-4)
+
+
 def test_a_save_sets_the_clock_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now, saves = 0.0, []
     write = state.save

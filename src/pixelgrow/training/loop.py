@@ -27,7 +27,7 @@ from pixelgrow.data.badfiles import BadFiles
 from pixelgrow.distributed import Lost, Team
 from pixelgrow.errors import UserError
 from pixelgrow.rng import seed_of
-from pixelgrow.training import monitor, optim, process, state
+from pixelgrow.training import monitor, optim, periods, process, state
 from pixelgrow.training.ema import Ema
 from pixelgrow.training.log import Averages, Display, Log, numbers
 from pixelgrow.training.monitor import Hook
@@ -143,6 +143,7 @@ class Training:
         self.means = Averages()
         self.bad = 0  # steps in a row that were not finite; not saved, as a state is that before them
         self.saved, self.clock = -1, SaveClock()
+        self.logged = time.monotonic()
         with self.team.together():
             self.resume(after)
         if len(set(self.team.gather(self.counters.images))) > 1:
@@ -371,7 +372,7 @@ class Training:
                         worked = time.perf_counter() - began
                     meter.add(s.batch, worked, waited)
                     c.seconds += worked + waited
-                    if log and (crossed(s.log_every, before, c.images) or c.images >= self.stop_at):
+                    if log and self._to_report(before):
                         self._report(log, meter)
                     if display:
                         display.update(c.images, meter.note)
@@ -412,12 +413,18 @@ class Training:
             for module in self.objective.modules.values():
                 module.compile(dynamic=False)  # there are few shapes; dynamic ones fail on a CPU (torch 2.13)
 
+    def _to_report(self, before: int) -> bool:
+        """Whether a line of the log is due after the step that began at `before` images."""
+        images, late = self.counters.images, time.monotonic() - self.logged >= periods.LOG_SECONDS
+        return late or images >= self.stop_at or crossed(self.settings.log_every, before, images)
+
     def _report(self, log: Log, meter: monitor.Meter) -> None:
         first = next(iter(self.optimizers))
         values = self.means.read() | {"lr": self.optimizers[first][0].param_groups[0]["lr"]}
         values |= {"skipped": float(self.counters.skipped), "memory_mib": monitor.peak_memory(self.device) / 2**20}
         meter.read(values.get("loss", values.get(f"{first}/loss")))
         log.write(self.counters.images, values | meter.values)
+        self.logged = time.monotonic()
 
     def _look(self, hooks: Sequence[Hook], before: int, log: Log | None) -> None:
         """Write a snapshot of the averages and run hooks, if due, in the process with a log."""

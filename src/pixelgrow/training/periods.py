@@ -1,10 +1,11 @@
-"""When something is due: periods counted in images, and in wall time for what changes no result."""
+"""When something is due: periods counted in images, and in wall time for what changes no weight."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from time import monotonic
 
+LOG_SECONDS = 300.0  # between lines of a log, of trainings whose steps are slow
 SAVE_SECONDS = 900.0  # between saves; a run that is killed loses no more work than that
 SAVE_SHARE = 0.05  # of the time at most is spent on saves that are due by wall time alone
 

@@ -57,7 +57,7 @@ class TrainSettings(BaseModel):
                           keep only the input of each block, and compute the rest again in the backward pass: less
                           memory, more time, the same result [false]
     Periods, in images. One that is left out is a share of `images`, but at most so many steps.
-        log_every         of a line in `log.jsonl` [1/200, 100 steps]
+        log_every         of a line in `log.jsonl`; one is also written after 5 minutes [1/200, 100 steps]
         save_every        of a state to resume from; one is also saved every 15 minutes [1/20, 10,000 steps]
         validate_every    of the held-out error; 0: never [1/10, 2,000 steps]
         sample_every      of a grid of samples; 0: never [1/10, 5,000 steps]
