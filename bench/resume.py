@@ -238,7 +238,7 @@ def trial(root: Path, processes: int, expected: dict[str, bytes], fault: Fault) 
 
 def table(trials: list[Trial]) -> str:
     """A table in Markdown, a row a kind of fault."""
-    rows = ["| fault | runs | equal to the bit | went on from |", "|---|---:|---:|---|"]
+    rows = ["| fault | runs | equal to the bit | stage it was in |", "|---|---:|---:|---|"]
     for kind in KINDS:
         of = [t for t in trials if t.fault.kind == kind]
         if of:
