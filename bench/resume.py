@@ -1,6 +1,6 @@
 """Exact resume: a run that meets a fault, started again by the same command, must leave the bytes of one left alone.
 
-    python -m bench.resume [--processes 2] [--faults 20] [--seed 0] [--folder FOLDER]
+    python -m bench.resume [--processes 2] [--faults 20] [--seed 0] [--restart] [--folder FOLDER]
 
 A small recipe (a core at 16 px, grown to 32 px, pairs, a one-step generator, an evaluation) runs on `--processes`
 processes that torchrun's own agent starts. Each run meets a fault of a kind in turn, at a random moment:
@@ -10,8 +10,9 @@ processes that torchrun's own agent starts. Each run meets a fault of a kind in 
     stop one    SIGTERM to one process
     cut write   SIGKILL of the first process while it writes a file, of which the second half is lost
 
-Then the same command finishes it. Weights, configurations, growth reports, sample grids, logged losses, pairs, caption
-caches and measured numbers are compared byte for byte. Prints a table.
+Then the same command finishes it; with `--restart`, torchrun starts it again by itself. Weights, configurations,
+growth reports, sample grids, logged losses, pairs, caption caches and measured numbers are compared byte for byte.
+Prints a table.
 """
 
 from __future__ import annotations
@@ -87,7 +88,9 @@ def work(root: Path, fault: Fault | None) -> None:
     looks.GRID, looks.KNOWN, looks.GRID_STEPS = 4, 3, 2  # what is looked at need not be good
     train.WATCHED = grow.WATCHED = distill.WATCHED = 4
     monitor.matmul_rate = lambda *_: 1e11
-    rank = int(os.environ["RANK"])
+    rank, attempt = int(os.environ["RANK"]), os.environ["TORCHELASTIC_RESTART_COUNT"]
+    fault = fault if attempt == "0" else None
+    _write_whole(root / f"{rank}.attempts", attempt)
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(root / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     writes = _count_writes(fault.at if fault and fault.kind == "cut write" and fault.of == rank else None)
@@ -121,8 +124,11 @@ def _write_whole(path: Path, text: str) -> None:
     part.replace(path)
 
 
-def launch(root: Path, processes: int, fault: Fault | None = None) -> int:
-    """Run the recipe in `root` to its end; the exit status of the process that failed first, 0 if none did."""
+def launch(root: Path, processes: int, fault: Fault | None = None, restarts: int = 0) -> int:
+    """Run the recipe in `root` to its end; the exit status of the process that failed first, 0 if none did.
+
+    restarts: how often torchrun may start all processes again after one has failed.
+    """
     for left in root.glob("*.pid"):
         left.unlink()
     _write_whole(root / "recipe.yaml", json.dumps(recipe(processes)))
@@ -133,7 +139,7 @@ def launch(root: Path, processes: int, fault: Fault | None = None) -> int:
         run_id=NAME,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
-        max_restarts=0,
+        max_restarts=restarts,
         start_method="forkserver",
         shutdown_timeout=600,
     )
@@ -216,20 +222,20 @@ class Trial:
         return not self.differ and self.statuses[1] == 0
 
 
-def trial(root: Path, processes: int, expected: dict[str, bytes], fault: Fault) -> Trial:
-    """A run with a fault, finished by the same command, and compared. A run that ends before its fault is no trial:
-    the fault then comes at half the time."""
+def trial(root: Path, processes: int, expected: dict[str, bytes], fault: Fault, restart: bool) -> Trial:
+    """A run with a fault, finished by the same command (restart: by torchrun), and compared. A run that ends before its
+    fault is no trial: the fault then comes at half the time."""
     while True:
         shutil.rmtree(root, ignore_errors=True)
         root.mkdir(parents=True)
-        status = launch(root, processes, fault)
-        if status:
+        status = launch(root, processes, fault, restarts=int(restart))
+        if status or (root / "0.attempts").read_text(encoding="utf-8") != "0":
             break
         fault = Fault(fault.kind, fault.of, fault.at // 2 if fault.kind == "cut write" else fault.at / 2)
-    met = where(root / NAME)
+    met = "restarted by torchrun" if restart else where(root / NAME)
     for said in root.glob("*.err"):
         said.rename(said.with_suffix(".before"))
-    again = launch(root, processes)
+    again = status if restart else launch(root, processes)
     found = contents(root / NAME)
     differ = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
     lines = [line for said in sorted(root.glob("*.err")) for line in said.read_text(encoding="utf-8").splitlines()]
@@ -243,7 +249,7 @@ def table(trials: list[Trial]) -> str:
         of = [t for t in trials if t.fault.kind == kind]
         if of:
             places = ", ".join(f"{n} {s}" for s in reversed(STAGES) if (n := sum(t.where.startswith(s) for t in of)))
-            rows.append(f"| {kind} | {len(of)} | {sum(t.good for t in of)} | {places or 'the start'} |")
+            rows.append(f"| {kind} | {len(of)} | {sum(t.good for t in of)} | {places or '-'} |")
     return "\n".join(rows)
 
 
@@ -253,7 +259,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--faults", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="where to work; a temporary folder if absent")
+    parser.add_argument("--restart", action="store_true", help="by torchrun itself, in the place of the same command")
     args = parser.parse_args(argv)
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"  # else restarted processes get the addresses of dead ones
     folder = args.folder or Path(tempfile.mkdtemp(prefix="resume-"))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     multiprocessing.set_forkserver_preload(PRELOADED)  # what is timed is work, not imports
@@ -276,7 +284,7 @@ def main(argv: list[str] | None = None) -> None:
         kind = KINDS[number % len(KINDS)]
         at = chance.randint(1, writes) if kind == "cut write" else chance.uniform(0, seconds)
         fault = Fault(kind, 0 if kind == "cut write" else chance.randrange(args.processes), at)
-        one = trial(folder / "cut", args.processes, made[1], fault)
+        one = trial(folder / "cut", args.processes, made[1], fault, args.restart)
         trials.append(one)
         facts = {"trial": number, "fault": kind, "of": fault.of, "at": round(one.fault.at, 2), "met": one.where}
         print(json.dumps(facts | {"statuses": one.statuses, "differ": one.differ[:4]}), flush=True)

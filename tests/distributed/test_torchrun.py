@@ -26,6 +26,7 @@ SMALLER = {  # of the documented words: eight GPUs become one process, thousands
     "--nproc-per-node 8": "--nproc-per-node 1",
     "accumulate=16": "accumulate=2",
 }
+ASSIGNED = re.compile(r"(?:^|(?<= ))([A-Z_]+)=(\S+) ")  # variables before a program
 PROGRAMS = {"torchrun": ["-m", "torch.distributed.run"], "pixelgrow": ["-m", "pixelgrow"], "python": []}
 
 
@@ -41,7 +42,7 @@ def shrunk(command: str, port: int) -> list[str]:
     for documented, smaller in SMALLER.items():
         command = command.replace(documented, smaller)
     command = re.sub(r"(?<=--rdzv-endpoint )\S+", f"127.0.0.1:{port}", command)
-    program, *words = shlex.split(command)
+    program, *words = shlex.split(re.sub(ASSIGNED, "", command))
     return [sys.executable, *PROGRAMS[program], *words]
 
 
@@ -56,7 +57,7 @@ def test_a_documented_command_works(command: str, tmp_path: Path) -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     nodes = int((re.findall(r"--nnodes (\d+)", command) or ["1"])[0])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **dict(re.findall(ASSIGNED, command))}
     machines = [
         subprocess.Popen(
             shrunk(command, port),
