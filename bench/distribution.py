@@ -104,19 +104,10 @@ def summary(found: dict[str, list[float]]) -> dict[str, Any]:
 
 def by_torchrun(processes: int, argv: list[str]) -> dict[str, Any]:
     """The result of this benchmark in so many processes."""
-    words = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        str(processes),
-        "-m",
-        "bench.distribution",
-    ]
+    words = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "-m", "bench.distribution", *argv]
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    done = subprocess.run(
-        [sys.executable, *words], stdout=subprocess.PIPE, encoding="utf-8", env=environment, check=False
-    )
+    command = [sys.executable, *words]
+    done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", env=environment, check=False)
     if done.returncode:
         sys.exit("a process failed; see above")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
