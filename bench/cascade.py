@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pixelgrow import rng
+from pixelgrow.data.buckets import Shapes, square
 from pixelgrow.data.loader import Batch
 from pixelgrow.diffusion import denoiser as diffusion
 from pixelgrow.diffusion.denoiser import Denoiser, DiffusionConfig, NoiseSchedule, coefficients, column
@@ -181,8 +182,8 @@ def run_cascade(
 def train_enlarger(model: Enlarger, stage: ModelStage, seed: int, materials: Materials) -> None:
     """Train; the averaged weights are in the model at the end."""
     settings, folder, side = stage.training(), materials.folder / stage.name, model.denoiser.resolution
-    loader = materials.loader(materials.data.mixture(stage), side, settings, seed, folder / BAD_FILES)
-    held = materials.heldout(1, (side, side))
+    loader = materials.loader(materials.data.mixture(stage), square(side), settings, seed, folder / BAD_FILES)
+    held = materials.heldout(1, square(side))
     texts = list(loader.texts())
     materials.encode(stage.name, chain(texts, held.captions))
     model.denoiser.net.core.whiten(materials.tokens(texts[:: math.ceil(len(texts) / SPREAD)]))
@@ -195,7 +196,7 @@ def train_enlarger(model: Enlarger, stage: ModelStage, seed: int, materials: Mat
 
 def judge(candidate: Cascade, stage: EvaluateStage, materials: Materials) -> dict[str, Any]:
     """What an `evaluate` stage measures on samples, without what it measures on a denoiser's errors."""
-    folder, held = materials.folder / stage.name, materials.heldout(stage.prompts, candidate.size)
+    folder, held = materials.folder / stage.name, materials.heldout(stage.prompts, Shapes(candidate.size))
     materials.encode(stage.name, held.captions)
     metrics = tuple(dict.fromkeys([*(stage.metrics or ()), "scenes"]))
     judged = SceneJudge(["scenes"], held.captions)

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from pixelgrow import rng
 from pixelgrow.diffusion.denoiser import Denoiser, DiffusionConfig
-from pixelgrow.diffusion.heldout import denoising_error
+from pixelgrow.diffusion.heldout import Images, denoising_error
 from pixelgrow.errors import UserError
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.config import LevelConfig, NetConfig, RungConfig
-from pixelgrow.models.layers import box_down, up_nearest
+from pixelgrow.models.layers import box_down, details, up_nearest
 from pixelgrow.models.sizes import level
 from pixelgrow.models.uvit import UViT
 
@@ -199,9 +199,9 @@ def check_gate(until: float | None, config: DiffusionConfig) -> None:
         )
 
 
-def detail_std(images: Tensor, k: int) -> float:
-    """Standard deviation of x - up(box_down(x)) over images (N, 3, H, W): of the details that a growth by k adds."""
-    return max(1e-3, (images - up_nearest(box_down(images, k), k)).std().item())
+def detail_std(images: Images, k: int) -> float:
+    """Standard deviation of x - up(box_down(x)) over N images (3, h, w): of the details that a growth by k adds."""
+    return max(1e-3, torch.cat([details(image[None], k).flatten() for image in images]).std().item())
 
 
 def grow(
@@ -209,7 +209,7 @@ def grow(
     to: int | Sequence[int],
     init: Init = "preserve",
     *,
-    images: Tensor,
+    images: Images,
     cond: Cond,
     seed: int = 0,
     patch: int | None = None,
@@ -220,10 +220,10 @@ def grow(
 ) -> tuple[Denoiser, GrowthReport]:
     """Grow `parent` to `to` pixels, at once or over several resolutions in turn.
 
-    `images` (N, 3, to, to) and `cond`: the held-out images that both models are measured on, `batch` at a time.
-    `scratch`, the baseline, has the shape of `random` and loads no weights. New tensors are a function of `seed`. For
-    the other arguments see `grown_config`. Raises UserError if `to` is not the parent's resolution times a power of
-    two, or if `until` is outside of its noise levels.
+    `images` (N, 3, to, to), or N of several sizes in buckets, and `cond`: the held-out images that both models are
+    measured on, `batch` at a time. `scratch`, the baseline, has the shape of `random` and loads no weights. New tensors
+    are a function of `seed`. For the other arguments see `grown_config`. Raises UserError if `to` is not the parent's
+    resolution times a power of two, or if `until` is outside of its noise levels.
     """
     config = parent.net.config
     check_gate(until, parent.config)
@@ -232,7 +232,7 @@ def grow(
         low = config.resolution
         config = grown_config(config, side, init, patch=patch, blocks=blocks, exact=exact, until=until)
         if init == "preserve":
-            config = with_detail(config, detail_std(box_down(images, sides[-1] // side), side // low))
+            config = with_detail(config, detail_std(smaller(images, sides[-1] // side), side // low))
     net, report = grow_network(parent.net, config, init, seed)
     k = config.resolution // parent.resolution
     child = Denoiser(net, parent.config).eval()
@@ -242,6 +242,11 @@ def grow(
 
     measure = partial(denoising_error, images=images, cond=cond, scale=child.noise_scale, seed=seed, batch=batch)
     return child, replace(report, before=measure(before), after=measure(child))
+
+
+def smaller(images: Images, k: int) -> list[Tensor]:
+    """Averages over k x k pixels of N images (3, h, w)."""
+    return [box_down(image, k) for image in images]
 
 
 def with_detail(config: NetConfig, std: float) -> NetConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 
 import numpy as np
@@ -51,6 +51,16 @@ def columns_of(prompts: int, each: int) -> int:
         if max(columns, rows) <= ELONGATED * min(columns, rows):
             return columns
     return square
+
+
+def in_groups(sizes: Sequence[tuple[int, int]], make: Callable[[list[int], tuple[int, int]], Tensor]) -> list[Tensor]:
+    """The images of all `sizes`, in order, made in groups of one size: `make(rows, size)` makes those of some rows,
+    (n, C, h, w)."""
+    found: dict[int, Tensor] = {}
+    for size in dict.fromkeys(sizes):
+        rows = [row for row, one in enumerate(sizes) if one == size]
+        found |= zip(rows, make(rows, size), strict=True)
+    return [found[row] for row in range(len(sizes))]
 
 
 def grid_size(size: tuple[int, int], columns: int, count: int) -> tuple[int, int]:

@@ -37,7 +37,7 @@ from pixelgrow.stages.distill import distill_stage, grow_generator_stage
 from pixelgrow.stages.estimate import estimate_stage
 from pixelgrow.stages.evaluate import evaluate_stage
 from pixelgrow.stages.grow import grow_stage
-from pixelgrow.stages.materials import Materials
+from pixelgrow.stages.materials import Materials, shapes_of
 from pixelgrow.stages.pairs import pairs_stage
 from pixelgrow.stages.record import Record
 from pixelgrow.stages.train import Parent, read_parent, train_stage
@@ -88,7 +88,8 @@ def _check(recipe: Recipe, materials: Materials, records: Mapping[str, Record]) 
         if not records[stage.name].done:
             if stage.parent is not None and is_folder(stage.parent):
                 read_parent(find(stage.parent), materials)
-            materials.check(stage, (nets.get(stage.name) or parent_network(str(stage.parent), nets)).resolution)
+            network = nets.get(stage.name) or parent_network(str(stage.parent), nets)
+            materials.check(stage, shapes_of(stage, network))
 
 
 def _check_shares(recipe: Recipe, processes: int, records: Mapping[str, Record]) -> None:

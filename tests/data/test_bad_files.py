@@ -18,6 +18,7 @@ from PIL import Image
 
 from pixelgrow.data import BadImage, Loader, heldout_split, open_source
 from pixelgrow.data.badfiles import BadFiles
+from pixelgrow.data.buckets import Shapes
 from pixelgrow.data.inspect import inspect_source
 from pixelgrow.data.sources.base import BadFile
 from pixelgrow.data.sources.files import open_regular
@@ -356,7 +357,7 @@ def test_the_default_limit_stops_before_training(case: tuple[Path, Case], tmp_pa
 
 
 def test_inspection_finds_them_all(case: tuple[Path, Case], tmp_path: Path) -> None:
-    found = inspect_source(open_source(str(case[0])), [SIZE], decode=None, sheet=tmp_path / "sheet.png")
+    found = inspect_source(open_source(str(case[0])), [Shapes(SIZE)], decode=None, sheet=tmp_path / "sheet.png")
     assert {bad.key for bad in found.bad} == case[1].bad.keys()
 
 

@@ -14,6 +14,7 @@ from data.test_images import corner_colours, corners, encoded
 from data.test_sources import an_image, as_files, passed, reasons, write_tar
 from pixelgrow.data import open_source
 from pixelgrow.data.account import Account, account_of
+from pixelgrow.data.buckets import square
 from pixelgrow.data.images import Frame, colour_of, read_image
 from pixelgrow.data.inspect import inspect_source
 from pixelgrow.data.sources.base import Subset
@@ -123,7 +124,7 @@ def test_stamps_are_read_whole(tmp_path: Path) -> None:
     assert passed(source) == {NEITHER: (2, "animals/fish/a_desc_de.ogg"), VECTOR: (4, "animals/fish/a.svg")}
     pixels = source.image(0, (32, 32))
     assert (pixels[:8] == GROUND).all() and (pixels[10, 4] == GROUND).all() and (pixels[10, 28] == (10, 20, 30)).all()
-    found = inspect_source(source, [(32, 32), (16, 16)])
+    found = inspect_source(source, [square(32), square(16)])
     assert dict(found.notes) == {
         LINES: 3,
         LANGUAGES: 6,
@@ -139,13 +140,13 @@ def test_stamps_are_read_whole(tmp_path: Path) -> None:
 def test_the_account_counts_the_grounds_of_what_is_seen(tmp_path: Path) -> None:
     stamps(tmp_path)
     white, grey = (open_source({"source": str(tmp_path), "ground": ground}) for ground in ("white", "grey"))
-    account = account_of([white, Subset(grey, np.array([1, 2]), "part"), open_source("scenes")], (16, 16))
+    account = account_of([white, Subset(grey, np.array([1, 2]), "part"), open_source("scenes")], square(16))
     assert account.line().endswith(
         ": 1 held out, 8 passed over; transparent parts of 2 are white; transparent parts of 1 are grey"
     )
     assert Account.from_stored(json.loads(json.dumps(account.stored()))) == account
     assert account.but("bad", 1).grounds == account.grounds
-    assert account_of([white], (32, 32)).grounds == {}  # none is seen
+    assert account_of([white], square(32)).grounds == {}  # none is seen
 
 
 def test_vector_graphics_are_passed_over(tmp_path: Path) -> None:
@@ -184,7 +185,7 @@ def test_another_frame_is_other_data(tmp_path: Path) -> None:
     assert plain == same and dark == hexed and len({plain, dark, pad}) == 3
     for now, was in ((recipe(folder), dark), (recipe(folder, fit="pad"), plain)):
         words = now.explain(now.recipe.stages[0], "data[0].fingerprint", was)
-        assert words == f"the ground or fit of {folder} changed since it was begun"
+        assert words == f"the ground, fit or buckets of {folder} changed since it was begun"
     black = recipe(folder, {"ground": "white"}, ground="black")
     with pytest.raises(UserError, match="is trained on and held out"):
         black.check_apart(black.mixture(black.recipe.stages[0]).sources)

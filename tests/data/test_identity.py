@@ -11,6 +11,7 @@ import pytest
 from data.test_sources import an_image, as_files, captioned, write_metadata, write_tar
 from pixelgrow.data.account import account_of
 from pixelgrow.data.badfiles import BadFiles
+from pixelgrow.data.buckets import square
 from pixelgrow.data.sources import identity
 from pixelgrow.data.sources.base import BadFile
 from pixelgrow.data.sources.identity import END, differences, write_samples
@@ -84,7 +85,7 @@ def test_bystanders_are_no_bad_files(make: Callable[[Path], Path], tmp_path: Pat
     listed = tmp_path / "bad.jsonl"
     for _ in range(2):
         assert len(BadFiles([as_files(folder)], 0.0, listed)) == 0
-    account = account_of([as_files(folder)], (1, 1))
+    account = account_of([as_files(folder)], square(1))
     assert (account.seen, account.total, account.line()) == (4, 6, "sees 4 of 6 images: 2 passed over")
     files = [json.loads(line)["file"] for line in listed.read_text().splitlines()] if listed.exists() else []
     expected = {paired: ["contact-sheet.png", "notes.txt", "stray.JPG"], classes: ["contact-sheet.png", "stray.JPG"]}

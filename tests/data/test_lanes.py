@@ -135,7 +135,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def a_loader(folder: Path, batch: int = 8, lanes: int = 4, window: int = 2, step: int | None = 16) -> Loader:
     source = open_source({"source": str(folder), "lanes": lanes, "window": window})
-    return Loader(heldout_split(source, at_least=4)[0], size=(32, 32), batch=batch, lanes=step, seed=5)
+    return Loader(heldout_split(source, at_least=4)[0], size=(32, 32), batch=batch, group=step, seed=5)
 
 
 def texts(loader: Loader, steps: int = 4) -> list[str]:
@@ -171,12 +171,12 @@ def test_lanes_that_do_not_fit(folder: Path, caplog: pytest.LogCaptureFixture) -
         assert texts(a_loader(folder, lanes=6)) == texts(a_loader(folder, lanes=2))
     assert f"{folder} (train): 6 lanes do not divide a batch of 16 images: 2 are used" in caplog.text
     with pytest.raises(UserError, match="images for 64 lanes: write lanes: 1"):
-        Loader(open_source({"source": str(folder), "lanes": 64}), size=(40, 40), batch=1, lanes=64)
+        Loader(open_source({"source": str(folder), "lanes": 64}), size=(40, 40), batch=1, group=64)
     both = [open_source({"source": str(folder), "lanes": n}) for n in (2, 4)]
     with pytest.raises(UserError, match=r"different numbers of lanes .* 2 and .* 4.: give all the same"):
-        Loader(both, size=(16, 16), batch=4, lanes=4)
+        Loader(both, size=(16, 16), batch=4, group=4)
     scenes = Scenes(n=20, captions=4)
-    Loader([scenes, both[0]], size=(16, 16), batch=4, lanes=4)  # a mixture of both kinds
+    Loader([scenes, both[0]], size=(16, 16), batch=4, group=4)  # a mixture of both kinds
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from pixelgrow.data import heldout_split, open_mixture, open_source, take
+from pixelgrow.data.buckets import square
 from pixelgrow.data.images import Header
 from pixelgrow.data.inspect import inspect_source
 from pixelgrow.data.sources import metadata
@@ -311,7 +312,7 @@ def test_inspection(tmp_path: Path) -> None:
     (tmp_path / "b/6.gif").write_bytes(b"GIF89a")
     (tmp_path / "b/readme").write_bytes(b"")
     source = open_source(str(tmp_path))
-    found = inspect_source(source, [(64, 64), (80, 80)], sheet=tmp_path / "out/sheet.png")
+    found = inspect_source(source, [square(64), square(80)], sheet=tmp_path / "out/sheet.png")
     assert (found.files, found.samples, found.decoded) == (6, 3, 4)
     assert [(over.reason, over.count, over.example) for over in found.passed] == [(NEITHER, 1, "b/readme")]
     assert found.guess == "its 2 folders are taken for classes; write kind: classes to say so"
@@ -325,7 +326,7 @@ def test_inspection(tmp_path: Path) -> None:
         ([0, 1, 2], "sees 3 of 6 images: 1 held out, 2 bad"),
         ([0, 3], "sees 1 of 6 images: 2 held out, 3 bad"),
     ):
-        part = inspect_source(source, [(64, 64)], train=Subset(source, np.array(numbers), "part"))
+        part = inspect_source(source, [square(64)], train=Subset(source, np.array(numbers), "part"))
         assert part.stages[0][1].line() == line
     assert found.classes == (("a", 2), ("b", 2))
     why = {reason.example: reason.samples for reason in found.reasons()}

@@ -64,7 +64,7 @@ def here(server: Files) -> object:
 
 def a_loader(source: object, batch: int = STEP, **settings: object) -> Loader:
     train, _ = heldout_split(source, at_least=4)  # type: ignore[arg-type]
-    return Loader(train, size=(16, 16), batch=batch, lanes=STEP, seed=5, **settings)  # type: ignore[arg-type]
+    return Loader(train, size=(16, 16), batch=batch, group=STEP, seed=5, **settings)  # type: ignore[arg-type]
 
 
 def some(loader: Loader, steps: int = 4, rank: int = 0, size: int = 1) -> list[Batch]:

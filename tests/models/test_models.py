@@ -12,6 +12,7 @@ from pixelgrow.growth import grown_config
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.config import CoreConfig, LevelConfig, NetConfig, RungConfig
 from pixelgrow.models.core import Block
+from pixelgrow.models.layers import sincos_positions
 from pixelgrow.models.sizes import SIZES, core_config, shallow_uvit, size
 from pixelgrow.models.uvit import UViT
 
@@ -68,6 +69,15 @@ def test_unknown_size_is_one_line() -> None:
 def test_any_size_that_the_grid_divides(hw: tuple[int, int]) -> None:
     out = net()(torch.randn(2, 3, *hw), torch.ones(2), cond(2))
     assert out.shape == (2, 3, *hw) and out.isfinite().all()
+
+
+def test_a_position_means_the_same_in_every_shape_and_no_two_are_alike() -> None:
+    at = {
+        size: sincos_positions(size, 64, torch.device("cpu"), torch.float32) for size in ((16, 16), (8, 32), (128, 32))
+    }
+    square, wide, long = (at[size].unflatten(0, size) for size in at)
+    assert torch.equal(square[4:12], wide[:, 8:24])  # the same offsets from the centre
+    assert torch.cdist(long.flatten(0, 1), long.flatten(0, 1)).fill_diagonal_(9).min() > 0.5
 
 
 def test_a_size_that_does_not_fit_says_what_would() -> None:

@@ -14,6 +14,7 @@ import pytest
 from data.test_identity import classes, paired
 from data.test_sources import an_image
 from pixelgrow.data.account import Account
+from pixelgrow.data.buckets import Shapes
 from pixelgrow.errors import UserError
 from pixelgrow.recipe.read import read_recipe
 from pixelgrow.recipe.stages import Recipe
@@ -150,7 +151,7 @@ def test_every_stage_reports_what_it_sees(tmp_path: Path, caplog: pytest.LogCapt
 
 def test_held_out_images_have_one_order_at_every_size(tmp_path: Path) -> None:
     data = StageData(recipe(classes(tmp_path / "set", 80), heldout={"fraction": 0.3}), None)  # 40 to 119 wide, 30 high
-    orders = {w: [s.key(i) for s, i in data.heldout_order((30, w))] for w in (1, 60, 90)}
+    orders = {w: [s.key(i) for s, i in data.heldout_order(Shapes((30, w)))] for w in (1, 60, 90)}
     for w, order in orders.items():
         assert order == [key for key in orders[1] if 40 + int(key[2:-4]) >= w]
     assert orders[1][:4] == ["b/5.png", "b/77.png", "a/70.png", "b/71.png"]  # pinned

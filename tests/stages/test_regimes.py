@@ -18,6 +18,7 @@ from torch import Tensor
 import pixelgrow
 import pixelgrow.stages.data
 from pixelgrow.data.badfiles import BadFiles
+from pixelgrow.data.buckets import square
 from pixelgrow.diffusion.denoiser import Denoiser
 from pixelgrow.diffusion.sampling import Samples, sample
 from pixelgrow.errors import UserError
@@ -135,7 +136,7 @@ stages:
         assert parts[key] == pytest.approx(whole[key], rel=1e-4)
     assert (parts["prompts"], parts["nfe"]) == (5, 2)
     recipe = load_recipe(tmp_path / "recipe.yaml")
-    images = Materials(recipe, tmp_path / "c").heldout(5, (32, 32)).images
+    images = Materials(recipe, tmp_path / "c").heldout(5, square(32)).batch(range(5))
     blocks = images.unfold(2, 2, 2).unfold(3, 2, 2).flatten(-2)
     assert whole["details"]["images"] == pytest.approx(blocks.var(-1, correction=0).mean().item(), rel=1e-4)
     assert whole["details"]["samples"] != pytest.approx(whole["details"]["images"], rel=1e-2)
@@ -207,7 +208,7 @@ def test_what_is_held_out_is_not_trained_on(tmp_path: Path) -> None:
     keys = [{s.key(i) for i in range(len(s))} for s in (train, held)]
     assert len(keys[0]) + len(keys[1]) == 24
     assert not keys[0] & keys[1]
-    assert len(materials.heldout(5, (16, 16)).images) == 5
+    assert len(materials.heldout(5, square(16)).images) == 5
 
 
 def test_a_bad_held_out_file_is_accounted_for(tmp_path: Path) -> None:
@@ -218,7 +219,7 @@ def test_a_bad_held_out_file_is_accounted_for(tmp_path: Path) -> None:
     materials = materials_of(folder)
     mixture = materials.data.mixture(materials.recipe.stages[0])  # type: ignore[arg-type]
     bad = BadFiles(mixture.sources, 0.5, tmp_path / "bad_files.jsonl")
-    materials.account(materials.heldout(100, (16, 16)), mixture, bad)
+    materials.account(materials.heldout(100, square(16)), mixture, bad)
     assert [file.key for file in bad.files()] == [name]
 
 

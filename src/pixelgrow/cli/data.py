@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from pixelgrow.errors import UserError
 
 if TYPE_CHECKING:
+    from pixelgrow.data.buckets import Shapes
     from pixelgrow.data.sources.base import Source, Subset
     from pixelgrow.recipe.stages import Recipe
     from pixelgrow.text.cut import Cut
@@ -47,6 +48,9 @@ def count(
     fit: Annotated[
         str, typer.Option("--fit", help="Of images that are not square: crop, or pad with the ground.")
     ] = "crop",
+    buckets: Annotated[
+        bool, typer.Option("--buckets", help="Group images by shape, instead of cropping all to squares.")
+    ] = False,
     decode: Annotated[
         int, typer.Option("--decode", min=0, help="How many images to decode, to find damage; 0: all.")
     ] = 1000,
@@ -71,9 +75,10 @@ def count(
     sheet_path = sheet or (None if within(SHEET, source) else SHEET)
     read = load_recipe(recipe) if recipe is not None else None
     opened = open_source(
-        {"source": source} | ({} if source == "scenes" else {"kind": kind, "ground": ground, "fit": fit})
+        {"source": source}
+        | ({} if source == "scenes" else {"kind": kind, "ground": ground, "fit": fit, "buckets": buckets})
     )
-    stages, train = (STAGES, None) if read is None else (_sizes(read), _train(read, opened))
+    stages, train = (STAGES, None) if read is None else (_shapes(read), _train(read, opened))
     found = inspect_source(opened, stages, decode or None, sheet_path, train)
     if bad is not None:
         write_list(bad, opened, [*found.bad, *strays_of(opened)])
@@ -143,13 +148,30 @@ def _train(recipe: Recipe, source: Source) -> Subset | None:
         return None
 
 
-def _sizes(recipe: Recipe) -> list[tuple[int, int]]:
-    from pixelgrow.recipe.read import resolution_of
+def _shapes(recipe: Recipe) -> list[Shapes]:
+    """The shapes of the images of a recipe's stages, in pixels, each once.
+
+    Warns if a run would refuse them.
+    """
+    from pixelgrow.data.inspect import STAGES
+    from pixelgrow.plan.shapes import networks, parent_network
+    from pixelgrow.stages.materials import shapes_of
 
     factor = 1
     if recipe.latent is not None:
         from pixelgrow.external.autoencoder import Autoencoder
 
         factor = Autoencoder(recipe.latent.autoencoder).factor
-    sides = dict.fromkeys(resolution_of(recipe.stages, stage.name) for stage in recipe.stages)
-    return [(factor * side, factor * side) for side in sides if side is not None]
+    try:
+        nets = networks(recipe)
+    except UserError as error:
+        logger.warning("a run of %s would be refused: %s", recipe.name, error)
+        return list(STAGES)
+    made = (
+        shapes_of(stage, nets.get(stage.name) or parent_network(str(stage.parent), nets)) for stage in recipe.stages
+    )
+    first: dict[tuple[int, int], Shapes] = {}
+    for shapes in made:
+        if shapes.size not in first or shapes.stride:
+            first[shapes.size] = shapes.times(factor)
+    return list(first.values())

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from pixelgrow.cli.data import within
+from pixelgrow.data.buckets import square
 from pixelgrow.data.inspect import Inspection, captions_in, inspect_source, spread
 from pixelgrow.data.sources.base import (
     HELD_OUT_AT_LEAST,
@@ -128,7 +129,7 @@ def _look(source: str, kind: str, elsewhere: bool) -> tuple[Data, tuple[int, ...
             f"{shorter.max()} px, and the smallest core takes {SMALLEST} px: add larger ones"
         )
     trained = train if isinstance(train, Subset) else None
-    found = inspect_source(opened, [(side, side) for side in sides], train=trained)
+    found = inspect_source(opened, [square(side) for side in sides], train=trained)
     text, cut = _text(opened, classes)
     return Data(where | fit, heldout, text, found, train, held, cut, _preview(opened, classes)), sides
 

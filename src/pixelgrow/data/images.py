@@ -78,20 +78,23 @@ class Frame:
     """How images are laid out: `ground`, the name of a colour, lies behind transparent parts.
 
     `fit` of an image to a size: "crop" covers all of it and cuts what stands out, "pad" shows the whole image, in the
-    middle of the ground.
+    middle of the ground. `buckets`: the size has nearly the image's own shape, where a stage has such sizes.
     """
 
     ground: str = "white"
     fit: Fit = "crop"
+    buckets: bool = False
 
     @property
     def mark(self) -> str:
         """What the frame adds to the fingerprint of data; "" for the default, under any name of its colour."""
         rgb = colour_of(self.ground)
-        return "" if (rgb, self.fit) == (WHITE, "crop") else f".{bytes(rgb).hex()}.{self.fit}"
+        laid = "" if (rgb, self.fit) == (WHITE, "crop") else f".{bytes(rgb).hex()}.{self.fit}"
+        return laid + (".buckets" if self.buckets else "")
 
 
 FRAME = Frame()
+PADDED = "buckets: got true with fit: pad, which makes every image a square; drop one of the two"
 
 
 @lru_cache

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from pixelgrow.data.account import Account, account_of
+from pixelgrow.data.buckets import Shapes, cropped, size_of, usable
 from pixelgrow.data.images import BadImage
 from pixelgrow.data.sources.base import (
     BadFile,
@@ -22,7 +23,7 @@ from pixelgrow.data.sources.base import (
     clear_among,
     files_of,
     ground_of,
-    large_enough,
+    in_buckets,
     sizes_of,
     wordings_of,
 )
@@ -30,7 +31,9 @@ from pixelgrow.writing import writing
 
 SHEET = (4, 8)  # rows, columns of the contact sheet
 TILE = 128  # pixels of an image on it
-STAGES = ((64, 64), (128, 128), (256, 256), (512, 512))  # sizes (h, w) of stages, where no recipe says which
+# Of the stages where no recipe says which; their buckets are those of a core of 16 x 16 tokens.
+STAGES = tuple(Shapes((side, side), side // 16) for side in (64, 128, 256, 512))
+_TILES = Shapes((TILE // 2, TILE // 2), TILE // 32)  # of buckets on it: the longest just fit
 _LABEL = 30  # pixels below a tile, for its caption
 _MAX_CAPTIONS = 20_000  # samples whose captions are read
 
@@ -69,6 +72,7 @@ class Inspection:
     bad: tuple[BadFile, ...]  # found in headers and by decoding
     sides: tuple[tuple[int, int], ...]  # (s, number of samples whose smaller side is s to 2 s - 1)
     stages: tuple[tuple[tuple[int, int], Account], ...]  # (size of a stage, what it would see)
+    squared: float  # the mean share of an image that a crop to a square cuts off
     words: Lengths  # in a caption
     characters: Lengths
     captions: int  # number of captions read
@@ -88,16 +92,16 @@ class Inspection:
 
 def inspect_source(
     source: Source,
-    stages: Sequence[tuple[int, int]] = STAGES,
+    stages: Sequence[Shapes] = STAGES,
     decode: int | None = 1000,
     sheet: str | os.PathLike[str] | None = None,
     train: Subset | None = None,
 ) -> Inspection:
     """Look into an open source.
 
-    `stages`: sizes (h, w) of stages whose samples are counted. `decode`: how many samples, evenly spaced, are decoded
-    to find damage that headers do not show; None: all. `sheet`: where to write a contact sheet (PNG). `train`: the part
-    of the source that stages would train on; None: all.
+    `stages`: shapes of the images of stages, whose samples are counted. `decode`: how many samples, evenly spaced, are
+    decoded to find damage that headers do not show; None: all. `sheet`: where to write a contact sheet (PNG). `train`:
+    the part of the source that stages would train on; None: all.
     """
     bad = {file.key: file for file in bad_of(source)}
     decoded = spread(len(source), len(source) if decode is None else decode)
@@ -110,7 +114,7 @@ def inspect_source(
             bad.setdefault(source.key(item), BadFile(source.key(item), error.reason))
     classes: tuple[str, ...] = getattr(source, "classes", ())
     texts = captions_in(source)
-    clear = clear_among(source)
+    clear, sizes = clear_among(source), sizes_of(source)
     labels = Counter(texts) if classes else Counter[str]()
     return Inspection(
         name=source.name,
@@ -125,8 +129,9 @@ def inspect_source(
         ),
         decoded=len(decoded),
         bad=tuple(bad.values()),
-        sides=_histogram(sizes_of(source).min(axis=1)),
-        stages=tuple((size, _account(source, train, size, broken)) for size in stages),
+        sides=_histogram(sizes.min(axis=1)),
+        stages=tuple((shapes.size, _account(source, train, shapes, broken)) for shapes in stages),
+        squared=float(cropped(sizes, np.ones((1, 2))).mean()),
         words=_lengths([len(text.split()) for text in texts]),
         characters=_lengths([len(text) for text in texts]),
         captions=len(texts),
@@ -137,12 +142,12 @@ def inspect_source(
     )
 
 
-def _account(source: Source, train: Subset | None, size: tuple[int, int], broken: Sequence[int]) -> Account:
-    """What a stage of `size` (h, w) would see; `broken`: numbers of samples that cannot be decoded."""
-    seen = np.asarray(large_enough(source, size))
+def _account(source: Source, train: Subset | None, shapes: Shapes, broken: Sequence[int]) -> Account:
+    """What a stage of images of some shapes would see; `broken`: numbers of samples that cannot be decoded."""
+    seen = np.asarray(usable(source, shapes))
     if train is not None:
         seen = np.intersect1d(seen, train.indices)
-    return account_of([train or source], size).but("bad", int(np.isin(broken, seen).sum()))
+    return account_of([train or source], shapes).but("bad", int(np.isin(broken, seen).sum()))
 
 
 def captions_in(source: Source) -> list[str]:
@@ -165,7 +170,9 @@ def contact_sheet(source: Source, path: str | os.PathLike[str]) -> Path:
         text = source.text(item)
         text = classes[int(text)] if classes else text
         try:
-            page.paste(Image.fromarray(source.image(item, (TILE, TILE), (0.5, 0.5))), (x, y))
+            h, w = size_of(source, item, _TILES) if in_buckets(source) else (TILE, TILE)
+            image = Image.fromarray(source.image(item, (h, w), (0.5, 0.5)))
+            page.paste(image, (x + (TILE - w) // 2, y + (TILE - h) // 2))
         except BadImage as error:
             text = f"BAD: {error.reason}"
         text = text.encode("latin-1", "replace").decode("latin-1")  # what the built-in font has

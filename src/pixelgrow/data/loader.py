@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from pixelgrow.data.badfiles import BadFiles
+from pixelgrow.data.buckets import Bucket, Shapes, filled, usable
 from pixelgrow.data.feed import CPU, Packet, fed
 from pixelgrow.data.images import BadImage
 from pixelgrow.data.lanes import order_of
-from pixelgrow.data.sources.base import BadFile, Source, chosen, hold, large_enough, sizes_of, wordings_of
+from pixelgrow.data.order import BucketOrder, Draw, Order
+from pixelgrow.data.sources.base import BadFile, Source, chosen, hold, in_buckets, sizes_of, wordings_of
 from pixelgrow.data.sources.selection import Selection
 from pixelgrow.errors import UserError
 from pixelgrow.models.cond import Cond, cond_of
@@ -93,7 +95,9 @@ class Loader:
 
     - `weights`: share of images from each source; None: in proportion to their usable images.
     - `size` (h, w): in pixels. Images that are smaller on either side are left out.
-    - `lanes`: number of positions of a step, of which lanes of shards are equal parts (`data.lanes`); None: no lanes.
+    - `stride`: of the sizes of buckets (`buckets.Shapes`); None: every image has `size`.
+    - `group`: number of positions of a step, a multiple of `batch`: their images have one size, and lanes of shards are
+      equal parts of them (`data.lanes`). None: a batch, and no lanes.
     - `flip`: mirror half of the images. Sources with `mirror` False are never mirrored.
     - `random_crop`: crop anywhere along the longer side; else at the centre.
     - `workers`: processes that decode; 0 decodes in this process. The batches do not depend on it.
@@ -115,8 +119,9 @@ class Loader:
         weights: Sequence[float] | None = None,
         *,
         size: tuple[int, int],
+        stride: int | None = None,
         batch: int = 64,
-        lanes: int | None = None,
+        group: int | None = None,
         seed: int = 0,
         flip: bool = False,
         random_crop: bool = True,
@@ -135,12 +140,20 @@ class Loader:
         self.text = text
         self.mirror, self.random_crop = mirrored(self.sources, flip), random_crop
         self.several = has_several(self.sources)
-        self.usable = [usable(source, size) for source in self.sources]
-        self.order = order_of(self.sources, self.usable, weights, seed, lanes)
+        shapes = Shapes(size, stride)
+        self.usable = [some_usable(source, shapes) for source in self.sources]
+        self.buckets = [Bucket(size, tuple(self.usable))]
+        self.order: Order | BucketOrder
+        if stride is not None and any(map(in_buckets, self.sources)):
+            self.buckets = filled(self.sources, shapes)
+            counts = [[len(items) for items in bucket.items] for bucket in self.buckets]
+            self.order = BucketOrder(counts, weights, seed, group or batch)
+        else:
+            self.order = order_of(self.sources, self.usable, weights, seed, group)
         self.bad = BadFiles(self.sources, bad_limit, bad_path)
 
     def __len__(self) -> int:
-        """Number of samples that are large enough."""
+        """Number of samples that are in a bucket."""
         return sum(len(items) for items in self.usable)
 
     def texts(self, about: int | None = None) -> Iterator[str]:
@@ -206,7 +219,7 @@ class Loader:
 
     @property
     def room(self) -> int:
-        """Bytes of the arrays of a packet."""
+        """Bytes of the arrays of a packet, at most: no bucket's size has more pixels."""
         h, w = self.size
         channels = getattr(self.sources[0], "channels", None)
         pixel = np.dtype(np.float32).itemsize * channels if channels else 3
@@ -220,39 +233,45 @@ class Loader:
         positions = range(start, start + self.batch)
         for number, (now, ahead) in self.order.needs(positions).items() if decode else ():
             hold(self.sources[number], now, ahead)
+        draws = [self.order.at(position) for position in positions]
+        (bucket,) = {draw.bucket for draw in draws}  # `start` is a multiple of the batch, and so is a group
         centre = [0.5] * self.batch
         # One number serves both sides: only the longer one has room to crop.
         crop = uniform(self.seed, "crop", positions).tolist() if self.random_crop else centre
         mirror = uniform(self.seed, "flip", positions).tolist() if any(self.mirror) else centre
         words = uniform(self.seed, "caption", positions).tolist() if self.several else [0.0] * self.batch
         latents = getattr(self.sources[0], "channels", None)
-        size = self.size if decode else (0, 0)
+        size = self.buckets[bucket].size if decode else (0, 0)
         image = np.empty((self.batch, latents or 3, *size), np.float32 if latents else np.uint8)
         texts: list[str] = []
         bad: list[tuple[int, BadFile]] = []
         origin, caption = np.empty((self.batch, 2), np.int64), np.zeros(self.batch, np.int64)
-        for row, position in enumerate(positions):
+        for row, draw in enumerate(draws):
             if decode:
-                pixels, origin[row] = self._sample(position, (crop[row], crop[row]), mirror[row] < 0.5, bad)
+                pixels, origin[row] = self._sample(draw, (crop[row], crop[row]), mirror[row] < 0.5, bad)
                 image[row] = pixels.transpose(2, 0, 1)
             else:
-                draw = self.order.at(position)
-                origin[row] = draw.source, self.usable[draw.source][draw.item]
+                origin[row] = draw.source, self._item(draw)
             source, item = (int(v) for v in origin[row])
             wordings = wordings_of(self.sources[source], item)
             caption[row] = chosen(wordings, words[row])
             texts.append(wordings[caption[row]].text)
         return Raw(image, tuple(texts), tuple(bad), origin, caption)
 
+    def _item(self, draw: Draw) -> int:
+        """A sample's number in its source."""
+        return self.buckets[draw.bucket].items[draw.source][draw.item]
+
     def _sample(
-        self, position: int, crop: tuple[float, float], mirror: bool, bad: list[tuple[int, BadFile]]
+        self, first: Draw, crop: tuple[float, float], mirror: bool, bad: list[tuple[int, BadFile]]
     ) -> tuple[np.ndarray, tuple[int, int]]:
-        """The image (h, w, C) at a position and its origin. Bad files that are met are appended to `bad`."""
-        first = draw = self.order.at(position)
+        """The image (h, w, C) of a draw, or instead of it, and its origin. Bad files that are met are appended to
+        `bad`."""
+        draw = first
         for attempt in range(_MAX_ATTEMPTS):
-            source, item = self.sources[draw.source], int(self.usable[draw.source][draw.item])
+            source, item = self.sources[draw.source], self._item(draw)
             try:
-                pixels = source.image(item, self.size, crop)
+                pixels = source.image(item, self.buckets[draw.bucket].size, crop)
                 return pixels[:, ::-1] if mirror and self.mirror[draw.source] else pixels, (draw.source, item)
             except BadImage as error:
                 bad.append((draw.source, BadFile(source.key(item), error.reason)))
@@ -289,7 +308,7 @@ def take(source: Source, count: int, size: tuple[int, int]) -> Batch:
     """
     images: list[np.ndarray] = []
     texts: list[str] = []
-    for item in usable(source, size):
+    for item in some_usable(source, Shapes(size)):
         if len(images) == count:
             break
         try:
@@ -303,13 +322,17 @@ def take(source: Source, count: int, size: tuple[int, int]) -> Batch:
     return Batch(to_tensor(np.stack(images)), tuple(texts), torch.arange(len(images)))
 
 
-def usable(source: Source, size: tuple[int, int]) -> Selection:
-    """Numbers of the samples of at least `size` (h, w). Raises `UserError` if there is none."""
-    items = large_enough(source, size)
+def some_usable(source: Source, shapes: Shapes) -> Selection:
+    """`buckets.usable` samples of a source. Raises `UserError` if there is none."""
+    items = usable(source, shapes)
     if not len(items):
+        h, w = shapes.size
         largest = int(sizes_of(source).min(axis=1).max(initial=0))
+        what = (
+            f"fits a bucket of the area of {h}x{w}" if in_buckets(source) and shapes.stride else f"is at least {h}x{w}"
+        )
         raise UserError(
-            f"{source.name}: none of its {len(source)} images is at least {size[0]}x{size[1]} pixels (the largest "
-            f"has a smaller side of {largest}); lower the stage's resolution or add larger images"
+            f"{source.name}: none of its {len(source)} images {what} pixels (the largest has a smaller side of "
+            f"{largest}); lower the stage's resolution or add larger images"
         )
     return items

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pixelgrow import checkpoint
 from pixelgrow.data.account import account_of
+from pixelgrow.data.buckets import square
 from pixelgrow.data.images import BadImage
 from pixelgrow.data.sources.base import Source, bad_of, sizes_of
 from pixelgrow.data.sources.opening import open_images
@@ -179,7 +180,7 @@ class OfFolder:
             raise UserError(f"{', '.join(given)}: {name} is a folder of images, which are there already; drop it")
         self.name = name
         self.source: Source = open_images(name)
-        logger.info("%s: %s", name, account_of([self.source], (1, 1)).line())
+        logger.info("%s: %s", name, account_of([self.source], square(1)).line())
         if bad := bad_of(self.source):
             raise UserError(
                 f"{name}: {len(bad)} of its images cannot be read (the first: {bad[0].key}: {bad[0].reason}); expected "

@@ -7,13 +7,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
-from pixelgrow.data.images import Fit, colour_of
+from pixelgrow.data.images import PADDED, Fit, colour_of
 from pixelgrow.data.scenes.source import MAX_SCENES
 from pixelgrow.data.sources.base import HELD_OUT_AT_MOST
 from pixelgrow.diffusion.sampling_spec import Spec
 
 SCENES = ("n", "captions", "seed", "split")  # settings of the built-in scenes
-FILES = ("kind", "ground", "fit", "lanes", "window", "cache")  # settings of a path
+FILES = ("kind", "ground", "fit", "buckets", "lanes", "window", "cache")  # settings of a path
 
 
 def _colour(name: str) -> str:
@@ -92,14 +92,15 @@ class DataSpec(Spec):
     time; without them, as one shuffled whole, where they are on this machine. `cache`: GB of this machine for shards
     from a URL.
     `kind`: what is at the path; `auto` looks. `ground`: the colour of transparent parts (white). `fit`: images that are
-    not square are cropped, or padded with the ground. `weight`: share of the mixture; in proportion to the size if left
-    out.
+    not square are cropped, or padded with the ground. `buckets`: they are grouped by shape instead of cropped to
+    squares (`data.buckets`). `weight`: share of the mixture; in proportion to the size if left out.
     """
 
     source: str
     kind: Literal["auto", "folder", "classes", "tar"] = "auto"
     ground: Annotated[str, AfterValidator(_colour)] | None = None
     fit: Fit | None = None
+    buckets: bool | None = None
     lanes: int | None = Field(None, ge=1)
     window: int | None = Field(None, ge=1)
     cache: float | None = Field(None, gt=0)
@@ -121,6 +122,8 @@ class DataSpec(Spec):
             raise ValueError(f"{extra[0]} belongs to `source: scenes`, but the source is {self.source!r}; drop it")
         if self.source == "scenes" and (given := self._of_files()):
             raise ValueError(f"{given}, but it belongs to a path, not to scenes; drop it")
+        if self.buckets and self.fit == "pad":
+            raise ValueError(PADDED)
         return self
 
     @property

@@ -15,6 +15,7 @@ from pixelgrow.recipe.stages import (
     EstimateStage,
     EvaluateStage,
     GrowStage,
+    Head,
     ModelStage,
     PairsStage,
     Stage,
@@ -141,6 +142,20 @@ def _kept_in(by_name: Mapping[str | None, Stage], name: str | None) -> list[str 
     ):
         names.append(stage.parent)
     return names
+
+
+def check_buckets(stage: Stage, head: Head, where: str) -> None:
+    """Pairs, and so the one-step generators that train on them, are squares; so are latents."""
+    data = stage.data if isinstance(stage, ModelStage | PairsStage) and stage.data is not None else head.data
+    if not any(spec.buckets for spec in data):
+        return
+    if head.latent is not None:
+        raise UserError(f"{where}: buckets: got true with latent:, which encodes squares; drop one of the two")
+    if isinstance(stage, PairsStage):
+        raise UserError(
+            f"{where}: stage {stage.name!r}: buckets: got true, but pairs are squares: give the stage data: of its "
+            "own, the same without buckets"
+        )
 
 
 def check_losses(stage: Stage, text: TextSpec, where: str) -> None:

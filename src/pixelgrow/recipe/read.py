@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pixelgrow.errors import UserError
-from pixelgrow.recipe.order import check_losses, check_place, resolution_of, unknown, with_parents
+from pixelgrow.recipe.order import check_buckets, check_losses, check_place, resolution_of, unknown, with_parents
 from pixelgrow.recipe.overrides import override, types_at
 from pixelgrow.recipe.plain_yaml import Loader, kind_of
 from pixelgrow.recipe.stages import (
@@ -95,6 +95,7 @@ def read_recipe(raw: dict[str, Any], where: str) -> Recipe:
         stages.append(_build(VERBS[verb], body, [*at, verb], where))
         check_place(stages, where)
         check_losses(stages[-1], head.text, where)
+        check_buckets(stages[-1], head, where)
     stages = with_parents(stages)
     return Recipe(**{f: getattr(head, f) for f in head.model_fields_set}, stages=tuple(stages))
 

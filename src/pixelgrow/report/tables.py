@@ -201,6 +201,7 @@ def inspection_tables(found: Inspection, cut: Cut | None = None) -> RenderableTy
         facts.add_row(f"distinct captions among {found.captions:,}", f"{found.distinct:,}")
         facts.add_row("words in a caption", _spread(found.words))
         facts.add_row("characters in a caption", _spread(found.characters))
+    facts.add_row("cropped to a square, an image loses on average", f"{100 * found.squared:.1f}%")
     if cut is not None:
         limit = f"captions cut by the recipe's text encoder, after {cut.max_tokens} tokens"
         facts.add_row(limit, f"{cut.captions:,} of {cut.total:,}")
@@ -210,8 +211,9 @@ def inspection_tables(found: Inspection, cut: Cut | None = None) -> RenderableTy
     stages = table_of("a stage at", "")
     for (h, w), account in found.stages:
         stages.add_row(f"{h}x{w}", Text(account.line()))
+    buckets: list[RenderableType] = [part for table in _buckets(found) for part in (Text(), table)]
     guess = [Text(f"note: {found.guess}"), Text()] if found.guess else []
-    parts: list[RenderableType] = [*guess, facts, Text(), sides, Text(), stages]
+    parts: list[RenderableType] = [*guess, facts, Text(), sides, Text(), stages, *buckets]
     if found.classes:
         classes = table_of("label", "class", "images")
         for label, (name, n) in enumerate(found.classes):
@@ -225,6 +227,19 @@ def inspection_tables(found: Inspection, cut: Cut | None = None) -> RenderableTy
     if found.sheet is not None:
         parts += [Text(), Text(f"contact sheet: {found.sheet}, from {found.shown[0]} to {found.shown[1]}")]
     return Group(*parts)
+
+
+def _buckets(found: Inspection) -> list[Table]:
+    """For each stage with buckets: what is in them."""
+    tables = []
+    for (h, w), account in found.stages:
+        if account.buckets:
+            table = table_of(f"bucket of a stage at {h}x{w}", "images", "cropped")
+            for size, (count, lost) in account.buckets.items():
+                table.add_row(size, f"{count:,}", f"{100 * lost:.1f}%")
+            table.add_row("all", f"{sum(n for n, _ in account.buckets.values()):,}", f"{100 * account.cropped:.1f}%")
+            tables.append(table)
+    return tables
 
 
 def _spread(lengths: Lengths) -> str:

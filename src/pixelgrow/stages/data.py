@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pixelgrow.data.account import Account, account_of
+from pixelgrow.data.buckets import Shapes, usable
 from pixelgrow.data.order import Permutation
 from pixelgrow.data.scenes.source import Scenes
 from pixelgrow.data.sources.base import Lanes, Source, Subset, heldout_split, large_enough
@@ -78,10 +79,10 @@ class StageData:
         self.check_classes(sources)
         return sources
 
-    def images(self, stage: ModelStage | PairsStage, size: tuple[int, int]) -> Account:
-        """How many images a stage of `size` (h, w) pixels uses, to train on or to make pairs of."""
+    def images(self, stage: ModelStage | PairsStage, shapes: Shapes) -> Account:
+        """How many images of some shapes, in pixels, a stage uses, to train on or to make pairs of."""
         mixture = self.mixture(stage)
-        account = account_of(mixture.sources, size)
+        account = account_of(mixture.sources, shapes)
         if isinstance(stage, PairsStage) and mixture.weights is None:
             account = account.but("beyond n", max(0, account.seen - stage.n))
         return account
@@ -93,23 +94,23 @@ class StageData:
         """
         held = self.heldout_sources
         if self.recipe.heldout.source:
-            account = account_of(held, size)
+            account = account_of(held, Shapes(size))
         else:  # the account of the stages that train covers the rest of these sources
             small = sum(len(source) - len(large_enough(source, size)) for source in held)
             account = Account(sum(map(len, held)), {"too small": small})
         account = replace(account.but("bad", unreadable), things="held-out images")
         return account.but("beyond prompts", max(0, account.seen - count))
 
-    def heldout_order(self, size: tuple[int, int]) -> Iterator[Origin]:
-        """Held-out samples of at least `size` (h, w) pixels, one of each source in turn.
+    def heldout_order(self, shapes: Shapes) -> Iterator[Origin]:
+        """Held-out samples that have one of some shapes, in pixels, one of each source in turn.
 
-        Scenes keep their order. Files are shuffled, in the same order for every size.
+        Scenes keep their order. Files are shuffled, in the same order for all shapes.
         """
-        return _in_turn(self.heldout_sources, size, self.recipe.seed, "held-out order")
+        return _in_turn(self.heldout_sources, shapes, self.recipe.seed, "held-out order")
 
-    def training_order(self, mixture: Mixture, size: tuple[int, int]) -> Iterator[Origin]:
+    def training_order(self, mixture: Mixture, shapes: Shapes) -> Iterator[Origin]:
         """Samples of a mixture as `heldout_order` has those held out."""
-        return _in_turn(mixture.sources, size, self.recipe.seed, "order to look at")
+        return _in_turn(mixture.sources, shapes, self.recipe.seed, "order to look at")
 
     def check_apart(self, sources: Sequence[Source]) -> None:
         """Raise UserError if a source is both trained on and held out, or scenes of both have the same split."""
@@ -156,7 +157,7 @@ class StageData:
                 f"{self.folder / stage.name} and the stages made from it"
             )
         if frame_and_samples(was)[0] != frame_and_samples(source.fingerprint)[0]:
-            return f"the ground or fit of {source.name} changed since it was begun"
+            return f"the ground, fit or buckets of {source.name} changed since it was begun"
         if was.startswith(source.fingerprint):
             return f"what is held out of {source.name} changed since it was begun (heldout or seed)"
         what = differences(self.folder / SAMPLES, was[: len(source.fingerprint)], source)
@@ -244,14 +245,14 @@ def whole(source: Source) -> Source:
     return source.parent if isinstance(source, Subset) else source
 
 
-def _in_turn(sources: Sequence[Source], size: tuple[int, int], *keys: Key) -> Iterator[Origin]:
-    """Samples of at least `size` (h, w), one of each source in turn; those of files in an order of `keys`."""
+def _in_turn(sources: Sequence[Source], shapes: Shapes, *keys: Key) -> Iterator[Origin]:
+    """Samples of some shapes, one of each source in turn; those of files in an order of `keys`."""
     turns = []
     for source in sources:
         numbers: Iterator[int] = iter(range(len(source)))
         if not isinstance(source, Scenes):
-            enough = large_enough(source, size)
-            numbers = filter(enough.__contains__, Permutation(len(source), *keys))
+            shaped = usable(source, shapes)
+            numbers = filter(shaped.__contains__, Permutation(len(source), *keys))
         turns.append(_each(source, numbers))
     while turns:
         for turn in list(turns):

@@ -12,11 +12,12 @@ import torch
 
 from pixelgrow import checkpoint, rng
 from pixelgrow.data.account import Account
+from pixelgrow.data.buckets import square
 from pixelgrow.diffusion.generator import Generator, with_guidance
 from pixelgrow.diffusion.guidance import Guided
 from pixelgrow.diffusion.sampling import initial_noise, sample
 from pixelgrow.errors import UserError
-from pixelgrow.growth import detail_std, freeze, grow_network, grown_config, last_blocks, with_detail
+from pixelgrow.growth import detail_std, freeze, grow_network, grown_config, last_blocks, smaller, with_detail
 from pixelgrow.models.layers import box_down
 from pixelgrow.onestep.distill import GENERATOR, DistillObjective
 from pixelgrow.onestep.estimator import Labels, load_estimator
@@ -76,13 +77,13 @@ def _make_start(stage: GrowStage, parent: Parent, folder: Path, materials: Mater
     """Write `start/`, the grown generator before its first step, and `growth.json`."""
     before, _ = checkpoint.load_generator(parent.folder)
     config = before.net.config
-    images = materials.heldout(WATCHED, (stage.to[-1], stage.to[-1])).images
+    images = materials.heldout(WATCHED, square(stage.to[-1])).images
     for side in stage.to:
         low = config.resolution
         config = grown_config(
             config, side, stage.init, patch=stage.patch, blocks=stage.blocks, generator=True, exact=stage.exact
         )
-        config = with_detail(config, detail_std(box_down(images, stage.to[-1] // side), side // low))
+        config = with_detail(config, detail_std(smaller(images, stage.to[-1] // side), side // low))
     net, report = grow_network(before.net, config, stage.init, materials.recipe.seed)
     checkpoint.save(folder / START, Generator(net, before.config), parent.config)
     free = last_blocks(before.net.config, stage.base_blocks)
@@ -116,14 +117,15 @@ def _fit(
     teacher, teacher_config = checkpoint.load(teacher_folder, materials.device)
     generator = generator.to(materials.device)
     seed = rng.seed_of(recipe.seed, "stage", stage.name, "")
-    loader = materials.loader(mixture, generator.resolution, settings, seed, folder / BAD_FILES)
+    shapes = square(generator.resolution)
+    loader = materials.loader(mixture, shapes, settings, seed, folder / BAD_FILES)
     stream = PairStream(loader, pairs, generator.latent_resolution)
     unread = {"beyond fraction": int(pairs.facts["pairs"]) - len(pairs), "too small": len(pairs) - len(stream.usable)}
     paired = Account(int(pairs.facts["pairs"]), unread, "pairs")
-    materials.sees(stage.name, materials.images(stage, generator.resolution), paired)
+    materials.sees(stage.name, materials.images(stage, shapes), paired)
     held = None
     if materials.team.first:
-        held = materials.heldout(WATCHED, loader.size)
+        held = materials.heldout(WATCHED, shapes)
         materials.account(held, mixture, loader.bad)
     spoken = chain(loader.texts(), stream.texts(), held.captions if held else ())
     captions = materials.encode(stage.name, spoken)
@@ -162,7 +164,7 @@ def _fit(
     sampling = {} if guidance is None else {"guidance": guidance}
     hooks: list[Hook] = []
     if held is not None:
-        view = looks.looks_of(materials, mixture, generator.resolution, held)
+        view = looks.looks_of(materials, mixture, shapes, held)
         solver = pairs.facts["solver"]
         weight = float(solver["guidance"]) if guidance is None else guidance
         watch = _watch(generator, features, held, pairs, guidance, weight, settings.micro_batch, materials)
@@ -203,7 +205,7 @@ def _watch(
     low = (teacher.resolution, teacher.resolution)
     solver = pairs.facts["solver"]
     ode = Ode(solver["sampler"], min(20, int(solver["steps"])), teacher.sigma_min, teacher.sigma_max)
-    images, cond = held.images.to(materials.device), materials.cond(held.captions)
+    images, cond = held.batch(range(len(held))).to(materials.device), materials.cond(held.captions)
     with torch.no_grad():
         small = box_down(images, generator.resolution // teacher.resolution)
         rows = [slice(start, start + batch) for start in range(0, len(small), batch)]

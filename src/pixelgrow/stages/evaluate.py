@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pixelgrow.data.buckets import square
 from pixelgrow.data.scenes.source import Scenes
 from pixelgrow.diffusion.denoiser import Denoiser
 from pixelgrow.diffusion.heldout import denoising_error
@@ -107,7 +108,7 @@ class Evaluated:
         self.model = Model.from_pretrained(parent.folder, materials.device)
         self.sampling, self.given, self.batch = self.model.settings(**stage.given), stage.given, stage.batch
         side = self.model.resolution
-        self.held = materials.heldout(stage.prompts, (side, side))
+        self.held = materials.heldout(stage.prompts, square(side))
         self.size = self.held.size
 
     def describe(self) -> dict[str, Any]:
@@ -125,7 +126,7 @@ class Evaluated:
 
     def _sums(self, images: Tensor, cond: Cond, numbers: range) -> dict[str, Tensor]:
         """Sums over some images (B, 3, h, w) in [-1, 1], and over the held-out ones of their numbers."""
-        seams, pixels = self._seams(), self.held.pixels(slice(numbers.start, numbers.stop))
+        seams, pixels = self._seams(), self.held.pixels(numbers)
         seams.add(images)
         sums = {f"seams/{side}": torch.tensor([*seams.across[side], *seams.inside[side]]) for side in seams.across}
         if images.shape[-1] % 2 == 0:

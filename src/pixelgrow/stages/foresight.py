@@ -15,6 +15,7 @@ from pixelgrow.plan.text import TextPlan, plan_text
 from pixelgrow.recipe.data import DataSpec
 from pixelgrow.recipe.stages import EvaluateStage, ModelStage, PairsStage, Recipe
 from pixelgrow.stages.data import StageData, whole
+from pixelgrow.stages.materials import shapes_of
 from pixelgrow.text.cache import LOOKED_AT
 from pixelgrow.writing import reading
 
@@ -41,11 +42,12 @@ def foreseen(recipe: Recipe) -> Foresight:
     factor = Autoencoder(recipe.latent.autoencoder).factor if recipe.latent else 1
     held = [recipe.heldout] if recipe.heldout.source else recipe.data
     for stage in recipe.stages:
-        side = factor * (nets.get(stage.name) or parent_network(str(stage.parent), nets)).resolution
+        network = nets.get(stage.name) or parent_network(str(stage.parent), nets)
+        shapes = shapes_of(stage, network).times(factor)
         if isinstance(stage, ModelStage | PairsStage) and _are_here(data.specs(stage)):
-            accounts[stage.name] = data.images(stage, (side, side))
+            accounts[stage.name] = data.images(stage, shapes)
         elif isinstance(stage, EvaluateStage) and _are_here(held):
-            accounts[stage.name] = data.prompts(stage.prompts, (side, side))
+            accounts[stage.name] = data.prompts(stage.prompts, shapes.size)
     held_out = ""
     if _are_here(held):
         parts = [(len(part), len(whole(part))) for part in data.heldout_sources]

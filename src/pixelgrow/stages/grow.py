@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from pixelgrow import checkpoint
+from pixelgrow.data.buckets import Shapes
 from pixelgrow.diffusion.denoiser import Denoiser
 from pixelgrow.diffusion.sampling import sample
 from pixelgrow.growth import freeze, grow
@@ -83,10 +84,10 @@ def lineage_entry(stage: GrowStage, parent: Parent, growth: dict[str, Any], mate
 def make_start(stage: GrowStage, parent: Parent, folder: Path, materials: Materials) -> dict[str, Any]:
     """Write `start/`, the grown model before its first step, `growth.json`, and samples of parent and grown model."""
     before, _ = checkpoint.load(parent.folder, materials.device)
-    side = stage.to[-1]
-    held = materials.heldout(WATCHED, (side, side))
+    stride = before.net.config.stride * stage.to[-1] // before.resolution
+    held = materials.heldout(WATCHED, Shapes((stage.to[-1], stage.to[-1]), stride))
     cond = materials.cond(held.captions)
-    images = held.images.to(materials.device)
+    images = [image.to(materials.device) for image in held.images]
     model, report = grow(
         before,
         stage.to,

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from pixelgrow.data.account import Account
 from pixelgrow.data.badfiles import BadFiles, check_share
+from pixelgrow.data.buckets import Shapes, size_of
 from pixelgrow.data.images import BadImage
-from pixelgrow.data.loader import Encoded, Loader, has_several, mirrored, to_tensor, usable
+from pixelgrow.data.loader import Encoded, Loader, has_several, mirrored, some_usable, to_tensor
 from pixelgrow.data.sources.base import BadFile, Source, Subset, bad_of
 from pixelgrow.data.sources.latents import Latents
 from pixelgrow.diffusion.denoiser import Denoiser
@@ -30,8 +31,9 @@ from pixelgrow.evaluation.measures import EXTRACTOR, of_features
 from pixelgrow.external.autoencoder import Autoencoder
 from pixelgrow.model import find
 from pixelgrow.models.cond import Cond
-from pixelgrow.models.config import PIXELS, Space
+from pixelgrow.models.config import PIXELS, NetConfig, Space
 from pixelgrow.onestep.networks import networks_used
+from pixelgrow.pictures import in_groups
 from pixelgrow.recipe.stages import (
     DistillStage,
     EstimateStage,
@@ -41,6 +43,7 @@ from pixelgrow.recipe.stages import (
     PairsStage,
     Recipe,
     Stage,
+    TrainStage,
     is_folder,
 )
 from pixelgrow.stages.data import Mixture, Origin, StageData, whole
@@ -60,33 +63,47 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Examples:
-    """Images of the data of `size` (h, w) in pixels: where they come from, and their captions.
+    """Images of the data: where they come from, their captions and their sizes (h, w) in pixels.
 
-    They are read when they are asked for. `bad`: files that could not be read. `encode`: images (B, 3, H, W) in [-1, 1]
-    to what the stages work on.
+    They are read when they are asked for. `size`: that of images without buckets. `bad`: files that could not be read.
+    `encode`: images (B, 3, H, W) in [-1, 1] to what the stages work on.
     """
 
     size: tuple[int, int]
     captions: list[str]
     origins: list[Origin]
+    sizes: list[tuple[int, int]]
     bad: list[tuple[Source, BadFile]]
     encode: Callable[[Tensor], Tensor]
 
     def __len__(self) -> int:
         return len(self.origins)
 
-    def pixels(self, rows: slice) -> Tensor:
-        """Some of the images (B, 3, H, W) in [-1, 1]."""
-        return to_tensor(np.stack([source.image(i, self.size) for source, i in self.origins[rows]]))
+    def pixels(self, rows: Iterable[int]) -> Tensor:
+        """Some of the images (B, 3, H, W) in [-1, 1], which have one size."""
+        images = [source.image(i, self.sizes[row]) for row in rows for source, i in [self.origins[row]]]
+        return to_tensor(np.stack(images))
 
-    def batch(self, rows: slice) -> Tensor:
-        """Some of the images (B, 3, h, w) in [-1, 1], or their latents."""
+    def batch(self, rows: Iterable[int]) -> Tensor:
+        """Some of the images (B, 3, h, w) in [-1, 1], which have one size, or their latents."""
         return self.encode(self.pixels(rows))
 
     @property
-    def images(self) -> Tensor:
-        """All images at once; only for few of them."""
-        return self.batch(slice(None))
+    def all_pixels(self) -> list[Tensor]:
+        """All images, (3, H, W) each, at once; only for few of them."""
+        return in_groups(self.sizes, lambda rows, _: self.pixels(rows))
+
+    @property
+    def images(self) -> list[Tensor]:
+        """All images, or their latents, (3, h, w) each, at once; only for few of them."""
+        return in_groups(self.sizes, lambda rows, _: self.batch(rows))
+
+
+def shapes_of(stage: Stage | ModelStage, config: NetConfig) -> Shapes:
+    """The shapes of the images that a stage works on: those of buckets where it trains a denoiser. `config`: of its
+    network."""
+    denoiser = isinstance(stage, TrainStage) or (isinstance(stage, GrowStage) and stage.pairs is None)
+    return Shapes((config.resolution, config.resolution), config.stride if denoiser else None)
 
 
 @dataclass(frozen=True)
@@ -192,18 +209,19 @@ class Materials:
             self._said.add(line)
             logger.log(level, "%s", line)
 
-    def images(self, stage: ModelStage | PairsStage, side: int) -> Account:
-        """How many images a stage that works at `side` trains on, or makes pairs of."""
-        return self.data.images(stage, (self.factor * side, self.factor * side))
+    def images(self, stage: ModelStage | PairsStage, shapes: Shapes) -> Account:
+        """How many images of some shapes, which a stage works on, it trains on or makes pairs of."""
+        return self.data.images(stage, shapes.times(self.factor))
 
-    def loader(self, mixture: Mixture, side: int, settings: TrainSettings, seed: int, bad_path: Path) -> Loader:
-        """A loader of training images of `side` pixels. `bad_path`: the list of bad files."""
+    def loader(self, mixture: Mixture, shapes: Shapes, settings: TrainSettings, seed: int, bad_path: Path) -> Loader:
+        """A loader of training images of some shapes. `bad_path`: the list of bad files."""
         return Loader(
-            self.seen(mixture.sources, side),
+            self.seen(mixture.sources, shapes.size[0]),
             mixture.weights,
-            size=(side, side),
+            size=shapes.size,
+            stride=shapes.stride,
             batch=settings.micro_batch,
-            lanes=settings.batch,
+            group=settings.batch,
             seed=seed,
             flip=settings.flip,
             workers=settings.workers,
@@ -219,19 +237,19 @@ class Materials:
             return None
         return OfWidth(self.text, width_of(self.recipe.text.max_tokens)) if settings.compile else self.text
 
-    def heldout(self, n: int, size: tuple[int, int]) -> Examples:
-        """Up to `n` held-out images of `size` (h, w), centre crops; the same ones at every call.
+    def heldout(self, n: int, shapes: Shapes) -> Examples:
+        """Up to `n` held-out images of some shapes, centre crops; the same ones at every call.
 
-        Images that are unreadable or too small are passed over.
+        Images that are unreadable or have none of the shapes are passed over.
         """
-        found = self._examples(n, size, self.data.heldout_order)
+        found = self._examples(n, shapes, self.data.heldout_order)
         if not found:
             raise self._none_held_out(found.size)
         return found
 
-    def known(self, mixture: Mixture, n: int, size: tuple[int, int]) -> Examples:
+    def known(self, mixture: Mixture, n: int, shapes: Shapes) -> Examples:
         """Up to `n` images of a mixture that is trained on, as `heldout` has them."""
-        found = self._examples(n, size, partial(self.data.training_order, mixture))
+        found = self._examples(n, shapes, partial(self.data.training_order, mixture))
         if not found:
             names = ", ".join(source.name for source in mixture.sources)
             raise UserError(
@@ -239,17 +257,17 @@ class Materials:
             )
         return found
 
-    def _examples(
-        self, n: int, size: tuple[int, int], order: Callable[[tuple[int, int]], Iterator[Origin]]
-    ) -> Examples:
-        """The first `n` images of an order that can be decoded; `size`: of the stages' images."""
+    def _examples(self, n: int, shapes: Shapes, order: Callable[[Shapes], Iterator[Origin]]) -> Examples:
+        """The first `n` images of an order that can be decoded; `shapes`: of the stages' images."""
         captions: list[str] = []
         origins: list[Origin] = []
+        sizes: list[tuple[int, int]] = []
         unreadable: list[tuple[Source, BadFile]] = []
-        size = (self.factor * size[0], self.factor * size[1])
-        for source, i in order(size):
+        shapes = shapes.times(self.factor)
+        for source, i in order(shapes):
             if len(origins) == n:
                 break
+            size = size_of(source, i, shapes)
             try:
                 source.image(i, size)
             except BadImage as bad:
@@ -257,19 +275,21 @@ class Materials:
                 continue
             captions.append(source.text(i))
             origins.append((source, i))
-        return Examples(size, captions, origins, unreadable, self.autoencoder.encode if self.autoencoder else _same)
+            sizes.append(size)
+        encode = self.autoencoder.encode if self.autoencoder else _same
+        return Examples(shapes.size, captions, origins, sizes, unreadable, encode)
 
     def _none_held_out(self, size: tuple[int, int]) -> UserError:
         names = ", ".join(s.name for s in self.data.heldout_sources)
         return UserError(f"held-out data ({names}) has no readable image of {size[0]}x{size[1]} or larger; add some")
 
-    def check(self, stage: Stage, side: int) -> None:
-        """Raise UserError if the data do not serve a stage that works on images of `side`.
+    def check(self, stage: Stage, shapes: Shapes) -> None:
+        """Raise UserError if the data do not serve a stage that works on images of some shapes.
 
         Some images must be large enough, both to train on and held out, and not too many bad. Training and held-out
         data must differ. A stage with `flip` needs a source that may be mirrored.
         """
-        size = (self.factor * side, self.factor * side)
+        shapes = shapes.times(self.factor)
         if isinstance(stage, ModelStage | PairsStage):
             losses = stage.losses if isinstance(stage, DistillStage | GrowStage) else None
             if losses and self.autoencoder and networks_used(losses):
@@ -292,10 +312,10 @@ class Materials:
                 )
             self.data.check_apart(sources)
             for source in sources:
-                usable(source, size)
+                some_usable(source, shapes)
                 check_share(source, {bad.key: bad.reason for bad in bad_of(source)}, stage.bad_limit)
-        if next(self.data.heldout_order(size), None) is None:
-            raise self._none_held_out(size)
+        if next(self.data.heldout_order(shapes), None) is None:
+            raise self._none_held_out(shapes.size)
 
     def account(self, held: Examples, mixture: Mixture, bad: BadFiles) -> None:
         """Add held-out files that could not be read to the account of the source that they were held out of."""

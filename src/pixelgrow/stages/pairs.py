@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pixelgrow import checkpoint, rng
+from pixelgrow.data.buckets import square
 from pixelgrow.data.loader import Loader, mirrored, to_tensor
 from pixelgrow.diffusion.denoiser import Denoiser
 from pixelgrow.diffusion.generator import Generator
@@ -251,7 +252,7 @@ def pairs_stage(stage: PairsStage, parent: Parent, folder: Path, materials: Mate
         logger.warning(
             "%s: n is %d, the data have %d images: some are inverted more than once", stage.name, stage.n, len(loader)
         )
-    materials.sees(stage.name, materials.images(stage, side))
+    materials.sees(stage.name, materials.images(stage, square(side)))
     materials.encode(stage.name, loader.texts())
     ode = Ode(stage.sampler, stage.steps, denoiser.sigma_min, denoiser.sigma_max)
     generator, upscaled = None, {}

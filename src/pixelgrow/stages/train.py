@@ -21,7 +21,7 @@ from pixelgrow.models.sizes import core_config, shallow_uvit
 from pixelgrow.models.uvit import UViT
 from pixelgrow.recipe.stages import ModelStage, TrainStage
 from pixelgrow.stages.looks import denoiser_rows, looks_of
-from pixelgrow.stages.materials import BAD_FILES, Materials
+from pixelgrow.stages.materials import BAD_FILES, Materials, shapes_of
 from pixelgrow.training import loop, unfinished
 from pixelgrow.training.denoise import DenoiseObjective, validation_hook
 from pixelgrow.training.loop import CHECKPOINT, TrainResult
@@ -115,25 +115,25 @@ def fit(
     """
     recipe = materials.recipe
     denoiser = denoiser.to(materials.device)
-    side = denoiser.resolution
+    shapes = shapes_of(stage, denoiser.net.config)
     # Each stage has its own stream: a grown model does not repeat the order and noise of its core's training.
     seed = rng.seed_of(recipe.seed, "stage", stage.name, "")
     mixture = materials.data.mixture(stage)
     bad_path = materials.folder / stage.name / BAD_FILES  # shared by the phases of a stage
-    loader = materials.loader(mixture, side, settings, seed, bad_path)
-    materials.sees(stage.name, materials.images(stage, side))
+    loader = materials.loader(mixture, shapes, settings, seed, bad_path)
+    materials.sees(stage.name, materials.images(stage, shapes))
     sampling = stage.sampling.given if stage.sampling else {}
     hooks: list[Hook] = []
     if not materials.team.first:
         materials.encode(stage.name, ())
     else:
-        held = materials.heldout(WATCHED, (side, side))
+        held = materials.heldout(WATCHED, shapes)
         materials.account(held, mixture, loader.bad)
         materials.encode(stage.name, chain(loader.texts(), held.captions))  # in one call, which loads the encoder once
         if fresh and not materials.recipe.text.classes:
             denoiser.net.core.whiten(materials.tokens(list(loader.texts(SPREAD))))
         cond, period = materials.cond(held.captions), settings.validate_every or 0
-        looks = looks_of(materials, mixture, side, held)
+        looks = looks_of(materials, mixture, shapes, held)
         rows = denoiser_rows(looks, denoiser, materials, guided_batch(settings))
         hooks = [
             validation_hook(denoiser, held.images, cond, period, seed=recipe.seed, batch=settings.micro_batch),

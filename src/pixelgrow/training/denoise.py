@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from pixelgrow import rng
 from pixelgrow.diffusion import denoiser as diffusion
 from pixelgrow.diffusion.denoiser import Denoiser, NoiseSchedule
-from pixelgrow.diffusion.heldout import denoising_error
+from pixelgrow.diffusion.heldout import Images, denoising_error
 from pixelgrow.models.cond import Cond, to_device
 from pixelgrow.models.uvit import UViT
 from pixelgrow.pictures import to_float
@@ -90,14 +90,14 @@ def recompute_blocks(net: UViT) -> None:
 
 
 def validation_hook(
-    denoiser: Denoiser, images: Tensor, cond: Cond, every: int, *, seed: int = 0, batch: int = 64
+    denoiser: Denoiser, images: Images, cond: Cond, every: int, *, seed: int = 0, batch: int = 64
 ) -> Hook:
-    """Log the error of held-out images (N, 3, H, W) by noise level at the core (`validation/0.5`), and its mean.
+    """Log the error of held-out images, N of (3, h, w), by noise level at the core (`validation/0.5`), and its mean.
 
     Images, noise levels and noise are the same each time (`heldout.denoising_error`). Also runs before the first step.
     """
     device = next(denoiser.parameters()).device
-    images, cond = images.to(device), cond.to(device)
+    images, cond = [image.to(device) for image in images], cond.to(device)
 
     def run(_: int) -> Mapping[str, float]:
         errors = denoising_error(denoiser, images, cond, scale=denoiser.noise_scale, seed=seed, batch=batch)

@@ -83,12 +83,12 @@ def averaged(
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a sample grid: images (n, 3, H, W) in [-1, 1], `what` they are, and their prompts, in words.
+    """A row of a sample grid: n images (3, h, w) in [-1, 1], `what` they are, and their prompts, in words.
 
     made: whether the network that trains made them.
     """
 
-    images: Tensor
+    images: Sequence[Tensor]
     what: str
     prompts: Sequence[str]
     made: bool = True
@@ -112,7 +112,8 @@ def grid_hook(rows: Callable[[], Sequence[Row]], folder: Path, every: int, patch
         found = Seams(patches)
         for row in made:
             if row.made:
-                found.add(row.images)
+                for group in alike(row.images):
+                    found.add(group)
         return found.ratios()
 
     return Hook("samples", every, run)
@@ -126,11 +127,21 @@ def save_rows(rows: Sequence[Row], path: Path) -> None:
         if row.prompts != last:
             text += "".join(f"  {' '.join(prompt.split())}\n" for prompt in row.prompts)
         last = row.prompts
-    white = [row.images.new_ones(columns - len(row.images), *row.images.shape[1:]) for row in rows]
-    images = torch.cat([part for row, rest in zip(rows, white, strict=True) for part in (row.images, rest)])
-    save_grid(images, path, columns, text)
+    h, w = (max(image.shape[axis] for row in rows for image in row.images) for axis in (1, 2))
+    images = torch.ones(len(rows), columns, 3, h, w)  # white
+    for cells, row in zip(images, rows, strict=True):
+        for cell, image in zip(cells, row.images, strict=False):
+            top, left = (h - image.shape[1]) // 2, (w - image.shape[2]) // 2
+            cell[:, top : top + image.shape[1], left : left + image.shape[2]] = image
+    save_grid(images.flatten(0, 1), path, columns, text)
     with atomic(path.with_name("prompts.txt")) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def alike(images: Sequence[Tensor]) -> list[Tensor]:
+    """Images (C, h, w) in groups of one size, (n, C, h, w) each."""
+    sizes = dict.fromkeys(image.shape for image in images)
+    return [torch.stack([image for image in images if image.shape == size]) for size in sizes]
 
 
 def save_grid(images: Tensor, path: Path, columns: int = 8, rows: str = "") -> None:

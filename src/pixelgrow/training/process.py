@@ -10,7 +10,7 @@ import torch
 from pixelgrow import precision
 from pixelgrow.training import cpu
 
-RECOMPILES = 64  # one for each shape of a batch of captions, in training and in sampling
+RECOMPILES = 1024  # one for each shape of a batch of captions and of images, in training and in sampling
 
 
 @contextmanager
@@ -27,5 +27,6 @@ def settings(device: torch.device, compiled: bool = False) -> Iterator[None]:
         if compiled:
             import torch._dynamo.config as dynamo
 
-            stack.enter_context(dynamo.patch(recompile_limit=max(dynamo.recompile_limit, RECOMPILES)))
+            for limit in ("recompile_limit", "accumulated_recompile_limit"):
+                stack.enter_context(dynamo.patch(**{limit: max(getattr(dynamo, limit), RECOMPILES)}))
         yield

@@ -202,6 +202,12 @@ def ground_of(source: Source) -> str:
     return frame.ground
 
 
+def in_buckets(source: Source) -> bool:
+    """Whether a source's images are in buckets (`data.buckets`)."""
+    frame: Frame = getattr(source, "frame", FRAME)
+    return frame.buckets
+
+
 def bad_of(source: Source) -> Sequence[BadFile]:
     """The files that the source's index left out; nothing for a source without files."""
     return getattr(source, "bad", ())

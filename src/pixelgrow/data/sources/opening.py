@@ -5,8 +5,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import cast, get_args
 
-from pixelgrow.data.images import FRAME, Fit, Frame, colour_of
-from pixelgrow.data.sources.base import Lanes, Source
+from pixelgrow.data.images import FRAME, PADDED, Fit, Frame, colour_of
+from pixelgrow.data.sources.base import Lanes, Source, in_buckets
 from pixelgrow.data.sources.folders import ImageFolder
 from pixelgrow.data.sources.index import FileSource
 from pixelgrow.data.sources.kinds import has_captions, kind_of
@@ -19,7 +19,7 @@ from pixelgrow.errors import UserError
 
 Spec = Mapping[str, object]
 SCENE_KEYS = ("n", "captions", "seed", "split")
-FRAME_KEYS = ("ground", "fit")
+FRAME_KEYS = ("ground", "fit", "buckets")
 SHARD_KEYS = ("lanes", "window", "cache")
 KINDS = ("auto", "folder", "classes", "tar")
 log = logging.getLogger(__name__)
@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 def open_source(spec: Spec | str) -> Source:
     """Open and index a source.
 
-    `spec`: a path, or a mapping: `{source: scenes, n, captions, seed, split}` for the built-in scenes,
-    `{source: path, kind: auto|folder|classes|tar, ground: colour, fit: crop|pad}` for files (`images.Frame`), with
+    `spec`: a path, or a mapping: `{source: scenes, n, captions, seed, split}` for the built-in scenes, `{source: path,
+    kind: auto|folder|classes|tar, ground: colour, fit: crop|pad, buckets: true|false}` for files (`images.Frame`), with
     `lanes` and `window` for tar shards that are read in lanes (`Lanes`), and `cache` for those whose path is a URL. A
     `weight` beside them is left to `open_mixture`. Raises `UserError` for a missing folder, an empty set, captions in
     no known form.
@@ -134,6 +134,12 @@ def open_mixture(specs: Spec | str | Sequence[Spec | str]) -> tuple[list[Source]
     for source in sources:
         if guess := getattr(source, "guess", ""):
             log.info("%s: %s", source.name, guess)
+    laned = next((source.name for source in sources if getattr(source, "lanes", None)), None)
+    if laned is not None and any(map(in_buckets, sources)):
+        raise UserError(
+            f"data: got buckets: true, and {laned} is read shard by shard, each of which has images of all shapes: "
+            "drop buckets, or name shards on this machine, without lanes"
+        )
     return sources, [float(w) for w in weights] or None  # type: ignore[arg-type]
 
 
@@ -159,7 +165,12 @@ def _frame(settings: Mapping[str, object], path: str) -> Frame:
         raise UserError(f"{path}: ground: {error}") from None
     if fit not in get_args(Fit):
         raise UserError(f"{path}: fit is {fit!r}, expected one of {', '.join(get_args(Fit))}")
-    return Frame(str(ground), cast("Fit", fit))
+    buckets = settings.get("buckets", FRAME.buckets)
+    if not isinstance(buckets, bool):
+        raise UserError(f"{path}: buckets is {buckets!r}, expected true or false")
+    if buckets and fit == "pad":
+        raise UserError(f"{path}: {PADDED}")
+    return Frame(str(ground), cast("Fit", fit), buckets)
 
 
 def _known(settings: Mapping[str, object], allowed: Sequence[str], where: str) -> None:
