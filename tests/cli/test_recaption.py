@@ -130,7 +130,7 @@ def test_a_pair_keeps_the_caption_that_it_was_made_with(tmp_path: Path) -> None:
     source, _ = heldout_split(open_source(str(folder)), 0.02, 0)
     stream = PairStream(Loader(source, size=(16, 16), batch=4, seed=1), pairs, 16)
     captions = [wordings_of(source, int(o[1]))[int(o[3])].text for o in pairs.origins]
-    assert stream.texts() == captions and len({text.split()[0] for text in captions}) >= 2
+    assert list(stream.texts()) == captions and len({text.split()[0] for text in captions}) >= 2
     u = rng.uniform(rng.seed_of(0, "stage", "pairs"), "guidance", range(16))
     both = torch.cat([u[:8], u[:8], u[8:], u[8:]])  # a shard's images, then their mirror images
     by_kind = [guidance_weights(both, distribution).float() for distribution in ("captions", "recaptions")]

@@ -61,7 +61,7 @@ def test_each_real_image_has_a_pair_with_its_own_image_and_caption(tmp_path: Pat
             numbers.append(at)
     for epoch in range(0, 24, 4):
         assert sorted(numbers[epoch : epoch + 4]) == [0, 1, 2, 3]  # each pair once in an epoch
-    assert stream.texts() == [sources[source].text(item) for source, item, _ in origins]
+    assert list(stream.texts()) == [sources[source].text(item) for source, item, _ in origins]
     late = first(stream, 2, start=6)
     assert all(torch.equal(a.latent, b.latent) for a, b in zip(late, batches[2:4], strict=True))
     assert late[0].index.tolist() == [6, 7, 8]
@@ -91,7 +91,7 @@ def test_sampled_pairs_have_their_images_weights_and_captions(tmp_path: Path) ->
     stream = PairStream(loader(source, size=(8, 8)), pairs, 4)
     batch = first(stream, 1)[0]
     texts = ["7 second", "7 first", "2 second"]
-    assert stream.texts() == texts == [caption([source], torch.tensor(o)) for o in origins]
+    assert list(stream.texts()) == texts == [caption([source], torch.tensor(o)) for o in origins]
     at = [texts.index(text) for text in batch.target_text]
     assert batch.guidance is not None and torch.equal(batch.guidance, whole["guidance"][at])
     assert torch.equal(batch.target, whole["image"][at])
@@ -109,7 +109,7 @@ def test_pairs_of_images_that_are_too_small_are_left_out(tmp_path: Path) -> None
     sources = Growing(40, name="a"), Growing(40, name="b")
     pairs, _ = pairs_of(tmp_path, [[0, 15, 0], [0, 16, 0], [1, 30, 1], [1, 3, 0]], **INVERTED)
     stream = PairStream(loader(*sources, size=(16, 16)), pairs, 4)
-    assert np.array_equal(stream.usable, [1, 2]) and stream.texts() == ["a 16", "b 30"]
+    assert np.array_equal(stream.usable, [1, 2]) and list(stream.texts()) == ["a 16", "b 30"]
     assert set(first(stream, 1)[0].target_text) <= {"a 16", "b 30"}
     with pytest.raises(UserError, match=r"none of the 4 pairs .* at least 39x39 pixels"):
         PairStream(loader(*sources, size=(39, 39)), pairs, 4)

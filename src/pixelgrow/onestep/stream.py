@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -49,9 +49,9 @@ class PairStream:
             )
         self.order = Order([len(self.usable)], seed=seed_of(loader.seed, "pairs"))
 
-    def texts(self) -> list[str]:
-        """The captions of the pairs, for the text cache."""
-        return [caption(self.sources, self.pairs.origins[n]) for n in self.usable]
+    def texts(self) -> Iterator[str]:
+        """The captions of the pairs, read one by one."""
+        return (caption(self.sources, self.pairs.origins[n]) for n in self.usable)
 
     def batches(self, start: int = 0, step: int | None = None) -> Generator[DistillBatch, None, None]:
         """Batches without end; see `Loader.batches`. Close it to stop the loader's workers."""
