@@ -32,9 +32,8 @@ from pixelgrow.training.objective import Terms
 from runs import few_samples
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    ["processes", "pixelgrow.run", "torch._dynamo", "torch.utils.tensorboard", "rich.progress"]
-)
+PRELOAD = ["processes", "pixelgrow.run", "torch._dynamo", "torch.distributed.fsdp"]
+CONTEXT.set_forkserver_preload([*PRELOAD, "torch.utils.tensorboard", "rich.progress"])
 Prepare = Callable[[int], None]  # of a process by its rank, before it runs; a function of a module
 
 
@@ -195,6 +194,11 @@ def not_finite(first: int, last: int, rank: int) -> None:
         return replace(terms, loss=terms.loss * float("nan")) if wrong.any() else terms
 
     DenoiseObjective.loss = loss  # type: ignore[method-assign]
+
+
+def without_memory() -> None:
+    """From here on, this process has no memory for a loss."""
+    out_of_memory(0, 0)
 
 
 def out_of_memory(of: int, rank: int) -> None:

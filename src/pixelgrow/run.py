@@ -93,7 +93,14 @@ def _check(recipe: Recipe, materials: Materials, records: Mapping[str, Record]) 
 
 
 def _check_shares(recipe: Recipe, processes: int, records: Mapping[str, Record]) -> None:
-    """Raise UserError unless so many processes can share the micro-batches of each step evenly, in all stages."""
+    """Raise UserError unless so many processes can share each network, and the micro-batches of each step, evenly."""
+    shard = recipe.parallel.shard
+    if processes % shard:
+        fits = [n for n in range(1, shard) if processes % n == 0]
+        raise UserError(
+            f"parallel: {shard} processes share a network, and {processes} are not a multiple of {shard}: start "
+            f"{shard} or a multiple, or add --set parallel.shard={fits[-1]}"
+        )
     settings, uneven = [], []
     for stage in recipe.stages:
         if isinstance(stage, TrainedStage) and stage.accumulate % processes and not records[stage.name].done:

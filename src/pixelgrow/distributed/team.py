@@ -26,6 +26,7 @@ R = TypeVar("R")
 # The others wait while the first process encodes captions or makes pairs. None waits for one that has ended: its
 # connections break.
 PATIENCE = timedelta(days=30)
+ENDED = "another process of this run has ended: run the same command again to go on"
 
 
 class Lost(UserError):
@@ -52,10 +53,10 @@ class Team:
 
     def most(self, *numbers: int) -> list[int]:
         """The largest value among the processes of each number."""
-        if self.size == 1:
+        if self.size == 1 or not numbers:
             return list(numbers)
         found = torch.tensor(numbers)
-        with _connected():
+        with connected():
             dist.all_reduce(found, dist.ReduceOp.MAX, self.talk)
         return found.tolist()
 
@@ -68,7 +69,7 @@ class Team:
         if self.size == 1:
             return value
         told = [value if self.first else None]
-        with _connected():
+        with connected():
             dist.broadcast_object_list(told, 0, self.talk)
         return told[0]  # type: ignore[return-value]
 
@@ -77,7 +78,7 @@ class Team:
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        with _connected():
+        with connected():
             dist.all_gather_object(found, value, self.talk)
         return found
 
@@ -128,7 +129,7 @@ class Team:
         """Give all processes the first one's tensors."""
         if self.size > 1:
             self.wait()  # a GPU's group waits for minutes only
-            with _connected():
+            with connected():
                 for tensor in tensors:
                     dist.broadcast(tensor.detach(), 0)
 
@@ -145,7 +146,7 @@ class Team:
                 p.grad = torch.zeros_like(p)
         grads = [p.grad for p in parameters if p.grad is not None]
         flat = torch.cat([*(g.float().flatten() for g in grads), number.float().flatten()])
-        with _connected():
+        with connected():
             dist.all_reduce(flat)
         for g, part in zip(grads, flat.split([*(g.numel() for g in grads), 1]), strict=False):
             g.copy_(part.view(g.shape))
@@ -169,11 +170,12 @@ def _portable(error: Exception) -> Exception:
 
 
 @contextmanager
-def _connected() -> Iterator[None]:
+def connected() -> Iterator[None]:
+    """Around what processes exchange: raises Lost if another one has ended."""
     try:
         yield
     except RuntimeError as error:
-        raise Lost("another process of this run has ended: run the same command again to go on") from error
+        raise Lost(ENDED) from error
 
 
 @contextmanager
@@ -187,7 +189,7 @@ def join() -> Iterator[Team]:
         return
     from torch.distributed.rendezvous import rendezvous
 
-    with _connected():
+    with connected():
         store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -73,6 +73,11 @@ class UViT(nn.Module):
                 self.decoder[str(level.resolution)] = DecoderHalf(*args)
             features = top.channels
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The core's blocks and the halves of levels: what is computed again, or sharded, one after the other."""
+        return [*self.core.blocks, *self.encoder.values(), *self.decoder.values()]
+
     def embed(self, c_noise: Tensor, cond: Cond, guidance: Tensor | None = None) -> Context:
         """c_noise (B,), from sigma in core units, and condition -> the context of one evaluation.
 

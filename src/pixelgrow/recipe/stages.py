@@ -357,6 +357,16 @@ def _texts(given: Any) -> Any:
     return [str(one) if type(one) is int else one for one in many]
 
 
+class Parallel(Spec):
+    """How the processes of a run share a network.
+
+    `shard`: so many of them have one copy of its weights, averages and optimizer state together. It divides the number
+    of processes, changes results in rounding alone, and may change at any time.
+    """
+
+    shard: int = Field(1, ge=1)
+
+
 class Head(Spec):
     """A recipe without its stages.
 
@@ -371,6 +381,7 @@ class Head(Spec):
     latent: LatentSpec | None = None
     data: Mixture
     heldout: HeldoutSpec = HeldoutSpec()
+    parallel: Parallel = Parallel()
 
 
 class Recipe(Head):

@@ -138,20 +138,6 @@ def _fit(
         folder_of = materials.folder / stage.estimator
         estimator = load_estimator(folder_of, pairs.facts["teacher"], distribution, materials.device)
         labels = Labels(estimator, features)
-    objective = DistillObjective(
-        generator,
-        networks.features,
-        materials.conditions(settings),
-        losses,
-        seed,
-        distance=networks.distance,
-        similarity=networks.similarity,
-        distribution=distribution,
-        labels=labels,
-    )
-    if settings.activation_checkpointing:
-        recompute_blocks(generator.net)
-
     if teacher.resolution > generator.resolution:
         raise UserError(
             f"the teacher of the pairs works at {teacher.resolution} px, this stage at {generator.resolution} px: "
@@ -176,6 +162,21 @@ def _fit(
             grid_hook(grid, folder, settings.sample_every or 0, materials.patches(generator)),
         ]
         unfinished.describe(folder, generator, config_of(generator, materials, lineage, sampling))
+    shards = materials.shards(GENERATOR, generator, settings)
+    network = shards.network(GENERATOR, generator)
+    objective = DistillObjective(
+        network,
+        networks.features,
+        materials.conditions(settings),
+        losses,
+        seed,
+        distance=networks.distance,
+        similarity=networks.similarity,
+        distribution=distribution,
+        labels=labels,
+    )
+    if settings.activation_checkpointing:
+        recompute_blocks(network.net)
     result = loop.train(
         objective,
         stream.batches,
@@ -185,6 +186,7 @@ def _fit(
         hooks=hooks,
         name=f"{recipe.name}/{stage.name}",
         team=materials.team,
+        shards=shards,
         bad=loader.bad,
     )
     return finish(result, GENERATOR, generator, folder / CHECKPOINT, materials, lineage, loader, sampling)

@@ -9,12 +9,13 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from pixelgrow import precision
 from pixelgrow.data.account import Account
 from pixelgrow.data.badfiles import BadFiles, check_share
 from pixelgrow.data.buckets import Shapes, size_of
@@ -24,7 +25,8 @@ from pixelgrow.data.sources.base import BadFile, Source, Subset, bad_of
 from pixelgrow.data.sources.latents import Latents
 from pixelgrow.diffusion.denoiser import Denoiser
 from pixelgrow.diffusion.generator import Generator
-from pixelgrow.distributed import Team
+from pixelgrow.distributed import Shards, Team
+from pixelgrow.distributed.shard import mesh_of, split
 from pixelgrow.errors import UserError
 from pixelgrow.evaluation.features import Extractor, load_extractor
 from pixelgrow.evaluation.measures import EXTRACTOR, of_features
@@ -54,6 +56,9 @@ from pixelgrow.training.denoise import Conditions
 from pixelgrow.training.log import duration
 from pixelgrow.training.loop import CHECKPOINT
 from pixelgrow.training.settings import TrainSettings
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 BAD_FILES = "bad_files.jsonl"  # in a stage's folder
 LOOKED_AT = 4096  # captions that stand for all, where not all are read
@@ -212,6 +217,18 @@ class Materials:
     def images(self, stage: ModelStage | PairsStage, shapes: Shapes) -> Account:
         """How many images of some shapes, which a stage works on, it trains on or makes pairs of."""
         return self.data.images(stage, shapes.times(self.factor))
+
+    def shards(self, part: str, model: Denoiser | Generator, settings: TrainSettings) -> Shards:
+        """The model that trains as a part, sharded if the recipe says so."""
+        if self.mesh is None:
+            return Shards()
+        dtype, last = precision.training_dtype(settings.precision, self.device), list(model.net.exit.values())
+        return Shards({part: split(model, model.net.blocks, last, self.mesh, self.device, dtype, self.team)})
+
+    @cached_property
+    def mesh(self) -> DeviceMesh | None:
+        """Which processes share a network; None if none do."""
+        return mesh_of(self.team, self.recipe.parallel.shard, self.device)
 
     def loader(self, mixture: Mixture, shapes: Shapes, settings: TrainSettings, seed: int, bad_path: Path) -> Loader:
         """A loader of training images of some shapes. `bad_path`: the list of bad files."""

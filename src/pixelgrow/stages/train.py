@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -145,8 +146,9 @@ def fit(
         stopped = lineage[-1] | {"stopped_after": images}
         save(where, denoiser, materials, [*lineage[:-1], stopped], sampling, settings.noise)
 
+    shards = materials.shards("denoiser", denoiser, settings)
     result = loop.train(
-        DenoiseObjective(denoiser, materials.conditions(settings), settings, seed),
+        DenoiseObjective(shards.network("denoiser", denoiser), materials.conditions(settings), settings, seed),
         loader.batches,
         settings,
         folder,
@@ -157,6 +159,7 @@ def fit(
         stop_at=stop_at,
         after=after,
         team=materials.team,
+        shards=shards,
         bad=loader.bad,
     )
     return finish(
@@ -178,11 +181,8 @@ def finish(
     """Write the first average of a finished training as a checkpoint; returns the numbers of the run."""
     averages = result.averages[part]
 
-    def write() -> str:
-        with averages[0].applied() if averages else nullcontext():
-            return save(folder, model, materials, lineage, sampling, noise)
-
-    digest = materials.team.alone(write)
+    with averages[0].applied() if averages else nullcontext():
+        digest = materials.team.alone(partial(save, folder, model, materials, lineage, sampling, noise))
     return {
         "sha256": digest,
         "images": result.images,

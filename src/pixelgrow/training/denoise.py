@@ -85,7 +85,7 @@ class DenoiseObjective:
 def recompute_blocks(net: UViT) -> None:
     """Checkpoint activations: keep the input of each transformer block and level half, and compute the rest again in
     the backward pass."""
-    for block in (*net.core.blocks, *net.encoder.values(), *net.decoder.values()):
+    for block in net.blocks:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 

@@ -18,6 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from pixelgrow.distributed import Split
 from pixelgrow.errors import UserError
 from pixelgrow.training.optim import trainable
 from pixelgrow.training.settings import MAX_EMA_LENGTH
@@ -35,11 +36,12 @@ def gamma_of(length: float) -> float:
 class Ema:
     """One running average of a module's trainable tensors; frozen tensors and buffers are the module's own.
 
-    length: sigma_rel. tensors: the averages by parameter name, float32.
+    length: sigma_rel. split: of a module that is sharded. tensors: the averages by parameter name, float32, sharded as
+    the module is.
     """
 
-    def __init__(self, module: nn.Module, length: float) -> None:
-        self.module, self.length, self.gamma = module, length, gamma_of(length)
+    def __init__(self, module: nn.Module, length: float, split: Split | None = None) -> None:
+        self.module, self.length, self.gamma, self.split = module, length, gamma_of(length), split
         self.parameters = trainable(module)
         self.tensors = {n: p.detach().float().clone() for n, p in self.parameters.items()}
 
@@ -60,7 +62,14 @@ class Ema:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within, the module's trainable tensors are the averages. Tensors are exchanged, not copied, and put back."""
+        """Within, the module's trainable tensors are the averages. Tensors are exchanged, not copied, and put back.
+
+        Of a sharded module, the whole network holds copies, in the first process; all processes enter.
+        """
+        if self.split is not None:
+            with self.split.holding(self.tensors):
+                yield
+            return
         mine = {n: p.data for n, p in self.parameters.items()}
         try:
             for n, p in self.parameters.items():

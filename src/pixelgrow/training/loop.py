@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from torch.nn.utils import get_total_norm
 
 from pixelgrow import precision
 from pixelgrow.data.badfiles import BadFiles
-from pixelgrow.distributed import Lost, Team
+from pixelgrow.distributed import Lost, Shards, Team
 from pixelgrow.errors import UserError
 from pixelgrow.rng import seed_of
 from pixelgrow.training import monitor, optim, periods, process, state
@@ -86,6 +86,7 @@ def train(
     stop_at: int | None = None,
     after: Path | None = None,
     team: Team | None = None,
+    shards: Shards | None = None,
     bad: BadFiles | None = None,
 ) -> TrainResult:
     """Train until `settings.images` have been seen; resumes from `folder/state` if there is one.
@@ -105,10 +106,12 @@ def train(
     and an empty optimizer state.
     team: the processes that share the steps; `settings.accumulate` is a multiple of their number. The weights at the
     start are those of the first one.
+    shards: the parts whose weights the processes share. Hooks, `keep` and the caller see the whole networks, in the
+    first process.
     bad: the bad files that `batches` meets; those of all processes are counted by the first.
     Raises UserError (damaged state, full disk, bad data, too many non-finite steps) and Interrupted.
     """
-    run = Training(objective, settings, Path(folder), seed, keep, stop_at, after, team)
+    run = Training(objective, settings, Path(folder), seed, keep, stop_at, after, team, shards)
     return run.run(batches, hooks, name, flops, console, bad)
 
 
@@ -125,23 +128,29 @@ class Training:
         stop_at: int | None = None,
         after: Path | None = None,
         team: Team | None = None,
+        shards: Shards | None = None,
     ) -> None:
-        self.team = team or Team()
+        self.team, self.shards = team or Team(), shards or Shards()
         assert settings.accumulate % self.team.size == 0
         self.objective, self.settings, self.folder, self.seed, self.keep = objective, settings, folder, seed, keep
         self.stop_at = settings.images if stop_at is None else stop_at
         self.device = next(p for m in objective.modules.values() for p in m.parameters()).device
         self.dtype = precision.training_dtype(settings.precision, self.device)
-        self.team.spread(t for m in objective.modules.values() for t in (*m.parameters(), *m.buffers()))
+        every = [m for part, m in objective.modules.items() if part not in self.shards]  # those come spread
+        self.team.spread(t for m in every for t in (*m.parameters(), *m.buffers()))
         self.parameters = {part: optim.trainable(m) for part, m in objective.modules.items()}
         for part, parameters in self.parameters.items():
             if not parameters:
                 raise UserError(f"nothing to train in {part}: all of its tensors are frozen; unfreeze some")
         self.optimizers = {part: optim.optimizers(m, settings) for part, m in objective.modules.items()}
-        self.averages = {part: [Ema(m, s) for s in settings.ema] for part, m in objective.modules.items()}
+        split = self.shards.parts
+        self.averages = {
+            part: [Ema(m, s, split.get(part)) for s in settings.ema] for part, m in objective.modules.items()
+        }
         self.counters = Counters()
         self.means = Averages()
         self.bad = 0  # steps in a row that were not finite; not saved, as a state is that before them
+        self.broken = False  # whether other processes wait for weights that this one will not send
         self.saved, self.clock = -1, SaveClock()
         self.logged = time.monotonic()
         with self.team.together():
@@ -176,30 +185,35 @@ class Training:
     def save(self, log: Log | None) -> None:
         """Write the state after the last good step, unless it is written already, or the tensors have changed since.
 
-        Only the process with a log writes.
+        Only the process with a log writes. All call this.
         """
         c, means, writes = self.good
         # A skipped step changes no tensor, except that it may update another part, or buffers.
         if self.saved == c.images or (self.bad and (len(self.parameters) > 1 or writes != self._writes())):
             return
         began = self.clock.clock()
+        tensors = self.shards.gathered(self.tensors(), log is not None)
         if log is not None:
             log.flush()
-            state.save(self.folder / "state", c.images, self.tensors(), asdict(c) | {"means": means.stored()})
+            state.save(self.folder / "state", c.images, tensors, asdict(c) | {"means": means.stored()})
         self.saved = c.images
         self.clock.saved(began)
 
     def _rescue(self, log: Log | None) -> None:
         """Before a UserError stops the run: save the state, and write a checkpoint that can be used."""
-        if not self.good[0].images:
+        if not self.good[0].images or self.broken:
             return
         try:
             self.save(log)
-            if self.keep is not None and log is not None:
-                with monitor.averaged(self.objective, self.averages, self.device, self.dtype):
-                    self.keep(self.folder / CHECKPOINT, self.good[0].images)
+            if self.keep is not None and (log is not None or self.shards):
+                with self._averaged():
+                    if log is not None:
+                        self.keep(self.folder / CHECKPOINT, self.good[0].images)
         except UserError as error:  # what is raised is the error that stopped the run
             logger.warning("%s", error)
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        return monitor.averaged(self.objective, self.averages, self.device, self.dtype, self.shards)
 
     @torch.no_grad()
     def resume(self, after: Path | None = None) -> None:
@@ -222,7 +236,7 @@ class Training:
             _, slot, part, name = key.split("/", 3)
             p = self.parameters.get(part, {}).get(name)
             if p is not None:
-                slots.setdefault(p, {})[slot] = stored.pop(key)
+                slots.setdefault(p, {})[slot] = self.shards.part_of(stored.pop(key), p)
         live = {n: t for n, t in self.tensors().items() if not n.startswith("optimizer/")}
         if folder == after:  # tensors that were frozen there are not in its state
             live = {n: t for n, t in live.items() if n in stored}
@@ -234,7 +248,7 @@ class Training:
                 f"{min(odd)} the first; delete that folder to start this stage again"
             )
         for n, t in live.items():
-            t.copy_(stored[n])
+            t.copy_(self.shards.part_of(stored[n], t))
         for opts in self.optimizers.values():
             for opt in opts:
                 optim.restore(opt, slots)
@@ -251,15 +265,16 @@ class Training:
                 module.begin_step()
         for part in self.objective.modules:
             optim.set_rate(self.optimizers[part], s.lr * self.objective.rates[part] * optim.rate(middle, s))
-            with team.together():
+            with self._computing():
                 terms = self._gradients(micro, part)
             parameters = list(self.parameters[part].values())
             losses = torch.stack([t.loss.detach() for t in terms]).double()
-            zero = team.add_up(parameters, losses.sum() * 0)  # NaN in all processes if a loss is not finite in one
+            own = () if part in self.shards else parameters
+            zero = team.add_up(own, losses.sum() * 0)  # NaN in all processes if a loss is not finite in one
             grads = [p.grad for p in parameters if p.grad is not None]
             # The only values that a step waits for: whether it is finite, by how much to clip, and what to log.
             mine, (fault, norm) = numbers(
-                [{"loss": t.loss} | t.logs for t in terms], zero, get_total_norm(grads, foreach=True)
+                [{"loss": t.loss} | t.logs for t in terms], zero, self.shards.whole(get_total_norm(grads, foreach=True))
             )
             logs = team.interleave(mine)  # of all micro-batches
             loss = sum(values.pop("loss") for values in logs) / len(logs)
@@ -283,6 +298,22 @@ class Training:
         c.steps += 1
         c.skipped += not good
         self.bad = 0 if good else self.bad + 1
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        """Around forward and backward passes: what fails in one process is raised in all.
+
+        Of sharded weights, the others wait for those of the process that failed. Nothing more can be said to them; they
+        end when it has ended.
+        """
+        if not self.shards:
+            with self.team.together():
+                yield
+            return
+        self.broken = True
+        with self.shards.exchanging():
+            yield
+        self.broken = False
 
     def _gradients(self, micro: Sequence[Any], part: str) -> list[Terms]:
         terms, team = [], self.team
@@ -341,9 +372,12 @@ class Training:
                     done = c.images >= self.stop_at
                     if not self.bad:
                         self.good = self._now(log.lines if log else 0)
-                    if done or (c.images and (self.clock.due or crossed(s.save_every, before, c.images))):
+                    looks = any(hook.due(before, c.images, self.stop_at) for hook in hooks)  # they are the first's
+                    signum, met, late, looks = team.most(
+                        stop[0] if stop else 0, 0 if bad is None else bad.unshared, self.clock.due, looks
+                    )
+                    if done or (c.images and (late or crossed(s.save_every, before, c.images))):
                         self.save(log)
-                    signum, met = team.most(stop[0] if stop else 0, 0 if bad is None else bad.unshared)
                     if bad is not None and met:
                         with self._rescuing(log):
                             bad.share(team)
@@ -351,7 +385,7 @@ class Training:
                         self.save(log)
                         team.wait()
                         raise Interrupted(signum, max(self.saved, 0))
-                    self._look(hooks, before, log)
+                    self._look(hooks, bool(looks), before, log)
                     if done:
                         break
                     with self._rescuing(log):
@@ -363,8 +397,8 @@ class Training:
                         waited = time.perf_counter() - waited
                         if fresh:
                             fresh = False
-                            if meter.flops is None and team.first:
-                                meter.flops = monitor.flops_per_image(self.objective, micro[0]) / team.size
+                            if meter.flops is None and (team.first or self.shards):
+                                meter.flops = self._flops(micro[0]) / team.size
                             self._compile()
                         began = time.perf_counter()
                         before = c.images
@@ -381,6 +415,8 @@ class Training:
                 stream.close()
             if log:
                 log.close()
+        for part, split in self.shards.parts.items():
+            split.take(self.parameters[part])
         peak = monitor.peak_memory(self.device)
         return TrainResult(c.images, c.steps, c.skipped, c.seconds, meter.speed, meter.share, peak, self.averages)
 
@@ -405,13 +441,22 @@ class Training:
             raise
         except UserError:
             self._rescue(log)
-            self.team.wait()  # for the first process, which writes: when one has ended, torchrun ends the others
+            if not self.broken:
+                self.team.wait()  # for the first process, which writes: when one has ended, torchrun ends the others
             raise
+
+    def _flops(self, batch: Any) -> float:
+        with self.shards.exchanging(), precision.autocast(self.device, self.dtype):
+            flops = monitor.flops_per_image(self.objective, batch)
+        for module in self.objective.modules.values():  # weights that were whole hid the gradients of their parts
+            module.zero_grad(set_to_none=True)
+        return flops
 
     def _compile(self) -> None:
         if self.settings.compile:
-            for module in self.objective.modules.values():
-                module.compile(dynamic=False)  # there are few shapes; dynamic ones fail on a CPU (torch 2.13)
+            for part, whole in self.objective.modules.items():
+                for module in self.shards.parts[part].blocks if part in self.shards else [whole]:
+                    module.compile(dynamic=False)  # there are few shapes; dynamic ones fail on a CPU (torch 2.13)
 
     def _to_report(self, before: int) -> bool:
         """Whether a line of the log is due after the step that began at `before` images."""
@@ -426,21 +471,22 @@ class Training:
         log.write(self.counters.images, values | meter.values)
         self.logged = time.monotonic()
 
-    def _look(self, hooks: Sequence[Hook], before: int, log: Log | None) -> None:
-        """Write a snapshot of the averages and run hooks, if due, in the process with a log."""
+    def _look(self, hooks: Sequence[Hook], looks: bool, before: int, log: Log | None) -> None:
+        """Write a snapshot of the averages and run hooks, if due, in the process with a log. looks: whether any is."""
         c, s = self.counters, self.settings
-        if log is None:
+        if log is None and not self.shards:
             return
         if s.snapshot_every and c.images and (crossed(s.snapshot_every, before, c.images) or c.images >= self.stop_at):
             for part, emas in self.averages.items():
-                kept = {f"{e.length}/{n}": t.half() for e in emas for n, t in e.tensors.items()}
-                state.write_tensors(self.folder / "snapshots" / part / f"{c.images:012d}.safetensors", kept)
-        for hook in hooks:
-            if hook.due(before, c.images, self.stop_at):
-                with monitor.averaged(self.objective, self.averages, self.device, self.dtype):
-                    values = hook.run(c.images)
-                if values:
-                    log.write(c.images, {f"{hook.name}/{n}": v for n, v in values.items()})
+                half = {f"{e.length}/{n}": t.half() for e in emas for n, t in e.tensors.items()}
+                kept = self.shards.gathered(half, log is not None)
+                if log is not None:
+                    state.write_tensors(self.folder / "snapshots" / part / f"{c.images:012d}.safetensors", kept)
+        if looks:
+            with self._averaged():
+                for hook in hooks if log else ():
+                    if hook.due(before, c.images, self.stop_at) and (values := hook.run(c.images)) and log:
+                        log.write(c.images, {f"{hook.name}/{n}": v for n, v in values.items()})
 
 
 def _next(stream: Iterator[Any], images: int) -> Any:

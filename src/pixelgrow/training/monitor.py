@@ -20,6 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from pixelgrow import precision
+from pixelgrow.distributed import Shards
 from pixelgrow.errors import UserError
 from pixelgrow.models.flops import counted
 from pixelgrow.pictures import grid, to_uint8
@@ -56,13 +57,19 @@ class Hook:
 
 @contextmanager
 def averaged(
-    objective: Objective, averages: Mapping[str, Sequence[Ema]], device: torch.device, dtype: torch.dtype
+    objective: Objective,
+    averages: Mapping[str, Sequence[Ema]],
+    device: torch.device,
+    dtype: torch.dtype,
+    shards: Shards | None = None,
 ) -> Iterator[None]:
     """Within, the parts hold their first averages, in eval mode, without gradients; random numbers are restored.
 
-    averages: of each part. dtype: what its forward passes compute in.
+    averages: of each part. dtype: what its forward passes compute in. shards: the parts of which the whole network
+    holds them, in the first process; all processes enter then.
     """
-    modules = objective.modules.values()
+    split = shards.parts if shards else {}
+    modules = [split[part].plain if part in split else module for part, module in objective.modules.items()]
     training = [m for module in modules for m in module.modules() if m.training]
 
     def back() -> None:
@@ -70,9 +77,11 @@ def averaged(
             m.training = True
 
     with ExitStack() as stack:
-        for emas in averages.values():
+        for part, emas in averages.items():
             if emas:
                 stack.enter_context(emas[0].applied())
+            elif part in split:
+                stack.enter_context(split[part].holding(dict(objective.modules[part].named_parameters())))
         stack.enter_context(torch.random.fork_rng([device] if device.type == "cuda" else []))
         stack.callback(back)
         for module in modules:

@@ -87,7 +87,7 @@ def restore(opt: torch.optim.Optimizer, stored: Mapping[nn.Parameter, Mapping[st
 
 def _like(p: nn.Parameter, stored: Tensor) -> Tensor:
     """A copy on the CPU in the parameter's memory layout; safetensors stores all tensors contiguously."""
-    if stored.shape != p.shape:
+    if stored.shape != p.shape or type(stored) is not Tensor:  # a part of a sharded tensor is laid out as its own
         return stored.clone()
     layout = torch.empty_like(p, dtype=stored.dtype, device="cpu", memory_format=torch.preserve_format)
     return layout.copy_(stored)
