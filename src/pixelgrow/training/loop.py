@@ -372,9 +372,9 @@ class Training:
                     done = c.images >= self.stop_at
                     if not self.bad:
                         self.good = self._now(log.lines if log else 0)
-                    looks = any(hook.due(before, c.images, self.stop_at) for hook in hooks)  # they are the first's
+                    due = any(hook.due(before, c.images, self.stop_at) for hook in hooks)  # they are the first's
                     signum, met, late, looks = team.most(
-                        stop[0] if stop else 0, 0 if bad is None else bad.unshared, self.clock.due, looks
+                        stop[0] if stop else 0, 0 if bad is None else bad.unshared, self.clock.due, due
                     )
                     if done or (c.images and (late or crossed(s.save_every, before, c.images))):
                         self.save(log)
