@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import processes
 from cli_files import class_model, noisy_classes
-from processes import made, noted, run_team, start
+from processes import few_checked, made, noted, run_team, start
 from runs import WEIGHTS, class_images, record
 
 SHARDS = 5
@@ -32,9 +32,9 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     core |= {"sample_every": 0, "validate_every": 0, "snapshot_every": 0, "bad_limit": 0.9}
     inverted = {"name": "pairs", "from": "core", "n": 4 * SHARDS - 1, "shard": 4, "batch": 2, "steps": 2, "flip": True}
     stages = [{"train": core}, {"pairs": inverted | {"bad_limit": 0.9}}]
-    data = {"source": str(images)}
+    data, held = {"source": str(images)}, {"at_most": 2}
     path = folder / "p.yaml"
-    path.write_text(json.dumps({"name": "p", "text": {"classes": 2}, "data": data, "stages": stages}))
+    path.write_text(json.dumps({"name": "p", "text": {"classes": 2}, "data": data, "heldout": held, "stages": stages}))
     return path
 
 
@@ -84,7 +84,7 @@ def test_bad_files_are_too_many_if_they_are_together(tmp_path: Path, recipe: Pat
     shutil.copytree(whole / "core", tmp_path / "p" / "core")
     bad = len((whole / "pairs" / "bad_files.jsonl").read_text().splitlines())
     limit = f"stages.pairs.bad_limit={(bad - 0.5) / 24}"  # each process meets fewer
-    ended = run_team(tmp_path / "said", "run", recipe, "--runs", tmp_path, "--set", limit)
+    ended = run_team(tmp_path / "said", "run", recipe, "--runs", tmp_path, "--set", limit, prepare=few_checked)
     assert [r.code for r in ended] == [2, 2]
     said = [line for r in ended for line in r.err.splitlines() if line.startswith("pixelgrow: ")]
     assert len(said) == 1 and f"{bad} of 24 samples are bad or lost" in said[0], said
