@@ -23,6 +23,7 @@ from conftest import CliResult
 from extractors import Pixels
 from pixelgrow.cli.main import main
 from pixelgrow.data.loader import Batch
+from pixelgrow.data.sources import remote
 from pixelgrow.evaluation import planning
 from pixelgrow.evaluation.shards import Shard, Shards
 from pixelgrow.stages import pairs
@@ -124,6 +125,15 @@ def made(folder: Path, size: int) -> list[list[str]]:
     """What `noted` wrote, by rank."""
     files = [folder / f"{rank}.made" for rank in range(size)]
     return [file.read_text().splitlines() if file.exists() else [] for file in files]
+
+
+def with_own_cache(root: Path, rank: int) -> None:
+    """A cache for each process, which says who it is to the server that it reads shards from."""
+    import fsspec.config
+
+    os.environ["XDG_CACHE_HOME"] = str(root / f"cache{rank}")
+    fsspec.config.conf["http"] = {"headers": {"X-Who": f"{root.name}{rank}"}}
+    remote.PAUSES[:] = [0.0, 0.0, 0.0]
 
 
 # --- faults: what `prepare` does to one process -----------------------------------------------------------------------

@@ -66,6 +66,16 @@ def test_what_is_in_use_stays_and_what_is_needed_is_fetched_all_the_same(ring: R
     assert [os.pread(fd, 1, 39) for fd in descriptors] == [b"a", b"c"]
 
 
+def test_what_another_fetched_is_in_use_by_who_found_it(ring: Ring, descriptors: list[int]) -> None:
+    first = take(ring, "a")
+    descriptors.append(take(ring, "a") or -1)
+    assert first is not None
+    os.close(first)
+    passed(ring, "b")
+    passed(ring, "c")
+    assert kept(ring) == {"a.tar", "c.tar"}
+
+
 def test_a_fetch_that_fails_leaves_nothing(ring: Ring) -> None:
     def fails(part: Path) -> None:
         part.write_bytes(b"half")

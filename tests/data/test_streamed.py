@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from data.test_index import OLD, all_of
 from data.test_sources import an_image, reasons, write_tar
 from pixelgrow.data import Batch, Loader, heldout_split, open_source
 from pixelgrow.data.sources import keeping, remote
+from pixelgrow.data.sources.base import Source
 from pixelgrow.data.sources.keeping import FOLDER
+from pixelgrow.data.sources.latents import Latents
 from pixelgrow.data.sources.streamed import StreamedShards
 from pixelgrow.errors import UserError
 from servers import Files, s3_server, serving
@@ -34,9 +37,9 @@ def _quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keeping, "_MOST", 1)  # to start processes takes longer than to scan so little
 
 
-def write_shards(folder: Path) -> Path:
+def write_shards(folder: Path, shards: int = SHARDS) -> Path:
     number = 0
-    for shard in range(SHARDS):
+    for shard in range(shards):
         members = []
         for _ in range(4 + shard % 3):
             members += [(f"{number:04}.png", an_image(40, 32, number)), (f"{number:04}.txt", b"number %d" % number)]
@@ -63,8 +66,12 @@ def here(server: Files) -> object:
 
 
 def a_loader(source: object, batch: int = STEP, **settings: object) -> Loader:
-    train, _ = heldout_split(source, at_least=4)  # type: ignore[arg-type]
-    return Loader(train, size=(16, 16), batch=batch, group=STEP, seed=5, **settings)  # type: ignore[arg-type]
+    return a_loader_of(heldout_split(source, at_least=4)[0], batch, **settings)  # type: ignore[arg-type]
+
+
+def a_loader_of(train: Source, batch: int = STEP, **settings: object) -> Loader:
+    size = (8, 8) if isinstance(train, Latents) else (16, 16)
+    return Loader(train, size=size, batch=batch, group=STEP, seed=5, **settings)  # type: ignore[arg-type]
 
 
 def some(loader: Loader, steps: int = 4, rank: int = 0, size: int = 1) -> list[Batch]:
@@ -163,6 +170,49 @@ def test_a_server_that_knows_no_ranges(server: Files, tmp_path: Path) -> None:
     assert server.whole().total() <= 4
 
 
+def test_latents_are_made_of_whole_shards(server: Files, tmp_path: Path) -> None:
+    class Mean:
+        factor, fingerprint = 4, "mean"
+
+        def encode(self, images: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.avg_pool2d(images, 4)[:, :1]
+
+    streamed, local = opened(server), here(server)
+    forget(tmp_path)
+    server.asked.clear()
+    made = []
+    for name, source in (("a", streamed), ("b", local)):
+        latents = Latents(heldout_split(source, at_least=4)[0], Mean(), 1, tmp_path / name)  # type: ignore[arg-type]
+        latents.make((8, 8))
+        made.append(a_loader_of(latents))
+    assert set(server.whole().values()) == {1} and len(server.whole()) == SHARDS and not server.parts()
+    assert same(some(made[0]), some(made[1]))
+
+
+def test_what_makes_training_fetch_more_than_it_must_is_said(server: Files) -> None:
+    source = opened(server)
+    assert source.advice(STEP, 2, 0.5) == source.advice(STEP, 8, 1.0) == []
+    (shared,) = source.advice(STEP, 8, 0.5)
+    assert shared.endswith(
+        "4 lanes for 8 micro-batches: several machines fetch the same shards; in a new run, lanes: 8 avoids it"
+    )
+    source = opened(server, cache=0.0001)  # for ten of the shards; four lanes of one window and the next have 16
+    (small,) = source.advice(STEP, 4, 1.0)
+    assert "0.0001 GB (cache:) have no room for the shards in use and those that come next, up to 0.000" in small
+    assert source.advice(STEP, 4, 0.25) == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_cache_for_fewer_shards_than_are_in_use_changes_nothing(server: Files, tmp_path: Path, workers: int) -> None:
+    def kept() -> int:
+        return sum(path.stat().st_size for path in (tmp_path / "cache" / "pixelgrow" / "shards").glob("*.tar"))
+
+    source = opened(server, cache=0.00003)
+    assert 0 < kept() <= 30_000
+    assert same(some(a_loader(source, workers=workers), 6), some(a_loader(here(server)), 6))
+    assert 0 < kept() <= 30_000
+
+
 # --- the index --------------------------------------------------------------------------------------------------------
 
 
@@ -230,6 +280,22 @@ def test_faults_that_pass_change_nothing(server: Files, tmp_path: Path, fault: s
     assert not any(server.faults.values())
 
 
+def test_fewer_bytes_than_a_library_says_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Short:
+        def get_file(self, url: str, path: str, callback: Any) -> None:
+            callback.set_size(10)
+            Path(path).write_bytes(b"12345")
+
+        def cat_file(self, url: str, start: int, end: int) -> bytes:
+            return b"12345"
+
+    monkeypatch.setattr(remote, "_file_system", lambda url: Short())
+    for once in (lambda: remote.fetch("x://a", tmp_path / "a"), lambda: remote.read("x://a", 0, 10)):
+        with pytest.raises(UserError, match=r"x://a: cannot be read, after 4 tries .5 of 10 bytes came."):
+            once()
+    assert remote.read("x://a", 0, 5) == b"12345"
+
+
 def test_a_shard_that_is_not_there_is_a_bad_file_and_looked_for_again(server: Files) -> None:
     lost = server.root / "set" / "03.tar"
     lost.rename(server.root / "03.tar")
@@ -289,6 +355,25 @@ def test_other_images_in_a_shard_of_the_same_size_are_refused(server: Files, tmp
     path.write_bytes(path.read_bytes().replace(first, second))
     with pytest.raises(UserError, match=r"02.tar: changed since the run began .another image in the place of"):
         some(a_loader(source), 6)
+
+
+@pytest.mark.parametrize("how", ["scanned", "beside"])
+def test_shards_that_were_kept_from_before_they_changed_are_fetched_anew(
+    server: Files, tmp_path: Path, how: str
+) -> None:
+    opened(server)
+    path = server.root / "set" / "02.tar"
+    changed = path.read_bytes().replace(b"number 1", b"letter 1")
+    path.write_bytes(changed.replace(an_image(40, 32, 10), an_image(40, 32, 99)))
+    os.utime(path, (OLD + 1, OLD + 1))
+    if how == "beside":
+        here(server)
+    next((tmp_path / "cache").rglob("*.index")).unlink()
+    source = opened(server)
+    local = here(server)
+    assert same(some(a_loader(source), 6), some(a_loader(local), 6))
+    assert [source.read(i) for i in range(len(source))] == [local.read(i) for i in range(39)]  # type: ignore[attr-defined]
+    assert "letter 12" in [source.text(i) for i in range(len(source))]
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------------------

@@ -191,7 +191,7 @@ class Loader:
         The rest of each packet is a `Said` or a `UserError`. `room`: the most bytes of a packet's arrays.
         """
         starts = itertools.count(start, step or self.batch)
-        with contextlib.closing(fed(work, starts, self.workers, room, self.device)) as packets, self._holding():
+        with self._holding(), contextlib.closing(fed(work, starts, self.workers, room, self.device)) as packets:
             for at, (tensors, said) in zip(itertools.count(start, step or self.batch), packets, strict=True):
                 if isinstance(said, UserError):
                     raise said
@@ -201,7 +201,7 @@ class Loader:
 
     @contextlib.contextmanager
     def _holding(self) -> Iterator[None]:
-        """Let go of the shards that this process has held, where it decodes itself."""
+        """Let go of all shards at the end."""
         try:
             yield
         finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -23,6 +24,7 @@ from pixelgrow.data.images import BadImage
 from pixelgrow.data.loader import Encoded, Loader, has_several, mirrored, some_usable, to_tensor
 from pixelgrow.data.sources.base import BadFile, Source, Subset, bad_of
 from pixelgrow.data.sources.latents import Latents
+from pixelgrow.data.sources.streamed import StreamedShards
 from pixelgrow.diffusion.denoiser import Denoiser
 from pixelgrow.diffusion.generator import Generator
 from pixelgrow.distributed import Shards, Team
@@ -232,6 +234,12 @@ class Materials:
 
     def loader(self, mixture: Mixture, shapes: Shapes, settings: TrainSettings, seed: int, bad_path: Path) -> Loader:
         """A loader of training images of some shapes. `bad_path`: the list of bad files."""
+        if self.autoencoder is None:  # else the images are here, encoded
+            here = min(1.0, int(os.environ.get("LOCAL_WORLD_SIZE", self.team.size)) / self.team.size)
+            for source in map(whole, mixture.sources):
+                if isinstance(source, StreamedShards):
+                    for line in source.advice(settings.batch, settings.accumulate, here):
+                        self._say(logging.WARNING, line)
         return Loader(
             self.seen(mixture.sources, shapes.size[0]),
             mixture.weights,

@@ -86,7 +86,11 @@ class Ring:
                 if fd >= 0:
                     os.close(fd)
 
-    def make_room(self, need: int, but: Path) -> bool:
+    def drop(self, name: str) -> None:
+        """Have a file fetched anew when it is needed next."""
+        (self.folder / f"{name}{WHOLE}").unlink(missing_ok=True)
+
+    def make_room(self, need: int, but: Path | None = None) -> bool:
         """Remove what was used longest ago until `need` bytes have room; whether they have. `but`: it does not count.
 
         Files that are being fetched count with the size that they will have.

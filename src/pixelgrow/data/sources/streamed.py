@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import math
 import os
 import threading
 from collections.abc import Sequence
@@ -44,6 +45,7 @@ class StreamedShards(TarShards):
         folder = cache_folder()
         if folder is None:
             raise UserError(f"{url}: there is no place for its shards: set XDG_CACHE_HOME to a folder")
+        self.cache = cache
         self._ring = Ring(folder / "shards", int(cache * 1e9))
         self._base, names = shards_at(url)
         self._root = os.fsencode(self._base)
@@ -55,6 +57,25 @@ class StreamedShards(TarShards):
         self._index = index_of(shards, url, self._places, Elsewhere(self._scan, self._publish))
         self._wanted: _Wanted | None = None
         self._finish(self._facts(), self._index)
+
+    def advice(self, step: int, parts: int, here: float) -> list[str]:
+        """What makes training fetch more than it must. `step`: images of a step. `parts`: micro-batches of a step, of
+        which this machine takes the share `here`."""
+        assert self.lanes is not None
+        count = math.gcd(self.lanes.count, step)
+        need = 2 * self.lanes.window * math.ceil(count * here) * int(self._index.stamps[:, 0].max()) / 1e9
+        said = []
+        if here < 1 and count % parts:
+            said.append(
+                f"{self.name}: {count} lanes for {parts} micro-batches: several machines fetch the same shards; in a "
+                f"new run, lanes: {parts} avoids it"
+            )
+        if need > self.cache:
+            said.append(
+                f"{self.name}: {self.cache:g} GB (cache:) have no room for the shards in use and those that come next, "
+                f"up to {need:.3g} GB: raise it, or training waits for shards"
+            )
+        return said
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_wanted": None}
@@ -75,6 +96,7 @@ class StreamedShards(TarShards):
         """Fetch a shard and scan it; one that is not there is damaged."""
         url = os.fsdecode(shard.path)
         with contextlib.ExitStack() as stack:
+            self._ring.drop(_name(url))  # it may be older than the index
             with contextlib.suppress(Missing):
                 fd = self._ring.take(_name(url), lambda part: self._fetch(url, part))
                 assert fd is not None
@@ -91,13 +113,25 @@ class StreamedShards(TarShards):
     # --- samples ------------------------------------------------------------------------------------------------------
 
     def hold(self, now: Sequence[int], ahead: Sequence[int]) -> None:
-        """Fetch whole shards: those that are needed now when they are read, these and the next ones in a thread."""
+        """Fetch whole shards: those that are needed now when they are read, these and the next ones in a thread.
+
+        Without any, what is too much for the cache goes.
+        """
         self._of_process().want(now, ahead)
+        if not now and self._ring.folder.exists():
+            self._ring.make_room(0)
 
     def read(self, i: int) -> bytes:
         row = self._index.row(i)
+        url = self.url(row.shard)
         data = self._of_process().read(row.shard, row.start, row.length)
-        self._check(i, row, data, os.fsencode(self.url(row.shard)))
+        try:
+            self._check(i, row, data, os.fsencode(url))
+        except UserError:  # of a shard that was kept from before it changed, and the index with it, or it changed now
+            self._ring.drop(_name(url))
+            self._of_process().forget(row.shard)
+            data = self._of_process().read(row.shard, row.start, row.length)
+            self._check(i, row, data, os.fsencode(url))
         return data
 
     def url(self, shard: int) -> str:
@@ -156,6 +190,12 @@ class _Wanted:
         if self._todo and self._thread is None:
             self._thread = threading.Thread(target=self._fetch_ahead, daemon=True)
             self._thread.start()
+
+    def forget(self, shard: int) -> None:
+        """Close a shard."""
+        with self._changed:
+            if shard in self._open:
+                os.close(self._open.pop(shard))
 
     def _fetch_ahead(self) -> None:
         while True:
