@@ -48,3 +48,16 @@ def test_a_fault_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert faults(good | {"blur": [2.0, 2.0, 4.0]}) == ["blur does not rise"]
     assert faults(good | {"jpeg": [3.0, 5.5, 5.7]}) == ["strength 2 is not in order"]
     assert "blur does not rise" in faults(good | {"none": [2.5]})
+
+
+def test_deleted_classes_move_recall_alone_and_duplicates_precision_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from examples.photographs import PICTURES
+
+    from bench import distances
+
+    found = distances.sets(load_extractor(EXTRACTOR), distances.photographs(120), 60, len(PICTURES))
+    assert distances.set_faults(found) == []
+    whole, deleted, copied = found.values()
+    swapped = {"whole": whole, "deleted": copied, "copied": deleted}
+    assert len(distances.set_faults(swapped)) == 2
