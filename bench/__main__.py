@@ -9,6 +9,8 @@ import sys
 
 BENCHES = {
     "throughput": "share of the matrix-product rate, images/s and memory: training and sampling at 16 to 256 px",
+    "memory": "the plan's peak of memory against the one of training steps, each in a fresh process",
+    "gpu": "one GPU in ten minutes: memory, MFU, kernels, latency, saving, loading, sampling (without one: a toy)",
     "loader": "images/s of the loader against a bare decode-and-resize loop over the same files",
     "input": "images/s that reach training against what the same workers decode with nothing behind them",
     "index": "12.4 million samples by their index: seconds to open, to the first batch; memory of every process",
@@ -30,6 +32,7 @@ BENCHES = {
 }
 OPTIONS = {
     "resume": ["--processes", "2"],
+    "memory": ["--output", "runs/bench/memory.jsonl"],
     "editing": ["--figures", "docs/figures"],
     "biased_teacher": ["--figures", "docs/figures"],
     "onestep": ["--figures", "docs/figures"],

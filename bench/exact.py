@@ -151,7 +151,7 @@ def flops(config: NetConfig) -> float:
         made.gated = False  # fake noise levels open no gate
         x = torch.zeros(1, 3, config.resolution, config.resolution)
         floors = floors_of(Guided(made, conditions(config.core, 1, torch.device("cpu")), guidance=4.0))
-        each = [spent(lambda f=floor: f.denoise(box_down(x, f.scale), 1.0))["forward"] for floor in floors]  # type: ignore[misc]
+        each = [spent(lambda f=floor: f.denoise(box_down(x, f.scale), 1.0)).forward for floor in floors]  # type: ignore[misc]
     return sum(each[needed_floor(floors, sigma)] for sigma in sigmas)
 
 

@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal, NamedTuple
 
-import torch
-from bench.sampling_overhead import conditions
 from bench.untrained import TOKENS, denoiser
 
 from pixelgrow.diffusion.heldout import SIGMAS
 from pixelgrow.growth import Init, grown_config
 from pixelgrow.models.config import NetConfig
 from pixelgrow.models.sizes import shallow_uvit
-from pixelgrow.plan.network import step_cost
+from pixelgrow.plan.network import loss_of, spent
 from pixelgrow.plan.shapes import planned_core
 from pixelgrow.recipe.data import TextSpec
 from pixelgrow.stages.looks import GRID, GRID_STEPS
@@ -80,9 +78,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
     @cache
     def cost(net: NetConfig, frozen: NetConfig | None = None) -> tuple[float, float]:
         """FLOPs an image, forward and backward."""
-        one = conditions(net.core, 1, torch.device("cpu"), TOKENS)
-        found = step_cost(denoiser(net, frozen), one, 1)
-        return found["forward"], found["backward"]
+        found = spent(loss_of(denoiser(net, frozen), 1, TOKENS))
+        return found.forward, found.backward
 
     def phase(budget: float, net: NetConfig, frozen: NetConfig | None = None) -> Phase:
         flops = sum(cost(net, frozen))

@@ -240,7 +240,7 @@ def less_memory(stage: Stage, processes: int = 1) -> str:
     if isinstance(stage, TrainedStage):
         if more := _shared(stage, processes, stage.accumulate + 1):
             options.append(f"{at}.accumulate={more} (micro-batches of {stage.batch // more} images)")
-        if not stage.activation_checkpointing and not isinstance(stage, EstimateStage):
+        if stage.activation_checkpointing is not True and not isinstance(stage, EstimateStage):
             options.append(f"{at}.activation_checkpointing=true (slower)")
     else:
         whole = stage.shard if isinstance(stage, PairsStage) else 0  # a shard holds whole batches

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from pixelgrow import checkpoint
 from pixelgrow.data.scenes.seeing import look
@@ -141,6 +142,78 @@ def test_resume_counts_equal_runs_by_fault() -> None:
     good = resume.Trial(resume.Fault("kill one", 1, 2.0), (-9, 0), "core, saved at 8", (), "")
     trials = [good, replace(good, differ=("core/log.jsonl",)), replace(good, statuses=(-9, 2), where="grown, ...")]
     assert "| kill one | 3 | 1 | 2 core, 1 grown |" in resume.table(trials)
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"batch": 4, "precision": "fp32"},
+        {"batch": 2, "accumulate": 2, "precision": "bf16", "activation_checkpointing": True, "ema": []},
+    ],
+)
+def test_memory_is_planned_to_a_tenth(settings: dict[str, Any]) -> None:
+    from bench import memory
+
+    case = memory.Case("tiny", 16, settings=settings)
+    measured = memory.tensors(lambda: memory.steps(case))
+    assert memory.planned(case) == pytest.approx(measured, rel=memory.TARGET)
+
+
+def test_memory_measures_in_processes_and_tables(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from bench import memory
+
+    monkeypatch.setattr(memory, "CASES", {"a": memory.Case("tiny", 16, settings={"batch": 2, "precision": "fp32"})})
+    memory.main(["--only", "a", "--here", "process"])
+    grew = int(capsys.readouterr().out)
+    takes = memory.planned(memory.CASES["a"])
+    monkeypatch.setattr(memory, "in_own_process", lambda name, how: grew if how == "process" else takes)
+    memory.main(["--output", str(tmp_path / "memory.jsonl")])
+    assert "| a | " in capsys.readouterr().out and "tensors" in (tmp_path / "memory.jsonl").read_text()
+    monkeypatch.setattr(memory, "in_own_process", lambda name, how: 2**20)
+    with pytest.raises(SystemExit, match="off by more than 10%: a"):
+        memory.main([])
+
+
+# --- a GPU ------------------------------------------------------------------------------------------------------
+
+
+def test_gpu_runs_to_its_end_at_toy_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from bench import gpu
+
+    gpu.main(["--device", "cpu", "--output", str(tmp_path / "gpu.json")])
+    found = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
+    assert found["toy"] and gpu.SECTIONS.keys() < found.keys()
+    for name in gpu.SECTIONS:
+        assert not {"failed", "skipped"} & found[name].keys(), found[name]
+    for row in (found["train"][work.name] for work in gpu.TOY.works):
+        assert row["images_per_second"] > 0 and 0 < row["mfu"] < 1 and row["planned_gib"] > 0
+    assert list(found["latency"]["milliseconds"]) == ["8 px", "16 px"]
+    assert found["saving"]["gib"] > 0 and found["loader"]["images_per_second"] > 0
+    rows = next(iter(found["kernels"].values()))[:5]
+    assert rows[0]["share"] >= rows[1]["share"] > 0 and sum(r["share"] for r in rows) <= 1
+    assert "written to" in capsys.readouterr().out
+
+
+def test_gpu_tells_of_what_fails_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bench import gpu
+
+    def fails(_: Any) -> dict[str, Any]:
+        raise ValueError("broken")
+
+    monkeypatch.setitem(gpu.SECTIONS, "latency", fails)
+    with pytest.raises(SystemExit, match="failed: latency"):
+        gpu.main(["--device", "cpu", "--only", "latency", "machine", "--output", str(tmp_path / "gpu.json")])
+    found = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
+    assert found["latency"]["failed"] == "ValueError: broken" and found["machine"]["products_tflops"] > 0
+    late = gpu.measure(["machine"], torch.device("cpu"), gpu.TOY, minutes=-1)
+    assert "minutes were over" in late["machine"]["skipped"]
 
 
 # --- growth -----------------------------------------------------------------------------------------------------------

@@ -81,8 +81,7 @@ def test_a_planned_update_equals_a_real_one(case: dict[str, Any]) -> None:
         labels = Labels(Estimator(width, distribution), features)
     generator = Generator(net)
     real = DistillObjective(generator, features, Conditions(), losses, 0, distribution=distribution, labels=labels)
-    if settings.activation_checkpointing:
-        recompute_blocks(net)
+    recompute_blocks(net, settings.activation_checkpointing)
     side = generator.resolution
     weights, texts = torch.full((N,), 3.0) if distribution else None, ("a", "b", "c")
     images, latents = torch.rand(2, N, 3, side, side), torch.randn(N, 3, 16, 16)
@@ -96,7 +95,7 @@ def test_a_planned_update_equals_a_real_one(case: dict[str, Any]) -> None:
     assert planned.work.keys() == real.modules.keys()
     for part, module in real.modules.items():
         runs[part] = run = spent(lambda part=part: real.loss(batch, part).loss, bf16=given["bf16"])  # type: ignore[misc]
-        flops = run["forward"] + run["backward"]
+        flops = run.forward + run.backward
         if labels and part == DISCRIMINATOR:  # the estimator's few layers are left out
             seen = described(features, images[0], cond(N))
             flops -= counted(lambda seen=seen: labels.estimator(seen))
@@ -118,9 +117,9 @@ def test_a_planned_update_equals_a_real_one(case: dict[str, Any]) -> None:
     assert memory.gradients == max(training.values())
     assert memory.optimizer == states
     assert memory.averages == 3 * sum(training.values())
-    assert memory.activations == pytest.approx(max(run["activations"] for run in runs.values()), rel=0.01)
+    assert memory.activations == pytest.approx(max(run.activations for run in runs.values()), rel=0.01)
     always = memory.weights + memory.optimizer + memory.averages
-    assert memory.peak - always == pytest.approx(max(run["peak"] for run in runs.values()), rel=0.01)
+    assert memory.peak - always == pytest.approx(max(run.peak for run in runs.values()), rel=0.01)
 
 
 def test_gradients_of_several_micro_batches_wait_for_the_last() -> None:
@@ -132,7 +131,8 @@ def test_gradients_of_several_micro_batches_wait_for_the_last() -> None:
         for k in (1, 2)
     )
     assert (one.work, one.memory.activations) == (two.work, two.memory.activations)
-    assert two.memory.peak - one.memory.peak == min(one.memory.gradients, one.memory.activations)
+    least, most = sorted((one.memory.gradients, one.memory.activations))
+    assert least <= two.memory.peak - one.memory.peak <= most
 
 
 @pytest.mark.parametrize(
@@ -159,10 +159,10 @@ def test_planned_pairs_equal_real_ones(given: dict[str, Any], evaluations: int) 
     with torch.no_grad():
         run = spent(real)
         once = counted(lambda: teacher(x, torch.ones(N), c))
-    assert planned.flops * N == pytest.approx(run["forward"] * (1 + stage.flip), rel=1e-9)
+    assert planned.flops * N == pytest.approx(run.forward * (1 + stage.flip), rel=1e-9)
     assert planned.flops * N == pytest.approx(once * evaluations, rel=1e-9)
     assert planned.memory.weights == 4 * numbers(teacher)
-    assert planned.memory.peak - planned.memory.weights == pytest.approx(run["peak"], rel=0.02)
+    assert planned.memory.peak - planned.memory.weights == pytest.approx(run.peak, rel=0.02)
     assert planned.parameters["core"] == numbers(teacher.net.core) and planned.parameters["training"] == 0
 
 
@@ -205,7 +205,7 @@ def test_feature_networks_from_outside_are_not_counted() -> None:
     alike = planned(adversarial=False, features=0, similarity={"model": "some/clip"})
     generator, both = Generator(shallow().net), torch.randn(2 * N, 3, 16, 16)  # latents of pairs, and of the prior
     run = spent(lambda: generator(both, cond(2 * N)).sum())
-    assert alike.work == {GENERATOR: pytest.approx((run["forward"] + run["backward"]) / N, rel=1e-9)}
+    assert alike.work == {GENERATOR: pytest.approx((run.forward + run.backward) / N, rel=1e-9)}
 
 
 def test_a_teacher_on_disk_is_read_and_feature_networks_from_outside_are_named() -> None:

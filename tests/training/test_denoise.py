@@ -24,7 +24,7 @@ from pixelgrow.training import monitor
 from pixelgrow.training.denoise import DenoiseObjective, validation_hook
 from pixelgrow.training.loop import TrainResult, train
 from pixelgrow.training.monitor import Hook
-from pixelgrow.training.settings import TrainSettings
+from pixelgrow.training.settings import Checkpointing, TrainSettings
 
 
 @pytest.fixture(autouse=True)
@@ -139,7 +139,8 @@ def test_a_frozen_core_stays_bit_equal_and_averages_share_it(tmp_path: Path) -> 
 
 def test_recomputed_blocks_give_the_same_gradients(tmp_path: Path) -> None:
     grads = []
-    for recompute in (False, True):
+    ways: tuple[Checkpointing, ...] = (False, True, "selective")
+    for recompute in ways:
         denoiser = awake()
         settings = TrainSettings(images=8, batch=8, activation_checkpointing=recompute)
         objective = DenoiseObjective(denoiser, Labels(), settings, seed=0)
@@ -148,9 +149,9 @@ def test_recomputed_blocks_give_the_same_gradients(tmp_path: Path) -> None:
         assert {"loss_low", "loss_middle", "loss_high"} >= terms.logs.keys()
         grads.append({n: p.grad for n, p in denoiser.named_parameters() if p.grad is not None and p.grad.any()})
     assert len(grads[0]) > 40
-    assert grads[0].keys() == grads[1].keys()
+    assert grads[0].keys() == grads[1].keys() == grads[2].keys()
     for name, grad in grads[0].items():
-        assert torch.equal(grad, grads[1][name]), name
+        assert torch.equal(grad, grads[1][name]) and torch.equal(grad, grads[2][name]), name
 
 
 def test_half_precision_trains_the_real_network() -> None:

@@ -298,15 +298,31 @@ def plan(
     images: Annotated[int, typer.Option("--images", min=1, help="With --size: images of each stage.")] = 1_000_000,
     batch: Annotated[int, typer.Option("--batch", min=1, max=2**20, help="With --size: images per micro-batch.")] = 8,
     rate: Rate = None,
+    gpus: Annotated[
+        int | None, typer.Option("--gpus", min=1, help="Plan for so many GPUs: layout, memory, time, disk.")
+    ] = None,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", help="With --gpus: h100, h200, b200, a100, a100-40, l40s or rtx4090.")
+    ] = None,
+    mfu: Annotated[
+        float, typer.Option("--mfu", min=0.01, max=1, help="With --gpus: share of their FLOP/s that training reaches.")
+    ] = 0.4,
 ) -> None:
     """Estimate parameters, FLOPs, memory and time. Of a recipe or of a model size; nothing is allocated.
 
     \b
     pixelgrow plan huge
+    pixelgrow plan huge --gpus 64 --gpu h100
     pixelgrow plan --size base --resolution 256 --core 64
     """
     if (recipe is None) == (size is None):
         raise UserError("plan: expected a recipe or --size, one of the two")
+    if (gpus is None) != (gpu is None):
+        given, other = ("--gpus", "--gpu h100") if gpu is None else ("--gpu", "--gpus 8")
+        raise UserError(f"plan: got {given} alone, expected the number and the kind of the GPUs; add {other}")
+    if recipe is not None and gpus is not None and gpu is not None:
+        _plan_cluster(recipe, settings, gpus, gpu, mfu)
+        return
     if recipe is not None:
         _plan_recipe(recipe, settings, rate, Path("runs"))
         return
@@ -315,6 +331,8 @@ def plan(
     from pixelgrow.report.tables import plan_tables, show
 
     assert size is not None
+    if gpus is not None:
+        raise UserError("plan: --gpus is for recipes; name one instead of --size")
     if size not in SIZES:
         raise UserError(f"--size: got {size!r}, expected one of {', '.join(SIZES)}")
     sized = plan_size(size, resolution, core=core, stride=stride, images=images, batch=batch)
@@ -341,6 +359,24 @@ def _plan_recipe(
     show(recipe_heading(read, runs / read.name, done, seen), plan_tables(plan_recipe(read), reached, how))
     if text is not None:
         show("", text_line(text, text_folder(read, runs / read.name), reached))
+
+
+def _plan_cluster(recipe: str, settings: list[str] | None, gpus: int, gpu: str, mfu: float) -> None:
+    """Print the plan of a recipe on a cluster."""
+    from pixelgrow.plan.cluster import disks, place
+    from pixelgrow.plan.gpus import Cluster
+    from pixelgrow.plan.text import plan_text
+    from pixelgrow.recipe.read import load_recipe
+    from pixelgrow.report.cluster import cluster_tables, encoder_line
+    from pixelgrow.report.tables import show, text_line
+    from pixelgrow.stages.materials import text_folder
+
+    read = load_recipe(recipe, settings or [])
+    text = plan_text(read)
+    cluster = Cluster(gpus, gpu, mfu, taken=text.resident if text else 0)
+    show(cluster_tables(cluster, place(read, cluster), disks(read)))
+    if text is not None:
+        show("", text_line(text, text_folder(read, Path("runs") / read.name), cluster.rate), encoder_line(text))
 
 
 def _rate(given: float | None) -> tuple[float, str]:

@@ -1,26 +1,29 @@
 """The cost of training a network, with nothing allocated: parameters, FLOPs, memory.
 
 The network runs forward and backward on fake tensors, which have shapes and no data. The core's blocks are all alike:
-the denoiser runs with one of them, and one alone stands for all the others.
+the denoiser runs with two of them and with three, and every figure is linear in their number.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch.utils._pytree import tree_iter, tree_map_only
 
 from pixelgrow.diffusion.denoiser import Denoiser, loss
 from pixelgrow.growth import freeze, inherited
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.config import CoreConfig, NetConfig
+from pixelgrow.models.core import Core
 from pixelgrow.models.flops import FORMULAS
 from pixelgrow.models.uvit import UViT
 from pixelgrow.training.denoise import recompute_blocks
@@ -58,18 +61,22 @@ class Cost:
 
 
 def network_cost(
-    config: NetConfig, settings: TrainSettings, *, frozen: NetConfig | None = None, tokens: int = 32, bf16: bool = False
+    config: NetConfig,
+    settings: TrainSettings,
+    *,
+    frozen: NetConfig | None = None,
+    tokens: int = 32,
+    bf16: bool = False,
+    gpu: bool = False,
 ) -> Cost:
     """The cost of training a network of `config`.
 
-    frozen: the network that it grew from, whose tensors do not train. tokens: of a caption. bf16: autocast, as on a
-    GPU; weights, gradients and optimizer state stay fp32.
+    frozen: the network that it grew from, whose tensors do not train. tokens: of a caption. bf16: autocast; weights,
+    gradients and optimizer state stay fp32. gpu: on a GPU, not a CPU.
     """
-    first, block, core = _measure(config, settings, frozen, tokens, bf16)
-    more = config.core.depth - 1
-    whole = first.with_blocks(more, block)
+    whole, core = whole_network(config, settings, frozen=frozen, tokens=tokens, bf16=bf16, gpu=gpu)
     return Cost(
-        parameters=whole.parameters(core + more * block.weights // 4),
+        parameters=whole.parameters(core),
         work={k: getattr(whole, k) / settings.micro_batch for k in ("forward", "backward")},
         memory=memory_of([whole], settings),
     )
@@ -79,53 +86,64 @@ def network_cost(
 class Measured:
     """Bytes and FLOPs of a micro-batch.
 
-    weights, training: of all parameters, and of those that train. transient: live at most beyond the larger of
-    activations and gradients. forward, backward: FLOPs.
+    weights, training: of all parameters, and of those that train. activations: kept for the backward pass. peaks: what
+    the step has made at most, gradients included, in each of its phases. forward, backward: FLOPs.
     """
 
     weights: int
     training: int
     optimizer: int
     activations: int
-    transient: int
+    peaks: Mapping[str, int]
     forward: int
     backward: int
 
-    def with_blocks(self, count: int, block: Measured) -> Measured:
-        """The same with `count` more blocks; their transient bytes do not add up."""
-        names = [f.name for f in fields(self) if f.name != "transient"]
-        return replace(self, **{n: getattr(self, n) + count * getattr(block, n) for n in names})
+    def with_blocks(self, more: int, other: Measured) -> Measured:
+        """The same with `more` further blocks; `other` has one of them. In a phase, bytes are linear in the number."""
+        numbers = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "peaks"}
+        longer = {n: v + more * (getattr(other, n) - v) for n, v in numbers.items()}
+        return Measured(peaks={n: v + more * (other.peaks[n] - v) for n, v in self.peaks.items()}, **longer)
 
     def parameters(self, core: int) -> dict[str, int]:
         """Parameters by part. `core`: the core's."""
         return {"core": core, "levels": self.weights // 4 - core, "training": self.training // 4}
 
-    def peak(self, accumulate: int) -> int:
+    @property
+    def peak(self) -> int:
         """Bytes that a step makes, at their most."""
-        # With accumulation, the gradients of earlier micro-batches are held beside the activations of the next.
-        several = accumulate > 1
-        held = self.activations + self.training if several else max(self.activations, self.training)
-        return held + self.transient
+        return max(self.peaks.values())
 
 
-def measured(module: nn.Module, settings: TrainSettings, run: dict[str, int]) -> Measured:
-    """The cost of training `module`. `run`: of its loss forward and backward, from `spent`."""
-    slots = [
-        p.numel() * (1 if isinstance(opt, torch.optim.Muon) else 2)
-        for opt in optimizers(module, settings)
-        for group in opt.param_groups
-        for p in group["params"]
-    ]
-    training = 4 * sum(p.numel() for p in trainable(module).values())
+def measured(
+    module: nn.Module, settings: TrainSettings, work: Callable[[], Tensor], *, bf16: bool = False, gpu: bool = False
+) -> Measured:
+    """The cost of training `module`; `work` computes the loss of a micro-batch."""
+    opts = optimizers(module, settings)
+    each = [(opt, p) for opt in opts for group in opt.param_groups for p in group["params"]]
+    trains = list(trainable(module).values())
+    training = 4 * sum(p.numel() for p in trains)
+    run = spent(work, bf16=bf16, marked=module, accumulated=trains if settings.accumulate > 1 else (), gpu=gpu)
+    module.zero_grad(set_to_none=True)
     return Measured(
         weights=bytes_of(module),
         training=training,
-        optimizer=4 * sum(slots),
-        activations=run["activations"],
-        transient=run["peak"] - max(run["activations"], training),
-        forward=run["forward"],
-        backward=run["backward"],
+        optimizer=sum(4 * p.numel() * (1 if isinstance(opt, torch.optim.Muon) else 2) for opt, p in each),
+        activations=run.activations,
+        peaks={**run.peaks, "update": training + _update_bytes(each, gpu)},
+        forward=run.forward,
+        backward=run.backward,
     )
+
+
+# Copies that an update makes: of one tensor after the other, or of all at once. AdamW is fused and makes none.
+COPIES: dict[Any, int] = {torch.optim.RAdam: 5, torch.optim.Muon: 3}
+
+
+def _update_bytes(each: Sequence[tuple[torch.optim.Optimizer, nn.Parameter]], gpu: bool) -> int:
+    """Bytes that the optimizers' steps make at most, each parameter with its optimizer."""
+    if gpu and (some := [p for opt, p in each if isinstance(opt, torch.optim.RAdam)]):
+        return 4 * sum(p.numel() for p in some)  # a copy of all tensors: torch's `foreach`, the default there
+    return max((4 * p.numel() * COPIES.get(type(opt), 0) for opt, p in each), default=0)
 
 
 def memory_of(parts: Sequence[Measured], settings: TrainSettings, others: int = 0) -> Memory:
@@ -139,66 +157,159 @@ def memory_of(parts: Sequence[Measured], settings: TrainSettings, others: int = 
         optimizer=state,
         averages=averages,
         activations=max(p.activations for p in parts),
-        peak=weights + state + averages + max(p.peak(settings.accumulate) for p in parts),
+        peak=weights + state + averages + max(p.peak for p in parts),
     )
 
 
 def bytes_of(module: nn.Module) -> int:
     """Bytes of a module's parameters in fp32."""
-    return 4 * sum(p.numel() for p in module.parameters())
+    return 4 * parameters_of(module)
 
 
-def _measure(
-    config: NetConfig, settings: TrainSettings, frozen: NetConfig | None, tokens: int, bf16: bool
-) -> tuple[Measured, Measured, int]:
-    """A network with one block in its core; that block alone; the number of parameters of that core."""
-    batch = settings.micro_batch
-    with FakeTensorMode():
-        denoiser = Denoiser(UViT(_shallow(config)))
-        net = denoiser.net
-        if frozen is not None:
-            freeze(net, inherited(net.state_dict(), config, frozen))
-        if settings.activation_checkpointing:
-            recompute_blocks(net)
-        cond = blank_cond(config.core, batch, tokens)
-        block = net.core.blocks[0]
-        trains, entered = (next(m.parameters()).requires_grad for m in (block, net.entry))
-        grid = (config.core_resolution // config.core_stride) ** 2
-        x = torch.zeros(batch, grid, config.core.width, requires_grad=entered or trains)
-        seen = net.core.embed(torch.zeros(batch), cond)
-        leaves = {k: getattr(seen, k).detach().requires_grad_(trains) for k in ("vec", "modulation", "text")}
-        ctx = replace(seen, **leaves)
-        return (
-            measured(denoiser, settings, step_cost(denoiser, cond, batch, bf16=bf16)),
-            measured(block, settings, spent(lambda: block(x, ctx), bf16=bf16)),
-            bytes_of(net.core) // 4,
-        )
+def whole_network(
+    config: NetConfig,
+    settings: TrainSettings,
+    *,
+    frozen: NetConfig | None = None,
+    tokens: int = 32,
+    bf16: bool = False,
+    gpu: bool = False,
+    weights: torch.dtype = torch.float32,
+) -> tuple[Measured, int]:
+    """A network, from its measurements with two and with three blocks; the number of its core's parameters.
 
-
-def _shallow(config: NetConfig) -> NetConfig:
-    return config.model_copy(update={"core": config.core.model_copy(update={"depth": 1})})
-
-
-def step_cost(denoiser: Denoiser, cond: Cond, batch: int, *, bf16: bool = False) -> dict[str, int]:
-    """Run one loss forward and backward: FLOPs of each, bytes live between them (`activations`) and at most (`peak`).
-
-    Tensors may be fake or real. Bytes are those of tensors made in the run, gradients included.
+    weights: what the network has them in while it is evaluated: of a sharded one, bfloat16.
     """
-    side = denoiser.resolution
-    x = torch.zeros(batch, denoiser.space.channels, side, side)
-    sigma, weights = torch.ones(batch), torch.ones(batch)
-    return spent(lambda: loss(denoiser, x, sigma, torch.zeros_like(x), cond, weights).mean(), bf16=bf16)
+
+    def of_depth(depth: int) -> tuple[Measured, int]:
+        less = config.model_copy(update={"core": config.core.model_copy(update={"depth": depth})})
+        with FakeTensorMode():
+            with _default(weights):
+                denoiser = Denoiser(UViT(less))
+            if frozen is not None:
+                freeze(denoiser.net, inherited(denoiser.net.state_dict(), less, frozen))
+            recompute_blocks(denoiser.net, settings.activation_checkpointing)
+            work = loss_of(denoiser, settings.micro_batch, tokens)
+            return measured(denoiser, settings, work, bf16=bf16, gpu=gpu), parameters_of(denoiser.net.core)
+
+    depth = config.core.depth
+    found, core = of_depth(min(depth, 2))
+    if depth <= 2:
+        return found, core
+    other, core_of_other = of_depth(3)
+    return found.with_blocks(depth - 2, other), core + (depth - 2) * (core_of_other - core)
 
 
-def spent(work: Callable[[], Tensor], *, bf16: bool = False) -> dict[str, int]:
-    """Run `work` forward, and backward if anything trains; see `step_cost`."""
-    with Live() as live:
+@contextmanager
+def _default(dtype: torch.dtype) -> Iterator[None]:
+    """Within, tensors are made in `dtype`."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def parameters_of(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def loss_of(denoiser: Denoiser, batch: int, tokens: int) -> Callable[[], Tensor]:
+    """What computes the loss of a micro-batch of `batch` images, whose captions have `tokens` tokens."""
+    kept: list[Tensor] = []
+
+    def work() -> Tensor:
+        x0 = torch.zeros(batch, denoiser.space.channels, denoiser.resolution, denoiser.resolution)
+        kept.append(x0)  # a batch stays until the end of its step
+        cond = blank_cond(denoiser.net.config.core, batch, tokens)
+        return loss(denoiser, x0, torch.ones(batch), torch.zeros_like(x0), cond, torch.ones(batch)).mean()
+
+    return work
+
+
+@dataclass(frozen=True)
+class Spent:
+    """FLOPs forward and backward, and bytes of what a run made, gradients included: `activations` between forward and
+    backward, at most in each phase, and `peak` of all phases."""
+
+    forward: int
+    backward: int
+    activations: int
+    peaks: Mapping[str, int]
+
+    @property
+    def peak(self) -> int:
+        return max(self.peaks.values())
+
+
+def spent(
+    work: Callable[[], Tensor],
+    *,
+    bf16: bool = False,
+    marked: nn.Module | None = None,
+    accumulated: Iterable[nn.Parameter] = (),
+    gpu: bool = False,
+) -> Spent:
+    """Run `work` forward, and backward if anything trains. Tensors may be fake or real.
+
+    marked: peaks are told apart by the first and the last block of each core in it, in both directions. accumulated:
+    parameters that have gradients of earlier micro-batches, which the run adds to. gpu: autocast as it is there.
+    """
+    with Live() as live, _phases(live, marked), _AsOnGpu() if gpu and bf16 else nullcontext():
+        for p in accumulated:
+            p.grad = torch.zeros_like(p)
+        before = live.now
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
             out = work()
-        activations, forward = live.now if out.requires_grad else 0, live.flops
+        live.enter("backward")
+        activations, forward = live.now - before if out.requires_grad else 0, live.flops
         if out.requires_grad:
-            out.sum().backward()
-    return {"activations": activations, "peak": live.peak, "forward": forward, "backward": live.flops - forward}
+            torch.autograd.backward(out.sum())  # not a method: a mode would not see what is computed again in it
+    return Spent(forward, live.flops - forward, activations, live.peaks)
+
+
+class _AsOnGpu(TorchFunctionMode):
+    """Norms in float32 under autocast: on a GPU it computes them so, on a CPU it does not."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.layer_norm:
+            args = tree_map_only(Tensor, Tensor.float, args)
+            kwargs = tree_map_only(Tensor, Tensor.float, kwargs)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _phases(live: Live, module: nn.Module | None) -> Iterator[None]:
+    """Within, `live` is told which of a core's blocks is evaluated or differentiated: the first, the last, another.
+
+    In each of these phases, bytes are linear in the number of blocks from two on. Between the first block and the last
+    they are so from block to block, and no maximum lies there.
+    """
+    cores = [m for m in module.modules() if isinstance(m, Core)] if module is not None else []
+    handles = []
+
+    def mark(block: nn.Module, names: list[str]) -> None:
+        def enter(direction: str) -> None:
+            live.enter(*(f"{direction} {name}" for name in names or ("between",)))
+
+        def after(_: nn.Module, __: Any, out: Tensor) -> None:
+            if out.requires_grad:
+                out.register_hook(lambda _: enter("backward"))
+            live.enter("forward, after")
+
+        handles.append(block.register_forward_pre_hook(lambda *_: enter("forward")))
+        handles.append(block.register_forward_hook(after))
+
+    for core in cores:
+        last = len(core.blocks) - 1
+        for i, block in enumerate(core.blocks):
+            mark(block, [name for name, at in (("first", 0), ("last", last)) if i == at])
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def blank_cond(core: CoreConfig, batch: int, tokens: int) -> Cond:
@@ -211,12 +322,28 @@ def blank_cond(core: CoreConfig, batch: int, tokens: int) -> Cond:
 
 
 class Live(TorchDispatchMode):
-    """Counts while it is active: bytes of live tensors made since (`now`), their maximum (`peak`), and `flops`."""
+    """Counts while it is active: bytes of live tensors made since (`now`), their maximum (`peak`; `peaks` by phase) and
+    `flops`."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = self.flops = 0
+        self.now = self.flops = 0
+        self.peaks: dict[str, int] = {}
+        self.enter("forward")
         self._seen: dict[int, weakref.ref[Any]] = {}
+
+    @property
+    def peak(self) -> int:
+        return max(self.peaks.values())
+
+    def enter(self, *phases: str) -> None:
+        """From now on, maxima are of these phases."""
+        self._phases = phases
+        self._look()
+
+    def _look(self) -> None:
+        for phase in self._phases:
+            self.peaks[phase] = max(self.peaks.get(phase, 0), self.now)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {id(t.untyped_storage()) for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
@@ -234,7 +361,7 @@ class Live(TorchDispatchMode):
             return
         self._seen[key] = weakref.ref(storage, lambda _: self._gone(key, size))
         self.now += size
-        self.peak = max(self.peak, self.now)
+        self._look()
 
     def _gone(self, key: int, size: int) -> None:
         del self._seen[key]

@@ -32,7 +32,7 @@ from pixelgrow.onestep.losses import GuidanceDistribution
 from pixelgrow.onestep.networks import networks_named
 from pixelgrow.onestep.pairs import Ode
 from pixelgrow.onestep.settings import LossSettings
-from pixelgrow.plan.network import Cost, Measured, Memory, blank_cond, bytes_of, measured, memory_of, spent
+from pixelgrow.plan.network import Cost, Memory, blank_cond, bytes_of, measured, memory_of, spent
 from pixelgrow.recipe.stages import PairsStage
 from pixelgrow.training.denoise import recompute_blocks
 from pixelgrow.training.settings import TrainSettings
@@ -84,19 +84,17 @@ def pairs_cost(
         counting = [replace(floor, denoise=partial(count, floor.scale)) for floor in floors]
         deque(climb(counting, x, whole, stage.sampler), maxlen=0)
         inverts = stage.direction == "invert"
-        peak = spent(lambda: deque(climb(floors[-1:], x if inverts else few[0] * x, few, stage.sampler), maxlen=1)[0])[
-            "peak"
-        ]
+        solved = spent(lambda: deque(climb(floors[-1:], x if inverts else few[0] * x, few, stage.sampler), maxlen=1)[0])
         of = {True: floors, False: floors_with(1.0)}
         flops = 0.0
         for (i, guided), calls in counts.items():
             floor = of[guided][i]
-            flops += calls * spent(partial(floor.denoise, box_down(x, floor.scale), 1.0))["forward"] / stage.batch
+            flops += calls * spent(partial(floor.denoise, box_down(x, floor.scale), 1.0)).forward / stage.batch
     core, weights = bytes_of(denoiser.net.core), bytes_of(denoiser)
     return Cost(
         parameters={"core": core // 4, "levels": (weights - core) // 4, "training": 0},
         work={"forward": flops * (1 + stage.flip)},
-        memory=Memory(weights, 0, 0, 0, 0, weights + (stage.workers or 1) * peak),
+        memory=Memory(weights, 0, 0, 0, 0, weights + (stage.workers or 1) * solved.peak),
     )
 
 
@@ -121,6 +119,7 @@ def distill_cost(
     free: int = 0,
     tokens: int = 32,
     bf16: bool = False,
+    gpu: bool = False,
 ) -> Cost:
     """The cost of training a generator of `config` with the pairs and the features of `teacher`.
 
@@ -137,24 +136,17 @@ def distill_cost(
         objective = _objective(
             Generator(net), TeacherFeatures(frozen_teacher), losses, distribution, _Captions(config.core, tokens)
         )
-        if settings.activation_checkpointing:
-            recompute_blocks(net)
+        recompute_blocks(net, settings.activation_checkpointing)
         batch = _batch(config, n, distribution)
-        parts = {part: _update(objective, part, batch, settings, bf16) for part in objective.modules}
+        parts = {
+            part: measured(module, settings, lambda part=part: objective.loss(batch, part).loss, bf16=bf16, gpu=gpu)  # type: ignore[misc]
+            for part, module in objective.modules.items()
+        }
     return Cost(
         parameters=parts[GENERATOR].parameters(bytes_of(net.core) // 4),
         work={part: (p.forward + p.backward) / n for part, p in parts.items()},
         memory=memory_of(list(parts.values()), settings, others=bytes_of(frozen_teacher)),
     )
-
-
-def _update(
-    objective: DistillObjective, part: str, batch: DistillBatch, settings: TrainSettings, bf16: bool
-) -> Measured:
-    module = objective.modules[part]
-    run = spent(lambda: objective.loss(batch, part).loss, bf16=bf16)
-    module.zero_grad(set_to_none=True)
-    return measured(module, settings, run)
 
 
 def _objective(

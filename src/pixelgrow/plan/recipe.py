@@ -22,7 +22,6 @@ from pixelgrow.recipe.stages import (
     GrowStage,
     ModelStage,
     PairsStage,
-    Stage,
     TrainStage,
     makes_generator,
 )
@@ -47,6 +46,27 @@ class StagePlan:
         return self.images * self.cost.flops / rate
 
 
+@dataclass(frozen=True)
+class Phase:
+    """A phase of a stage that is planned: of a model's, with its network, and the one in it whose tensors are frozen;
+    or a making of pairs, with the teacher's network."""
+
+    stage: ModelStage | PairsStage
+    what: str
+    images: int
+    config: NetConfig
+    frozen: NetConfig | None = None
+
+    @property
+    def name(self) -> str:
+        return self.stage.name
+
+    @property
+    def batch(self) -> int:
+        """Images computed at a time."""
+        return self.stage.batch if isinstance(self.stage, PairsStage) else self.stage.micro_batch
+
+
 def plan_recipe(recipe: Recipe, *, gpu: bool | None = None) -> list[StagePlan]:
     """Plan every training and every making of pairs in a recipe, in order.
 
@@ -55,44 +75,55 @@ def plan_recipe(recipe: Recipe, *, gpu: bool | None = None) -> list[StagePlan]:
     """
     gpu = has_bf16() if gpu is None else gpu
     nets = networks(recipe)
-    return [plan for stage in recipe.stages for plan in _phases(stage, recipe, nets, gpu)]
+    return [
+        StagePlan(p.name, p.what, p.config.resolution, p.images, p.batch, cost_of(p, recipe, nets, gpu=gpu))
+        for p in phases(recipe, nets)
+    ]
 
 
-def _phases(stage: Stage, recipe: Recipe, nets: dict[str, NetConfig], gpu: bool) -> Iterator[StagePlan]:
-    """The phases of a stage; none for kinds of stage that are not planned."""
-    tokens = recipe.text.max_tokens
+def phases(recipe: Recipe, nets: dict[str, NetConfig]) -> Iterator[Phase]:
+    """The phases of all stages that are planned. `nets`: the networks of the recipe's stages."""
+    for stage in recipe.stages:
+        if isinstance(stage, PairsStage):
+            yield Phase(stage, f"{stage.direction} pairs", stage.n, parent_network(str(stage.parent), nets))
+        elif isinstance(stage, ModelStage):
+            for what, images, frozen in _regimes(stage, nets):
+                if makes_generator(stage):
+                    outside = dict.fromkeys(networks_named(_losses(stage)).values())
+                    what += "".join(f", without {name}" for name in outside)
+                yield Phase(stage, what, images, nets[stage.name], frozen)
+
+
+def _losses(stage: ModelStage) -> LossSettings:
+    assert isinstance(stage, DistillStage | GrowStage)
+    return stage.losses or LossSettings()
+
+
+def cost_of(phase: Phase, recipe: Recipe, nets: dict[str, NetConfig], *, gpu: bool) -> Cost:
+    """The cost of a phase on one device, as the recipe says. `gpu`: one with bfloat16."""
+    stage, tokens = phase.stage, recipe.text.max_tokens
     if isinstance(stage, PairsStage):
-        teacher = parent_network(str(stage.parent), nets)
         low = None if stage.upscales is None else parent_network(stage.upscales, nets)
-        cost = pairs_cost(stage, teacher, diffusion_of(str(stage.parent), recipe), low=low, tokens=tokens)
-        yield StagePlan(stage.name, f"{stage.direction} pairs", teacher.resolution, stage.n, stage.batch, cost)
-    if not isinstance(stage, ModelStage):
-        return
-    config = nets[stage.name]
-    for what, images, frozen in _regimes(stage, nets):
-        settings = stage.training()
-        bf16 = settings.precision == "bf16" or (settings.precision == "auto" and gpu)
-        if makes_generator(stage):
-            assert isinstance(stage, DistillStage | GrowStage)
-            pairs = recipe.stage(str(stage.pairs))
-            assert isinstance(pairs, PairsStage)
-            losses, teacher = stage.losses or LossSettings(), parent_network(str(pairs.parent), nets)
-            what += "".join(f", without {name}" for name in dict.fromkeys(networks_named(losses).values()))
-            free = stage.base_blocks if isinstance(stage, GrowStage) else 0
-            cost = distill_cost(
-                config,
-                teacher,
-                settings,
-                losses,
-                distribution=pairs.distribution,
-                frozen=frozen,
-                free=free,
-                tokens=tokens,
-                bf16=bf16,
-            )
-        else:
-            cost = network_cost(config, settings, frozen=frozen, tokens=tokens, bf16=bf16)
-        yield StagePlan(stage.name, what, config.resolution, images, settings.micro_batch, cost)
+        return pairs_cost(stage, phase.config, diffusion_of(str(stage.parent), recipe), low=low, tokens=tokens)
+    settings = stage.training()
+    bf16 = settings.precision == "bf16" or (settings.precision == "auto" and gpu)
+    if not makes_generator(stage):
+        return network_cost(phase.config, settings, frozen=phase.frozen, tokens=tokens, bf16=bf16, gpu=gpu)
+    assert isinstance(stage, DistillStage | GrowStage)
+    pairs = recipe.stage(str(stage.pairs))
+    assert isinstance(pairs, PairsStage)
+    return distill_cost(
+        phase.config,
+        parent_network(str(pairs.parent), nets),
+        settings,
+        _losses(stage),
+        distribution=pairs.distribution,
+        frozen=phase.frozen,
+        free=stage.base_blocks if isinstance(stage, GrowStage) else 0,
+        tokens=tokens,
+        bf16=bf16,
+        gpu=gpu,
+    )
 
 
 def _regimes(stage: ModelStage, nets: dict[str, NetConfig]) -> Sequence[tuple[str, int, NetConfig | None]]:

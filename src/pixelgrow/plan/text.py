@@ -45,6 +45,12 @@ class TextPlan:
     flops: float | None
     online: bool
 
+    @property
+    def resident(self) -> int:
+        """Bytes of an encoder in bfloat16 that stays on each device while training; 0 if there is none, or it is not
+        known. A parameter takes two FLOPs a token, and two bytes."""
+        return int((self.flops or 0) / self.tokens) if self.online else 0
+
     def seconds(self, rate: float) -> float | None:
         """To encode all of them at `rate` FLOP/s."""
         return None if self.captions is None or self.flops is None else self.captions * self.flops / rate

@@ -175,8 +175,7 @@ def _fit(
         distribution=distribution,
         labels=labels,
     )
-    if settings.activation_checkpointing:
-        recompute_blocks(network.net)
+    recompute_blocks(network.net, settings.activation_checkpointing)
     result = loop.train(
         objective,
         stream.batches,

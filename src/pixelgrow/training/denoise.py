@@ -6,8 +6,9 @@ import functools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
+import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from pixelgrow import rng
 from pixelgrow.diffusion import denoiser as diffusion
@@ -18,7 +19,7 @@ from pixelgrow.models.uvit import UViT
 from pixelgrow.pictures import to_float
 from pixelgrow.training.monitor import Hook
 from pixelgrow.training.objective import Terms
-from pixelgrow.training.settings import TrainSettings
+from pixelgrow.training.settings import Checkpointing, TrainSettings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,8 +51,7 @@ class DenoiseObjective:
         # simple diffusion, arXiv 2301.11093, section 3.4: down to 32 px
         self.halvings = max(0, (denoiser.resolution // 32).bit_length() - 1) if settings.multiscale else 0
         denoiser.train()
-        if settings.activation_checkpointing:
-            recompute_blocks(denoiser.net)
+        recompute_blocks(denoiser.net, settings.activation_checkpointing)
 
     def loss(self, batch: Batch, part: str = "denoiser") -> Terms:
         """The mean weighted error of a batch; see the class."""
@@ -82,11 +82,28 @@ class DenoiseObjective:
         return Terms(losses.mean(), logs, sigma, losses.detach())
 
 
-def recompute_blocks(net: UViT) -> None:
-    """Checkpoint activations: keep the input of each transformer block and level half, and compute the rest again in
-    the backward pass."""
+# What selective checkpointing keeps: products, convolutions, and attention on every kind of device.
+PRODUCTS = [
+    *(getattr(torch.ops.aten, name).default for name in ("mm", "addmm", "bmm", "convolution")),
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+]
+
+
+def recompute_blocks(net: UViT, how: Checkpointing) -> None:
+    """Checkpoint activations of each transformer block and level half, in place.
+
+    True keeps a block's input and computes all else again in the backward pass. "selective" also keeps the results of
+    products, convolutions and attention, and computes again what is cheap: norms, modulation, nonlinearities.
+    """
+    if not how:
+        return
+    keeping = functools.partial(create_selective_checkpoint_contexts, PRODUCTS)
+    given = {"context_fn": keeping} if how == "selective" else {}
     for block in net.blocks:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **given)
 
 
 def validation_hook(

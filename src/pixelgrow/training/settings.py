@@ -11,6 +11,7 @@ from pixelgrow.precision import Precision
 
 MAX_EMA_LENGTH = 12**-0.5  # of a plain average over the whole run (gamma = 0; EDM2, arXiv 2312.02696, section 3.1)
 
+Checkpointing = bool | Literal["selective"]  # of activations
 Images = int  # a number of images seen
 # Periods that a recipe leaves out: 1/n of the stage's images, but at most so many steps.
 PERIODS = {
@@ -54,8 +55,9 @@ class TrainSettings(BaseModel):
         precision         of forward passes: bf16, fp32, or auto, which is bf16 on a GPU that has it [auto]
         compile           use `torch.compile` [false]
         activation_checkpointing
-                          keep only the input of each block, and compute the rest again in the backward pass: less
-                          memory, more time, the same result [false]
+                          true: keep only the input of each block, and compute the rest again in the backward pass:
+                          less memory, a third more time, the same result; selective: keep products and attention too,
+                          and compute again what is cheap [false]
     Periods, in images. One that is left out is a share of `images`, but at most so many steps.
         log_every         of a line in `log.jsonl`; one is also written after 5 minutes [1/200, 100 steps]
         save_every        of a state to resume from; one is also saved every 15 minutes [1/20, 10,000 steps]
@@ -93,7 +95,7 @@ class TrainSettings(BaseModel):
     multiscale: bool = False
     precision: Precision = "auto"
     compile: bool = False
-    activation_checkpointing: bool = False
+    activation_checkpointing: Checkpointing = False
     log_every: Images | None = Field(None, ge=1)
     save_every: Images | None = Field(None, ge=1)
     validate_every: Images | None = Field(None, ge=0)
@@ -139,7 +141,7 @@ class TrainSettings(BaseModel):
         if self.decay == "inverse_sqrt" and self.warmup == 0:  # its decay begins where the warm-up ends
             raise ValueError("warmup: got 0 with decay: inverse_sqrt, expected 1 or more; 5% of images is usual")
         if self.warmup is None:
-            object.__setattr__(self, "warmup", self.images // 20)
+            object.__setattr__(self, "warmup", max(self.images // 20, self.decay == "inverse_sqrt"))
         for name, (parts, steps) in PERIODS.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, max(self.batch, min(self.images // parts, steps * self.batch)))

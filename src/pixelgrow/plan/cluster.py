@@ -1,0 +1,169 @@
+"""A recipe's stages on a cluster: the layout of each, its speed and length, what it takes of disks and of CPU cores."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import pairwise
+
+import torch
+
+from pixelgrow.errors import UserError
+from pixelgrow.growth import freeze, inherited
+from pixelgrow.models.config import NetConfig
+from pixelgrow.models.uvit import UViT
+from pixelgrow.plan.gpus import ROOM, Cluster
+from pixelgrow.plan.layout import Layout, Parts, Sizes, cheapest, sizes, what_would
+from pixelgrow.plan.network import Cost, parameters_of
+from pixelgrow.plan.recipe import Phase, cost_of, phases
+from pixelgrow.plan.shapes import networks
+from pixelgrow.recipe.stages import PairsStage, Recipe, makes_generator
+from pixelgrow.training.optim import trainable
+from pixelgrow.training.settings import Checkpointing, TrainSettings
+from pixelgrow.training.state import KEPT
+
+# Images/s that one core decodes and resizes (docs/benchmarks.md), by the side that is wanted.
+DECODED = ((64, 390.0), (256, 114.0), (1024, 12.0))
+TF32 = 0.5  # of the rate in bfloat16; pairs are made in it
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A phase of a stage on a cluster.
+
+    layout: None if it does not fit, and `fault` says what would. cores: of CPUs that decode as fast as it trains, on
+    all machines together; 0 where nothing is decoded.
+    """
+
+    name: str
+    what: str
+    resolution: int
+    images: int
+    layout: Layout | None = None
+    images_per_second: float = 0.0
+    cores: int = 0
+    fault: str = ""
+    trains: bool = True
+
+    @property
+    def seconds(self) -> float:
+        return self.images / self.images_per_second if self.images_per_second else math.inf
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes of a stage's files. states: to resume from, until it is done. kept: checkpoint, snapshots, pairs."""
+
+    name: str
+    states: int
+    kept: int
+
+
+def place(recipe: Recipe, cluster: Cluster) -> list[Placed]:
+    """Every phase of a recipe on a cluster, in order. Raises UserError for a batch that its GPUs cannot share."""
+    nets = networks(recipe)
+    return [_placed(phase, recipe, nets, cluster) for phase in phases(recipe, nets)]
+
+
+def _placed(phase: Phase, recipe: Recipe, nets: dict[str, NetConfig], cluster: Cluster) -> Placed:
+    stage, found = phase.stage, Placed(phase.name, phase.what, phase.config.resolution, phase.images)
+    if isinstance(stage, PairsStage):
+        return _pairs(replace(found, trains=False), cost_of(phase, recipe, nets, gpu=True), stage, cluster)
+    settings = stage.training()
+    if settings.batch % cluster.gpus:
+        raise UserError(
+            f"stage {stage.name!r}: got a batch of {settings.batch} for {cluster.gpus} GPUs, expected a multiple of "
+            f"{cluster.gpus}: write another batch, or plan for fewer GPUs"
+        )
+
+    @cache
+    def measure(mode: Checkpointing) -> Sizes:
+        return sizes(phase.config, settings, phase.frozen, recipe.text.max_tokens, mode)
+
+    if makes_generator(stage):
+        cost = cost_of(phase, recipe, nets, gpu=True)
+        layout = _replicated(cost, settings, cluster)
+        fault = f"it takes {_least(cost, settings) / ROOM / 2**30:.0f} GiB a GPU, and generators are not sharded"
+    else:
+        layout = cheapest(cluster, settings.batch, measure)
+        fault = "" if layout else what_would(cluster, settings.batch, measure)
+    if layout is None:
+        return replace(found, fault=fault)
+    speed = cluster.gpus * cluster.rate / layout.flops
+    decoded = 0 if makes_generator(stage) else math.ceil(speed / decoded_per_second(found.resolution))
+    return replace(found, layout=layout, images_per_second=speed, cores=decoded)
+
+
+def _pairs(found: Placed, cost: Cost, stage: PairsStage, cluster: Cluster) -> Placed:
+    """Pairs are made on the GPUs of the first machine, one shard on each at a time."""
+    workers = min(cluster.gpus, cluster.node, math.ceil(stage.n / stage.shard))
+    m = cost.memory
+    peak = m.weights + (m.peak - m.weights) // (stage.workers or 1)  # of one worker
+    parts = Parts(m.weights, 0, 0, 0, peak - m.weights, 0, 0, peak)
+    if peak > cluster.room:
+        return replace(found, fault=f"it takes {peak / ROOM / 2**30:.0f} GiB a GPU: lower its batch of {stage.batch}")
+    layout = Layout(workers, 1, 1, stage.batch, False, parts, cost.flops)
+    return replace(found, layout=layout, images_per_second=workers * cluster.rate * TF32 / cost.flops)
+
+
+def _replicated(cost: Cost, settings: TrainSettings, cluster: Cluster) -> Layout | None:
+    """The largest micro-batch of a one-step generator that fits, in as many processes as there are GPUs."""
+    m = cost.memory
+    for each in range(settings.batch // cluster.gpus, 0, -1):
+        if settings.batch // cluster.gpus % each:
+            continue
+        images = m.activations * each // settings.micro_batch
+        buffers = m.gradients if cluster.gpus > 1 else 0
+        held = m.weights + m.optimizer + m.averages
+        peak = max(held + m.gradients + buffers, m.peak - m.activations + images)
+        if peak <= cluster.room:
+            parts = Parts(m.weights, m.gradients, m.optimizer, m.averages, images, 0, buffers, peak)
+            mode = settings.activation_checkpointing
+            return Layout(cluster.gpus, 1, settings.batch // each, each, mode, parts, cost.flops)
+    return None
+
+
+def _least(cost: Cost, settings: TrainSettings) -> float:
+    return cost.memory.peak - cost.memory.activations * (1 - 1 / settings.micro_batch)
+
+
+def decoded_per_second(side: int) -> float:
+    """Images/s that one core decodes for a resolution: between the measured ones, a straight line in logarithms."""
+    for (low, fast), (high, slow) in pairwise(DECODED):
+        if side <= high:
+            share = max(0.0, math.log(side / low) / math.log(high / low))
+            return fast * (slow / fast) ** share
+    return DECODED[-1][1] * (DECODED[-1][0] / side) ** 2
+
+
+def disks(recipe: Recipe) -> list[Disk]:
+    """What the files of every stage take."""
+    nets = networks(recipe)
+    found: dict[str, Disk] = {}
+    for phase in phases(recipe, nets):
+        stage = phase.stage
+        if isinstance(stage, PairsStage):
+            latent, image = phase.config.latent_resolution**2, phase.config.resolution**2
+            values = latent + (image if stage.direction == "sample" else 0)
+            kept = 2 * phase.config.space.channels * values * stage.n * (1 + stage.flip)
+            found[phase.name] = Disk(phase.name, 0, kept)
+            continue
+        weights, training = _numbers(phase)
+        settings = stage.training()
+        slots = 1 if settings.optimizer == "muon" else 2
+        state = 4 * training * (1 + slots + len(settings.ema))
+        copies = phase.images // settings.snapshot_every if settings.snapshot_every else 0
+        kept = 4 * weights + copies * 2 * training * len(settings.ema)
+        before = found.get(phase.name, Disk(phase.name, 0, 0))  # an earlier phase of the stage
+        found[phase.name] = Disk(phase.name, max(before.states, KEPT * state), before.kept + kept)
+    return list(found.values())
+
+
+def _numbers(phase: Phase) -> tuple[int, int]:
+    """Parameters of a phase's network, and of those that train."""
+    with torch.device("meta"):
+        net = UViT(phase.config)
+    if phase.frozen is not None:
+        freeze(net, inherited(net.state_dict(), phase.config, phase.frozen))
+    return parameters_of(net), sum(p.numel() for p in trainable(net).values())
