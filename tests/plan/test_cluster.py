@@ -90,14 +90,14 @@ def test_what_does_not_fit_says_what_would() -> None:
     assert what_would(Cluster(1, "a100"), 1, measure).endswith("lower the size or the resolution")
 
 
-@pytest.mark.parametrize("init", ["", "preserve", "random"])
-def test_a_layout_on_one_gpu_takes_what_the_plan_of_the_recipe_says(init: Any) -> None:
+@pytest.mark.parametrize(("init", "mode"), [("", "selective"), ("preserve", True), ("random", False)])
+def test_a_layout_on_one_gpu_takes_what_the_plan_of_the_recipe_says(init: Any, mode: Checkpointing) -> None:
     config, old = shallow_uvit("tiny", 32), None
     if init:
         config, old = grown_config(config, 64, init), config
-    settings = TrainSettings(images=100, batch=8, accumulate=2)
+    settings = TrainSettings(images=100, batch=8, accumulate=2, activation_checkpointing=mode)
     exact = network_cost(config, settings, frozen=old, bf16=True, gpu=True)
-    found = sizes(config, settings, old, 32, False)
+    found = sizes(config, settings, old, 32, mode)
     assert found.on(1, 1, 4, several=True).peak == pytest.approx(exact.memory.peak, rel=0.05)
     assert found.flops == pytest.approx(exact.flops, rel=1e-9)
 

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
+from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
@@ -256,7 +257,7 @@ def spent(
     marked: peaks are told apart by the first and the last block of each core in it, in both directions. accumulated:
     parameters that have gradients of earlier micro-batches, which the run adds to. gpu: autocast as it is there.
     """
-    with Live() as live, _phases(live, marked), _AsOnGpu() if gpu and bf16 else nullcontext():
+    with Live() as live, _phases(live, marked), _norms_of_gpu() if gpu and bf16 else nullcontext():
         for p in accumulated:
             p.grad = torch.zeros_like(p)
         before = live.now
@@ -265,18 +266,24 @@ def spent(
         live.enter("backward")
         activations, forward = live.now - before if out.requires_grad else 0, live.flops
         if out.requires_grad:
-            torch.autograd.backward(out.sum())  # not a method: a mode would not see what is computed again in it
+            out.sum().backward()
     return Spent(forward, live.flops - forward, activations, live.peaks)
 
 
-class _AsOnGpu(TorchFunctionMode):
-    """Norms in float32 under autocast: on a GPU it computes them so, on a CPU it does not."""
+@contextmanager
+def _norms_of_gpu() -> Iterator[None]:
+    """Within, norms compute in float32: under autocast a GPU has them so, a CPU has not.
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.layer_norm:
-            args = tree_map_only(Tensor, Tensor.float, args)
-            kwargs = tree_map_only(Tensor, Tensor.float, kwargs)
-        return func(*args, **(kwargs or {}))
+    The function is exchanged. A mode of torch's would not see what checkpointing computes again.
+    """
+    real = functional.layer_norm
+
+    def in_float32(*args: Any, **kwargs: Any) -> Tensor:
+        args, kwargs = tree_map_only(Tensor, Tensor.float, (args, kwargs))
+        return real(*args, **kwargs)
+
+    with patch.object(functional, "layer_norm", in_float32):
+        yield
 
 
 @contextmanager
