@@ -61,7 +61,7 @@ def test_a_plan_looks_at_the_data(tmp_path: Path) -> None:
 
 
 def test_an_encoder_that_is_not_here_has_its_size_told() -> None:
-    huge = load_recipe("huge")
+    huge = load_recipe("huge", ["text.online=false"])
     plan = plan_text(huge, 12_400_000)
     assert plan is not None and plan.seconds(1e15) is None
     line = str(text_line(plan, Path("x"), 1e15))
