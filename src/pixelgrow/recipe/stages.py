@@ -330,7 +330,7 @@ VERBS: dict[str, type[Stage]] = {
 }
 
 
-def makes_generator(stage: Stage) -> bool:
+def makes_generator(stage: Stage | ModelStage) -> bool:
     """Whether a stage makes a one-step generator."""
     return isinstance(stage, DistillStage) or (isinstance(stage, GrowStage) and stage.pairs is not None)
 

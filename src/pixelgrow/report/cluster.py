@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from pixelgrow.report.tables import size_of, table_of, time_of
+from pixelgrow.report.tables import table_of, time_of
+from pixelgrow.writing import size_of
 
 if TYPE_CHECKING:
     from pixelgrow.plan.cluster import Disk, Placed
@@ -33,7 +34,7 @@ def cluster_tables(cluster: Cluster, stages: Sequence[Placed], disks: Sequence[D
             faults.append(Text(f"{name} does not fit: {p.fault}"))
             continue
         at, m = p.layout, p.layout.memory
-        mode = {False: "none", True: "full"}.get(at.checkpointing, str(at.checkpointing))  # type: ignore[call-overload]
+        mode = {"False": "none", "True": "full"}.get(str(at.checkpointing), "selective")
         work.add_row(
             name, str(p.resolution), str(at), str(at.micro_batch), str(at.accumulate), mode,
             f"{p.images_per_second:,.0f}", time_of(p.seconds), str(p.cores or ""),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -100,10 +100,11 @@ def recompute_blocks(net: UViT, how: Checkpointing) -> None:
     """
     if not how:
         return
-    keeping = functools.partial(create_selective_checkpoint_contexts, PRODUCTS)
-    given = {"context_fn": keeping} if how == "selective" else {}
+    given: dict[str, Any] = {"use_reentrant": False}
+    if how == "selective":
+        given |= {"context_fn": functools.partial(create_selective_checkpoint_contexts, PRODUCTS)}
     for block in net.blocks:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, **given)
+        block.forward = functools.partial(checkpoint, block.forward, **given)
 
 
 def validation_hook(
