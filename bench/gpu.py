@@ -26,10 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from bench.loader import write_photographs
 from bench.sampling_overhead import conditions
 from bench.throughput import clock
 from bench.untrained import TOKENS, RandomText, denoiser
+from torch.distributed.device_mesh import init_device_mesh
 from torch.profiler import ProfilerActivity, profile
 
 from pixelgrow import precision
@@ -37,6 +39,8 @@ from pixelgrow.data import Loader, open_source
 from pixelgrow.data.loader import Batch
 from pixelgrow.diffusion.generator import Generator
 from pixelgrow.diffusion.sampling import sample
+from pixelgrow.distributed import Shards, Team
+from pixelgrow.distributed.shard import split
 from pixelgrow.growth import grown_config
 from pixelgrow.models.config import NetConfig
 from pixelgrow.models.sizes import shallow_uvit
@@ -95,6 +99,7 @@ class Scale:
     latency: tuple[str, int, int]
     sampled: Work
     sampling_steps: int
+    sharded: Work
 
 
 FULL = Scale(
@@ -113,6 +118,7 @@ FULL = Scale(
     latency=("base", 64, 1024),
     sampled=Work("base", 64, 16, to=256, init="preserve"),
     sampling_steps=32,
+    sharded=Work("large", 64, 128, compile=False),
 )
 TOY = Scale(
     works=(
@@ -125,6 +131,7 @@ TOY = Scale(
     latency=("tiny", 8, 16),
     sampled=Work("tiny", 8, 2, to=16, init="preserve"),
     sampling_steps=2,
+    sharded=Work("tiny", 8, 2, compile=False),
 )
 
 
@@ -138,12 +145,19 @@ class Bench:
     peak: float
     until: float
 
-    def training(self, work: Work, folder: Path) -> tuple[Training, list[Batch]]:
-        """A training and the micro-batch of a step, as the loader would give it."""
+    def training(self, work: Work, folder: Path, mesh: Any = None) -> tuple[Training, list[Batch]]:
+        """A training and the micro-batch of a step, as the loader gives it; sharded over a mesh's processes."""
         torch.manual_seed(0)
         (net, frozen), s = work.nets, work.settings(self.device)
         model = denoiser(net, frozen).to(self.device)
-        training = Training(DenoiseObjective(model, RandomText(net.core, s.batch), s, seed=0), s, folder, seed=0)
+        shards = Shards()
+        if mesh is not None:
+            dtype, last = precision.training_dtype(s.precision, self.device), list(model.net.exit.values())
+            split_model = split(model, model.net.blocks, last, mesh, self.device, dtype, Team())
+            shards = Shards({"denoiser": split_model})
+        network = shards.network("denoiser", model)
+        objective = DenoiseObjective(network, RandomText(net.core, s.batch), s, seed=0)
+        training = Training(objective, s, folder, seed=0, shards=shards)
         training._compile()
         image = torch.randint(0, 256, (s.batch, 3, model.resolution, model.resolution), dtype=torch.uint8)
         return training, [Batch(image, ("",) * s.batch, torch.arange(s.batch))]
@@ -188,13 +202,7 @@ def _train(bench: Bench, work: Work) -> dict[str, Any]:
         before = 0 if gpu else bench.peak_memory()
         try:
             training, batch = bench.training(work, Path(folder))
-            began = time.perf_counter()
-            for _ in range(2):  # compiles, and makes the optimizer's state
-                training.step(batch)
-            bench.wait()
-            warm = time.perf_counter() - began
-            monitor.reset_peak(bench.device)
-            seconds = clock(lambda: training.step(batch), bench.device, bench.scale.steps) / bench.scale.steps
+            seconds = _step(bench, training, batch)
         except torch.cuda.OutOfMemoryError as error:
             return {"planned_gib": plan.memory.peak / 2**30, "failed": str(error).partition("\n")[0]}
         finally:
@@ -203,10 +211,18 @@ def _train(bench: Bench, work: Work) -> dict[str, Any]:
         "images_per_second": work.batch / seconds,
         "mfu": useful.flops * work.batch / seconds / bench.peak,
         "gflop_per_image": useful.flops / 1e9,
-        "seconds_of_two_first_steps": warm,
         "planned_gib": plan.memory.peak / 2**30,
         "measured_gib": (bench.peak_memory() - before) / 2**30,
     }
+
+
+def _step(bench: Bench, training: Training, batch: list[Batch]) -> float:
+    """Seconds of a step after the first two, which compile and make the optimizer's state; the peak of memory is of the later."""
+    for _ in range(2):
+        training.step(batch)
+    bench.wait()
+    monitor.reset_peak(bench.device)
+    return clock(lambda: training.step(batch), bench.device, bench.scale.steps) / bench.scale.steps
 
 
 def kernels(bench: Bench, count: int = 20) -> dict[str, Any]:
@@ -306,12 +322,31 @@ def saving(bench: Bench) -> dict[str, Any]:
     return {"gib": gib, "save_seconds": saved, "load_seconds": read}
 
 
+def sharded(bench: Bench) -> dict[str, Any]:
+    """A sharded training (FSDP2) in one process against a plain one: seconds of a step, and memory."""
+    work, found = bench.scale.sharded, {}
+    with tempfile.TemporaryDirectory() as folder:
+        backend = "nccl" if bench.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=0, world_size=1)
+        try:
+            for name, mesh in (("plain", None), ("sharded", init_device_mesh(bench.device.type, (1,)))):
+                training, batch = bench.training(work, Path(folder) / name, mesh)
+                seconds = _step(bench, training, batch)
+                found[name] = {"seconds": seconds, "gib": bench.peak_memory() / 2**30}
+                del training
+                torch.compiler.reset()
+        finally:
+            dist.destroy_process_group()
+    return {"work": work.name, **found, "ratio": found["sharded"]["seconds"] / found["plain"]["seconds"]}
+
+
 SECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "machine": machine,
     "train": train,
     "latency": latency,
     "sampling": sampling,
     "saving": saving,
+    "sharded": sharded,
     "loader": loader,
     "kernels": kernels,
 }

@@ -193,7 +193,7 @@ def test_gpu_runs_to_its_end_at_toy_size(tmp_path: Path, capsys: pytest.CaptureF
     for row in (found["train"][work.name] for work in gpu.TOY.works):
         assert row["images_per_second"] > 0 and 0 < row["mfu"] < 1 and row["planned_gib"] > 0
     assert list(found["latency"]["milliseconds"]) == ["8 px", "16 px"]
-    assert found["saving"]["gib"] > 0 and found["loader"]["images_per_second"] > 0
+    assert found["sharded"]["ratio"] > 0 and found["saving"]["gib"] > 0 and found["loader"]["images_per_second"] > 0
     rows = next(iter(found["kernels"].values()))[:5]
     assert rows[0]["share"] >= rows[1]["share"] > 0 and sum(r["share"] for r in rows) <= 1
     assert "written to" in capsys.readouterr().out
