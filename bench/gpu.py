@@ -217,7 +217,7 @@ def _train(bench: Bench, work: Work) -> dict[str, Any]:
 
 
 def _step(bench: Bench, training: Training, batch: list[Batch]) -> float:
-    """Seconds of a step after the first two, which compile and make the optimizer's state; the peak of memory is of the later."""
+    """Seconds of a step, after two that compile and make the optimizer's state. The peak of memory starts then."""
     for _ in range(2):
         training.step(batch)
     bench.wait()
