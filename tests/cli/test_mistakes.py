@@ -31,7 +31,7 @@ LONG = "x" * 300
         (["grow", "MODEL", "--to", "32"], "grow: -o / --out is missing ("),
         (["info", "tiny", "a", "b"], "info: unexpected 'a b'; put text of several words in quotes"),
         (["sample", "MODEL", "1", "-n", "x"], "sample: -n: input should be a valid integer"),
-        (["run", "nowhere.yaml"], "recipe 'nowhere.yaml' is neither a file nor one of demo"),
+        (["run", "nowhere.yaml"], "recipe 'nowhere.yaml' is neither a file nor one of cc12m, demo"),
         (["run", "demo", "--set", "stages.core.imagess=1"], "unknown key 'imagess'; did you mean 'images'?"),
         (["sample", "nowhere"], "no prompt was given"),
         (["sample", "nowhere", "a"], "nowhere is not a checkpoint"),

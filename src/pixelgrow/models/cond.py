@@ -78,13 +78,13 @@ def joined(a: Cond, b: Cond) -> Cond:
     """The conditions of two batches, not mixtures, as one: those of fewer tokens are padded."""
     if a.labels is not None and b.labels is not None:
         return Cond(None, None, None, torch.cat([a.null, b.null]), torch.cat([a.labels, b.labels]))
-    assert a.tokens is not None and a.mask is not None and a.pooled is not None
-    assert b.tokens is not None and b.mask is not None and b.pooled is not None
+    assert a.tokens is not None and a.mask is not None and b.tokens is not None and b.mask is not None
     width = max(a.tokens.shape[1], b.tokens.shape[1])
+    pooled = None if a.pooled is None or b.pooled is None else torch.cat([a.pooled, b.pooled])
     return Cond(
         torch.cat([F.pad(tokens, (0, 0, 0, width - tokens.shape[1])) for tokens in (a.tokens, b.tokens)]),
         torch.cat([F.pad(mask, (0, width - mask.shape[1])) for mask in (a.mask, b.mask)]),
-        torch.cat([a.pooled, b.pooled]),
+        pooled,
         torch.cat([a.null, b.null]),
     )
 

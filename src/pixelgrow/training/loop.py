@@ -378,6 +378,7 @@ class Training:
                     )
                     if done or (c.images and (late or crossed(s.save_every, before, c.images))):
                         self.save(log)
+                        signum = signum or team.most(stop[0] if stop else 0)[0]  # one that came during the save
                     if bad is not None and met:
                         with self._rescuing(log):
                             bad.share(team)
