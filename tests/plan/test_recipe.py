@@ -77,6 +77,18 @@ def test_updates_make_copies(kind: str, gpu: bool, copies: int) -> None:
     assert found.peaks["update"] == (8 + copies) * 4 * 64
 
 
+def test_norms_are_in_float32_on_a_gpu() -> None:
+    """Where the forward pass is in bfloat16: what autocast does there, and not on a CPU."""
+    config = shallow_uvit("tiny", 16)
+    kept = {
+        (bf16, gpu): network_cost(config, SETTINGS, bf16=bf16, gpu=gpu).memory.activations
+        for bf16 in (False, True)
+        for gpu in (False, True)
+    }
+    assert kept[False, True] == kept[False, False]
+    assert kept[True, True] > 1.05 * kept[True, False]
+
+
 def test_attention_is_counted() -> None:
     """FLOPs forward: 2 N C^2 for a linear layer, 4 N M C for the two products of an attention."""
     config = shallow_uvit("tiny", 16)
