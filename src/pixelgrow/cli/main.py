@@ -49,6 +49,9 @@ def main() -> None:
         end = end if end.status else _lost(error)
     if end.message:
         sys.stderr.write(f"pixelgrow: {end.message}\n")
+    if "RANK" in os.environ:  # under torchrun: what sharded networks leave aborts the interpreter's end now and then
+        sys.stderr.flush()
+        os._exit(end.status)
     if end.status:
         sys.exit(end.status)
 
