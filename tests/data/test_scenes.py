@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 from pixelgrow.data.scenes.captions import NUMBERS, Group, Spec, noun
+from pixelgrow.data.scenes.checker import accuracy
 from pixelgrow.data.scenes.layout import GAP
-from pixelgrow.data.scenes.source import SPLITS, Scenes, split_of
+from pixelgrow.data.scenes.seeing import look
+from pixelgrow.data.scenes.source import SIMPLE_COLOURS, SIMPLE_GROUNDS, SIMPLE_SHAPES, SPLITS, Scenes, split_of
 from pixelgrow.data.scenes.vocabulary import BACKGROUNDS, COLOURS, PATTERNS, RELATIONS, SHAPES, contrasting, oklab
 from pixelgrow.errors import UserError
 
@@ -137,6 +139,21 @@ def test_relations_hold_object_by_object(scenes: Scenes) -> None:
         assert max(getattr(o, axis) for o in first) < min(getattr(o, axis) for o in second)
 
 
+def test_the_simple_world_has_few_words_on_plain_grounds_and_is_legible() -> None:
+    simple = Scenes(world="simple", split="heldout")
+    specs = [simple.scene(i).spec for i in range(300)]
+    assert {s.background for s in specs} == set(SIMPLE_GROUNDS) and {s.pattern for s in specs} == {"plain"}
+    assert {g.shape for s in specs for g in s.groups} == set(SIMPLE_SHAPES)
+    assert {g.colour for s in specs for g in s.groups} == set(SIMPLE_COLOURS)
+    assert {sum(g.count for g in s.groups) for s in specs} == {1, 2, 3} and {
+        g.size for s in specs for g in s.groups
+    } == {""}
+    assert all(split_of(s) == "heldout" for s in specs)
+    views = [look(simple.scene(i).render(32, 32)) for i in range(100)]
+    assert accuracy(views, [simple.scene(i).questions for i in range(100)])["all"] == 1
+    assert simple.fingerprint != Scenes(split="heldout").fingerprint
+
+
 def test_colours_are_distinct() -> None:
     for palette in (COLOURS, BACKGROUNDS):
         lab = oklab(np.array(list(palette.values())))
@@ -154,7 +171,8 @@ def test_source_facts(scenes: Scenes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bad", "word"), [({"n": 0}, "n=0"), ({"captions": 0}, "captions=0"), ({"split": "test"}, "test")]
+    ("bad", "word"),
+    [({"n": 0}, "n=0"), ({"captions": 0}, "captions=0"), ({"split": "test"}, "test"), ({"world": "flat"}, "flat")],
 )
 def test_user_errors(bad: dict[str, object], word: str) -> None:
     with pytest.raises(UserError, match=word):

@@ -33,6 +33,14 @@ SINGLES = tuple((n,) for n in range(1, MOST + 1) for _ in range(MOST + 1 - n))
 PAIRS = tuple((a, b) for a in range(1, MOST) for b in range(1, MOST + 1 - a) for _ in range((MOST + 1 - a - b) ** 2))
 MAX_SCENES = 100_000_000  # images of a source: a shuffled order takes 24 bytes each
 SPLITS = ("train", "heldout")
+WORLDS = ("full", "simple")
+# `simple`: what a few minutes of training learn to draw: a few clear words in one wording, plain grounds, and three
+# objects at most.
+SIMPLE_GROUNDS = ("white", "gray", "black", "pink")
+SIMPLE_COLOURS = ("red", "yellow", "green", "blue", "white")
+SIMPLE_SHAPES = ("circle", "square", "triangle", "star")
+SIMPLE_SINGLES = ((1,), (1,), (2,), (3,))
+SIMPLE_PAIRS = ((1, 1), (1, 1), (1, 2), (2, 1))
 Image = NDArray[np.uint8]
 
 
@@ -67,13 +75,32 @@ def _draw_spec(rng: Random) -> Spec:
     return Spec(groups, pick(rng, RELATIONS) if two else "", background, pattern)
 
 
+class _Plainest(Random):
+    """Chance that always chooses a caption's most usual wording."""
+
+    def random(self) -> float:
+        return 0.5
+
+
+def _draw_simple(rng: Random) -> Spec:
+    background = pick(rng, SIMPLE_GROUNDS)
+    colours = tuple(c for c in SIMPLE_COLOURS if c in contrasting(background))
+    two = rng.random() < 0.5
+    counts = pick(rng, SIMPLE_PAIRS if two else SIMPLE_SINGLES)
+    first = pick(rng, colours)
+    used = (first, pick(rng, tuple(c for c in colours if c != first)))
+    groups = tuple(Group(n, c, pick(rng, SIMPLE_SHAPES), "") for n, c in zip(counts, used, strict=False))
+    return Spec(groups, pick(rng, RELATIONS) if two else "", background, "plain")
+
+
 @lru_cache(maxsize=200_000)
-def _spec(seed: int, split: str, c: int) -> tuple[Spec, str]:
+def _spec(world: str, seed: int, split: str, c: int) -> tuple[Spec, str]:
+    draw = _draw_spec if world == "full" else _draw_simple
     rng = _rng("scene", VERSION, seed, split, c)
-    spec = _draw_spec(rng)
+    spec = draw(rng)
     while split_of(spec) != split:
-        spec = _draw_spec(rng)
-    return spec, text.caption(spec, rng)
+        spec = draw(rng)
+    return spec, text.caption(spec, rng if world == "full" else _Plainest())
 
 
 def _backdrop(spec: Spec, h: int, w: int, rng: Random) -> NDArray[np.float32]:
@@ -154,13 +181,16 @@ class Scenes:
     """A source of `n` images under `captions` distinct captions (sample i has caption i % captions).
 
     The content and its caption depend on (seed, split, i % captions); positions, sizes, rotation and shades on
-    (seed, split, i). No composition of the "heldout" split is in "train", for any seed.
+    (seed, split, i). No composition of the "heldout" split is in "train", for any seed. `world`: `full`, or `simple`,
+    with fewer words and objects on plain grounds.
     """
 
     name = "scenes"
     mirror = False  # captions say "left of"
 
-    def __init__(self, n: int = 1_000_000, captions: int = 50_000, seed: int = 0, split: str = "train") -> None:
+    def __init__(
+        self, n: int = 1_000_000, captions: int = 50_000, seed: int = 0, split: str = "train", world: str = "full"
+    ) -> None:
         if not 1 <= n <= MAX_SCENES or captions < 1:
             raise UserError(
                 f"scenes: got n={n} and captions={captions}, expected n from 1 to {MAX_SCENES} and captions from 1; "
@@ -168,10 +198,11 @@ class Scenes:
             )
         if split not in SPLITS:
             raise UserError(f"scenes: got split={split!r}, expected one of {', '.join(SPLITS)}; correct the recipe")
-        self.n, self.captions, self.seed, self.split = n, captions, seed, split
-        self.fingerprint = hashlib.blake2b(
-            f"{VERSION} {n} {captions} {seed} {split}".encode(), digest_size=16
-        ).hexdigest()
+        if world not in WORLDS:
+            raise UserError(f"scenes: got world={world!r}, expected one of {', '.join(WORLDS)}; correct the recipe")
+        self.n, self.captions, self.seed, self.split, self.world = n, captions, seed, split, world
+        told = f"{VERSION} {n} {captions} {seed} {split}" + ("" if world == "full" else f" {world}")
+        self.fingerprint = hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
 
     def __len__(self) -> int:
         return self.n
@@ -180,7 +211,7 @@ class Scenes:
         """Sample i, 0 <= i < len(self)."""
         if not 0 <= i < self.n:
             raise IndexError(i)
-        spec, words = _spec(self.seed, self.split, i % self.captions)
+        spec, words = _spec(self.world, self.seed, self.split, i % self.captions)
         return Scene(words, spec, (self.seed, self.split, i))
 
     @property
