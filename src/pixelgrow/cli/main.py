@@ -49,7 +49,9 @@ def main() -> None:
         end = end if end.status else _lost(error)
     if end.message:
         sys.stderr.write(f"pixelgrow: {end.message}\n")
-    if "RANK" in os.environ:  # under torchrun: what sharded networks leave aborts the interpreter's end now and then
+    if "RANK" in os.environ:
+        # Under torchrun: gloo's threads outlive their groups while a sharded network refers to them, and abort the
+        # process when they want the interpreter's lock at its end (pytorch/pytorch#179291).
         sys.stderr.flush()
         os._exit(end.status)
     if end.status:

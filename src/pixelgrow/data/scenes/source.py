@@ -56,6 +56,11 @@ def split_of(spec: Spec) -> str:
     return "heldout" if int.from_bytes(digest, "little") % HELD_OUT == 0 else "train"
 
 
+def _two_of(colours: tuple[str, ...], rng: Random) -> tuple[str, str]:
+    first = pick(rng, colours)
+    return first, pick(rng, tuple(c for c in colours if c != first))
+
+
 def _draw_spec(rng: Random) -> Spec:
     background, pattern = "white", "plain"
     if rng.random() < 0.78:
@@ -65,12 +70,11 @@ def _draw_spec(rng: Random) -> Spec:
     colours = contrasting(background)
     two = rng.random() < 0.6
     counts = pick(rng, PAIRS if two else SINGLES)
-    first = pick(rng, colours)
-    used = (first, pick(rng, tuple(c for c in colours if c != first)))
+    used = _two_of(colours, rng)
     sized = rng.random() < 0.3 and sum(counts) <= 3
     groups = tuple(
         Group(n, c, pick(rng, SHAPES), pick(rng, ("small", "large")) if sized else "")
-        for n, c in zip(counts, used, strict=False)
+        for n, c in zip(counts, used[: len(counts)], strict=True)
     )
     return Spec(groups, pick(rng, RELATIONS) if two else "", background, pattern)
 
@@ -87,9 +91,8 @@ def _draw_simple(rng: Random) -> Spec:
     colours = tuple(c for c in SIMPLE_COLOURS if c in contrasting(background))
     two = rng.random() < 0.5
     counts = pick(rng, SIMPLE_PAIRS if two else SIMPLE_SINGLES)
-    first = pick(rng, colours)
-    used = (first, pick(rng, tuple(c for c in colours if c != first)))
-    groups = tuple(Group(n, c, pick(rng, SIMPLE_SHAPES), "") for n, c in zip(counts, used, strict=False))
+    used = _two_of(colours, rng)[: len(counts)]
+    groups = tuple(Group(n, c, pick(rng, SIMPLE_SHAPES)) for n, c in zip(counts, used, strict=True))
     return Spec(groups, pick(rng, RELATIONS) if two else "", background, "plain")
 
 

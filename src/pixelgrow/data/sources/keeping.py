@@ -194,7 +194,7 @@ class _Keeper:
         here = (scan(number) for number in itertools.count())
         parallel = count > 1 and (self._elsewhere or size > _ALONE)
         with contextlib.closing(Workers(scan, itertools.count(), count) if parallel else here) as results:
-            for _, result in zip(shards, results, strict=False):
+            for result in itertools.islice(results, len(shards)):
                 if isinstance(result, UserError):
                     raise result
                 yield result
