@@ -30,8 +30,9 @@ from pixelgrow.onestep.stream import PairStream
 from pixelgrow.onestep.watch import Watch, Watched
 from pixelgrow.recipe.stages import DistillStage, GrowStage
 from pixelgrow.stages import looks
+from pixelgrow.stages.examples import Examples
 from pixelgrow.stages.grow import REPORT, describe, lineage_entry
-from pixelgrow.stages.materials import BAD_FILES, LOOKED_AT, Examples, Materials
+from pixelgrow.stages.materials import BAD_FILES, LOOKED_AT, Materials
 from pixelgrow.stages.train import WATCHED, Parent, config_of, finish, guided_batch
 from pixelgrow.training import loop, unfinished
 from pixelgrow.training.denoise import recompute_blocks

@@ -30,7 +30,8 @@ from pixelgrow.models.cond import Cond
 from pixelgrow.models.layers import details
 from pixelgrow.pictures import grid
 from pixelgrow.recipe.stages import EvaluateStage
-from pixelgrow.stages.materials import Examples, Materials
+from pixelgrow.stages.examples import Examples
+from pixelgrow.stages.materials import Materials
 from pixelgrow.stages.train import Parent, write_prompts
 from pixelgrow.training.log import Displays
 from pixelgrow.training.monitor import Seams, peak_memory

@@ -18,7 +18,8 @@ from pixelgrow.onestep.pairs import reduced
 from pixelgrow.onestep.watch import Watch
 from pixelgrow.pictures import in_groups
 from pixelgrow.stages.data import Mixture
-from pixelgrow.stages.materials import Examples, Materials
+from pixelgrow.stages.examples import Examples
+from pixelgrow.stages.materials import Materials
 from pixelgrow.training.monitor import Row
 
 COLUMNS = 8  # of a sample grid

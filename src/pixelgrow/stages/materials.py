@@ -12,17 +12,15 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from pixelgrow import precision
 from pixelgrow.data.account import Account
 from pixelgrow.data.badfiles import BadFiles, check_share
-from pixelgrow.data.buckets import Shapes, size_of
-from pixelgrow.data.images import BadImage
-from pixelgrow.data.loader import Encoded, Loader, has_several, mirrored, some_usable, to_tensor
-from pixelgrow.data.sources.base import BadFile, Source, Subset, bad_of
+from pixelgrow.data.buckets import Shapes
+from pixelgrow.data.loader import Encoded, Loader, has_several, mirrored, some_usable
+from pixelgrow.data.sources.base import Source, Subset, bad_of
 from pixelgrow.data.sources.latents import Latents
 from pixelgrow.data.sources.streamed import StreamedShards
 from pixelgrow.diffusion.denoiser import Denoiser
@@ -37,7 +35,6 @@ from pixelgrow.model import find
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.config import PIXELS, NetConfig, Space
 from pixelgrow.onestep.networks import networks_used
-from pixelgrow.pictures import in_groups
 from pixelgrow.recipe.stages import (
     DistillStage,
     EstimateStage,
@@ -51,6 +48,7 @@ from pixelgrow.recipe.stages import (
     is_folder,
 )
 from pixelgrow.stages.data import Mixture, Origin, StageData, whole
+from pixelgrow.stages.examples import Examples, decodable, same
 from pixelgrow.text.cache import TextCache
 from pixelgrow.text.encoders import as_labels, width_of
 from pixelgrow.text.online import OfWidth, OnlineText
@@ -66,44 +64,6 @@ BAD_FILES = "bad_files.jsonl"  # in a stage's folder
 LOOKED_AT = 4096  # captions that stand for all, where not all are read
 PAUSE = 15.0  # seconds between two lines of progress
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Examples:
-    """Images of the data: where they come from, their captions and their sizes (h, w) in pixels.
-
-    They are read when they are asked for. `size`: that of images without buckets. `bad`: files that could not be read.
-    `encode`: images (B, 3, H, W) in [-1, 1] to what the stages work on.
-    """
-
-    size: tuple[int, int]
-    captions: list[str]
-    origins: list[Origin]
-    sizes: list[tuple[int, int]]
-    bad: list[tuple[Source, BadFile]]
-    encode: Callable[[Tensor], Tensor]
-
-    def __len__(self) -> int:
-        return len(self.origins)
-
-    def pixels(self, rows: Iterable[int]) -> Tensor:
-        """Some of the images (B, 3, H, W) in [-1, 1], which have one size."""
-        images = [source.image(i, self.sizes[row]) for row in rows for source, i in [self.origins[row]]]
-        return to_tensor(np.stack(images))
-
-    def batch(self, rows: Iterable[int]) -> Tensor:
-        """Some of the images (B, 3, h, w) in [-1, 1], which have one size, or their latents."""
-        return self.encode(self.pixels(rows))
-
-    @property
-    def all_pixels(self) -> list[Tensor]:
-        """All images, (3, H, W) each, at once; only for few of them."""
-        return in_groups(self.sizes, lambda rows, _: self.pixels(rows))
-
-    @property
-    def images(self) -> list[Tensor]:
-        """All images, or their latents, (3, h, w) each, at once; only for few of them."""
-        return in_groups(self.sizes, lambda rows, _: self.batch(rows))
 
 
 def shapes_of(stage: Stage | ModelStage, config: NetConfig) -> Shapes:
@@ -284,25 +244,8 @@ class Materials:
 
     def _examples(self, n: int, shapes: Shapes, order: Callable[[Shapes], Iterator[Origin]]) -> Examples:
         """The first `n` images of an order that can be decoded; `shapes`: of the stages' images."""
-        captions: list[str] = []
-        origins: list[Origin] = []
-        sizes: list[tuple[int, int]] = []
-        unreadable: list[tuple[Source, BadFile]] = []
         shapes = shapes.times(self.factor)
-        for source, i in order(shapes):
-            if len(origins) == n:
-                break
-            size = size_of(source, i, shapes)
-            try:
-                source.image(i, size)
-            except BadImage as bad:
-                unreadable.append((source, BadFile(source.key(i), bad.reason)))
-                continue
-            captions.append(source.text(i))
-            origins.append((source, i))
-            sizes.append(size)
-        encode = self.autoencoder.encode if self.autoencoder else _same
-        return Examples(shapes.size, captions, origins, sizes, unreadable, encode)
+        return decodable(n, shapes, order(shapes), self.autoencoder.encode if self.autoencoder else same)
 
     def _none_held_out(self, size: tuple[int, int]) -> UserError:
         names = ", ".join(s.name for s in self.data.heldout_sources)
@@ -454,10 +397,6 @@ class Encoding:
 def text_folder(recipe: Recipe, folder: Path) -> Path:
     """Where a recipe whose run has this folder keeps encoded captions."""
     return Path(recipe.text.cache).expanduser() if recipe.text.cache else folder / "text"
-
-
-def _same(images: Tensor) -> Tensor:
-    return images
 
 
 def _forget(name: str, value: Any) -> None:
