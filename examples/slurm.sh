@@ -22,7 +22,8 @@ if [ "$#" -eq 0 ]; then
     exit 2
 fi
 
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+first=${hosts%%$'\n'*}
 ending=""
 trap 'ending=yes; scancel --signal=TERM "$SLURM_JOB_ID"' USR1 # to the steps of the job, not to this script
 

@@ -15,7 +15,7 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "examples" / "slurm.sh"
 # Commands of SLURM that write down how they were called; srun takes as long as a job until it is told to end.
 FAKES = {
-    "scontrol": 'echo "scontrol $*" >> "$CALLS"; [ "$1" != show ] || printf "node3\\nnode4\\n"',
+    "scontrol": 'echo "scontrol $*" >> "$CALLS"; [ "$1" != show ] || seq -f node%g 3 20000',  # more than a pipe holds
     "scancel": 'echo "scancel $*" >> "$CALLS"; touch "$CALLS.ended"',
     "srun": 'echo "srun $*" >> "$CALLS"; [ -z "${WAIT:-}" ] || until [ -e "$CALLS.ended" ]; do sleep 0.05; done; '
     'exit "${STATUS:-0}"',
