@@ -14,7 +14,11 @@ from PIL import Image
 import pixelgrow
 from exact_models import exact_model
 from onestep.test_features import save_both
+from pixelgrow.data.scenes.checker import check
+from pixelgrow.data.scenes.parsing import read
+from pixelgrow.data.scenes.questions import questions
 from pixelgrow.data.scenes.source import Scenes
+from pixelgrow.data.scenes.vocabulary import BACKGROUNDS, COLOURS
 from pixelgrow.diffusion.denoiser import Denoiser
 from pixelgrow.errors import UserError
 from pixelgrow.growth import ungrown
@@ -69,6 +73,32 @@ def test_the_checker_as_a_judge_scores_by_questions_answered() -> None:
     assert checker([right, wrong], scene.caption) == [1.0, 0.0]
     with pytest.raises(UserError, match="judge checker: cannot read the prompt 'a cat'"):
         checker([right], "a cat")
+
+
+def two_squares(x: int, *, gap: float = 0, speck: float = 0) -> Image.Image:
+    """A preview of two red squares on gray, the second at column `x`; faint reds fill column 14 and a speck above."""
+    ground, ink = np.array(BACKGROUNDS["gray"], float), np.array(COLOURS["red"], float)
+    pixels = np.tile(ground, (32, 32, 1))
+    pixels[16:24, 6:14] = pixels[16:24, x : x + 8] = ink
+    pixels[16:24, 14] += gap * (ink - ground)
+    pixels[4:9, 20:25] += speck * (ink - ground)
+    return Image.fromarray(np.round(pixels).astype(np.uint8))
+
+
+def test_a_preview_that_other_edges_turn_wrong_loses_against_one_that_they_do_not(
+    exact: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caption = "two red squares on a gray background"  # 4 questions: background, colour, shape, count
+    merges = two_squares(15, gap=0.25)  # softened it is one red rectangle: shape and count are wrong
+    appears = two_squares(18, speck=0.28)  # sharpened it holds a third red object: the count is wrong
+    robust = two_squares(15, gap=0.1, speck=0.25)  # nearly so: right in every look
+    previews = [merges, appears, robust]
+    spec = read(caption)
+    assert spec and all(all(check(np.asarray(preview), questions(spec))) for preview in previews)
+    assert checker(previews, caption) == pytest.approx([(4 + 2 + 4) / 12, (4 + 4 + 3) / 12, 1])
+    monkeypatch.setattr(Model, "stream", lambda *_, **__: iter(previews))
+    (winner,) = best_of(exact, caption, judge="checker", of=3, keep=3)
+    assert winner.index == [2, 1, 0]
 
 
 def test_judges_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
