@@ -50,6 +50,7 @@ from pixelgrow.plan.network import network_cost
 from pixelgrow.training import monitor, state
 from pixelgrow.training.denoise import DenoiseObjective
 from pixelgrow.training.loop import Training
+from pixelgrow.training.saving import Saver
 from pixelgrow.training.settings import TrainSettings
 
 TRAINING = 0.6  # of the minutes, for all trainings together
@@ -305,21 +306,24 @@ def sampling(bench: Bench) -> dict[str, Any]:
 
 
 def saving(bench: Bench) -> dict[str, Any]:
-    """Seconds that saving the state of a training takes, and that reading it takes."""
+    """Seconds that saving the state of a training takes, how long its steps pause for it, and what reading it takes."""
     with tempfile.TemporaryDirectory() as folder:
         training, batch = bench.training(bench.scale.works[0], Path(folder))
         training.step(batch)
         tensors = training.tensors()
+        saver = Saver(Path(folder) / "state", Team(), sharded=False)
         began = time.perf_counter()
-        state.save(Path(folder) / "state", 1, tensors, {})
+        saver.start(1, tensors, {})
+        paused = time.perf_counter() - began
+        saver.finish()
         saved = time.perf_counter() - began
         began = time.perf_counter()
         found = state.load(Path(folder) / "state")
+        assert found is not None and found.read().keys() == tensors.keys()
         read = time.perf_counter() - began
         torch.compiler.reset()
-        assert found is not None and found.tensors.keys() == tensors.keys()
     gib = sum(t.nbytes for t in tensors.values()) / 2**30
-    return {"gib": gib, "save_seconds": saved, "load_seconds": read}
+    return {"gib": gib, "pause_seconds": paused, "save_seconds": saved, "load_seconds": read}
 
 
 def sharded(bench: Bench) -> dict[str, Any]:

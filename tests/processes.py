@@ -5,12 +5,13 @@ They are forked from a server that has imported everything and computed nothing,
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -140,11 +141,13 @@ def with_own_cache(root: Path, rank: int) -> None:
 
 
 def at_step(fault: Callable[[], None], images: int, of: int, rank: int) -> None:
-    """Process `of` meets a fault before its step at so many images."""
+    """Process `of` meets a fault before its step at so many images, when it has written its last state."""
     real = loop.Training.step
 
     def step(self: loop.Training, micro: Sequence[Any]) -> None:
         if self.counters.images == images:
+            if self.saver.flight is not None and self.saver.flight[2] is not None:
+                self.saver.flight[2].exception()
             fault()
         real(self, micro)
 
@@ -165,18 +168,27 @@ def all_killed(images: int, rank: int) -> None:
     at_step(killed, images, rank, rank)
 
 
-def killed_in_save(images: int, rank: int) -> None:
-    """The first process is killed when half of its state at so many images is on the disk."""
+def in_save(fault: Callable[[], None], images: int, of: int, rank: int) -> None:
+    """Process `of` meets a fault when half of its state at so many images is on the disk."""
     real = state._store
 
-    def store(path: Path, tensors: Mapping[str, Tensor]) -> None:
-        real(path, tensors)
+    def store(path: Path, *what: Any) -> None:
+        real(path, *what)
         if path.parent.name == f".{images}.part":
             os.truncate(path, path.stat().st_size // 2)
-            killed()
+            fault()
 
-    if rank == 0:
+    if rank == of:
         state._store = store
+
+
+def killed_in_save(images: int, rank: int) -> None:
+    """The first process is killed when half of its state at so many images is on the disk."""
+    in_save(killed, images, 0, rank)
+
+
+def disk_full() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def killed_in_pairs(folder: Path, shard: int, of: int, rank: int) -> None:

@@ -96,10 +96,11 @@ def test_a_frozen_phase_has_the_core_of_its_start(root: Path, tmp_path: Path) ->
     grown = pixelgrow.load(tmp_path / "f" / "grown").network.state_dict()
     assert all(grown[n].equal(t) for n, t in core.items())
     trained = {n: t for n, t in grown.items() if n not in core}
-    first = state.read(tmp_path / "f" / "grown" / "frozen" / "state", ("ema/0.05/denoiser/",))
-    assert first is not None
-    assert trained.keys() == {n.removeprefix("ema/0.05/denoiser/") for n in first.tensors}
-    assert all(t.equal(first.tensors[f"ema/0.05/denoiser/{n}"]) for n, t in trained.items())
+    found = state.find(tmp_path / "f" / "grown" / "frozen" / "state")
+    assert found is not None
+    first = found.read("ema/0.05/denoiser/")
+    assert trained.keys() == {n.removeprefix("ema/0.05/denoiser/") for n in first}
+    assert all(t.equal(first[f"ema/0.05/denoiser/{n}"]) for n, t in trained.items())
 
 
 def test_sampling_from_a_stage_that_runs(root: Path, tmp_path: Path, run_cli: RunCli) -> None:

@@ -10,8 +10,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from pixelgrow.training import loop, monitor, periods, state
 from pixelgrow.training.loop import Interrupted
 from pixelgrow.training.monitor import Hook
 from pixelgrow.training.objective import Terms
+from pixelgrow.training.saving import Saver
 
 TOY = Path(toy.__file__)
 
@@ -95,6 +98,50 @@ def test_saves_by_the_clock_change_no_result(tmp_path: Path, monkeypatch: pytest
     assert results(tmp_path / "whole") == results(tmp_path / "cut")
 
 
+def test_steps_go_on_while_a_state_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = toy.Toy()
+    expected = toy.weights(whole, toy.run(tmp_path / "whole", whole))
+    later, waited, store = threading.Event(), [], state._store
+
+    def slow(path: Path, *rest: Any) -> None:
+        waited.append(later.wait(20))
+        store(path, *rest)
+
+    def step(images: int) -> dict[str, float]:
+        if images == 40:
+            later.set()
+            raise Stop
+        return {}
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(state, "_store", slow)
+        toy.run(tmp_path / "cut", toy.Toy(), hooks=(Hook("step", 8, step),), snapshot_every=0)
+    assert waited == [True]
+    rest = toy.Toy()
+    same(toy.weights(rest, toy.run(tmp_path / "cut", rest)), expected)
+    assert rest.seen[0] == 24
+
+
+def test_a_state_that_cannot_be_written_ends_the_run_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, toys = state._store, toy.Toy()
+
+    def full(path: Path, *rest: Any) -> None:
+        if path.parent.name == ".24.part":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        store(path, *rest)
+
+    def settle(self: loop.Training, micro: Any, real: Any = loop.Training.step) -> None:
+        if self.saver.flight is not None:
+            self.saver.flight[2].exception()
+        real(self, micro)
+
+    monkeypatch.setattr(state, "_store", full)
+    monkeypatch.setattr(loop.Training, "step", settle)
+    with pytest.raises(UserError, match="No space left on device; make room there"):
+        toy.run(tmp_path, toys, save_every=24)
+    assert max(toys.seen) == 31
+
+
 def test_slow_steps_are_logged_by_the_clock_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, slow = toy.Toy(), toy.Toy()
     expected = toy.weights(whole, toy.run(tmp_path / "whole", whole, log_every=96))
@@ -106,13 +153,13 @@ def test_slow_steps_are_logged_by_the_clock_too(tmp_path: Path, monkeypatch: pyt
 
 def test_a_save_sets_the_clock_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now, saves = 0.0, []
-    write = state.save
+    start = Saver.start
 
-    def slow(folder: Path, images: int, *rest: object) -> None:
+    def slow(saver: Saver, images: int, *rest: Any) -> None:
         nonlocal now
         now += 60
         saves.append(images)
-        write(folder, images, *rest)
+        start(saver, images, *rest)
 
     def step(_: int) -> dict[str, float]:
         nonlocal now
@@ -120,7 +167,7 @@ def test_a_save_sets_the_clock_back(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return {}
 
     monkeypatch.setattr(loop, "SaveClock", lambda: periods.SaveClock(lambda: now))
-    monkeypatch.setattr(state, "save", slow)
+    monkeypatch.setattr(Saver, "start", slow)
     toy.run(tmp_path, hooks=(Hook("step", 8, step, at_start=True),), save_every=96)
     assert saves == [24, 56, 88, 96]  # after 900 s; then every 1,200 s, as a save takes 60 s
 
@@ -307,7 +354,7 @@ def test_bad_data_leave_a_state_and_a_result_behind(tmp_path: Path) -> None:
         toy.run(tmp_path / "cut", cut, batches=broken, keep=keep)
     saved = state.load(tmp_path / "cut" / "state")
     assert saved is not None
-    assert torch.equal(kept[56]["0.weight"], saved.tensors["ema/0.05/net/0.weight"])
+    assert torch.equal(kept[56]["0.weight"], saved.read()["ema/0.05/net/0.weight"])
     rest = toy.Toy()
     same(toy.weights(rest, toy.run(tmp_path / "cut", rest)), expected)
 
@@ -350,7 +397,7 @@ def test_a_state_of_another_precision_is_refused(tmp_path: Path, kind: str) -> N
     toy.run(tmp_path)
     saved = state.load(tmp_path / "state")
     assert saved is not None
-    tensors = {n: t.half() if n.startswith(kind) else t.clone() for n, t in saved.tensors.items()}
+    tensors = {n: t.half() if n.startswith(kind) else t.clone() for n, t in saved.read().items()}
     state.save(tmp_path / "state", saved.counters["images"], tensors, saved.counters)
     with pytest.raises(UserError, match=f"of another precision: .*{kind}") as error:
         toy.run(tmp_path)

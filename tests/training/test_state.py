@@ -24,7 +24,7 @@ def test_round_trip_and_what_is_kept(tmp_path: Path) -> None:
     found = state.load(tmp_path)
     assert found is not None
     assert found.counters == {"images": 300, "x": 0.1}
-    assert all(torch.equal(found.tensors[n], t) for n, t in TENSORS.items())
+    assert all(torch.equal(found.read()[n], t) for n, t in TENSORS.items())
     assert sorted(p.name for p in tmp_path.iterdir()) == [f"{200:012d}", f"{300:012d}"]
     state.save(tmp_path, 300, TENSORS, {"images": 301})
     found = state.load(tmp_path)

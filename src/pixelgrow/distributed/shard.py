@@ -184,9 +184,11 @@ class Shards:
                 found[name] = t if one is t else one.cpu()
         return found
 
-    def part_of(self, stored: Tensor, like: Tensor) -> Tensor:
-        """The part of a whole tensor that this process has of `like`; the tensor itself if that is not sharded."""
-        return _part(stored, like) if self and stored.shape == like.shape else stored
+    def room(self, stored: Tensor, like: Tensor) -> Tensor:
+        """Memory for a stored tensor of this shape and type: sharded as `like` is, if it is of its shape."""
+        if self and stored.shape == like.shape:
+            return torch.empty_like(like, dtype=stored.dtype, requires_grad=False)
+        return torch.empty_like(stored, device="cpu")
 
     @contextmanager
     def exchanging(self) -> Iterator[None]:

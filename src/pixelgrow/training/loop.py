@@ -33,6 +33,7 @@ from pixelgrow.training.log import Averages, Display, Log, numbers
 from pixelgrow.training.monitor import Hook
 from pixelgrow.training.objective import Objective, Stepped, Terms, in_words, noise_levels
 from pixelgrow.training.periods import SaveClock, crossed
+from pixelgrow.training.saving import Saver
 from pixelgrow.training.settings import TrainSettings
 from pixelgrow.training.stopping import Interrupted, stop_signals
 
@@ -151,10 +152,9 @@ class Training:
         self.means = Averages()
         self.bad = 0  # steps in a row that were not finite; not saved, as a state is that before them
         self.broken = False  # whether other processes wait for weights that this one will not send
-        self.saved, self.clock = -1, SaveClock()
+        self.saver, self.saved, self.clock = Saver(folder / "state", self.team, bool(self.shards)), -1, SaveClock()
         self.logged = time.monotonic()
-        with self.team.together():
-            self.resume(after)
+        self._resume(after)
         if len(set(self.team.gather(self.counters.images))) > 1:
             raise UserError(f"the processes of this run see different states in {folder}: put it on a disk of all")
         self.good = self._now(self.counters.lines)
@@ -183,19 +183,19 @@ class Training:
         return [b._version for m in self.objective.modules.values() for b in m.buffers()]
 
     def save(self, log: Log | None) -> None:
-        """Write the state after the last good step, unless it is written already, or the tensors have changed since.
+        """Begin to write the state after the last good step, unless that is done, or the tensors have changed since.
 
-        Only the process with a log writes. All call this.
+        All processes call this, the first one with a log.
         """
         c, means, writes = self.good
         # A skipped step changes no tensor, except that it may update another part, or buffers.
         if self.saved == c.images or (self.bad and (len(self.parameters) > 1 or writes != self._writes())):
             return
         began = self.clock.clock()
-        tensors = self.shards.gathered(self.tensors(), log is not None)
-        if log is not None:
-            log.flush()
-            state.save(self.folder / "state", c.images, tensors, asdict(c) | {"means": means.stored()})
+        with self.team.together():
+            if log is not None:
+                log.flush()
+        self.saver.start(c.images, self.tensors(), asdict(c) | {"means": means.stored()})
         self.saved = c.images
         self.clock.saved(began)
 
@@ -205,6 +205,7 @@ class Training:
             return
         try:
             self.save(log)
+            self.saver.finish()
             if self.keep is not None and (log is not None or self.shards):
                 with self._averaged():
                     if log is not None:
@@ -216,29 +217,28 @@ class Training:
         return monitor.averaged(self.objective, self.averages, self.device, self.dtype, self.shards)
 
     @torch.no_grad()
-    def resume(self, after: Path | None = None) -> None:
+    def _resume(self, after: Path | None) -> None:
         """Load the newest state, if there is one; else the last one of the phase before, in the folder `after`."""
-        folder, load = self.folder, state.load if self.team.first else state.read
-        found = load(folder / "state")
-        if found is None and after is not None:
-            folder = after
-            found = load(folder / "state")
-        if found is None:
-            return
-        self.means = Averages(found.counters.pop("means"))
-        self.counters = Counters(**found.counters)
-        if folder == after:
-            self.counters.lines = 0  # this phase has a log of its own
-        self.saved = self.counters.images
+        with self.team.together():
+            folder, found = self.folder, state.load(self.folder / "state", self.team)
+            if found is None and after is not None:
+                folder, found = after, state.load(after / "state", self.team)
+        with self.team.together():
+            if found is not None:
+                self._take(found, folder, folder == after)
+
+    def _take(self, found: state.State, folder: Path, other: bool) -> None:
+        """Go on from a state in `folder`, which is of an `other` phase or not."""
         stored = dict(found.tensors)
         slots: dict[nn.Parameter, dict[str, Tensor]] = {}
+        into: dict[str, Tensor] = {}
         for key in [k for k in stored if k.startswith("optimizer/")]:
             _, slot, part, name = key.split("/", 3)
             p = self.parameters.get(part, {}).get(name)
             if p is not None:
-                slots.setdefault(p, {})[slot] = self.shards.part_of(stored.pop(key), p)
+                slots.setdefault(p, {})[slot] = into[key] = self.shards.room(stored.pop(key), p)
         live = {n: t for n, t in self.tensors().items() if not n.startswith("optimizer/")}
-        if folder == after:  # tensors that were frozen there are not in its state
+        if other:  # tensors that were frozen there are not in its state
             live = {n: t for n, t in live.items() if n in stored}
         odd = state.odd(live, stored)
         odd += [n for n, t in found.tensors.items() if n.startswith("optimizer/") and t.dtype != torch.float32]
@@ -247,11 +247,15 @@ class Training:
                 f"{folder / 'state'} is of another network, or of another precision: {len(odd)} tensors differ, "
                 f"{min(odd)} the first; delete that folder to start this stage again"
             )
-        for n, t in live.items():
-            t.copy_(self.shards.part_of(stored[n], t))
+        found.fill(live | into)
         for opts in self.optimizers.values():
             for opt in opts:
                 optim.restore(opt, slots)
+        self.means = Averages(found.counters.pop("means"))
+        self.counters = Counters(**found.counters)
+        if other:
+            self.counters.lines = 0  # this phase has a log of its own
+        self.saved = self.counters.images
 
     # --- one step --------------------------------------------------------------------------------------------------
 
@@ -373,17 +377,26 @@ class Training:
                     if not self.bad:
                         self.good = self._now(log.lines if log else 0)
                     due = any(hook.due(before, c.images, self.stop_at) for hook in hooks)  # they are the first's
-                    signum, met, late, looks = team.most(
-                        stop[0] if stop else 0, 0 if bad is None else bad.unshared, self.clock.due, due
+                    signum, met, late, looks, writing = team.most(
+                        stop[0] if stop else 0,
+                        0 if bad is None else bad.unshared,
+                        self.clock.due,
+                        due,
+                        self.saver.writing,
                     )
+                    if not writing:
+                        self.saver.finish()
                     if done or (c.images and (late or crossed(s.save_every, before, c.images))):
                         self.save(log)
+                        if done:
+                            self.saver.finish()
                         signum = signum or team.most(stop[0] if stop else 0)[0]  # one that came during the save
                     if bad is not None and met:
                         with self._rescuing(log):
                             bad.share(team)
                     if signum:
                         self.save(log)
+                        self.saver.finish()
                         team.wait()
                         raise Interrupted(signum, max(self.saved, 0))
                     self._look(hooks, bool(looks), before, log)
@@ -414,6 +427,7 @@ class Training:
         finally:
             if stream is not None and hasattr(stream, "close"):
                 stream.close()
+            self.saver.close()
             if log:
                 log.close()
         for part, split in self.shards.parts.items():

@@ -60,9 +60,9 @@ def _load(stage: Path, folder: Path, settings: Mapping[str, Any], device: torch.
     part = PARTS[config.objective]
     of = f"ema/{settings['ema'][0]}" if settings["ema"] else "weights"
     prefixes = tuple(f"{kind}/{part}/" for kind in (of, "buffers"))
-    found = state.read(folder, prefixes)
+    found = state.find(folder)
     assert found is not None
-    tensors = {name.split(f"/{part}/", 1)[1]: tensor for name, tensor in found.tensors.items()}
+    tensors = {name.split(f"/{part}/", 1)[1]: tensor for name, tensor in found.read(*prefixes).items()}
     model, frozen = _start(stage, config)
     own = model.state_dict().keys()
     if odd := sorted((tensors.keys() - own) | (own - tensors.keys() - frozen.keys())):
