@@ -3,10 +3,10 @@
 The files and their reader are those of torch's distributed checkpoints (DCP): safetensors files that say where in the
 whole tensors their parts begin. So any number of processes reads what any other number wrote.
 
-DCP's writing is left out (torch 2.13.0). `HuggingFaceStorageWriter` makes one string of a file before it writes it. That
-takes memory for a second copy, and locks the interpreter (1 s for 400 MiB), so that steps beside it stand still. And its
-processes exchange plans for each save, which take each of them 18 s at 64 processes and 5,000 tensors, while who writes
-what follows from the layout.
+DCP's writing is left out (torch 2.13.0). `HuggingFaceStorageWriter` makes one string of a file before it writes it.
+That takes memory for a second copy, and locks the interpreter (1 s for 400 MiB), so that steps beside it stand still.
+And DCP's processes exchange plans for each save (reading them takes 16 s at 64 processes and 5,000 tensors), while who
+writes what follows from the layout.
 
 torch's parts for this take seconds to import, so they are imported late.
 """
