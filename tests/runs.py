@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import pixelgrow.training.state
 from pixelgrow.recipe.read import FOLDER, Recipe, read_recipe
 from pixelgrow.stages import distill, grow, looks, train
+from pixelgrow.training.saving import Saver
 
 WEIGHTS = "checkpoint/model.safetensors"
 
@@ -47,15 +47,16 @@ class Stop(Exception):
 @contextmanager
 def stopped_after(images: int) -> Iterator[None]:
     """The run stops when it has saved its state at so many images."""
-    real = pixelgrow.training.state.save
+    real = Saver.start
 
-    def save(folder: Path, now: int, *rest: Any) -> None:
-        real(folder, now, *rest)
+    def start(self: Saver, now: int, *rest: Any) -> None:
+        real(self, now, *rest)
         if now == images:
+            self.finish()
             raise Stop
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        patch.setattr("pixelgrow.training.state.save", save)
+        patch.setattr(Saver, "start", start)
         yield
 
 

@@ -37,6 +37,7 @@ from pixelgrow.stages.record import Record
 from pixelgrow.training.denoise import DenoiseObjective
 from pixelgrow.training.objective import Terms
 from pixelgrow.training.optim import rate
+from pixelgrow.training.saving import Saver
 from pixelgrow.writing import CannotWrite
 from runs import WEIGHTS, class_images, class_recipe, few_samples, only_core, own_files, record, stopped_after
 
@@ -269,14 +270,14 @@ def test_a_killed_run_resumes_to_the_same_bytes(smoke: Path, tmp_path: Path) -> 
 def test_sigterm_saves_and_says_how_to_resume(
     smoke: Path, tmp_path: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = pixelgrow.training.state.save
+    real = Saver.start
 
-    def save(folder: Path, images: int, *rest: Any) -> None:
-        real(folder, images, *rest)
+    def start(self: Saver, *state: Any) -> None:
+        real(self, *state)
         signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr("pixelgrow.training.state.save", save)
+        patch.setattr(Saver, "start", start)
         stopped = run_cli("run", only_core(tmp_path), cwd=tmp_path)
     assert stopped.code == 143
     assert stopped.err.splitlines()[-1].endswith("saved at 16 images: run the same command again to go on")

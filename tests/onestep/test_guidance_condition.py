@@ -40,6 +40,7 @@ from pixelgrow.plan.shapes import networks
 from pixelgrow.recipe.read import load_recipe, read_recipe
 from pixelgrow.run import run
 from pixelgrow.stages import distill, looks, train
+from pixelgrow.training.saving import Saver
 from pixelgrow.writing import write_json
 from test_growth import cond, shallow
 
@@ -315,16 +316,17 @@ def test_a_run_that_was_stopped_in_each_stage_ends_with_the_same_bytes(made: Pat
     shard_path(cut / "pairs", 1).unlink()
     record = json.loads((cut / "pairs" / "stage.json").read_text())
     (cut / "pairs" / "stage.json").write_text(json.dumps(record | {"done": False}))
-    real = distill.loop.state.save
+    real = Saver.start
     for stage in ("omega", "onestep"):
 
-        def save(folder: Path, *rest: Any, stage: str = stage) -> None:
-            real(folder, *rest)
-            if folder.parent.name == stage:
+        def start(self: Saver, *state: Any, stage: str = stage) -> None:
+            real(self, *state)
+            if self.folder.parent.name == stage:
+                self.finish()
                 raise KeyboardInterrupt
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr("pixelgrow.training.state.save", save)
+            patch.setattr(Saver, "start", start)
             smoke(tmp_path)
     smoke(tmp_path)
     for name in (
