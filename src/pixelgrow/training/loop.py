@@ -4,7 +4,7 @@ Progress is counted in images. A step is a function of the state, the batch and 
 anywhere and resumed ends with the same bytes as one that was never stopped (on a CPU, with the same number of threads).
 
 Several processes share the micro-batches of each step and have the same weights (`distributed.Team`). The first of them
-writes all files and runs the hooks.
+writes all files and runs the hooks, except that of sharded weights each writes its parts of a state.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from time import monotonic
 
 LOG_SECONDS = 300.0  # between lines of a log, of trainings whose steps are slow
 SAVE_SECONDS = 900.0  # between saves; a run that is killed loses no more work than that
-SAVE_SHARE = 0.05  # of the time at most is spent on saves that are due by wall time alone
+SAVE_SHARE = 0.05  # of the time at most do steps pause for saves that are due by wall time alone
 
 
 def crossed(every: int | None, before: int, now: int) -> bool:
@@ -30,6 +30,6 @@ class SaveClock:
         return self.clock() - self.last >= max(SAVE_SECONDS, self.cost / SAVE_SHARE)
 
     def saved(self, began: float) -> None:
-        """Note a save that took from `began`, by this clock, until now."""
+        """Note a save for which steps paused from `began`, by this clock, until now."""
         self.last = self.clock()
         self.cost = self.last - began
