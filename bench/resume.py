@@ -93,10 +93,13 @@ def work(root: Path, fault: Fault | None) -> None:
     _write_whole(root / f"{rank}.attempts", attempt)
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(root / f"{rank}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    leave = os._exit  # torchrun's agent waits until a function returns
+    os._exit = lambda status: leave(status) if status else None  # type: ignore[assignment]
     writes = _count_writes(fault.at if fault and fault.kind == "cut write" and fault.of == rank else None)
     _write_whole(root / f"{rank}.pid", str(os.getpid()))
     sys.argv = ["pixelgrow", "run", str(root / "recipe.yaml"), "--runs", str(root)]
     pixelgrow()
+    os._exit = leave
     _write_whole(root / f"{rank}.writes", str(writes()))
 
 
