@@ -139,7 +139,7 @@ def test_pairs_and_generators_on_a_machine() -> None:
     by_name = {disk.name: disk for disk in disks(recipe)}
     assert by_name["pairs"].kept == 2 * 3 * 16 * 16 * 24
     cost = network_cost(shallow_uvit("tiny", 16), TrainSettings(images=64, batch=16))
-    assert by_name["core"].states == 2 * (5 * cost.memory.gradients) and by_name["core"].kept == cost.memory.weights
+    assert by_name["core"].states == 3 * cost.memory.state and by_name["core"].kept == cost.memory.weights
 
 
 def test_what_a_core_decodes() -> None:

@@ -117,6 +117,7 @@ def test_a_planned_update_equals_a_real_one(case: dict[str, Any]) -> None:
     assert memory.gradients == max(training.values())
     assert memory.optimizer == states
     assert memory.averages == 3 * sum(training.values())
+    assert memory.state == 4 * sum(training.values()) + states
     assert memory.activations == pytest.approx(max(run.activations for run in runs.values()), rel=0.01)
     always = memory.weights + memory.optimizer + memory.averages
     assert memory.peak - always == pytest.approx(max(run.peak for run in runs.values()), rel=0.01)
@@ -240,6 +241,8 @@ def test_the_demo_is_planned_whole() -> None:
     console = Console(width=200, file=io.StringIO())
     console.print(plan_tables(plans, 1e9, "as given"))
     printed = console.file.getvalue()  # type: ignore[attr-defined]
+    copy = size_of(max(p.cost.memory.state for p in plans))
+    assert f"a state is written, its copy takes up to {copy} of CPU memory" in " ".join(printed.split())
     for p in plans[2:]:
         first, second = (line for line in printed.splitlines() if line.startswith(f"{p.name}: {p.what}  "))
         assert first.endswith(time_of(p.seconds(1e9))) and second.endswith(size_of(p.cost.memory.peak))

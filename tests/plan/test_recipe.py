@@ -40,6 +40,7 @@ def test_fake_figures_equal_real_ones(frozen: bool) -> None:
     assert planned.memory.activations == real.activations
     assert planned.memory.weights == 4 * everything
     assert planned.memory.gradients == 4 * training
+    assert planned.memory.state == 4 * training * (1 + 2 + len(SETTINGS.ema))
     states = planned.memory.weights + planned.memory.optimizer + planned.memory.averages
     assert planned.memory.peak - states == real.peak
 

@@ -69,7 +69,8 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         for number, body in enumerate(bodies):
             flops = FLOPS[size] * 4**number
             activations = int(flops * body["batch"] / 16)
-            memory = Memory(0, 0, 0, 0, activations=activations, peak=activations + int(FLOPS[size] / 10))
+            peak, state = activations + int(FLOPS[size] / 10), int(FLOPS[size] / 20)
+            memory = Memory(0, 0, 0, 0, activations=activations, peak=peak, state=state)
             found[body["name"]] = Cost({}, {"forward": flops}, memory)
         return found
 
@@ -126,6 +127,17 @@ def test_what_takes_too_much_memory_has_smaller_micro_batches(planned: list[str]
     made = suggest(Wanted(100, (32, 64, 128), 16, TEXT), Machine(2, 12 * 10**9, 1e15))
     assert [of(made, name).get("accumulate") for name in ("core", "grown64", "grown128")] == [None, None, 2]
     assert suggest(Wanted(100, (32,), 16, TEXT), Machine(2, 1, 1e15)).stages[0]["train"]["accumulate"] == 16
+
+
+@pytest.mark.parametrize(
+    ("machine", "parts"),
+    [
+        (Machine(2, 1_600_000_000, 1e15), 2),  # 1.12 GB for a step, which takes 1.1 GB, and a copy of 0.05 GB
+        (Machine(2, 5_900_000_000, 1e15, "a GPU"), None),  # 4.13 GB for a step of 4.1 GB
+    ],
+)
+def test_the_copy_of_a_state_counts_where_steps_use_the_same_memory(planned: Any, machine: Machine, parts: Any) -> None:
+    assert suggest(Wanted(100, (32,), 16, TEXT), machine).stages[0]["train"].get("accumulate") == parts
 
 
 def test_a_rung_meets_the_lowest_noise_of_the_whole_model(planned: list[str]) -> None:

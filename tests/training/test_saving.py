@@ -89,7 +89,7 @@ def _read(folder: Path) -> dict[str, Tensor]:
 
 
 def test_an_error_of_the_writing_is_raised_once_and_the_state_before_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     saver = Saver(tmp_path, Team(), sharded=False)
     saver.start(8, WHOLE, {})
@@ -100,4 +100,9 @@ def test_an_error_of_the_writing_is_raised_once_and_the_state_before_stays(
         saver.finish()
     saver.finish()
     saver.close()
+    assert not caplog.records
+    saver = Saver(tmp_path, Team(), sharded=False)
+    saver.start(24, WHOLE, {})
+    saver.close()  # as another error ends the training
+    assert "No space left on device" in caplog.text
     assert [p.name for p in tmp_path.iterdir()] == [f"{8:012d}"]

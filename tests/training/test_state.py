@@ -111,6 +111,21 @@ def test_a_full_disk_is_one_line_and_changes_nothing(
     assert [p.name for p in tmp_path.iterdir()] == [f"{1:012d}"]
 
 
+def test_an_old_state_that_cannot_be_deleted_is_one_line_and_the_new_one_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(_: Path) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(state, "_discard", busy)
+    with pytest.raises(UserError, match="Device or resource busy; check the disk"):
+        for images in (1, 2, 3):
+            state.save(tmp_path, images, TENSORS, {"n": images})
+    found = state.load(tmp_path)
+    assert found is not None
+    assert found.counters == {"n": 3}
+
+
 def test_a_file_where_a_folder_should_be_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="Not a directory"):

@@ -53,7 +53,10 @@ class Placed:
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes of a stage's files. states: to resume from, until it is done. kept: checkpoint, snapshots, pairs."""
+    """Bytes of a stage's files. states: to resume from, until it is done, with the one that is being written.
+
+    kept: checkpoint, snapshots, pairs.
+    """
 
     name: str
     states: int
@@ -156,7 +159,7 @@ def disks(recipe: Recipe) -> list[Disk]:
         copies = phase.images // settings.snapshot_every if settings.snapshot_every else 0
         kept = 4 * weights + copies * 2 * training * len(settings.ema)
         before = found.get(phase.name, Disk(phase.name, 0, 0))  # an earlier phase of the stage
-        found[phase.name] = Disk(phase.name, max(before.states, KEPT * state), before.kept + kept)
+        found[phase.name] = Disk(phase.name, max(before.states, (KEPT + 1) * state), before.kept + kept)
     return list(found.values())
 
 

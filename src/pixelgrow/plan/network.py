@@ -34,7 +34,10 @@ from pixelgrow.training.settings import TrainSettings
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of a training step. `activations`: kept by a micro-batch for its backward pass; `peak`: all at most."""
+    """Bytes of a training step. `activations`: kept by a micro-batch for its backward pass; `peak`: all at most.
+
+    state: what a saved state holds, of which a copy is in CPU memory while it is written, beside the steps.
+    """
 
     weights: int
     gradients: int
@@ -42,6 +45,7 @@ class Memory:
     averages: int
     activations: int
     peak: int
+    state: int = 0
 
 
 @dataclass(frozen=True)
@@ -149,16 +153,16 @@ def _update_bytes(each: Sequence[tuple[torch.optim.Optimizer, nn.Parameter]], gp
 
 def memory_of(parts: Sequence[Measured], settings: TrainSettings, others: int = 0) -> Memory:
     """Memory of a step that updates several networks in turn. `others`: bytes of networks that do not train."""
-    weights = others + sum(p.weights for p in parts)
-    state = sum(p.optimizer for p in parts)
-    averages = len(settings.ema) * sum(p.training for p in parts)
+    weights, training = others + sum(p.weights for p in parts), sum(p.training for p in parts)
+    slots, averages = sum(p.optimizer for p in parts), len(settings.ema) * training
     return Memory(
         weights=weights,
         gradients=max(p.training for p in parts),
-        optimizer=state,
+        optimizer=slots,
         averages=averages,
         activations=max(p.activations for p in parts),
-        peak=weights + state + averages + max(p.peak for p in parts),
+        peak=weights + slots + averages + max(p.peak for p in parts),
+        state=training + slots + averages,
     )
 
 

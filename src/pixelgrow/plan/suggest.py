@@ -96,7 +96,7 @@ def suggest(wanted: Wanted, machine: Machine) -> Suggestion:
         sides = wanted.sides if smallest or wanted.sides[:2] != CORES else wanted.sides[1:]
         batch = scale.batch if machine.gpu else CPU_BATCH
         costs = _costs(_stages(wanted, scale, batch, sides), wanted, machine)
-        if not smallest and any(_least_memory(cost, batch) > SHARE * machine.memory for cost in costs.values()):
+        if not smallest and not all(_fits(cost, batch, machine) for cost in costs.values()):
             continue
         for count in range(len(sides), 0 if smallest else len(sides) - 1, -1):
             beyond = tuple(side for side in wanted.sides if side > sides[count - 1])
@@ -153,9 +153,11 @@ def _costs(stages: Stages, wanted: Wanted, machine: Machine) -> dict[str, Cost]:
     return {plan.name: plan.cost for plan in plan_recipe(read_recipe(raw, "new"), gpu=machine.bf16)}
 
 
-def _least_memory(cost: Cost, micro_batches: int) -> float:
-    """Bytes of a step at its peak, if its batch is computed in so many parts."""
-    return cost.memory.peak - cost.memory.activations * (1 - 1 / micro_batches)
+def _fits(cost: Cost, micro_batches: int, machine: Machine) -> bool:
+    """Whether there is memory for a step whose batch is computed in so many parts, while a state is written."""
+    m = cost.memory
+    copy = 0 if machine.gpu else m.state  # it is in the CPU's memory
+    return m.peak - m.activations * (1 - 1 / micro_batches) + copy <= SHARE * machine.memory
 
 
 def _in_memory(stages: Stages, costs: Mapping[str, Cost], machine: Machine) -> Stages:
@@ -164,7 +166,7 @@ def _in_memory(stages: Stages, costs: Mapping[str, Cost], machine: Machine) -> S
     for stage in stages:
         ((verb, body),) = stage.items()
         parts, cost = 1, costs.get(body["name"])
-        while cost and parts < body["batch"] and _least_memory(cost, parts) > SHARE * machine.memory:
+        while cost and parts < body["batch"] and not _fits(cost, parts, machine):
             parts *= 2
         fitted.append({verb: body | ({"accumulate": parts} if parts > 1 else {})})
     return fitted

@@ -124,6 +124,8 @@ def plan_tables(plans: Sequence[StagePlan], rate: float, how: str) -> Renderable
     note = f"FLOP/image: {sums}. Time at {count(rate)}FLOP/s, {how}; one device."
     if any(list(p.cost.work) == ["forward"] for p in plans):
         note += " Pairs are made in float32 (TF32 on a GPU), which is slower than that."
+    if most := max((p.cost.memory.state for p in plans), default=0):
+        note += f" While a state is written, its copy takes up to {size_of(most)} of CPU memory beside a step."
     return Group(work, Text(), memory, Text(), Text(note, style="dim"))
 
 

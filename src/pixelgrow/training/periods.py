@@ -6,7 +6,7 @@ from collections.abc import Callable
 from time import monotonic
 
 LOG_SECONDS = 300.0  # between lines of a log, of trainings whose steps are slow
-SAVE_SECONDS = 900.0  # between saves; a run that is killed loses no more work than that
+SAVE_SECONDS = 900.0  # between saves; a run that is killed loses that much, and what it did while the last was written
 SAVE_SHARE = 0.05  # of the time at most do steps pause for saves that are due by wall time alone
 
 

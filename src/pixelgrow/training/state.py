@@ -132,8 +132,8 @@ def commit(folder: Path, images: int, files: Files, counters: Mapping[str, Any])
             _discard(final)
         part.rename(final)
         flush(folder)
-    for old in _saved(folder)[:-KEPT]:
-        _discard(old)
+        for old in _saved(folder)[:-KEPT]:
+            _discard(old)
 
 
 def abandon(folder: Path, images: int) -> None:
