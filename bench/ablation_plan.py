@@ -33,7 +33,7 @@ PAIRS = 1024
 BATCHES = (16, 64, 256)  # of the stress test
 SHARES = (0.01, 0.1)  # of the pairs; 1 is `rec-adv`
 CASCADE = "cascade"
-GROWN = tuple(name for name in REGIMES if name != "unfreeze-preserve")
+GROWN = tuple(name for name in REGIMES if name not in ("unfreeze-preserve", "finetune-exact"))
 FEW = 400  # large images, in the part `few`
 SCARCE = ("scratch", "finetune-random", "frozen-random")
 STRESSED = ("scratch", "frozen-random")

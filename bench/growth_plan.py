@@ -35,6 +35,7 @@ REGIMES: dict[str, Regime] = {
     "frozen-preserve": Regime("preserve", "frozen"),
     "unfreeze-preserve": Regime("preserve", "unfreeze"),
     "frozen-exact": Regime("preserve", "frozen", exact=True),
+    "finetune-exact": Regime("preserve", "finetune", exact=True),
 }
 DEFAULT = [name for name, regime in REGIMES.items() if not regime.exact]  # bench.exact compares exact rungs
 PATCH = 4  # pixels per cell of the top map, of a UViT and of a `preserve` rung alike

@@ -19,7 +19,8 @@ from pixelgrow.training.unfinished import FROZEN
 from pixelgrow.writing import write_json
 
 LEVELS = ("mean", *(f"{sigma:g}" for sigma in SIGMAS))
-OURS, PAPERS, SCRATCH = "frozen-preserve", "frozen-random", "scratch"
+OURS = ("frozen-preserve", "finetune-exact")
+PAPERS, SCRATCH = "frozen-random", "scratch"
 TARGETS = {PAPERS: 1 / 3, SCRATCH: 1 / 2}
 
 
@@ -63,14 +64,14 @@ def crossing(curve: Curve, error: float, level: str = "mean") -> float | None:
     return None
 
 
-def fractions(curves: Mapping[str, Curve], plan: Plan, level: str = "mean") -> dict[str, float | None]:
-    """What share of another regime's compute ours needs to reach its final error: of `frozen-random`'s the growth's
+def fractions(curves: Mapping[str, Curve], plan: Plan, ours: str, level: str = "mean") -> dict[str, float | None]:
+    """What share of another regime's compute `ours` needs to reach its final error: of `frozen-random`'s the growth's
     alone, of `scratch`'s all, the core's included."""
     found: dict[str, float | None] = {}
     for other in (PAPERS, SCRATCH):
-        if {other, OURS} <= curves.keys():
+        if {other, ours} <= curves.keys():
             free = plan.core.cost if other == PAPERS else 0.0
-            at = crossing(curves[OURS], curves[other].final[level], level)
+            at = crossing(curves[ours], curves[other].final[level], level)
             found[other] = None if at is None else (at - free) / (curves[other].flops[-1] - free)
     return found
 
@@ -98,16 +99,17 @@ def summarize(plan: Plan, root: Path, seeds: int, figures: Path) -> tuple[str, b
         {
             "curves": {name: asdict(curve) for name, curve in of_seed.items()},
             "accuracy": accuracy[seed],
-            "fractions": {level: fractions(of_seed, plan, level) for level in LEVELS},
+            "fractions": {ours: {level: fractions(of_seed, plan, ours, level) for level in LEVELS} for ours in OURS},
         }
         for seed, of_seed in enumerate(curves)
     ]
     write_json(root / "results.json", {"plan": asdict(plan), "seeds": results})
     plot(curves, plan, ["mean"], figures / "growth.png")
     plot(curves, plan, LEVELS[1:], figures / "growth_by_noise.png")
-    parts = [error_table(curves), accuracy_table(accuracy), fraction_table(curves, plan)]
-    found = [fractions(of, plan) for of in curves]
-    met = len(found) == seeds and all(
+    run = [ours for ours in OURS if ours in plan.regimes]
+    parts = [error_table(curves), accuracy_table(accuracy), *(fraction_table(curves, plan, ours) for ours in run)]
+    found = [fractions(of, plan, ours) for of in curves for ours in run]
+    met = len(curves) == seeds and all(
         (share := of.get(other)) is not None and share <= target for of in found for other, target in TARGETS.items()
     )
     return "\n\n".join(part for part in parts if part), met
@@ -141,15 +143,15 @@ def accuracy_table(accuracy: Sequence[Mapping[str, Mapping[str, float]]]) -> str
     return "\n".join(lines)
 
 
-def fraction_table(curves: Sequence[Mapping[str, Curve]], plan: Plan) -> str:
+def fraction_table(curves: Sequence[Mapping[str, Curve]], plan: Plan, ours: str) -> str:
     """The targets, and the same by noise level; empty where the regimes that it compares were not run."""
-    found = {level: [fractions(of, plan, level) for of in curves] for level in LEVELS}
+    found = {level: [fractions(of, plan, ours, level) for of in curves] for level in LEVELS}
     others = list(found["mean"][0])
     if not others:
         return ""
     what = {PAPERS: "growth compute", SCRATCH: "total compute, the core's included"}
     lines = [
-        f"Share of another regime's compute at which {OURS} reaches its final held-out error, of each seed "
+        f"Share of another regime's compute at which {ours} reaches its final held-out error, of each seed "
         "(0: before the first step; never: not with all of its budget).",
         "",
         "| compared with | of its | target | " + " | ".join("mean" if v == "mean" else f"σ {v}" for v in LEVELS) + " |",

@@ -265,8 +265,12 @@ def test_growth_fractions_leave_the_core_out_where_both_have_it() -> None:
         "frozen-random": curve([100, 200], [1.0, 0.4]),
         "scratch": curve([0, 200], [1.0, 0.2]),
     }
-    found = fractions(curves, Plan(Phase(100, 1.0), {}, {}))
+    plan = Plan(Phase(100, 1.0), {}, {})
+    found = fractions(curves, plan, "frozen-preserve")
     assert found == {"frozen-random": pytest.approx(0.25), "scratch": pytest.approx(175 / 200)}
+    assert fractions(curves, plan, "finetune-exact") == {}
+    found = fractions(curves | {"finetune-exact": curve([100, 150], [0.4, 0.2])}, plan, "finetune-exact")
+    assert found == {"frozen-random": 0, "scratch": pytest.approx(150 / 200)}
 
 
 def test_growth_runs_goes_on_and_summarizes(
