@@ -290,7 +290,7 @@ def plan(
     recipe: Annotated[str | None, typer.Argument(help="A recipe, as for run; or give --size.")] = None,
     settings: Set = None,
     size: Annotated[
-        str | None, typer.Option("--size", help="tiny, small, base, large, xl, xxl or huge, instead of a recipe.")
+        str | None, typer.Option("--size", help="nano, tiny, small, base, large, xl, xxl or huge, instead of a recipe.")
     ] = None,
     resolution: Annotated[int, typer.Option("--resolution", help="With --size: final resolution in pixels.")] = 64,
     core: Annotated[int | None, typer.Option("--core", help="With --size: resolution that the core trains at.")] = None,

@@ -1,4 +1,4 @@
-"""The size ladder: one table from `tiny` to `huge`, and the networks of each size.
+"""The size ladder: one table from `nano` to `huge`, and the networks of each size.
 
 The papers give the largest (8B) and one shape of the 2B class (core width 2048, levels 128/256/512); the rest is our
 choice. `parameters` counts the Shallow-UViT of a size with that size's reference text encoder.
@@ -26,6 +26,7 @@ class Size:
 
 
 SIZES: dict[str, Size] = {
+    "nano": Size(1.3e6, 128, 3, 2, (64, 96, 48), 384, mlp_ratio=3),
     "tiny": Size(3e6, 192, 4, 3, (72, 128, 64), 384, mlp_ratio=3),
     "small": Size(30e6, 512, 6, 8, (256, 256, 128), 384),
     "base": Size(150e6, 768, 14, 12, (384, 256, 128), 1024),
