@@ -30,6 +30,7 @@ from typing import Any
 from bench.growth_plan import DEFAULT, PATCH, REGIMES, Plan, describe, make_plan
 from bench.growth_summary import summarize
 
+from pixelgrow.data.scenes.source import WORLDS
 from pixelgrow.errors import UserError
 from pixelgrow.recipe.read import read_recipe
 from pixelgrow.recipe.stages import Recipe
@@ -58,8 +59,9 @@ def recipe(seed: int, plan: Plan, args: argparse.Namespace) -> Recipe:
         every = {"validate_every": max(args.batch, images // args.evaluations), "sample_every": 0, "snapshot_every": 0}
         return {"images": images, "batch": args.batch, "lr": args.lr, "noise": noise} | every
 
+    core = {"name": "core", "size": args.size, "resolution": args.low, "stride": args.stride}
     stages: list[dict[str, Any]] = [
-        {"train": {"name": "core", "size": args.size, "resolution": args.low} | settings(plan.core.images, NOISE)}
+        {"train": core | settings(plan.core.images, NOISE)}
     ]
     for name, phases in plan.regimes.items():
         made = grow(name, args.to, phases[0].images)
@@ -88,12 +90,13 @@ def questions(seed: int, plan: Plan, args: argparse.Namespace) -> Recipe:
 def _head(name: str, seed: int, plan: Plan, heldout: int, args: argparse.Namespace) -> dict[str, Any]:
     """A recipe but for its stages; as many pictures as the longest run sees, so that none of them comes twice."""
     longest = max(sum(p.images for p in phases) for phases in ((plan.core,), *plan.regimes.values()))
+    scenes = {"source": "scenes", "world": args.world}
     return {
         "name": name,
         "seed": seed,
         "text": {"encoder": args.encoder},
-        "data": {"source": "scenes", "n": max(longest, args.captions), "captions": args.captions},
-        "heldout": {"source": "scenes", "split": "heldout", "n": heldout, "captions": heldout},
+        "data": scenes | {"n": max(longest, args.captions), "captions": args.captions},
+        "heldout": scenes | {"split": "heldout", "n": heldout, "captions": heldout},
     }
 
 
@@ -128,9 +131,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--growth", type=float, default=10.0, help="TFLOP of a growth's training")
     made.add_argument("--size", default="tiny")
     made.add_argument("--low", type=int, default=16, help="pixels of the core")
+    made.add_argument("--stride", type=int, default=4, help="pixels per token of the core")
     made.add_argument("--to", type=int, default=64, help="pixels of the grown models")
     made.add_argument("--batch", type=int, default=16)
     made.add_argument("--lr", type=float, default=1e-3)
+    made.add_argument("--world", choices=WORLDS, default="full", help="of the scenes")
     made.add_argument("--captions", type=int, default=4000, help="distinct training captions")
     made.add_argument("--encoder", default="minilm")
     made.add_argument("--heldout", type=int, default=32, help="images that the error is measured on, 64 at most")

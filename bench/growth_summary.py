@@ -19,7 +19,7 @@ from pixelgrow.training.unfinished import FROZEN
 from pixelgrow.writing import write_json
 
 LEVELS = ("mean", *(f"{sigma:g}" for sigma in SIGMAS))
-OURS = ("frozen-preserve", "finetune-exact")
+OURS = ("frozen-preserve", "frozen-exact", "finetune-exact")
 PAPERS, SCRATCH = "frozen-random", "scratch"
 TARGETS = {PAPERS: 1 / 3, SCRATCH: 1 / 2}
 

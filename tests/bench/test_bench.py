@@ -243,6 +243,20 @@ def test_growth_budgets_are_equal_to_within_a_batch() -> None:
     assert plan.regimes["frozen-random"][0].flops < plan.regimes["scratch"][0].flops
 
 
+def test_growth_trains_on_the_world_and_the_stride_that_it_plans() -> None:
+    from bench import growth, growth_plan
+
+    words = "--size nano --stride 2 --world simple --regimes finetune-exact".split()
+    args = growth.parser().parse_args(words)
+    plan = growth_plan.make_plan(args)
+    made = growth.recipe(0, plan, args)
+    core, grown = made.stages
+    assert (core.stride, grown.exact, grown.core) == (2, True, "finetune")  # type: ignore[union-attr]
+    assert {source.world for source in (*made.data, made.heldout)} == {"simple"}  # type: ignore[union-attr]
+    wider = growth_plan.make_plan(growth.parser().parse_args(["--size", "nano", *words[4:]]))
+    assert wider.core.flops < plan.core.flops / 2  # a quarter of the tokens
+
+
 def test_growth_crossing_is_interpolated() -> None:
     from bench.growth_summary import Curve, crossing
 
