@@ -226,9 +226,9 @@ def test_the_demo_is_planned_whole() -> None:
     plans = plan_recipe(load_recipe("demo"), gpu=False)
     rows = [(p.name, p.what, p.resolution, p.images, p.batch) for p in plans[2:]]
     assert rows == [
-        ("drawn", "sample pairs", 32, 768, 64),
-        ("onestep", "distil core", 32, 3200, 16),
-        ("inverted", "invert pairs", 32, 384, 64),
+        ("drawn", "sample pairs", 16, 2048, 64),
+        ("onestep", "distil core", 16, 8000, 8),
+        ("inverted", "invert pairs", 16, 384, 64),
         ("onestep64", "grow preserve, frozen", 64, 1600, 8),
     ]
     by_name: dict[str, StagePlan] = {p.name: p for p in plans}
@@ -237,7 +237,7 @@ def test_the_demo_is_planned_whole() -> None:
     assert grown.parameters["training"] == grown.parameters["levels"] - below.parameters["levels"]
     once = by_name["core"].cost.work["forward"]
     assert by_name["drawn"].cost.flops == pytest.approx(24 * once) == 24 / 11 * by_name["inverted"].cost.flops
-    assert by_name["drawn"].seconds(1e9) == pytest.approx(768 * 24 * once / 1e9)
+    assert by_name["drawn"].seconds(1e9) == pytest.approx(2048 * 24 * once / 1e9)
     console = Console(width=200, file=io.StringIO())
     console.print(plan_tables(plans, 1e9, "as given"))
     printed = console.file.getvalue()  # type: ignore[attr-defined]
