@@ -227,9 +227,9 @@ def test_the_demo_is_planned_whole() -> None:
     rows = [(p.name, p.what, p.resolution, p.images, p.batch) for p in plans[2:]]
     assert rows == [
         ("drawn", "sample pairs", 16, 2048, 64),
-        ("onestep", "distil core", 16, 8000, 8),
+        ("onestep", "distil core", 16, 7000, 8),
         ("inverted", "invert pairs", 16, 384, 64),
-        ("onestep64", "grow preserve, frozen", 64, 1600, 8),
+        ("onestep64", "grow preserve, frozen", 64, 1200, 8),
     ]
     by_name: dict[str, StagePlan] = {p.name: p for p in plans}
     grown, below = by_name["onestep64"].cost, by_name["onestep"].cost
