@@ -60,9 +60,7 @@ def recipe(seed: int, plan: Plan, args: argparse.Namespace) -> Recipe:
         return {"images": images, "batch": args.batch, "lr": args.lr, "noise": noise} | every
 
     core = {"name": "core", "size": args.size, "resolution": args.low, "stride": args.stride}
-    stages: list[dict[str, Any]] = [
-        {"train": core | settings(plan.core.images, NOISE)}
-    ]
+    stages: list[dict[str, Any]] = [{"train": core | settings(plan.core.images, NOISE)}]
     for name, phases in plan.regimes.items():
         made = grow(name, args.to, phases[0].images)
         stages.append({"grow": made | settings(sum(p.images for p in phases), made["noise"])})

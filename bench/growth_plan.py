@@ -74,7 +74,9 @@ class Plan:
 
 def make_plan(args: argparse.Namespace) -> Plan:
     """Images for each regime from the budgets."""
-    small = shallow_uvit(args.size, args.low, stride=args.stride, core=planned_core(args.size, TextSpec(encoder=args.encoder)))
+    small = shallow_uvit(
+        args.size, args.low, stride=args.stride, core=planned_core(args.size, TextSpec(encoder=args.encoder))
+    )
 
     @cache
     def cost(net: NetConfig, frozen: NetConfig | None = None) -> tuple[float, float]:

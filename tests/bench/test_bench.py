@@ -246,7 +246,7 @@ def test_growth_budgets_are_equal_to_within_a_batch() -> None:
 def test_growth_trains_on_the_world_and_the_stride_that_it_plans() -> None:
     from bench import growth, growth_plan
 
-    words = "--size nano --stride 2 --world simple --regimes finetune-exact".split()
+    words = ["--size", "nano", "--stride", "2", "--world", "simple", "--regimes", "finetune-exact"]
     args = growth.parser().parse_args(words)
     plan = growth_plan.make_plan(args)
     made = growth.recipe(0, plan, args)
