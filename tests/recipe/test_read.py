@@ -117,7 +117,7 @@ def test_values_of_other_fields(tmp_path: Path) -> None:
         ("stages.grown.noise.kin=1", "recipe.yaml: stages[1].grow.noise: unknown key 'kin'; did you mean 'kind'?"),
         ("sead=1", "recipe.yaml: unknown key 'sead'; did you mean 'seed'?"),
         ("data.sorce=x", "recipe.yaml: data[0]: unknown key 'sorce'; did you mean 'source'?"),
-        ("stages.core.size=tinny", "recipe.yaml: stages[0].train.size: got 'tinny', expected one of tiny, small"),
+        ("stages.core.size=tinny", "recipe.yaml: stages[0].train.size: got 'tinny', expected one of nano, tiny, small"),
         ("stages.core.images=abc", "recipe.yaml: stages[0].train.images: got 'abc', expected to be a valid integer"),
         (
             "stages.core.images=0",
