@@ -57,7 +57,7 @@ LONG = "x" * 300
         (["average", "MODEL", "--length", "0.1", "-o", LONG], "is no stage that was trained"),
         (["sample", "MODEL", "1", "-o", f"{LONG}/x.png"], "File name too long"),
         (["grow", "MODEL", "--to", "32", "-o", LONG], "File name too long"),
-        (["plan", "--size", "giant"], "got 'giant', expected one of tiny, small"),
+        (["plan", "--size", "giant"], "got 'giant', expected one of nano, tiny, small"),
         (["data", "nowhere"], "nowhere: no such folder or file"),
         (["sample", "MODEL", "1", "--size", "16"], "--size '16': expected HEIGHTxWIDTH"),
         (["sample", "MODEL", "1", "--size", "16x15"], "size 16x15 does not fit"),
