@@ -37,7 +37,7 @@ REGIMES: dict[str, Regime] = {
     "frozen-exact": Regime("preserve", "frozen", exact=True),
     "finetune-exact": Regime("preserve", "finetune", exact=True),
 }
-DEFAULT = [name for name, regime in REGIMES.items() if not regime.exact]  # bench.exact compares exact rungs
+DEFAULT = [name for name, regime in REGIMES.items() if not regime.exact]  # exact: with a trained core, by name
 PATCH = 4  # pixels per cell of the top map, of a UViT and of a `preserve` rung alike
 TERA = 1e12
 

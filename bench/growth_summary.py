@@ -95,18 +95,18 @@ def summarize(plan: Plan, root: Path, seeds: int, figures: Path) -> tuple[str, b
             )
     if not curves:
         raise UserError(f"{root} holds no seed whose runs are all done: run the same command without --summary")
+    run = [ours for ours in OURS if ours in plan.regimes]
     results = [
         {
             "curves": {name: asdict(curve) for name, curve in of_seed.items()},
             "accuracy": accuracy[seed],
-            "fractions": {ours: {level: fractions(of_seed, plan, ours, level) for level in LEVELS} for ours in OURS},
+            "fractions": {ours: {level: fractions(of_seed, plan, ours, level) for level in LEVELS} for ours in run},
         }
         for seed, of_seed in enumerate(curves)
     ]
     write_json(root / "results.json", {"plan": asdict(plan), "seeds": results})
     plot(curves, plan, ["mean"], figures / "growth.png")
     plot(curves, plan, LEVELS[1:], figures / "growth_by_noise.png")
-    run = [ours for ours in OURS if ours in plan.regimes]
     parts = [error_table(curves), accuracy_table(accuracy), *(fraction_table(curves, plan, ours) for ours in run)]
     found = [fractions(of, plan, ours) for of in curves for ours in run]
     met = len(curves) == seeds and all(

@@ -425,9 +425,9 @@ class Training:
                     if display:
                         display.update(c.images, meter.note)
         finally:
+            self.saver.close()
             if stream is not None and hasattr(stream, "close"):
                 stream.close()
-            self.saver.close()
             if log:
                 log.close()
         for part, split in self.shards.parts.items():
