@@ -1,8 +1,10 @@
 """The papers' comparisons on scenes, each at equal training compute: growth, losses, base resolutions, cores, batches.
 
-    make ablation                                             # all of it: about three hours of two cores
+    make ablation                                             # all of it: about ninety minutes of two cores
     python -m bench.ablation --dry-run                        # what would be trained (a minute)
     python -m bench.ablation --root runs/ablation --scale 0.25 --only cores growth
+
+Simple scenes, the size `nano` and batches of 8: what these budgets can teach, so that runs differ by more than chance.
 
 Parts, for each seed:
 - cores: what the others start from: a 16 px core, one that was trained an eighth as long, one at 32 px

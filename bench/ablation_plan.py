@@ -11,7 +11,7 @@ from typing import Any
 from bench.cascade import NOISE as CASCADE_NOISE
 from bench.cascade import config_above
 from bench.growth import NOISE, grow
-from bench.growth_plan import PATCH, REGIMES, TERA
+from bench.growth_plan import REGIMES, TERA
 
 from pixelgrow.models.config import NetConfig
 from pixelgrow.models.sizes import SIZES, Size, shallow_uvit
@@ -25,11 +25,14 @@ from pixelgrow.training.settings import TrainSettings
 Stage = dict[str, dict[str, Any]]
 
 LOW, TO, TOP = 16, 32, 64  # pixels of the cores, of the grown denoisers, of the grown generators
-BATCH = 32
+STRIDE, PATCH = 2, 2  # pixels per token of the cores at LOW; pixels per cell of the top map of what is grown
+SIZE = "nano"
+WORLD = "simple"  # of the scenes: one that these budgets teach
+BATCH = 8
 TOKENS = 32
 # TFLOP of each training at scale 1.
-CORE, WEAK, GROWTH, DISTIL, GENERATOR, SCALING, STRESS = 16.0, 2.0, 8.0, 4.0, 4.0, 6.0, 5.0
-PAIRS = 1024
+CORE, WEAK, GROWTH, DISTIL, GENERATOR, SCALING, STRESS = 8.0, 1.0, 3.0, 3.0, 3.0, 2.5, 1.5
+PAIRS = 768
 BATCHES = (16, 64, 256)  # of the stress test
 SHARES = (0.01, 0.1)  # of the pairs; 1 is `rec-adv`
 CASCADE = "cascade"
@@ -37,14 +40,15 @@ GROWN = tuple(name for name in REGIMES if name not in ("unfreeze-preserve", "fin
 FEW = 400  # large images, in the part `few`
 SCARCE = ("scratch", "finetune-random", "frozen-random")
 STRESSED = ("scratch", "frozen-random")
-# Three cores whose ends are alike; the middle one is `tiny`'s.
-TINY = SIZES["tiny"]
+# Three cores whose ends are alike.
+MIDDLE = SIZES[SIZE]
 CORES: dict[str, Size] = {
-    "core-s": Size(0.5e6, 128, 2, 2, TINY.channels, TINY.text_dim, TINY.mlp_ratio),
-    "core-m": TINY,
-    "core-l": Size(10e6, 320, 6, 5, TINY.channels, TINY.text_dim, TINY.mlp_ratio),
+    "core-s": Size(0.4e6, 64, 2, 1, MIDDLE.channels, MIDDLE.text_dim, MIDDLE.mlp_ratio),
+    "core-m": MIDDLE,
+    "core-l": Size(3e6, 192, 4, 3, MIDDLE.channels, MIDDLE.text_dim, MIDDLE.mlp_ratio),
 }
-OWN = {"core": (CORE, LOW), "weak": (WEAK, LOW), "core32": (CORE, TO)}  # of the part `cores`: TFLOP, pixels
+# Of the part `cores`: TFLOP, pixels, pixels per token. Both resolutions have the same tokens.
+OWN = {"core": (CORE, LOW, STRIDE), "weak": (WEAK, LOW, STRIDE), "core32": (CORE, TO, STRIDE * TO // LOW)}
 DISTANCES = ("fd",)
 
 
@@ -86,7 +90,9 @@ def register() -> None:
 
 def cores(s: Settings) -> list[Stage]:
     """A teacher, a weak one, and one at twice the resolution."""
-    made = [_train(name, tflop, size="tiny", resolution=side) for name, (tflop, side) in OWN.items()]
+    made = [
+        _train(name, tflop, size=SIZE, resolution=side, stride=stride) for name, (tflop, side, stride) in OWN.items()
+    ]
     return made + [_evaluate(name, s, many_steps=True) for name in OWN]
 
 
@@ -95,17 +101,17 @@ def growth(s: Settings) -> list[Stage]:
     made = []
     for name in GROWN:
         tflop = GROWTH + (CORE if name == "scratch" else 0)
-        made.append({"grow": grow(name, TO, 1) | _settings(tflop) | {"name": name}})
+        made.append({"grow": _grow(name) | _settings(tflop) | {"name": name}})
     return made + [_evaluate(name, s, many_steps=True) for name in GROWN]
 
 
 def few(s: Settings) -> list[Stage]:
     """Growth and `scratch` on FEW large images alone; the core saw all that are small."""
     made = []
-    data = [{"source": "scenes", "n": FEW, "captions": FEW}]
+    data = [{"source": "scenes", "world": WORLD, "n": FEW, "captions": FEW}]
     for name in SCARCE:
         tflop = GROWTH + (CORE if name == "scratch" else 0)
-        made.append({"grow": grow(name, TO, 1) | _settings(tflop) | {"name": f"{name}-few", "data": data}})
+        made.append({"grow": _grow(name) | _settings(tflop) | {"name": f"{name}-few", "data": data}})
     return made + [_evaluate(stage["grow"]["name"], s, many_steps=True) for stage in made]
 
 
@@ -140,17 +146,18 @@ def onestep(s: Settings) -> list[Stage]:
         ("base32-to-64", "base32", "inverted32", TOP, GENERATOR),
     ):
         settings = {"name": name, "from": parent, "pairs": pairs, "to": to, "init": "random"} | _settings(tflop)
-        made.append({"grow": settings | {"batch": 16}})
+        made.append({"grow": settings})
     trained = [settings["name"] for stage in made for verb, settings in stage.items() if verb != "pairs"]
     return made + [_evaluate(name, s) for name in trained]
 
 
 def scaling(s: Settings) -> list[Stage]:
     """Three cores, on the images of the middle one (`-images`), and on its compute."""
-    made = [_train("core-m", SCALING, size="core-m", resolution=LOW)]
+    like = {"resolution": LOW, "stride": STRIDE}
+    made = [_train("core-m", SCALING, size="core-m", **like)]
     for name in ("core-s", "core-l"):
-        made.append(_train(name, SCALING, size=name, resolution=LOW))
-        made.append(_train(f"{name}-images", None, size=name, resolution=LOW, images_of="core-m"))
+        made.append(_train(name, SCALING, size=name, **like))
+        made.append(_train(f"{name}-images", None, size=name, **like, images_of="core-m"))
     names = [stage["train"]["name"] for stage in made]
     return made + [_evaluate(name, s, many_steps=True, distance=False) for name in names]
 
@@ -161,7 +168,7 @@ def batches(s: Settings) -> list[Stage]:
     for name in STRESSED:
         for batch in BATCHES:
             own = {"name": f"{name}-{batch}", "batch": batch, "clip": 0, "log_every": batch}
-            made.append({"grow": grow(name, TO, 1) | _settings(STRESS) | own | {"max_bad_steps": 10**9}})
+            made.append({"grow": _grow(name) | _settings(STRESS) | own | {"max_bad_steps": 10**9}})
     return made + [_evaluate(stage["grow"]["name"], s, many_steps=True, distance=False) for stage in made]
 
 
@@ -177,6 +184,10 @@ PARTS = {
 
 def _settings(tflop: float) -> dict[str, Any]:
     return {"tflop": tflop, "batch": BATCH, "lr": 1e-3, "sample_every": 0, "snapshot_every": 0}
+
+
+def _grow(name: str) -> dict[str, Any]:
+    return grow(name, TO, 1) | {"patch": PATCH}
 
 
 def _train(name: str, tflop: float | None, **more: Any) -> Stage:
@@ -230,7 +241,8 @@ def bought(tflop: float, flops: float, batch: int) -> int:
 
 def enlarging(s: Settings) -> NetConfig:
     """The network of the cascade's second model."""
-    return config_above(shallow_uvit("tiny", LOW, core=planned_core("tiny", _recipe_head(s).text)), TO, PATCH)
+    low = shallow_uvit(SIZE, LOW, stride=STRIDE, core=planned_core(SIZE, _recipe_head(s).text))
+    return config_above(low, TO, PATCH)
 
 
 def _probed(stage: Stage) -> Stage:
@@ -289,12 +301,13 @@ def _recipe_head(s: Settings) -> Recipe:
 
 
 def _head(name: str, seed: int, s: Settings) -> dict[str, Any]:
+    scenes = {"source": "scenes", "world": WORLD}
     return {
         "name": name,
         "seed": seed,
         "text": {"encoder": s.encoder, "max_tokens": TOKENS},
-        "data": {"source": "scenes", "n": 1_000_000, "captions": s.captions},
-        "heldout": {"source": "scenes", "split": "heldout", "n": s.prompts, "captions": s.prompts},
+        "data": scenes | {"n": 1_000_000, "captions": s.captions},
+        "heldout": scenes | {"split": "heldout", "n": s.prompts, "captions": s.prompts},
     }
 
 

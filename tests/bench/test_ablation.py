@@ -38,7 +38,7 @@ def test_growth_regimes_and_the_cascade_have_equal_budgets(tmp_path: Path, monke
     from bench import ablation_plan as plan
 
     settings = plan.Settings(tmp_path, scale=0.05)
-    monkeypatch.setattr(plan, "OWN", {"core": (plan.CORE, plan.LOW)})
+    monkeypatch.setattr(plan, "OWN", {"core": (plan.CORE, plan.LOW, plan.STRIDE)})
     works = {w.name: w for w in plan.plan_part("growth", settings)}
     assert set(works) == {*plan.GROWN, plan.CASCADE} and "frozen-exact" in works
     for name, work in works.items():
@@ -166,7 +166,7 @@ def test_the_growth_part_runs_goes_on_and_is_summarized(
 
     monkeypatch.setattr(looks, "GRID_STEPS", 1)
     monkeypatch.setattr(looks, "GRID", 1)
-    monkeypatch.setattr(ablation_plan, "OWN", {"core": (1.0, 16)})
+    monkeypatch.setattr(ablation_plan, "OWN", {"core": (1.0, 16, 2)})
     monkeypatch.setattr(ablation_plan, "GROWN", ("scratch", "frozen-exact"))
     monkeypatch.setattr(ablation_plan, "DISTANCES", ())  # a distance takes seconds
     monkeypatch.setattr(ablation_plan.Settings, "steps", 2)
