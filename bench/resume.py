@@ -1,9 +1,10 @@
 """Exact resume: a run that meets a fault, started again by the same command, must leave the bytes of one left alone.
 
-    python -m bench.resume [--processes 2] [--faults 20] [--seed 0] [--restart] [--folder FOLDER]
+    python -m bench.resume [--processes 2] [--shard 2] [--faults 20] [--seed 0] [--restart] [--folder FOLDER]
 
 A small recipe (a core at 16 px, grown to 32 px, pairs, a one-step generator, an evaluation) runs on `--processes`
-processes that torchrun's own agent starts. Each run meets a fault of a kind in turn, at a random moment:
+processes that torchrun's own agent starts. With `--shard` S, each of S has a part of the weights, and writes it. Each
+run meets a fault of a kind in turn, at a random moment:
 
     kill one    SIGKILL of one process
     kill all    SIGKILL of all of them
@@ -49,9 +50,9 @@ NAME = "resume"
 STAGES = ("eval", "onestep", "pairs", "grown", "core")
 
 
-def recipe(processes: int) -> dict[str, Any]:
+def recipe(processes: int, shard: int) -> dict[str, Any]:
     """Every kind of work in some seconds, saved and logged often."""
-    often = {"batch": 8, "accumulate": processes, "save_every": 16, "log_every": 8}
+    often = {"batch": 8, "accumulate": processes, "save_every": 8, "log_every": 8}
     often |= {"sample_every": 0, "validate_every": 24, "snapshot_every": 24}
     stages = [
         {"train": {"name": "core", "size": "tiny", "resolution": 16, "stride": 8, "images": 48} | often},
@@ -63,7 +64,8 @@ def recipe(processes: int) -> dict[str, Any]:
     text = {"encoder": "minilm", "max_tokens": 16}
     data = {"source": "scenes", "n": 1000, "captions": 16}
     held = {"source": "scenes", "split": "heldout", "n": 8, "captions": 8}
-    return {"name": NAME, "text": text, "data": data, "heldout": held, "stages": stages}
+    made = {"name": NAME, "text": text, "data": data, "heldout": held, "stages": stages}
+    return made | ({"parallel": {"shard": shard}} if shard > 1 else {})
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
@@ -127,14 +129,14 @@ def _write_whole(path: Path, text: str) -> None:
     part.replace(path)
 
 
-def launch(root: Path, processes: int, fault: Fault | None = None, restarts: int = 0) -> int:
+def launch(root: Path, processes: int, shard: int, fault: Fault | None = None, restarts: int = 0) -> int:
     """Run the recipe in `root` to its end; the exit status of the process that failed first, 0 if none did.
 
     restarts: how often torchrun may start all processes again after one has failed.
     """
     for left in root.glob("*.pid"):
         left.unlink()
-    _write_whole(root / "recipe.yaml", json.dumps(recipe(processes)))
+    _write_whole(root / "recipe.yaml", json.dumps(recipe(processes, shard)))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -225,20 +227,20 @@ class Trial:
         return not self.differ and self.statuses[1] == 0
 
 
-def trial(root: Path, processes: int, expected: dict[str, bytes], fault: Fault, restart: bool) -> Trial:
+def trial(root: Path, processes: int, shard: int, expected: dict[str, bytes], fault: Fault, restart: bool) -> Trial:
     """A run with a fault, finished by the same command (restart: by torchrun), and compared. A run that ends before its
     fault is no trial: the fault then comes at half the time."""
     while True:
         shutil.rmtree(root, ignore_errors=True)
         root.mkdir(parents=True)
-        status = launch(root, processes, fault, restarts=int(restart))
+        status = launch(root, processes, shard, fault, restarts=int(restart))
         if status or (root / "0.attempts").read_text(encoding="utf-8") != "0":
             break
         fault = Fault(fault.kind, fault.of, fault.at // 2 if fault.kind == "cut write" else fault.at / 2)
     met = "restarted by torchrun" if restart else where(root / NAME)
     for said in root.glob("*.err"):
         said.rename(said.with_suffix(".before"))
-    again = status if restart else launch(root, processes)
+    again = status if restart else launch(root, processes, shard)
     found = contents(root / NAME)
     differ = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
     lines = [line for said in sorted(root.glob("*.err")) for line in said.read_text(encoding="utf-8").splitlines()]
@@ -259,6 +261,7 @@ def table(trials: list[Trial]) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--shard", type=int, default=1)
     parser.add_argument("--faults", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, help="where to work; a temporary folder if absent")
@@ -274,20 +277,26 @@ def main(argv: list[str] | None = None) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
         (folder / name).mkdir(parents=True)
         began = time.monotonic()
-        if status := launch(folder / name, args.processes):
+        if status := launch(folder / name, args.processes, args.shard):
             said = (folder / name / "0.err").read_text(encoding="utf-8")
             raise SystemExit(f"the undisturbed run ended with status {status}\n{said}")
         seconds = time.monotonic() - began
         made.append(contents(folder / name / NAME))
     writes = int((folder / "whole" / "0.writes").read_text(encoding="utf-8"))
-    facts = {"bench": NAME, "processes": args.processes, "seconds": round(seconds, 1), "files": len(made[1])}
+    facts = {
+        "bench": NAME,
+        "processes": args.processes,
+        "shard": args.shard,
+        "seconds": round(seconds, 1),
+        "files": len(made[1]),
+    }
     print(json.dumps(facts | {"writes": writes, "twice": made[0] == made[1]}), flush=True)
     chance, trials = random.Random(args.seed), []
     for number in range(args.faults):
         kind = KINDS[number % len(KINDS)]
         at = chance.randint(1, writes) if kind == "cut write" else chance.uniform(0, seconds)
         fault = Fault(kind, 0 if kind == "cut write" else chance.randrange(args.processes), at)
-        one = trial(folder / "cut", args.processes, made[1], fault, args.restart)
+        one = trial(folder / "cut", args.processes, args.shard, made[1], fault, args.restart)
         trials.append(one)
         facts = {"trial": number, "fault": kind, "of": fault.of, "at": round(one.fault.at, 2), "met": one.where}
         print(json.dumps(facts | {"statuses": one.statuses, "differ": one.differ[:4]}), flush=True)
