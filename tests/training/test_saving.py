@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -106,3 +107,32 @@ def test_an_error_of_the_writing_is_raised_once_and_the_state_before_stays(
     saver.close()  # as another error ends the training
     assert "No space left on device" in caplog.text
     assert [p.name for p in tmp_path.iterdir()] == [f"{8:012d}"]
+
+
+class Elsewhere(Team):
+    """The second of two processes, on another machine: what the first one does is not seen here."""
+
+    def alone(self, work: Callable[[], Any]) -> Any:
+        return None
+
+    def tell(self, value: Any) -> Any:
+        return value
+
+    def gather(self, value: Any) -> list[Any]:
+        return [True, value]
+
+
+class Beside(Elsewhere):
+    """The second of two processes, on the machine of the first."""
+
+    def alone(self, work: Callable[[], Any]) -> Any:
+        return work()
+
+
+def test_processes_without_a_common_folder_are_told_before_the_first_step(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"is not one folder for all processes \(not for 1\): put the run on a common"):
+        state.check_common(tmp_path / "state", Elsewhere(1, 2))
+    state.check_common(tmp_path / "state", Beside(1, 2))
+    first = tmp_path / "first"
+    state.check_common(first, Beside(0, 2))
+    assert not list(first.iterdir())

@@ -154,9 +154,8 @@ class Training:
         self.broken = False  # whether other processes wait for weights that this one will not send
         self.saver, self.saved, self.clock = Saver(folder / "state", self.team, bool(self.shards)), -1, SaveClock()
         self.logged = time.monotonic()
+        state.check_common(folder, self.team)
         self._resume(after)
-        if len(set(self.team.gather(self.counters.images))) > 1:
-            raise UserError(f"the processes of this run see different states in {folder}: put it on a disk of all")
         self.good = self._now(self.counters.lines)
 
     # --- state -----------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ one writes `state.json`, and renames. Any number of processes reads either.
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
 import zlib
 from collections.abc import Iterator, Mapping
@@ -139,6 +140,26 @@ def commit(folder: Path, images: int, files: Files, counters: Mapping[str, Any])
 def abandon(folder: Path, images: int) -> None:
     """Delete what was written of a state since `begin`."""
     shutil.rmtree(_part(folder, images), ignore_errors=True)
+
+
+def check_common(folder: Path, team: Team) -> None:
+    """Raise UserError unless all processes see what the first one writes in `folder`."""
+    if team.size == 1:
+        return
+    mark = folder / team.tell(f".{secrets.token_hex(8)}.part")  # a new name: none that a network disk remembers
+
+    def write() -> None:
+        with writing(mark):
+            folder.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+
+    team.alone(write)
+    seen = team.gather(mark.exists())
+    if team.first:
+        mark.unlink()
+    if not all(seen):
+        blind = ", ".join(str(rank) for rank, sees in enumerate(seen) if not sees)
+        raise UserError(f"{folder} is not one folder for all processes (not for {blind}): put the run on a common disk")
 
 
 def load(folder: Path, team: Team | None = None) -> State | None:
