@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import weakref
 from pathlib import Path
 from typing import Any
@@ -237,8 +238,10 @@ def test_a_download_that_breaks_off_is_one_line(kind: str, monkeypatch: pytest.M
     ) as caught:
         pixelgrow.load("somebody/model")
     assert "\n" not in str(caught.value)
+    logging.getLogger("huggingface_hub").setLevel(logging.WARNING)
     with pytest.raises(UserError, match="encoder 'somebody/t5' is not on this machine and cannot be fetched"):
         load_encoder("somebody/t5", max_tokens=8)
+    assert logging.getLogger("huggingface_hub").level == logging.ERROR  # its retries are not lines of ours
 
 
 def test_unknown_names_are_one_line(tmp_path: Path) -> None:

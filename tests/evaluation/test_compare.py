@@ -39,7 +39,9 @@ def values(guidance: float = 2.0, fd: float = 10.0, aligned: float = 0.5, half: 
         "images": 2000,
         "real": {"fingerprint": "f", "size": [64, 64], "images": 2000},
         "prompts": {"sha256": "p" * 64},
+        "train": {"fingerprint": "t", "images": 2000},
         "extractors": {"lite": {"side": 224, "identity": "i"}},
+        "judge": {"vqa": {"name": "blip", "sha256": "v"}, "questions": "asked"},
         "bad_files": [],
         "metrics": [row("FD-2,000 (lite)", fd, half), row("scenes-2,000", aligned, 0.01, "higher", "scenes")],
         "cost": {"nfe": 32, "parameters": {"network": 3_000_000}},
@@ -73,6 +75,9 @@ def test_rows_settings_and_the_best() -> None:
         (("real", "fingerprint"), "g", "real.fingerprint: a f, b g"),
         (("real", "size"), [32, 32], r"real.size\[0\]: a 64, b 32"),
         (("prompts", "sha256"), "q" * 64, "prompts.sha256: a pppppppppppp, b qqqqqqqqqqqq"),
+        (("train", "fingerprint"), "other", "train.fingerprint: a t, b other"),
+        (("judge", "vqa", "sha256"), "w", "vqa.sha256: a v, b w"),
+        (("judge", "questions"), "others", "questions: a asked, b others"),
         (("extractors", "lite", "side"), 112, "extractor lite.side: a 224, b 112"),
         (("metrics",), [], "have no metric in common"),
     ],
@@ -86,6 +91,13 @@ def test_what_is_not_comparable(path: tuple[str, ...], value: Any, line: str) ->
     with pytest.raises(UserError, match=line) as error:
         compare([Evaluation("a", values()), Evaluation("b", other)])
     assert "\n" not in str(error.value)
+
+
+def test_what_one_of_them_lacks_keeps_none_from_being_compared() -> None:
+    other = values() | {"train": None, "judge": None}
+    assert compare([Evaluation("a", values()), Evaluation("b", other)]).names == ["a", "b"]
+    other = values() | {"judge": {"counter": {"name": "owl"}, "questions": "asked"}}
+    assert compare([Evaluation("a", values()), Evaluation("b", other)]).names == ["a", "b"]
 
 
 def test_images_without_prompts_compare_by_distance() -> None:

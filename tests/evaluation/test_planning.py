@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from cli_files import class_model, noisy_classes
+from external.test_vision import save_vision
 from pixelgrow.errors import UserError
 from pixelgrow.evaluation.images import Conditions, Made, open_candidate
 from pixelgrow.evaluation.judges import QuestionJudge, SceneJudge
@@ -74,6 +75,10 @@ def test_metrics_by_default(tmp_path: Path) -> None:
     assert len(make_plan(Blank(), Asked("scenes", extractors=["efficientnet-lite0"] * 2, n=12)).extractors) == 1
     words = make_plan(Blank(), Asked(captioned(tmp_path / "words"), n=12))
     assert tuple(words.metrics) == ("fd", "precision", "recall", "retrieval") and words.judge is None
+    others = open_candidate(captioned(tmp_path / "others", 20))  # with captions that the real images lack
+    assert tuple(make_plan(others, Asked(str(tmp_path / "words"))).metrics) == ("fd", "precision", "recall")
+    same = open_candidate(str(tmp_path / "words"))  # the first 12 of both are the same
+    assert "retrieval" in make_plan(same, Asked(str(tmp_path / "words"), n=12)).metrics
     silent = open_candidate(captioned(tmp_path / "silent", captions=False))
     plan = make_plan(silent, Asked(captioned(tmp_path / "also silent", captions=False)))
     assert tuple(plan.metrics) == ("fd", "precision", "recall") and list(plan.prompts) == [""] * 16
@@ -87,7 +92,8 @@ def test_a_folder_is_compared_with_as_many_real_images(tmp_path: Path) -> None:
     folder = open_candidate(captioned(tmp_path / "made", 12))
     plan = make_plan(folder, Asked(captioned(tmp_path / "real", 20)))
     assert (len(plan.prompts), len(plan.real or ()), list(plan.seeds)) == (12, 12, [0])
-    assert list(make_plan(folder, Asked(str(tmp_path / "real"), n=11)).prompts) == [f"image {i}" for i in range(11)]
+    some = list(make_plan(folder, Asked(str(tmp_path / "real"), n=6)).prompts)
+    assert len(set(some)) == 6 and set(some) != {f"image {i}" for i in range(6)}  # a sample of all, not the first ones
     assert "-n 13:" in line(Asked(str(tmp_path / "real"), n=13), folder) and "has 12 images; name no more" in line(
         Asked(str(tmp_path / "real"), n=13), folder
     )
@@ -113,6 +119,10 @@ def test_what_does_not_fit_together(tmp_path: Path) -> None:
     assert "extractor 'magic' is unknown" in line(Asked(words, n=12, extractors=["magic"]))
     assert "is not on this machine and cannot be fetched" in line(Asked(words, n=12, extractors=["some/model"]))
     assert make_plan(nothing, Asked(silent, n=12)).prompts == [""] * 12
+    assert "--extractor: got no name, expected at least one" in line(Asked(words, n=12, extractors=[]))
+    save_vision(tmp_path / "vit", "ViT")
+    vit = str(tmp_path / "vit")
+    assert "expected 'clip', with both halves" in line(Asked(words, n=12, metrics=["clipscore"], extractors=[vit]))
 
 
 def test_questions_bring_their_prompts_and_their_metric(tmp_path: Path) -> None:
@@ -132,7 +142,11 @@ def test_questions_bring_their_prompts_and_their_metric(tmp_path: Path) -> None:
         assert 0 <= row["low"] <= row["mean"] <= row["high"] <= 1 and len(row["values"]) == 2
         assert result.values["judge"]
     counted = make_plan(Blank(), Asked(questions=files["gecko"], form="gecko", detector=detector, n=1))
-    assert counted.judge is not None and counted.judge.describe().keys() == {"counter"}
+    assert counted.judge is not None and counted.judge.describe().keys() == {"counter", "questions"}
+    files["dsg"].write_text(DSG.replace("is there a cat?", "is there a lynx?"))
+    asked = [make_plan(Blank(), Asked(questions=files["dsg"], vqa=vqa)).describe() for _ in range(2)]
+    files["dsg"].write_text(DSG)
+    assert asked[0] == asked[1] != make_plan(Blank(), Asked(questions=files["dsg"], vqa=vqa)).describe()
     assert "metric dsg: expected --vqa MODEL, which" in line(Asked(questions=files["dsg"], detector=detector))
     assert "expected --vqa MODEL or --detector MODEL" in line(Asked(questions=files["gecko"], form="gecko"))
     assert "metric scenes: expected --data scenes" in line(Asked(questions=files["dsg"], metrics=["scenes"], vqa=vqa))

@@ -170,6 +170,8 @@ def test_intervals_of_one_seed_are_over_its_images(tmp_path: Path) -> None:
 def test_intervals_over_seeds_end_where_the_metric_does() -> None:
     made = row("precision", "precision-9", [0.1, 0.9])
     assert (made["low"], made["high"]) == (0, 1)
+    below = row("fd-infinity", "FD-infinity-9", [-0.06, -0.065, -0.058])
+    assert below["low"] < below["mean"] < below["high"] < 0
     assert row("mmd", "MMD-9", [0.1, 0.9])["low"] < 0 and row("fd", "FD-9", [1.0, 90.0])["low"] == 0
 
 
@@ -180,7 +182,8 @@ def test_the_ratio_is_over_all_extractors(tmp_path: Path) -> None:
         def __call__(self, images: Tensor) -> Features:
             return super().__call__(images[:, :, :4])
 
-    train = replace(real_images(), items=[(source, i) for source, i in real_images(30).items[6:]])
+    items = [(source, i) for source, i in real_images(30).items[6:]]
+    train = replace(real_images(), fingerprint="of others", items=items)
     plan = replace(plan_of("fd-ratio", "fd"), extractors=[Pixels(), Halves()], train=train)
     found = rows_of(run(Noise(), plan, tmp_path))
     images = [Noise().images(range(20), 0), plan.real.images(range(24))[0], train.images(range(24))[0]]  # type: ignore[union-attr]
@@ -191,6 +194,11 @@ def test_the_ratio_is_over_all_extractors(tmp_path: Path) -> None:
             m.add(extractor(x).features)
         ratios.append(frechet(moments[0], moments[2]) / frechet(moments[1], moments[2]))
     assert found["FD-ratio-20 (pixels, halves)"]["mean"] == pytest.approx(sum(ratios) / 2)
+    with pytest.raises(UserError, match="drawn is both the training and the real images, which are 0 apart"):
+        check(replace(plan, train=plan.real), Noise())
+    copied = replace(real_images(), fingerprint="of a copy")
+    with pytest.raises(UserError, match="held-out and training images are 0 apart by pixels"):
+        run(Noise(), replace(plan, train=copied), tmp_path / "copied")
     assert "FD-20 (halves)" in found and found["FD-ratio-20 (pixels, halves)"]["heldout"].keys() == {"pixels", "halves"}
 
 
@@ -262,6 +270,19 @@ def test_more_seeds_keep_those_that_are_done(tmp_path: Path) -> None:
         run(Noise(most=99), plan_of("fd"), tmp_path)
 
 
+def test_metrics_that_keep_other_things_do_not_go_on_from_what_there_is(tmp_path: Path) -> None:
+    run(Noise(), plan_of("fd"), tmp_path)
+    with pytest.raises(UserError, match="logits: was False, now True"):
+        run(Noise(), plan_of("fd", "is"), tmp_path)
+    prompts = open_real("scenes", (SIDE, SIDE), 12).prompts
+
+    def judged(*metrics: str) -> dict[str, Any]:
+        return Plan(metrics, [0], prompts, judge=SceneJudge(metrics, prompts)).describe()
+
+    assert judged("scenes") != judged("scenes", "counting")
+    assert plan_of("fd").describe() != plan_of("fd", "clipscore").describe()
+
+
 def test_a_reference_is_written_then_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "reference.safetensors"
     plan = plan_of("fd", "precision", "retrieval", reference=file)
@@ -280,6 +301,10 @@ def test_a_reference_is_written_then_read(tmp_path: Path, monkeypatch: pytest.Mo
     changed = replace(plan.real or real_images(), fingerprint="other")
     with pytest.raises(UserError, match="does not fit the images: fingerprint: got 'of drawn', expected 'other'"):
         run(Noise(), replace(plan, real=changed), tmp_path / "4")
+    more = replace(plan, real=real_images(25))
+    with pytest.raises(UserError, match="is of 24 real images, expected at least 25: delete it"):
+        check(more, Noise())
+    assert replace(fewer, reference=None).describe() != fewer.describe()  # results of another number of real images
     bare = tmp_path / "bare.safetensors"
     whole = load_reference(file)
     save_reference(bare, replace(whole, features=None))
@@ -303,8 +328,10 @@ def test_real_images_that_cannot_be_read_are_counted_and_left_out(tmp_path: Path
     whole = (folder / "03.png").read_bytes()
     (folder / "03.png").write_bytes(whole[: len(whole) // 2])
     real = open_real(str(folder), (SIDE, SIDE), 14)
-    plan = Plan(("fd", "retrieval"), [0], [p for p in real.prompts if p != "caption 3"], [Pixels()], real=real)
+    plan = Plan(("fd", "retrieval"), [0], real.prompts, [Pixels()], real=real, reference=tmp_path / "reference")
     result = run(Noise(), plan, tmp_path / "part")
+    again = run(Noise(), plan, tmp_path / "again")  # reads the reference
+    assert again.values["bad_files"] == result.values["bad_files"] and again.values["real"] == result.values["real"]
     assert result.values["real"]["images"] == 13 and rows_of(result)["retrieval top-1-13 (pixels)"]["candidates"] == 13
     assert len(result.values["bad_files"]) == 1 and result.values["bad_files"][0].startswith("03.png: ")
 
@@ -348,6 +375,17 @@ def test_scenes_are_checked_with_intervals_over_prompts(tmp_path: Path) -> None:
         (replace(plan_of("fd"), real=real_images(3)), "drawn: got 3 real images, expected at least 10"),
         (replace(plan_of("retrieval"), prompts=[""] * 20), "metric retrieval: noise has images without prompts"),
         (replace(plan_of("fd"), extractors=[], reference=Path("x")), "--reference x: got 0 extractors"),
+        (plan_of("is", reference=Path("x")), "--reference x: no metric compares with real images; drop it"),
+        (plan_of("kid"), "metric kid: got 20 images, expected at least 1,000: evaluate more, or take mmd"),
+        (
+            replace(plan_of("kid"), prompts=[f"caption {i % 24}" for i in range(1000)]),
+            "metric kid: got 24 images, expected at least 1,000",
+        ),
+        (plan_of("fd-infinity"), "metric fd-infinity: got 20 images, expected at least 40: evaluate more, or drop it"),
+        (
+            replace(plan_of("retrieval"), prompts=["a", "b"] * 10),
+            "noise has the caption 'a', which none of the 24 real",
+        ),
     ],
 )
 def test_what_a_plan_lacks(plan: Plan, line: str) -> None:

@@ -45,7 +45,9 @@ def test_a_damaged_shard_is_missing(tmp_path: Path) -> None:
 
 
 def test_the_shards_of_another_plan_are_refused(tmp_path: Path) -> None:
-    Shards(tmp_path / "part", {"images": 5, "sampling": {"guidance": 2.0}})
+    Shards(tmp_path / "part", {"images": 5, "sampling": {"guidance": 3.0}})  # nothing was kept by it
+    shards = Shards(tmp_path / "part", {"images": 5, "sampling": {"guidance": 2.0}})
+    shards.put("guidance=2/seed-0", Shard(0, 1, {"x": torch.zeros(1)}))
     with pytest.raises(UserError, match=r"something else \(sampling.guidance: was 2, now 4\): give"):
         Shards(tmp_path / "part", {"images": 5, "sampling": {"guidance": 4.0}})
     (tmp_path / "mine").mkdir()

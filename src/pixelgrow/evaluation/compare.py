@@ -13,9 +13,9 @@ from pixelgrow.evaluation.differences import Difference, differences, short
 from pixelgrow.writing import reading
 
 FORMAT = 1
-# What must be the same in two evaluations: how many images, which real ones, which prompts.
-SAME = ("images", "real", "prompts")
-_KEYS = (*SAME, "extractors", "candidate", "seeds", "metrics", "cost", "measured")
+# What must be the same in two evaluations: how many images, which real ones, which prompts; which training images.
+SAME = ("images", "real", "prompts", "train")
+_KEYS = ("images", "real", "prompts", "extractors", "candidate", "seeds", "metrics", "cost", "measured")
 
 
 @dataclass(frozen=True)
@@ -115,11 +115,15 @@ def compare(evaluations: Sequence[Evaluation]) -> Comparison:
 def incomparable(a: Mapping[str, Any], b: Mapping[str, Any]) -> Difference | None:
     """The first thing that keeps two evaluations from being comparable; None if nothing does."""
     for key in SAME:
-        if a[key] is not None and b[key] is not None and (found := differences(a[key], b[key], key)):
+        ours, theirs = a.get(key), b.get(key)
+        if ours is not None and theirs is not None and (found := differences(ours, theirs, key)):
             return found[0]
-    shared = [name for name in a["extractors"] if name in b["extractors"]]
-    found = [d for n in shared for d in differences(a["extractors"][n], b["extractors"][n], f"extractor {n}")]
-    return found[0] if found else None
+    for key, what in (("extractors", "extractor "), ("judge", "")):  # of those in both
+        ours, theirs = a.get(key) or {}, b.get(key) or {}
+        for name in ours:
+            if name in theirs and (found := differences(ours[name], theirs[name], f"{what}{name}")):
+                return found[0]
+    return None
 
 
 _HIDDEN = ("lineage", "text", "latent", "parameters")  # of a candidate: too long for a table, or in it elsewhere

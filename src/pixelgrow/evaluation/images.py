@@ -17,6 +17,7 @@ from pixelgrow import checkpoint
 from pixelgrow.data.account import account_of
 from pixelgrow.data.buckets import square
 from pixelgrow.data.images import BadImage
+from pixelgrow.data.order import Permutation
 from pixelgrow.data.sources.base import Source, bad_of, sizes_of
 from pixelgrow.data.sources.opening import open_images
 from pixelgrow.diffusion.sampling_spec import SamplingSpec
@@ -170,7 +171,8 @@ def average_of(folder: Path, config: checkpoint.CheckpointConfig) -> dict[str, A
 class OfFolder:
     """A folder of images of one size, made by any program; or a tar of them.
 
-    Prompts are its captions, if it has a metadata file or a .txt beside each image.
+    Prompts are its captions, if it has a metadata file or a .txt beside each image. The images are shuffled, always in
+    the same order, so that the first of them are a sample of all.
     """
 
     conditions: Conditions = "nothing"
@@ -194,7 +196,8 @@ class OfFolder:
                 f"{self.source.key(int(j))}: {b[0]}x{b[1]}); expected one size: put each size into a folder of its own"
             )
         self.size = (int(sizes[0][0]), int(sizes[0][1]))
-        texts = [self.source.text(i) for i in range(len(self.source))]
+        self.order = Permutation(len(self.source), "evaluation")  # as of real images
+        texts = [self.source.text(self.order[i]) for i in range(len(self.source))]
         self.prompts: list[str] = texts if all(texts) else [""] * len(texts)
 
     def varied(self, setting: str, value: Any) -> OfFolder:
@@ -206,7 +209,7 @@ class OfFolder:
 
     def make(self, prompts: Sequence[str], numbers: Sequence[int], seed: int) -> Made:
         images = []
-        for i in numbers:
+        for i in (self.order[number] for number in numbers):
             try:
                 images.append(self.source.image(i, self.size))
             except BadImage as bad:

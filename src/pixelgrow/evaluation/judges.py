@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -82,7 +83,8 @@ class QuestionJudge:
 
     def describe(self) -> dict[str, Any]:
         parts = {"vqa": self.vqa, "counter": self.counter}
-        return {name: part.describe() for name, part in parts.items() if part is not None}
+        asked = hashlib.sha256(repr([tuple(item) for item in self.items]).encode()).hexdigest()
+        return {name: part.describe() for name, part in parts.items() if part is not None} | {"questions": asked}
 
     def __call__(self, number: int, image: Tensor) -> dict[str, Judged]:
         item, found = self.items[number], {}

@@ -36,6 +36,7 @@ Row = dict[str, Any]
 Takes = Literal["real", "captions", "logits", "texts", "train", "judge"]
 EXTRACTOR = "efficientnet-lite0"  # needs no hub
 LEAST = 10  # images: below, no metric of features says anything
+FEWEST = {"kid": 1000, "fd-infinity": 40}  # images
 
 
 SHARE, UNBOUNDED = (0.0, 1.0), (-math.inf, math.inf)
@@ -55,7 +56,7 @@ class Metric:
 
 METRICS: Mapping[str, Metric] = {
     "fd": Metric("FD", False, ("real",)),
-    "fd-infinity": Metric("FD-infinity", False, ("real",)),
+    "fd-infinity": Metric("FD-infinity", False, ("real",), UNBOUNDED),  # a line may end below 0
     "fd-ratio": Metric("FD-ratio", False, ("real", "train")),
     "kid": Metric("KID", False, ("real",), UNBOUNDED),  # unbiased, so that it may be negative
     "mmd": Metric("MMD", False, ("real",), UNBOUNDED),
@@ -83,6 +84,17 @@ def check_names(names: Sequence[str]) -> tuple[str, ...]:
             expected = f"did you mean {' or '.join(near)}?" if near else f"expected some of {', '.join(METRICS)}"
             raise UserError(f"metric {name!r} is unknown: {expected}")
     return tuple(dict.fromkeys(names))
+
+
+def check_numbers(names: Sequence[str], generated: int, real: int | None) -> None:
+    """Raise UserError for a metric that takes more images than there are. real: None if there are none."""
+    for name in (name for name in names if name in FEWEST):
+        fewest = min(generated, generated if real is None or name != "kid" else real)
+        if fewest < FEWEST[name]:
+            raise UserError(
+                f"metric {name}: got {fewest:,} images, expected at least {FEWEST[name]:,}: evaluate more, or "
+                f"{'take mmd, which takes all pairs' if name == 'kid' else 'drop it from --metrics'}"
+            )
 
 
 def takes(names: Sequence[str], what: Takes) -> list[str]:
@@ -198,7 +210,7 @@ def rows_of_features(
     rows: list[Row] = []
     for name in names:
         if name == "retrieval":
-            rows += _of_retrieval(retrieved, n, extractor)
+            rows += _of_retrieval(retrieved, extractor)
         elif name != "fd-ratio":
             title = "FID" if (name, extractor) == ("fd", "inception") else METRICS[name].title
             made = row(name, named(title, n), values[name], extractor)
@@ -244,15 +256,17 @@ def _of_one_seed(name: str, value: float, seen: Seen, against: Against) -> Row:
 def _retrieval(seen: Seen, against: Against, own: Sequence[str]) -> Retrieval:
     captions = list(against.captions)[: len(against.features)]
     real = against.features[: len(captions)]  # a reference may be of more images than have captions here
-    return retrieval(seen.features, real, captions, list(own))
+    known = set(captions)  # not those of real images that cannot be read
+    asked = [i for i, caption in enumerate(own) if caption in known]
+    return retrieval(seen.features[asked], real, captions, [own[i] for i in asked])
 
 
-def _of_retrieval(found: Sequence[Retrieval], n: int, extractor: str) -> Iterator[Row]:
+def _of_retrieval(found: Sequence[Retrieval], extractor: str) -> Iterator[Row]:
     """Rows of retrieval; their intervals are over captions, all seeds together."""
     summary = summarise(j for one in found for j in one.judged)
     for name, share in summary.scores.items():
         values = [_mean(one.judged, name) for one in found]
-        made = row("retrieval", named(f"retrieval {name}", n), values, extractor)
+        made = row("retrieval", named(f"retrieval {name}", len(found[0].judged)), values, extractor)
         made |= {"low": share.low, "high": share.high, "interval": "captions"}
         yield made | {"chance": found[0].chance[name], "candidates": found[0].candidates}
 
@@ -260,11 +274,17 @@ def _of_retrieval(found: Sequence[Retrieval], n: int, extractor: str) -> Iterato
 def ratio_row(seen: Mapping[str, Sequence[Seen]], against: Mapping[str, Against], n: int) -> Row:
     """FD-ratio over all extractors, by their names."""
     train = {name: a.train for name, a in against.items() if a.train is not None}
-    heldout = {name: frechet(a.real.moments, train[name]) for name, a in against.items() if a.real is not None}
+    heldout = {name: _apart(a.real.moments, train[name]) for name, a in against.items() if a.real is not None}
     seeds = range(len(next(iter(seen.values()))))
     values = [fd_ratio({name: frechet(s[k].moments, train[name]) for name, s in seen.items()}, heldout) for k in seeds]
     made = row("fd-ratio", named("FD-ratio", n), values, ", ".join(seen))
     return made | {"heldout": heldout}
+
+
+def _apart(a: Moments, b: Moments) -> float:
+    """Their Frechet distance; 0 where it is rounding."""
+    distance = frechet(a, b)
+    return distance if distance > 1e-9 * a.covariance.trace().item() else 0.0
 
 
 def rows_of_judge(metric: str, judged: Sequence[Sequence[Judged]]) -> list[Row]:

@@ -21,6 +21,7 @@ from pixelgrow.evaluation.judges import OF_QUESTIONS, OF_SCENES, Judge, Question
 from pixelgrow.evaluation.measures import EXTRACTOR, check_names, of_features, takes
 from pixelgrow.evaluation.protocol import Plan
 from pixelgrow.evaluation.real import Real, open_real, open_train
+from pixelgrow.external.vision import describe_clip
 from pixelgrow.text.encoders import check_classes
 
 IMAGES = 1000  # of each seed, if nobody says how many
@@ -74,6 +75,11 @@ def make_plan(candidate: Candidate, asked: Asked) -> Plan:
     if not metrics:
         raise UserError("--metrics: got no name, expected at least one")
     features = of_features(metrics)
+    if features and not asked.extractors:
+        raise UserError("--extractor: got no name, expected at least one")
+    if takes(metrics, "texts"):
+        for name in asked.extractors:
+            describe_clip(name)
     return Plan(
         metrics,
         range(asked.seeds),
@@ -82,14 +88,17 @@ def make_plan(candidate: Candidate, asked: Asked) -> Plan:
         _judge(metrics, prompts, items, asked),
         real if takes(metrics, "real") else None,
         _train(candidate, asked, len(prompts)) if takes(metrics, "train") else None,
-        asked.reference if features else None,
+        asked.reference,
         asked.batch,
     )
 
 
 def _defaults(data: str, prompts: Sequence[str], real: Real) -> list[str]:
-    alignment = ["scenes"] if data == "scenes" else ["retrieval"] if real.captioned else []
-    return [*DISTANCES, *(alignment if all(prompts) else [])]
+    if data == "scenes":
+        alignment = ["scenes"] if all(prompts) else []
+    else:
+        alignment = ["retrieval"] if real.captioned and set(prompts) <= set(real.prompts) else []
+    return [*DISTANCES, *alignment]
 
 
 def _of_data(candidate: Candidate, asked: Asked) -> tuple[Sequence[str], Real]:

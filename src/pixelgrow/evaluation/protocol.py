@@ -32,6 +32,7 @@ from pixelgrow.evaluation.measures import (
     Against,
     Row,
     Seen,
+    check_numbers,
     of_features,
     ratio_row,
     rows_of_features,
@@ -76,11 +77,19 @@ class Plan:
             "prompts": digest(self.prompts),
             "extractors": {e.name: e.identity for e in self.extractors},
             "judge": None if self.judge is None else self.judge.describe(),
-            **{
-                name: None if of is None else of.describe() | {"images": len(of)}
-                for name, of in (("real", self.real), ("train", self.train))
-            },
+            # What metrics add to what is kept of each image.
+            "logits": bool(takes(self.metrics, "logits")),
+            "texts": bool(takes(self.metrics, "texts")),
+            "judged": takes(self.metrics, "judge"),
+            "real": None if self.real is None else self.real.describe() | {"images": self._real_images()},
+            "train": _described(self.train),
         }
+
+    def _real_images(self) -> int:
+        """How many real images there are to compare with: those of the reference, if it is there."""
+        assert self.real is not None
+        kept = _kept(self, self.extractors[0]) if self.extractors else None
+        return len(self.real) if kept is None else _taken(kept)
 
 
 @dataclass(frozen=True)
@@ -119,6 +128,8 @@ def check(plan: Plan, candidate: Candidate) -> None:
         raise UserError(
             f"metric is: {without[0]} is no classifier; name inception or efficientnet-lite0 as --extractor"
         )
+    if plan.reference is not None and not takes(names, "real"):
+        raise UserError(f"--reference {plan.reference}: no metric compares with real images; drop it, or ask for fd")
     if plan.reference is not None and len(plan.extractors) != 1:
         raise UserError(
             f"--reference {plan.reference}: got {len(plan.extractors)} extractors, and a reference is of one; name one"
@@ -127,6 +138,25 @@ def check(plan: Plan, candidate: Candidate) -> None:
         kept = _kept(plan, extractor)
         if kept is not None and kept.features is None and takes_features(names):
             raise UserError(f"reference {plan.reference} has moments, no features: delete it, and it is made again")
+        if kept is not None and plan.real is not None and _taken(kept) < len(plan.real):
+            raise UserError(
+                f"reference {plan.reference} is of {_taken(kept)} real images, expected at least {len(plan.real)}: "
+                "delete it, and it is made again"
+            )
+        real = None if plan.real is None else len(plan.real) if kept is None else _taken(kept)
+        check_numbers(names, n, real)
+    if "retrieval" in names and plan.real is not None:
+        known = set(plan.real.prompts)
+        if strange := next((p for p in plan.prompts if p not in known), None):
+            raise UserError(
+                f"metric retrieval: {candidate.name} has the caption {strange!r}, which none of the {len(plan.real)} "
+                "real images has; expected captions of theirs, or drop it from --metrics"
+            )
+    if plan.train is not None and plan.real is not None and plan.train.fingerprint == plan.real.fingerprint:
+        raise UserError(
+            f"metric fd-ratio: {plan.real.name} is both the training and the real images, which are 0 apart; name "
+            "held-out images as --data"
+        )
 
 
 def evaluate(
@@ -247,12 +277,22 @@ def _reference(plan: Plan, extractor: Extractor, shards: Shards) -> Reference:
     data = plan.real.describe()
     seen = _real_seen(shards, plan.real, "real", extractor)
     kept = [int(i) for shard in seen.each() for i in shard.tensors["numbers"]]
-    data |= {"images": len(kept), "missing": sorted(set(range(len(plan.real))) - set(kept))}
+    bad = [b for shard in seen.each() for b in shard.facts["bad"]]
+    data |= {"images": len(kept), "missing": sorted(set(range(len(plan.real))) - set(kept)), "bad_files": bad}
     rows = plan.reference is not None or takes_features(plan.metrics)  # a file serves all metrics
     found = Reference(seen.moments, data, extractor.describe(), seen.features if rows else None)
     if plan.reference is not None:
         save_reference(plan.reference, found)
     return found
+
+
+def _taken(reference: Reference) -> int:
+    """How many images a reference was made of, those that could not be read included."""
+    return reference.moments.count + len(reference.data.get("missing", ()))
+
+
+def _described(real: Real | None) -> dict[str, Any] | None:
+    return None if real is None else real.describe() | {"images": len(real)}
 
 
 def _kept(plan: Plan, extractor: Extractor) -> Reference | None:
@@ -323,7 +363,8 @@ def result(candidate: Candidate, plan: Plan, shards: Shards, *, key: str = "") -
         "seeds": list(plan.seeds),
         "images": n,
         "prompts": {"sha256": digest(plan.prompts), "distinct": len(set(plan.prompts))} if all(plan.prompts) else None,
-        **_of_real(plan, references, shards),
+        **_of_real(plan, references),
+        "train": _described(plan.train),
         "extractors": {e.name: e.describe() | {"identity": e.identity} for e in plan.extractors},
         "judge": None if plan.judge is None else plan.judge.describe(),
         "metrics": rows,
@@ -343,16 +384,15 @@ def _captions(real: Real | None, reference: Reference | None) -> list[str]:
     return [caption for i, caption in enumerate(real.prompts) if i not in missing]
 
 
-def _of_real(plan: Plan, references: Mapping[str, Reference], shards: Shards) -> dict[str, Any]:
+def _of_real(plan: Plan, references: Mapping[str, Reference]) -> dict[str, Any]:
     """What the real images are, and which of them could not be read."""
     if plan.real is None:
         return {"data": None, "real": None, "bad_files": []}
     described = plan.real.describe()
     name = described.pop("source")
     used = next(iter(references.values()), None)
-    made = plan.reference is None or any((shards.folder / "real").glob("*"))
-    bad = [b for shard in shards.each("real", len(plan.real)) for b in shard.facts["bad"]] if used and made else []
     images = len(plan.real) if used is None else used.moments.count
+    bad = [] if used is None else used.data.get("bad_files", [])
     return {"data": name, "real": described | {"images": images}, "bad_files": bad}
 
 

@@ -44,6 +44,10 @@ class Shards:
     def __init__(self, folder: Path, plan: Mapping[str, Any]) -> None:
         self.folder = folder
         was, now = read_json(folder / PLAN), json.loads(json.dumps(dict(plan)))
+        kept = next(folder.rglob("*.safetensors"), None)
+        if was is not None and kept is None:  # nothing was kept: another plan may take its place
+            was = None
+            (folder / PLAN).unlink()
         if was is not None and (found := differences(was, now)):
             raise UserError(
                 f"{folder} holds an unfinished evaluation of something else ({found[0].line('was', 'now')}): give the "

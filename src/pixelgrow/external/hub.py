@@ -56,7 +56,7 @@ def fetch(name: str, wanted: Sequence[str], kind: str = "") -> Path:
 
     Raises UserError if they can neither be fetched nor found on this machine; `kind` of model, for the message.
     """
-    from huggingface_hub import snapshot_download
+    snapshot_download = _downloading()
 
     repo, _, revision = name.partition("@")
     try:
@@ -69,6 +69,14 @@ def fetch(name: str, wanted: Sequence[str], kind: str = "") -> Path:
         ) from None
 
 
+def _downloading() -> Any:
+    """The hub library's function. It says nothing of its tries: how they end is one line, of ours."""
+    import huggingface_hub
+
+    huggingface_hub.utils.logging.set_verbosity_error()
+    return huggingface_hub.snapshot_download
+
+
 def refusals() -> tuple[type[Exception], ...]:
     """What a download may raise: errors of files, of names, and of the HTTP library below huggingface_hub."""
     from huggingface_hub.errors import HfHubHTTPError
@@ -78,8 +86,7 @@ def refusals() -> tuple[type[Exception], ...]:
 
 def _from_hub(kind: str, repo: str, revision: str | None, offline: str, file: str) -> Path:
     """The folder of a repository's snapshot on this machine if it is complete, else of a download."""
-    from huggingface_hub import snapshot_download
-
+    snapshot_download = _downloading()
     wanted = ["*.json", "*.txt", "*.jinja", "*.model", file or "model*.safetensors"]
     try:
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted, local_files_only=True))
