@@ -10,11 +10,15 @@ from typing import Any
 import pytest
 
 import pixelgrow.evaluation.protocol
+from evaluation.test_planning import DSG
 from pixelgrow.errors import UserError
+from pixelgrow.evaluation.compare import compare, read_evaluations
 from pixelgrow.evaluation.protocol import Shard
 from pixelgrow.recipe.read import read_recipe
+from pixelgrow.report.evaluations import comparison_table
 from pixelgrow.run import run
 from pixelgrow.stages.evaluate import MEASURED, Evaluated
+from question_models import save_question_model
 from runs import few_samples
 
 
@@ -75,6 +79,39 @@ def test_an_extractor_that_is_not_here_is_refused_before_any_training(tmp_path: 
     assert not (tmp_path / "r" / "core").exists()
 
 
+def test_the_ratio_has_the_training_data_and_a_stage_is_compared_as_an_evaluation(tmp_path: Path) -> None:
+    reference = tmp_path / "reference.safetensors"
+    run(recipe({"name": "two", "seeds": 2}, metrics=["fd-ratio"], reference=str(reference)), tmp_path)
+    folder = tmp_path / "r" / "eval"
+    (one,) = read_evaluations(folder / "evaluation.json")
+    assert one.values["metrics"] == json.loads((folder / "metrics.json").read_text())["metrics"]
+    (ratio,) = (row for row in one.values["metrics"] if row["metric"] == "fd-ratio")
+    assert ratio["mean"] > 0 and ratio["heldout"]["efficientnet-lite0"] > 0 and reference.exists()
+    config = json.loads((tmp_path / "r" / "core" / "checkpoint" / "config.json").read_text())
+    assert one.values["candidate"]["sha256"] == config["sha256"] and one.values["candidate"]["lineage"]
+    assert (
+        one.values["versions"]["torch"] and one.values["machine"]["threads"] and one.values["measured"]["peak_memory"]
+    )
+    (two,) = read_evaluations(tmp_path / "r" / "two" / "evaluation.json")
+    assert comparison_table(compare([one, two]), [one, two]).row_count > 3
+
+
+def test_questions_of_a_file(tmp_path: Path) -> None:
+    asked = tmp_path / "dsg.csv"
+    asked.write_text(DSG)
+    save_question_model(tmp_path / "vqa", "blip")
+    given = {"questions": str(asked), "vqa": str(tmp_path / "vqa"), "prompts": 2}
+    with pytest.raises(UserError, match=r"nothing\.csv"):
+        run(recipe(**given | {"questions": "nothing.csv"}), tmp_path)
+    assert not (tmp_path / "r" / "core").exists()
+    run(recipe(**given), tmp_path)
+    metrics = json.loads((tmp_path / "r" / "eval" / "metrics.json").read_text())
+    assert {row["metric"] for row in metrics["metrics"]} == {"dsg"} and "error" not in metrics
+    asked.write_text(DSG.replace("is there a cat?", "is there a lynx?"))
+    with pytest.raises(UserError, match=r"judge\.questions changed since it was begun"):
+        run(recipe(**given), tmp_path)
+
+
 def test_without_metrics_no_extractor_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[Shard] = []
     put = pixelgrow.evaluation.protocol.Shards.put
@@ -97,7 +134,9 @@ def test_without_metrics_no_extractor_is_loaded(tmp_path: Path, monkeypatch: pyt
     ("settings", "line"),
     [
         ({"metrics": ["fdd"]}, "metric 'fdd' is unknown: did you mean fd"),
-        ({"metrics": ["fd-ratio"]}, "fd-ratio takes more than a recipe has; measure it with pixelgrow evaluate"),
+        ({"metrics": ["dsg"]}, "metrics: dsg takes questions: a file of prompts with questions"),
+        ({"vqa": "blip"}, "vqa is for questions; add questions, or drop it"),
+        ({"metrics": ["fd"], "questions": "x.csv"}, "fd is of held-out images, and questions has prompts of its own"),
         ({"metrics": ["fd"], "prompts": 9}, "prompts: got 9, expected at least 10 for fd"),
         ({"extractor": "clip"}, "extractor is for metrics of features, such as fd"),
         ({"seeds": 0}, "seeds: got 0"),

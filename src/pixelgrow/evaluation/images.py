@@ -129,22 +129,26 @@ class OfModel:
         return self._sampler[1]
 
     def describe(self) -> dict[str, Any]:
-        config = self.model.config
-        return {
-            "kind": "model",
-            "objective": config.objective,
-            "sha256": config.sha256 or hash_of(self.model.network),  # a stage that is not finished has no hash
-            "lineage": config.lineage,
-            "average": average_of(self.model.origin, config),
-            "text": checkpoint.identity(config.text),
-            "latent": checkpoint.identity(config.latent),
-            "parameters": {"network": sum(p.numel() for p in self.model.network.parameters())},
-            "sampling": self.sampling,
-        }
+        return describe_model(self.model) | {"sampling": self.sampling}
 
     def make(self, prompts: Sequence[str], numbers: Sequence[int], seed: int) -> Made:
         found = self.sampler(seed)(self.model.conditions(prompts), numbers, None)
         return Made(eight_bit(self.model.decode(found.images), self.name, numbers), found.nfe)
+
+
+def describe_model(model: Model) -> dict[str, Any]:
+    """What makes a model of ours the same, as JSON."""
+    config = model.config
+    return {
+        "kind": "model",
+        "objective": config.objective,
+        "sha256": config.sha256 or hash_of(model.network),  # a stage that is not finished has no hash
+        "lineage": config.lineage,
+        "average": average_of(model.origin, config),
+        "text": checkpoint.identity(config.text),
+        "latent": checkpoint.identity(config.latent),
+        "parameters": {"network": sum(p.numel() for p in model.network.parameters())},
+    }
 
 
 def hash_of(network: nn.Module) -> str:

@@ -85,7 +85,7 @@ def make_plan(candidate: Candidate, asked: Asked) -> Plan:
         range(asked.seeds),
         prompts,
         [load_extractor(name, device()) for name in dict.fromkeys(asked.extractors)] if features else [],
-        _judge(metrics, prompts, items, asked),
+        judge_of(metrics, prompts, items, asked),
         real if takes(metrics, "real") else None,
         _train(candidate, asked, len(prompts)) if takes(metrics, "train") else None,
         asked.reference,
@@ -146,7 +146,7 @@ def _items(candidate: Candidate, asked: Asked) -> list[Item]:
     return items[: asked.n]
 
 
-def _judge(metrics: Sequence[str], prompts: Sequence[str], items: Sequence[Item], asked: Asked) -> Judge | None:
+def judge_of(metrics: Sequence[str], prompts: Sequence[str], items: Sequence[Item], asked: Asked) -> Judge | None:
     """What answers the alignment metrics; None if there are none."""
     if not (wanted := takes(metrics, "judge")):
         return None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from pixelgrow.diffusion.denoiser import DiffusionConfig
 from pixelgrow.diffusion.sampling_spec import Interval, SamplingSpec, Spec
+from pixelgrow.evaluation.judges import OF_QUESTIONS
 from pixelgrow.evaluation.measures import LEAST, check_names, of_features
 from pixelgrow.models.sizes import SIZES
 from pixelgrow.onestep.losses import GUIDANCE_DISTRIBUTIONS, GuidanceDistribution
@@ -288,8 +290,10 @@ class EvaluateStage(SamplingSpec):
     """Sample held-out prompts, score the samples with the checker (scenes), and measure the held-out error.
 
     Sampling settings that are left out are the checkpoint's. `metrics`: what else is measured, by the names of
-    `pixelgrow evaluate`, with the held-out images as the real ones. `extractor`: one name or several. `seeds`: the
-    number of sampling seeds, from the recipe's on.
+    `pixelgrow evaluate`, with the held-out images as the real ones, and the recipe's data as the training images of
+    fd-ratio. `extractor`: one name or several. `seeds`: the number of sampling seeds, from the recipe's on.
+    `reference`: a file of the real images' statistics, written if it is not there. `questions`, `form`, `vqa`,
+    `detector`: as of `pixelgrow evaluate`; the prompts are then those of the file.
     """
 
     free: ClassVar[frozenset[str]] = frozenset({"batch"})
@@ -301,6 +305,11 @@ class EvaluateStage(SamplingSpec):
     metrics: tuple[str, ...] | None = None
     extractor: tuple[str, ...] | None = None
     seeds: int | None = Field(None, ge=1)
+    reference: Path | None = None
+    questions: Path | None = None
+    form: Literal["dsg", "geneval2", "gecko"] | None = None
+    vqa: str | None = None
+    detector: str | None = None
 
     @field_validator("extractor", mode="before")
     @classmethod
@@ -310,8 +319,13 @@ class EvaluateStage(SamplingSpec):
     @model_validator(mode="after")
     def _measurable(self) -> EvaluateStage:
         names = check_names(self.metrics or ())
-        if odd := [name for name in names if name in ("fd-ratio", "dsg", "soft-tifa")]:
-            raise ValueError(f"metrics: {odd[0]} takes more than a recipe has; measure it with pixelgrow evaluate")
+        if self.questions is None:
+            if odd := [name for name in names if name in ("dsg", "soft-tifa")]:
+                raise ValueError(f"metrics: {odd[0]} takes questions: a file of prompts with questions; add it")
+            if odd := [key for key in ("form", "vqa", "detector") if getattr(self, key) is not None]:
+                raise ValueError(f"{odd[0]} is for questions; add questions, or drop it")
+        elif odd := [name for name in names if name not in OF_QUESTIONS]:
+            raise ValueError(f"metrics: {odd[0]} is of held-out images, and questions has prompts of its own: drop one")
         if of_features(names) and self.prompts < LEAST:
             raise ValueError(f"prompts: got {self.prompts}, expected at least {LEAST} for {of_features(names)[0]}")
         if self.extractor is not None and not of_features(names):

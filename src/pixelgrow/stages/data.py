@@ -68,6 +68,11 @@ class StageData:
         """The opened sources that a stage trains on, without their held-out part."""
         return self._open(self.specs(stage))[0]
 
+    @property
+    def whole(self) -> Mixture:
+        """The opened sources of the recipe, without their held-out part."""
+        return self._open(self.recipe.data)[0]
+
     @cached_property
     def heldout_sources(self) -> list[Source]:
         """The held-out sources, the same for every stage of a run."""

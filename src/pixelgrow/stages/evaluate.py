@@ -19,8 +19,8 @@ from pixelgrow.data.buckets import square
 from pixelgrow.data.scenes.source import Scenes
 from pixelgrow.diffusion.denoiser import Denoiser
 from pixelgrow.diffusion.heldout import denoising_error
-from pixelgrow.evaluation.images import Conditions, Made, eight_bit
-from pixelgrow.evaluation.judges import SceneJudge
+from pixelgrow.evaluation.images import Conditions, Made, describe_model, eight_bit
+from pixelgrow.evaluation.judges import Judge, SceneJudge
 from pixelgrow.evaluation.measures import takes
 from pixelgrow.evaluation.protocol import Plan, measure, result
 from pixelgrow.evaluation.real import Real
@@ -44,26 +44,42 @@ logger = logging.getLogger(__name__)
 def evaluate_stage(stage: EvaluateStage, parent: Parent, folder: Path, materials: Materials) -> dict[str, Any]:
     """Run or resume an `evaluate` stage: writes `metrics.json` and `samples/grid.png`; returns the metrics.
 
+    Writes `evaluation.json`, too, as `pixelgrow evaluate` does, if there are metrics to compare.
+
     Its `details`: mean square of x - up(down(x)) over 2 x 2 pixels, of the samples and of the held-out images. These,
     seams and held-out errors are of the first seed.
     """
     candidate = Evaluated(stage, parent, materials)
-    held, n = candidate.held, len(candidate.held)
-    if n < stage.prompts:
-        logger.warning("%s: got %d held-out prompts, expected %d", stage.name, n, stage.prompts)
-    materials.sees(stage.name, materials.data.prompts(stage.prompts, held.size, len(held.bad)))
-    materials.encode(stage.name, held.captions)
-    seed = materials.recipe.seed
-    scenes = all(isinstance(source, Scenes) for source, _ in held.origins)
-    metrics = (*(stage.metrics or ()), *(["scenes"] if scenes else []))
+    held, seed = candidate.held, materials.recipe.seed
+    asked = materials.question_judge(stage)
+    prompts = held.captions if asked is None else [item.prompt for item in asked.items]
+    if len(prompts) < stage.prompts:
+        logger.warning(
+            "%s: got %d %sprompts, expected %d",
+            stage.name,
+            len(prompts),
+            "held-out " if asked is None else "",
+            stage.prompts,
+        )
+    if asked is None:
+        materials.sees(stage.name, materials.data.prompts(stage.prompts, held.size, len(held.bad)))
+    materials.encode(stage.name, prompts)
+    own = ["scenes"] if candidate.scenes else []
+    metrics = tuple(dict.fromkeys((*(stage.metrics or ()), *own))) if asked is None else tuple(asked.metrics)
+    judge: Judge | None = asked
+    if asked is None and (seen := takes(metrics, "judge")):
+        judge = SceneJudge(seen, prompts)
+    trained = takes(metrics, "train")
     plan = Plan(
-        tuple(dict.fromkeys(metrics)),
+        metrics,
         range(seed, seed + (stage.seeds or 1)),
-        held.captions,
+        prompts,
         materials.extractors(stage),
-        SceneJudge(takes(metrics, "judge"), held.captions) if takes(metrics, "judge") else None,
+        judge,
         real_of(held) if takes(metrics, "real") else None,
-        batch=stage.batch,
+        real_of(materials.trained(stage.prompts, square(candidate.model.resolution))) if trained else None,
+        stage.reference,
+        stage.batch,
     )
     team = materials.team
     shards = team.in_turn(lambda: Shards(folder / MEASURED, plan.describe(candidate)))
@@ -74,16 +90,17 @@ def evaluate_stage(stage: EvaluateStage, parent: Parent, folder: Path, materials
 
 def _write(stage: EvaluateStage, candidate: Evaluated, plan: Plan, shards: Shards, folder: Path) -> dict[str, Any]:
     """Write the results of what was measured; returns the metrics."""
-    made, held, n = result(candidate, plan, shards), candidate.held, len(candidate.held)
+    made, held, n = result(candidate, plan, shards), candidate.held, len(plan.prompts)
     rows, values = made.values["metrics"], made.values
+    values["measured"]["peak_memory"] = peak_memory(candidate.materials.device)
     found: dict[str, Any] = {
         "prompts": n,
         "bad_files": [f"{source.name}: {file.key}: {file.reason}" for source, file in held.bad],
         "sampling": candidate.sampling,
         "nfe": values["cost"]["nfe"],
         "seconds_per_image": round(values["measured"]["seconds_per_image"], 5),
-        **candidate.summary(made.sums, n),
-        "peak_memory": peak_memory(candidate.materials.device),
+        **(candidate.summary(made.sums, n) if made.sums else {}),
+        "peak_memory": values["measured"]["peak_memory"],
     }
     if accuracy := accuracy_of(rows):
         found["accuracy"] = accuracy
@@ -92,7 +109,9 @@ def _write(stage: EvaluateStage, candidate: Evaluated, plan: Plan, shards: Shard
         found |= {"metrics": rows, "seeds": list(plan.seeds), "extractors": values["extractors"]}
     with atomic(folder / "samples" / "grid.png") as part:
         grid(made.shown.permute(0, 2, 3, 1).numpy(), 8, len(made.shown)).save(part, format="PNG")
-    write_prompts(folder, held.captions[: len(made.shown)])
+    write_prompts(folder, plan.prompts[: len(made.shown)])
+    if rows:
+        write_json(folder / "evaluation.json", values)
     write_json(folder / "metrics.json", found)
     shards.clear()
     return found
@@ -111,9 +130,15 @@ class Evaluated:
         side = self.model.resolution
         self.held = materials.heldout(stage.prompts, square(side))
         self.size = self.held.size
+        self.looks_at_held = stage.questions is None
+
+    @property
+    def scenes(self) -> bool:
+        """Whether all held-out images are scenes."""
+        return all(isinstance(source, Scenes) for source, _ in self.held.origins)
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "model", "sha256": self.parent.config.sha256, "sampling": self.sampling}
+        return describe_model(self.model) | {"sampling": self.sampling}
 
     def make(self, prompts: Sequence[str], numbers: Sequence[int], seed: int) -> Made:
         cond = self.materials.cond(prompts)
@@ -121,7 +146,8 @@ class Evaluated:
         found = sampler(cond, numbers, None)
         images = self.materials.decode(found.images)
         made = eight_bit(images, self.name, numbers)
-        first = seed == self.materials.recipe.seed  # held-out images are measured once
+        # Held-out images are measured once, beside samples of their captions.
+        first = self.looks_at_held and seed == self.materials.recipe.seed
         sums = self._sums(images, cond, range(numbers[0], numbers[-1] + 1)) if first else {}
         return Made(made, found.nfe, sums)
 

@@ -28,8 +28,11 @@ from pixelgrow.diffusion.generator import Generator
 from pixelgrow.distributed import Shards, Team
 from pixelgrow.distributed.shard import mesh_of, split
 from pixelgrow.errors import UserError
+from pixelgrow.evaluation.alignment.questions import load_questions
 from pixelgrow.evaluation.features import Extractor, load_extractor
+from pixelgrow.evaluation.judges import QuestionJudge
 from pixelgrow.evaluation.measures import EXTRACTOR, of_features
+from pixelgrow.evaluation.planning import OF_FORMS, Asked, judge_of
 from pixelgrow.external.autoencoder import Autoencoder
 from pixelgrow.model import find
 from pixelgrow.models.cond import Cond
@@ -95,6 +98,7 @@ class Materials:
     team: Team = field(default_factory=Team)
     _said: set[str] = field(default_factory=set, init=False)
     _extractors: dict[str, Extractor] = field(default_factory=dict, init=False)
+    _judges: dict[str, QuestionJudge] = field(default_factory=dict, init=False)
     note: Callable[[str, Any], None] = field(default_factory=lambda: _forget, init=False)  # of the stage's record
 
     @cached_property
@@ -232,6 +236,10 @@ class Materials:
             raise self._none_held_out(found.size)
         return found
 
+    def trained(self, n: int, shapes: Shapes) -> Examples:
+        """Up to `n` of the recipe's training images, as `heldout` has them."""
+        return self.known(self.data.whole, n, shapes)
+
     def known(self, mixture: Mixture, n: int, shapes: Shapes) -> Examples:
         """Up to `n` images of a mixture that is trained on, as `heldout` has them."""
         found = self._examples(n, shapes, partial(self.data.training_order, mixture))
@@ -359,6 +367,19 @@ class Materials:
                 self._extractors[name] = load_extractor(name, self.device)
         return [self._extractors[name] for name in names]
 
+    def question_judge(self, stage: EvaluateStage) -> QuestionJudge | None:
+        """What answers the file of questions of an evaluation, loaded once; None if it has none."""
+        if stage.questions is None:
+            return None
+        if stage.name not in self._judges:
+            form = stage.form or "dsg"
+            asked = Asked(questions=stage.questions, form=form, vqa=stage.vqa, detector=stage.detector)
+            items = load_questions(stage.questions, form)[: stage.prompts]
+            judge = judge_of(stage.metrics or (OF_FORMS[form],), [item.prompt for item in items], items, asked)
+            assert isinstance(judge, QuestionJudge)
+            self._judges[stage.name] = judge
+        return self._judges[stage.name]
+
     def describe(self, stage: Stage) -> dict[str, Any]:
         """A stage's settings and the fingerprints of what it uses, except its parents, for `stage.json`."""
         spec = self.recipe.text
@@ -376,6 +397,8 @@ class Materials:
             settings["networks"] = networks
         if isinstance(stage, EvaluateStage) and (extractors := self.extractors(stage)):
             settings["extractors"] = {e.name: e.identity for e in extractors}
+        if isinstance(stage, EvaluateStage) and (judge := self.question_judge(stage)):
+            settings["judge"] = judge.describe()
         return settings
 
 
