@@ -10,7 +10,7 @@
 #SBATCH --open-mode=append
 # Trains a recipe on all machines of a SLURM job, in jobs of a day, until it is done:
 #
-#     sbatch examples/slurm.sh huge --runs /shared/runs --set data.source=/shared/shards
+#     sbatch examples/slurm.sh photos --runs /shared/runs --set data.source=/shared/shards
 #
 # Everything after the script is for `pixelgrow run`. The folder of the runs and the data are on a disk of all machines.
 # Twenty minutes before the time is up, SLURM signals this script. It asks the processes to save, and puts the job back

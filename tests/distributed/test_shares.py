@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 
 import processes
 from cli_files import class_model, noisy_classes
+from pixelgrow.distributed import join
+from pixelgrow.errors import UserError
 from processes import few_checked, made, noted, run_team, start
 from runs import WEIGHTS, class_images, record
 
@@ -115,3 +117,22 @@ def test_an_evaluation_is_that_of_one_process(tmp_path: Path) -> None:
     first, second = made(tmp_path / "2", 2)
     assert first[:4] == ["real/0", "real/8", "seed-0/0", "seed-0/8"] and second[:2] == ["real/4", "real/12"]
     assert len(first) == len(second) and sorted(first + second) == sorted(made(tmp_path / "1", 1)[0])
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR is nothing"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK is 'x'"),
+        ({"RANK": "0", "WORLD_SIZE": "two"}, "WORLD_SIZE is 'two'"),
+    ],
+)
+def test_what_torchrun_sets_and_is_not_there_is_one_line(
+    given: dict[str, str], line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=f"{line}, expected what torchrun sets: start them with torchrun"), join():
+        pass

@@ -47,6 +47,11 @@ def test_a_damaged_shard_is_missing(tmp_path: Path) -> None:
 def test_the_shards_of_another_plan_are_refused(tmp_path: Path) -> None:
     Shards(tmp_path / "part", {"images": 5, "sampling": {"guidance": 3.0}})  # nothing was kept by it
     shards = Shards(tmp_path / "part", {"images": 5, "sampling": {"guidance": 2.0}})
+    (tmp_path / "part" / "real").mkdir()  # as after a kill in the first write
+    Shards(tmp_path / "part", {"images": 5, "sampling": {"guidance": 2.0}})
+    before = (tmp_path / "part" / "plan.json").stat().st_mtime_ns
+    Shards(tmp_path / "part", {"images": 5, "sampling": {"guidance": 2.0}})  # as another process of the same run
+    assert (tmp_path / "part" / "plan.json").stat().st_mtime_ns == before
     shards.put("guidance=2/seed-0", Shard(0, 1, {"x": torch.zeros(1)}))
     with pytest.raises(UserError, match=r"something else \(sampling.guidance: was 2, now 4\): give"):
         Shards(tmp_path / "part", {"images": 5, "sampling": {"guidance": 4.0}})

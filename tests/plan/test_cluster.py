@@ -13,12 +13,13 @@ from conftest import RunCli
 from pixelgrow.errors import UserError
 from pixelgrow.growth import grown_config
 from pixelgrow.models.sizes import shallow_uvit
-from pixelgrow.plan.cluster import decoded_per_second, disks, place
+from pixelgrow.plan.cluster import Placed, decoded_per_second, disks, place
 from pixelgrow.plan.gpus import GIB, ROOM, Cluster
-from pixelgrow.plan.layout import Sizes, cheapest, sizes, what_would
+from pixelgrow.plan.layout import Layout, Parts, Sizes, cheapest, sizes, what_would
 from pixelgrow.plan.network import network_cost
 from pixelgrow.plan.text import plan_text
 from pixelgrow.recipe.read import load_recipe
+from pixelgrow.report.cluster import settings_of
 from pixelgrow.training.settings import Checkpointing, TrainSettings
 
 BIG = Sizes(
@@ -116,17 +117,17 @@ def test_huge_on_eight_machines(run_cli: RunCli) -> None:
     lines = [line for line in done.out.splitlines() if line.startswith(("core:", "raw:", "tuned:"))]
     work, memory = ([re.split(r"  +", line.strip())[1:] for line in lines[i : i + 3]] for i in (0, 3))
     assert [row[:5] for row in work] == [
-        ["256", "shard 8 x 8", "16", "128", "none"],
-        ["1024", "replicate", "16", "128", "none"],
-        ["1024", "shard 8 x 8", "16", "128", "none"],
+        ["256", "shard 8 x 8", "32", "64", "selective"],
+        ["1024", "replicate", "8", "256", "none"],
+        ["1024", "shard 8 x 8", "32", "64", "selective"],
     ]
     state = [sum(map(in_gib, row[:4])) for row in memory]
     assert state[0] == pytest.approx(22.3, abs=0.3) and float(work[0][6].split()[0]) == pytest.approx(21, abs=1)
     table = re.findall(r"^\| (?:core|raw|tuned),.*$", docs, re.MULTILINE)
     said = [[float(cell) for cell in re.findall(r"([\d.]+) GiB", row)] for row in table]
     assert said == [pytest.approx([s, in_gib(row[-1])], abs=0.6) for s, row in zip(state, memory, strict=True)]
-    assert "--set parallel.shard=8 --set stages.core.accumulate=128" in done.out and "MFU of 0.4" in done.out
-    assert "encoded while training, and nothing is stored" in done.out and "is not counted" in done.out
+    assert "--set parallel.shard=8 --set stages.core.accumulate=64" in done.out and "MFU of 0.4" in done.out
+    assert "and nothing is stored" in done.out and "The encoder takes 8.6 GiB of each GPU beside that" in done.out
 
 
 def test_pairs_and_generators_on_a_machine() -> None:
@@ -134,12 +135,32 @@ def test_pairs_and_generators_on_a_machine() -> None:
     core, pairs, onestep, grown = stages = place(recipe, Cluster(4, "a100"))
     assert [str(p.layout) for p in stages] == ["replicate"] * 3 + ["replicate"]
     assert pairs.layout is not None and pairs.layout.gpus == 3  # of 24 pairs in shards of 8
+    more = load_recipe(
+        "smoke-onestep", ["stages.pairs.n=800", *(f"stages.{p.name}.batch=16" for p in stages if p.trains)]
+    )
+    many = next(p for p in place(more, Cluster(16, "a100")) if not p.trains)
+    assert many.layout is not None and many.layout.gpus == 16  # of two machines
     assert onestep.layout is not None and (onestep.layout.accumulate, onestep.layout.micro_batch) == (4, 2)
     assert (pairs.trains, grown.trains, core.cores, pairs.cores, onestep.cores) == (False, True, core.cores, 0, 0)
     by_name = {disk.name: disk for disk in disks(recipe)}
     assert by_name["pairs"].kept == 2 * 3 * 16 * 16 * 24
     cost = network_cost(shallow_uvit("tiny", 16), TrainSettings(images=64, batch=16))
     assert by_name["core"].states == 3 * cost.memory.state and by_name["core"].kept == cost.memory.weights
+
+
+def test_settings_are_one_of_a_stage_and_say_that_nothing_is_sharded() -> None:
+    def placed(name: str, accumulate: int, mode: Checkpointing) -> Placed:
+        parts = Parts(*[0] * 8)
+        return Placed(name, "", 32, 64, Layout(4, 1, accumulate, 8 // accumulate, mode, parts, 1.0), 1.0)
+
+    stages = [placed("core", 2, False), placed("grown", 4, "selective"), placed("grown", 1, False)]
+    assert settings_of(stages) == [
+        "parallel.shard=1",
+        "stages.core.accumulate=2",
+        "stages.core.activation_checkpointing=false",
+        "stages.grown.accumulate=4",
+        "stages.grown.activation_checkpointing=selective",
+    ]
 
 
 def test_what_a_core_decodes() -> None:

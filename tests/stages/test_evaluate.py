@@ -135,6 +135,9 @@ def test_without_metrics_no_extractor_is_loaded(tmp_path: Path, monkeypatch: pyt
     [
         ({"metrics": ["fdd"]}, "metric 'fdd' is unknown: did you mean fd"),
         ({"metrics": ["dsg"]}, "metrics: dsg takes questions: a file of prompts with questions"),
+        ({"metrics": ["kid"]}, "metric kid: got 10 images, expected at least 1,000"),
+        ({"reference": "x"}, "reference is for metrics that compare with real images, such as fd"),
+        ({"metrics": ["fd"], "reference": "x", "extractor": ["a", "b"]}, "reference is of one extractor, got 2"),
         ({"vqa": "blip"}, "vqa is for questions; add questions, or drop it"),
         ({"metrics": ["fd"], "questions": "x.csv"}, "fd is of held-out images, and questions has prompts of its own"),
         ({"metrics": ["fd"], "prompts": 9}, "prompts: got 9, expected at least 10 for fd"),

@@ -61,7 +61,7 @@ def evaluate_candidate(request: Request, team: Team) -> None:
     for one in candidates:
         check(plan, one)
     described = plan.describe(*candidates)
-    digest = _digest([described, plan.metrics, plan.seeds])
+    digest = team.alone(lambda: _digest([described, plan.metrics, plan.seeds, plan.real_images()]))
     if any(e.values.get("plan") != digest for e in found):
         raise UserError(f"--output {out}: holds another evaluation, of {found[0].values['name']}; name another file")
     if found:

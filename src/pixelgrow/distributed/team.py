@@ -178,15 +178,28 @@ def connected() -> Iterator[None]:
         raise Lost(ENDED) from error
 
 
+def _check_environment() -> None:
+    """Raise UserError unless torchrun's variables are there, with numbers where there must be some."""
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"):
+        value = os.environ.get(name)
+        if value is None or (name != "MASTER_ADDR" and not value.isdecimal()):
+            got = "nothing" if value is None else repr(value)
+            raise UserError(
+                f"RANK is set, as for one of several processes, but {name} is {got}, expected what torchrun sets: "
+                "start them with torchrun, or unset RANK"
+            )
+
+
 @contextmanager
 def join() -> Iterator[Team]:
     """The team of this process: torchrun has set RANK and WORLD_SIZE. Without them the process is alone.
 
     Whatever ends all processes is raised in one of them; the others end with its status and say nothing.
     """
-    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":
         yield Team()
         return
+    _check_environment()
     from torch.distributed.rendezvous import rendezvous
 
     with connected():

@@ -93,7 +93,7 @@ def check_numbers(names: Sequence[str], generated: int, real: int | None) -> Non
         if fewest < FEWEST[name]:
             raise UserError(
                 f"metric {name}: got {fewest:,} images, expected at least {FEWEST[name]:,}: evaluate more, or "
-                f"{'take mmd, which takes all pairs' if name == 'kid' else 'drop it from --metrics'}"
+                f"{'take mmd, which takes all pairs' if name == 'kid' else 'drop it'}"
             )
 
 

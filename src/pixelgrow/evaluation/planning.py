@@ -135,7 +135,7 @@ def _items(candidate: Candidate, asked: Asked) -> list[Item]:
         )
     if candidate.prompts is not None:
         known = {item.prompt: item for item in items}
-        if strange := next((p for p in candidate.prompts if p not in known), None):
+        if (strange := next((p for p in candidate.prompts if p not in known), None)) is not None:
             raise UserError(
                 f"{candidate.name}: the prompt {strange!r} is not in {asked.questions}; expected images of its "
                 "prompts, named in a metadata.jsonl (file_name, text)"

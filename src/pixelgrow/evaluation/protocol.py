@@ -81,15 +81,14 @@ class Plan:
             "logits": bool(takes(self.metrics, "logits")),
             "texts": bool(takes(self.metrics, "texts")),
             "judged": takes(self.metrics, "judge"),
-            "real": None if self.real is None else self.real.describe() | {"images": self._real_images()},
+            "real": _described(self.real),
             "train": _described(self.train),
         }
 
-    def _real_images(self) -> int:
+    def real_images(self) -> int:
         """How many real images there are to compare with: those of the reference, if it is there."""
-        assert self.real is not None
         kept = _kept(self, self.extractors[0]) if self.extractors else None
-        return len(self.real) if kept is None else _taken(kept)
+        return _taken(kept) if kept is not None else 0 if self.real is None else len(self.real)
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ def check(plan: Plan, candidate: Candidate) -> None:
         check_numbers(names, n, real)
     if "retrieval" in names and plan.real is not None:
         known = set(plan.real.prompts)
-        if strange := next((p for p in plan.prompts if p not in known), None):
+        if (strange := next((p for p in plan.prompts if p not in known), None)) is not None:
             raise UserError(
                 f"metric retrieval: {candidate.name} has the caption {strange!r}, which none of the {len(plan.real)} "
                 "real images has; expected captions of theirs, or drop it from --metrics"

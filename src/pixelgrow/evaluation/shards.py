@@ -44,16 +44,14 @@ class Shards:
     def __init__(self, folder: Path, plan: Mapping[str, Any]) -> None:
         self.folder = folder
         was, now = read_json(folder / PLAN), json.loads(json.dumps(dict(plan)))
-        kept = next(folder.rglob("*.safetensors"), None)
-        if was is not None and kept is None:  # nothing was kept: another plan may take its place
-            was = None
-            (folder / PLAN).unlink()
         if was is not None and (found := differences(was, now)):
-            raise UserError(
-                f"{folder} holds an unfinished evaluation of something else ({found[0].line('was', 'now')}): give the "
-                "same command as then, name another output, or delete it"
-            )
-        if was is None:
+            if any(folder.rglob("*.safetensors")):
+                raise UserError(
+                    f"{folder} holds an unfinished evaluation of something else ({found[0].line('was', 'now')}): give "
+                    "the same command as then, name another output, or delete it"
+                )
+            write_json(folder / PLAN, now)  # nothing was kept by the other plan
+        elif was is None:
             if folder.exists() and any(folder.iterdir()):
                 raise UserError(f"{folder} holds other files, where an evaluation keeps its own: name another output")
             write_json(folder / PLAN, now)

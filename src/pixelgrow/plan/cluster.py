@@ -87,7 +87,10 @@ def _placed(phase: Phase, recipe: Recipe, nets: dict[str, NetConfig], cluster: C
     if makes_generator(stage):
         cost = cost_of(phase, recipe, nets, gpu=True)
         layout = _replicated(cost, settings, cluster)
-        fault = f"it takes {_least(cost, settings) / ROOM / 2**30:.0f} GiB a GPU, and generators are not sharded"
+        fault = (
+            f"it takes {_least(cost, settings) / ROOM / 2**30:.0f} GiB a GPU that has a whole generator; the plan does "
+            "not count sharded ones: try parallel.shard, or activation_checkpointing"
+        )
     else:
         layout = cheapest(cluster, settings.batch, measure)
         fault = "" if layout else what_would(cluster, settings.batch, measure)
@@ -99,8 +102,8 @@ def _placed(phase: Phase, recipe: Recipe, nets: dict[str, NetConfig], cluster: C
 
 
 def _pairs(found: Placed, cost: Cost, stage: PairsStage, cluster: Cluster) -> Placed:
-    """Pairs are made on the GPUs of the first machine, one shard on each at a time."""
-    workers = min(cluster.gpus, cluster.node, math.ceil(stage.n / stage.shard))
+    """Pairs are made on all GPUs, one shard on each at a time."""
+    workers = min(cluster.gpus, math.ceil(stage.n / stage.shard))
     m = cost.memory
     peak = m.weights + (m.peak - m.weights) // (stage.workers or 1)  # of one worker
     parts = Parts(m.weights, 0, 0, 0, peak - m.weights, 0, 0, peak)

@@ -30,6 +30,25 @@ _NOT = (
 )
 
 
+# Of the published encoders of T5 v1.1: width, width of the hidden layer, of all heads, layers.
+_T5 = {
+    "small": (512, 1024, 384, 8),
+    "base": (768, 2048, 768, 12),
+    "large": (1024, 2816, 1024, 24),
+    "xl": (2048, 5120, 2048, 24),
+    "xxl": (4096, 10240, 4096, 24),
+}
+
+
+def _published(name: str) -> int | None:
+    """The parameters of the matrices of an encoder that is not here, if its shape is known."""
+    shape = _T5.get(name.removeprefix("google/t5-v1_1-"))
+    if shape is None:
+        return None
+    width, hidden, heads, layers = shape
+    return layers * (4 * width * heads + 3 * width * hidden)
+
+
 @dataclass(frozen=True)
 class TextPlan:
     """Of a recipe's captions. `captions`: at most so many distinct ones, None if the data were not looked at.
@@ -70,7 +89,9 @@ def plan_text(recipe: Recipe, captions: int | None = None, some: Sequence[str] =
             return None
         core = core_config(size)
         stored = stored_bytes(core.text_dim, core.pooled_dim, text.max_tokens)
-        return TextPlan(captions, text.max_tokens, False, stored, None, text.online)
+        parameters = _published(text.encoder)
+        work = None if parameters is None else 2.0 * parameters * text.max_tokens
+        return TextPlan(captions, text.max_tokens, False, stored, work, text.online)
     spec = describe(text.encoder, text.max_tokens)
     tokens = mean_length(load_tokenizer(spec), some, spec.max_tokens) if some else spec.max_tokens
     stored, work = stored_bytes(spec.dim, spec.pooled_dim, tokens), 2 * _parameters(spec) * tokens

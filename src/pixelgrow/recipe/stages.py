@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_
 from pixelgrow.diffusion.denoiser import DiffusionConfig
 from pixelgrow.diffusion.sampling_spec import Interval, SamplingSpec, Spec
 from pixelgrow.evaluation.judges import OF_QUESTIONS
-from pixelgrow.evaluation.measures import LEAST, check_names, of_features
+from pixelgrow.evaluation.measures import LEAST, check_names, check_numbers, of_features, takes
 from pixelgrow.models.sizes import SIZES
 from pixelgrow.onestep.losses import GUIDANCE_DISTRIBUTIONS, GuidanceDistribution
 from pixelgrow.onestep.settings import LossSettings, Preset, with_preset
@@ -328,6 +328,11 @@ class EvaluateStage(SamplingSpec):
             raise ValueError(f"metrics: {odd[0]} is of held-out images, and questions has prompts of its own: drop one")
         if of_features(names) and self.prompts < LEAST:
             raise ValueError(f"prompts: got {self.prompts}, expected at least {LEAST} for {of_features(names)[0]}")
+        check_numbers(names, self.prompts, None)
+        if self.reference is not None and not takes(names, "real"):
+            raise ValueError("reference is for metrics that compare with real images, such as fd; add one, or drop it")
+        if self.reference is not None and len(self.extractor or ()) > 1:
+            raise ValueError(f"reference is of one extractor, got {len(self.extractor or ())}; name one")
         if self.extractor is not None and not of_features(names):
             raise ValueError("extractor is for metrics of features, such as fd; add metrics: [fd], or drop it")
         return self

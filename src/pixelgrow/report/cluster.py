@@ -14,6 +14,7 @@ from pixelgrow.writing import size_of
 if TYPE_CHECKING:
     from pixelgrow.plan.cluster import Disk, Placed
     from pixelgrow.plan.gpus import Cluster
+    from pixelgrow.plan.layout import Layout
     from pixelgrow.plan.text import TextPlan
 
 
@@ -46,7 +47,7 @@ def cluster_tables(cluster: Cluster, stages: Sequence[Placed], disks: Sequence[D
         files.add_row(disk.name, size_of(disk.states), size_of(disk.kept))
     note = (
         f"Time at an MFU of {cluster.mfu:g}: that share of {cluster.gpu.flops / 1e12:.0f} TFLOP/s a GPU (dense "
-        "bfloat16), what checkpointing computes again included; pairs in TF32, on one machine. CPU cores: of all "
+        "bfloat16), what checkpointing computes again included; pairs in TF32. CPU cores: of all "
         "machines together, to decode as fast as the GPUs train."
     )
     notes = [Text(note, style="dim")]
@@ -57,14 +58,19 @@ def cluster_tables(cluster: Cluster, stages: Sequence[Placed], disks: Sequence[D
 
 
 def settings_of(stages: Sequence[Placed]) -> list[str]:
-    """The settings of the layouts, as `--set` takes them; a recipe is sharded as the stage that needs it most."""
-    trained = [(p.name, p.layout) for p in stages if p.layout is not None and p.trains]
-    shard = max((at.shard for _, at in trained), default=1)
-    flags = [f"parallel.shard={shard}"] if shard > 1 else []
-    for name, at in trained:
+    """The settings of the layouts, as `--set` takes them: one for a recipe, or for a stage of several phases, as the
+    stage or the phase needs it that takes most."""
+    trained: dict[str, Layout] = {}
+    for p in stages:
+        if p.layout is not None and p.trains:
+            trained[p.name] = max(trained.get(p.name, p.layout), p.layout, key=lambda at: at.accumulate)
+    if not trained:
+        return []
+    flags = [f"parallel.shard={max(at.shard for at in trained.values())}"]
+    for name, at in trained.items():
         flags.append(f"stages.{name}.accumulate={at.accumulate}")
         flags.append(f"stages.{name}.activation_checkpointing={str(at.checkpointing).lower()}")
-    return list(dict.fromkeys(flags))
+    return flags
 
 
 def encoder_line(text: TextPlan) -> Text:

@@ -22,7 +22,7 @@ from pixelgrow.diffusion.heldout import denoising_error
 from pixelgrow.evaluation.images import Conditions, Made, describe_model, eight_bit
 from pixelgrow.evaluation.judges import Judge, SceneJudge
 from pixelgrow.evaluation.measures import takes
-from pixelgrow.evaluation.protocol import Plan, measure, result
+from pixelgrow.evaluation.protocol import Plan, check, measure, result
 from pixelgrow.evaluation.real import Real
 from pixelgrow.evaluation.shards import Shards
 from pixelgrow.model import Model
@@ -81,6 +81,7 @@ def evaluate_stage(stage: EvaluateStage, parent: Parent, folder: Path, materials
         stage.reference,
         stage.batch,
     )
+    check(plan, candidate)
     team = materials.team
     shards = team.in_turn(lambda: Shards(folder / MEASURED, plan.describe(candidate)))
     with Displays(f"{materials.recipe.name}/{stage.name}") as display:
@@ -95,7 +96,7 @@ def _write(stage: EvaluateStage, candidate: Evaluated, plan: Plan, shards: Shard
     values["measured"]["peak_memory"] = peak_memory(candidate.materials.device)
     found: dict[str, Any] = {
         "prompts": n,
-        "bad_files": [f"{source.name}: {file.key}: {file.reason}" for source, file in held.bad],
+        "bad_files": [f"{source.name}: {file.key}: {file.reason}" for source, file in held.bad * (not stage.questions)],
         "sampling": candidate.sampling,
         "nfe": values["cost"]["nfe"],
         "seconds_per_image": round(values["measured"]["seconds_per_image"], 5),

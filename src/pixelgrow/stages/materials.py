@@ -31,9 +31,10 @@ from pixelgrow.errors import UserError
 from pixelgrow.evaluation.alignment.questions import load_questions
 from pixelgrow.evaluation.features import Extractor, load_extractor
 from pixelgrow.evaluation.judges import QuestionJudge
-from pixelgrow.evaluation.measures import EXTRACTOR, of_features
+from pixelgrow.evaluation.measures import EXTRACTOR, of_features, takes
 from pixelgrow.evaluation.planning import OF_FORMS, Asked, judge_of
 from pixelgrow.external.autoencoder import Autoencoder
+from pixelgrow.external.vision import describe_clip
 from pixelgrow.model import find
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.config import PIXELS, NetConfig, Space
@@ -98,7 +99,7 @@ class Materials:
     team: Team = field(default_factory=Team)
     _said: set[str] = field(default_factory=set, init=False)
     _extractors: dict[str, Extractor] = field(default_factory=dict, init=False)
-    _judges: dict[str, QuestionJudge] = field(default_factory=dict, init=False)
+    _judges: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)
     note: Callable[[str, Any], None] = field(default_factory=lambda: _forget, init=False)  # of the stage's record
 
     @cached_property
@@ -361,24 +362,27 @@ class Materials:
 
     def extractors(self, stage: EvaluateStage) -> list[Extractor]:
         """The feature extractors of an evaluation, none if no metric takes features; each is loaded once."""
-        names = stage.extractor or (EXTRACTOR,) if of_features(stage.metrics or ()) else ()
+        metrics = stage.metrics or ()
+        names = stage.extractor or (EXTRACTOR,) if of_features(metrics) else ()
         for name in names:
+            if takes(metrics, "texts"):
+                describe_clip(name)  # refuses what is none
             if name not in self._extractors:
                 self._extractors[name] = load_extractor(name, self.device)
         return [self._extractors[name] for name in names]
 
     def question_judge(self, stage: EvaluateStage) -> QuestionJudge | None:
-        """What answers the file of questions of an evaluation, loaded once; None if it has none."""
+        """What answers the file of questions of an evaluation, loaded anew; None if it has none."""
         if stage.questions is None:
             return None
-        if stage.name not in self._judges:
-            form = stage.form or "dsg"
-            asked = Asked(questions=stage.questions, form=form, vqa=stage.vqa, detector=stage.detector)
-            items = load_questions(stage.questions, form)[: stage.prompts]
-            judge = judge_of(stage.metrics or (OF_FORMS[form],), [item.prompt for item in items], items, asked)
-            assert isinstance(judge, QuestionJudge)
-            self._judges[stage.name] = judge
-        return self._judges[stage.name]
+        if self.recipe.text.classes:
+            raise UserError(f"stage {stage.name!r}: questions: the recipe makes images of classes, expected captions")
+        form = stage.form or "dsg"
+        asked = Asked(questions=stage.questions, form=form, vqa=stage.vqa, detector=stage.detector)
+        items = load_questions(stage.questions, form)[: stage.prompts]
+        judge = judge_of(stage.metrics or (OF_FORMS[form],), [item.prompt for item in items], items, asked)
+        assert isinstance(judge, QuestionJudge)
+        return judge
 
     def describe(self, stage: Stage) -> dict[str, Any]:
         """A stage's settings and the fingerprints of what it uses, except its parents, for `stage.json`."""
@@ -397,8 +401,11 @@ class Materials:
             settings["networks"] = networks
         if isinstance(stage, EvaluateStage) and (extractors := self.extractors(stage)):
             settings["extractors"] = {e.name: e.identity for e in extractors}
-        if isinstance(stage, EvaluateStage) and (judge := self.question_judge(stage)):
-            settings["judge"] = judge.describe()
+        if isinstance(stage, EvaluateStage) and stage.questions is not None:
+            if stage.name not in self._judges:  # what is loaded for this is let go: stages that train come first
+                judge = self.question_judge(stage)
+                self._judges[stage.name] = {} if judge is None else judge.describe()
+            settings["judge"] = self._judges[stage.name]
         return settings
 
 
