@@ -1,6 +1,6 @@
 """The papers' comparisons on scenes, each at equal training compute: growth, losses, base resolutions, cores, batches.
 
-    make ablation                                             # all of it: about ninety minutes of two cores
+    make ablation                                             # all of it: about two hours of two cores
     python -m bench.ablation --dry-run                        # what would be trained (a minute)
     python -m bench.ablation --root runs/ablation --scale 0.25 --only cores growth
 
