@@ -87,7 +87,8 @@ def test_a_hangup_is_said_and_a_nohup_respected(tmp_path: Path) -> None:
         f"{wait}\nread.load_recipe = lambda *_: os.kill(os.getpid(), signal.SIGHUP) or sys.exit(5)\n"
         "sys.argv = ['pixelgrow', 'run', 'x']\nmain.main()"
     )
-    heeded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    default = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"  # nohup may have started us
+    heeded = subprocess.run([sys.executable, "-c", default + code], capture_output=True, text=True, check=False)
     assert heeded.stderr == "pixelgrow: stopped by SIGHUP: run the same command again to go on\n"
     assert heeded.returncode == 129
     ignored = subprocess.run(["nohup", sys.executable, "-c", code], capture_output=True, env=os.environ, check=False)

@@ -393,6 +393,7 @@ def test_scenes_and_files_in_one_stream(photographs: Path) -> None:
 CHILD = """
 import multiprocessing, signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started us with it ignored
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # or nohup
 from pixelgrow.data import Loader, open_source
 loader = Loader(open_source(sys.argv[1]), size=(32, 32), batch=4, workers=2, bad_limit=0.5)
 for number, batch in enumerate(loader.batches()):
