@@ -12,6 +12,7 @@ from pixelgrow import rng
 from pixelgrow.errors import UserError
 from pixelgrow.evaluation.pairwise import products, squared_lengths
 
+BLOCK = 1000  # images of KID's blocks
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
 
 
@@ -23,7 +24,7 @@ class BlockEstimate:
     std: float
 
 
-def kid(real: Tensor, generated: Tensor, *, blocks: int = 100, size: int = 1000) -> BlockEstimate:
+def kid(real: Tensor, generated: Tensor, *, blocks: int = 100, size: int = BLOCK) -> BlockEstimate:
     """Kernel Inception Distance (Binkowski et al., arXiv 1801.01401): `mmd` of random blocks of images of each set.
 
     Sets (n, width). Blocks and size are those of torch-fidelity. Which images a block takes is a function of its

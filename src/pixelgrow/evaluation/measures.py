@@ -16,8 +16,9 @@ from pixelgrow.errors import UserError
 from pixelgrow.evaluation.alignment.intervals import over_prompts
 from pixelgrow.evaluation.alignment.results import Judged, summarise
 from pixelgrow.evaluation.alignment.retrieval import Retrieval, retrieval
-from pixelgrow.evaluation.kernels import cmmd, kid, mmd
+from pixelgrow.evaluation.kernels import BLOCK, cmmd, kid, mmd
 from pixelgrow.evaluation.metrics import (
+    GROWING,
     clip_score,
     extrapolated,
     fd_ratio,
@@ -36,7 +37,7 @@ Row = dict[str, Any]
 Takes = Literal["real", "captions", "logits", "texts", "train", "judge"]
 EXTRACTOR = "efficientnet-lite0"  # needs no hub
 LEAST = 10  # images: below, no metric of features says anything
-FEWEST = {"kid": 1000, "fd-infinity": 40}  # images
+FEWEST = {"kid": BLOCK, "fd-infinity": GROWING}  # images
 
 
 SHARE, UNBOUNDED = (0.0, 1.0), (-math.inf, math.inf)

@@ -67,6 +67,9 @@ def fd_ratio(model: Mapping[str, float], heldout: Mapping[str, float]) -> float:
     return math.fsum(model[name] / heldout[name] for name in model) / len(model)
 
 
+GROWING = 40  # images, at least, for a line through distances at growing N
+
+
 @dataclass(frozen=True)
 class Extrapolation:
     """A Frechet distance at N to infinity, and the distances at each N that the line was fitted to."""
@@ -84,8 +87,8 @@ def extrapolated(features: Tensor, reference: Moments, *, points: int = 15) -> E
     that of the reference's. Raises UserError for fewer than 40 images.
     """
     n = len(features)
-    if n < 40:
-        raise UserError(f"FD at growing N: got {n} images, expected at least 40; evaluate more images")
+    if n < GROWING:
+        raise UserError(f"FD at growing N: got {n} images, expected at least {GROWING}; evaluate more images")
     root, distances = _root(reference.covariance), []
     sizes = torch.linspace(min(5000, n // 10), n, points, dtype=torch.float64).long().tolist()
     for size in sizes:

@@ -93,10 +93,11 @@ def _write(stage: EvaluateStage, candidate: Evaluated, plan: Plan, shards: Shard
     """Write the results of what was measured; returns the metrics."""
     made, held, n = result(candidate, plan, shards), candidate.held, len(plan.prompts)
     rows, values = made.values["metrics"], made.values
+    bad = [] if stage.questions else held.bad  # the prompts are not theirs
     values["measured"]["peak_memory"] = peak_memory(candidate.materials.device)
     found: dict[str, Any] = {
         "prompts": n,
-        "bad_files": [f"{source.name}: {file.key}: {file.reason}" for source, file in held.bad * (not stage.questions)],
+        "bad_files": [f"{source.name}: {file.key}: {file.reason}" for source, file in bad],
         "sampling": candidate.sampling,
         "nfe": values["cost"]["nfe"],
         "seconds_per_image": round(values["measured"]["seconds_per_image"], 5),

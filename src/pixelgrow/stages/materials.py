@@ -404,7 +404,8 @@ class Materials:
         if isinstance(stage, EvaluateStage) and stage.questions is not None:
             if stage.name not in self._judges:  # what is loaded for this is let go: stages that train come first
                 judge = self.question_judge(stage)
-                self._judges[stage.name] = {} if judge is None else judge.describe()
+                assert judge is not None
+                self._judges[stage.name] = judge.describe()
             settings["judge"] = self._judges[stage.name]
         return settings
 
