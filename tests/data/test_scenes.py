@@ -2,13 +2,14 @@
 
 import time
 from collections import Counter
+from random import Random
 
 import numpy as np
 import pytest
 
 from pixelgrow.data.scenes.captions import NUMBERS, Group, Spec, noun
 from pixelgrow.data.scenes.checker import accuracy
-from pixelgrow.data.scenes.layout import GAP
+from pixelgrow.data.scenes.layout import GAP, layout
 from pixelgrow.data.scenes.seeing import look
 from pixelgrow.data.scenes.source import SIMPLE_COLOURS, SIMPLE_GROUNDS, SIMPLE_SHAPES, SPLITS, Scenes, split_of
 from pixelgrow.data.scenes.vocabulary import BACKGROUNDS, COLOURS, PATTERNS, RELATIONS, SHAPES, contrasting, oklab
@@ -154,6 +155,25 @@ def test_the_simple_world_has_few_words_on_plain_grounds_and_is_legible() -> Non
     assert simple.fingerprint != Scenes(split="heldout").fingerprint
 
 
+@pytest.mark.parametrize("world", ["full", "simple"])
+def test_with_fewer_objects_at_most_all_are_larger(world: str) -> None:
+    few = [Scenes(world=world, objects=2).scene(i) for i in range(300)]
+    assert {tuple(g.count for g in s.spec.groups) for s in few} == {(1,), (2,), (1, 1)}
+    assert all(bool(s.spec.relation) == (len(s.spec.groups) == 2) for s in few)
+    objects = {n: Scenes(world=world, objects=n) for n in (2, 3, 5)}
+    assert len({s.fingerprint for s in objects.values()}) == 3
+    assert objects[5].fingerprint == Scenes(world=world).fingerprint  # no more than there were
+
+    def inked(source: Scenes) -> float:  # squared radius, in the mean
+        areas = []
+        for i in range(100):
+            placed = layout(source.scene(i).spec, 1.0, 1.0, Random(i))
+            areas += [p.radius**2 for places in placed for p in places]
+        return float(np.mean(areas))
+
+    assert inked(objects[2]) > 1.05 * inked(objects[3])
+
+
 def test_colours_are_distinct() -> None:
     for palette in (COLOURS, BACKGROUNDS):
         lab = oklab(np.array(list(palette.values())))
@@ -172,7 +192,13 @@ def test_source_facts(scenes: Scenes) -> None:
 
 @pytest.mark.parametrize(
     ("bad", "word"),
-    [({"n": 0}, "n=0"), ({"captions": 0}, "captions=0"), ({"split": "test"}, "test"), ({"world": "flat"}, "flat")],
+    [
+        ({"n": 0}, "n=0"),
+        ({"captions": 0}, "captions=0"),
+        ({"split": "test"}, "test"),
+        ({"world": "flat"}, "flat"),
+        ({"objects": 1}, "objects=1"),
+    ],
 )
 def test_user_errors(bad: dict[str, object], word: str) -> None:
     with pytest.raises(UserError, match=word):

@@ -13,10 +13,13 @@ from conftest import RunCli
 from pixelgrow.errors import UserError
 from pixelgrow.growth import grown_config
 from pixelgrow.models.sizes import shallow_uvit
+from pixelgrow.models.uvit import UViT
+from pixelgrow.onestep.settings import LossSettings
 from pixelgrow.plan.cluster import Placed, decoded_per_second, disks, place
-from pixelgrow.plan.gpus import GIB, ROOM, Cluster
-from pixelgrow.plan.layout import Layout, Parts, Sizes, cheapest, sizes, what_would
-from pixelgrow.plan.network import network_cost
+from pixelgrow.plan.gpus import GIB, GPUS, ROOM, Cluster, Gpu
+from pixelgrow.plan.layout import Layout, Parts, Sizes, cheapest, generator_sizes, sizes, what_would
+from pixelgrow.plan.network import network_cost, parameters_of
+from pixelgrow.plan.onestep import Distillation, distill_cost
 from pixelgrow.plan.text import plan_text
 from pixelgrow.recipe.read import load_recipe
 from pixelgrow.report.cluster import settings_of
@@ -101,6 +104,30 @@ def test_a_layout_on_one_gpu_takes_what_the_plan_of_the_recipe_says(init: Any, m
     found = sizes(config, settings, old, 32, mode)
     assert found.on(1, 1, 4, several=True).peak == pytest.approx(exact.memory.peak, rel=0.05)
     assert found.flops == pytest.approx(exact.flops, rel=1e-9)
+
+
+@pytest.mark.parametrize(("grown", "mode"), [(False, "selective"), (True, False)])
+def test_a_layout_of_a_generator_on_one_gpu_takes_what_the_plan_of_the_recipe_says(
+    grown: bool, mode: Checkpointing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = shallow_uvit("tiny", 16)
+    config = grown_config(base, 32, "preserve", generator=True) if grown else base
+    of = Distillation(config, base, LossSettings(), frozen=base if grown else None, free=int(grown))
+    settings = TrainSettings(images=100, batch=16, accumulate=2, activation_checkpointing=mode)
+    exact = distill_cost(of, settings, bf16=True, gpu=True)
+    found = generator_sizes(of, settings, mode)
+    assert found.on(1, 1, 8, several=True).peak == pytest.approx(exact.memory.peak, rel=0.05)
+    assert found.flops == pytest.approx(exact.flops, rel=1e-9)
+    # Of a sharded one, the teacher and the discriminator are whole: only the generator's tensors are fewer.
+    whole, half = (found.on(2, shard, 1, several=True) for shard in (1, 2))
+    generator = 4 * parameters_of(UViT(config))
+    assert whole.weights - half.weights == generator // 2
+    others = half.weights - generator // 2
+    assert others > distill_cost(of, settings).memory.weights - generator  # with gradients and optimizer
+    assert half.optimizer * 2 == whole.optimizer and half.averages * 2 == whole.averages
+    if not grown:  # little trains in a frozen base, and blocks that are put together would take more
+        monkeypatch.setitem(GPUS, "small", Gpu(int(whole.peak / ROOM) - 1, 1e12, 1e15))
+        assert str(cheapest(Cluster(2, "small"), 2, lambda mode: found)) == "shard 2"
 
 
 def in_gib(text: str) -> float:

@@ -23,7 +23,7 @@ from pixelgrow.onestep.features import TeacherFeatures
 from pixelgrow.onestep.pairs import Ode
 from pixelgrow.onestep.settings import LossSettings
 from pixelgrow.plan.network import Cost, spent
-from pixelgrow.plan.onestep import distill_cost, pairs_cost
+from pixelgrow.plan.onestep import Distillation, distill_cost, pairs_cost
 from pixelgrow.plan.recipe import StagePlan, plan_recipe
 from pixelgrow.recipe.read import load_recipe, read_recipe
 from pixelgrow.recipe.stages import PairsStage
@@ -87,10 +87,8 @@ def test_a_planned_update_equals_a_real_one(case: dict[str, Any]) -> None:
     images, latents = torch.rand(2, N, 3, side, side), torch.randn(N, 3, 16, 16)
     batch = DistillBatch(images[0], texts, torch.arange(N), latents, images[1], texts, weights, torch.arange(N))
 
-    planned = distill_cost(
-        net.config, teacher.net.config, settings, losses,
-        distribution=distribution, frozen=below, free=given["free"], tokens=TOKENS, bf16=given["bf16"],
-    )  # fmt: skip
+    of = Distillation(net.config, teacher.net.config, losses, distribution, below, given["free"], TOKENS)
+    planned = distill_cost(of, settings, bf16=given["bf16"])
     memory, runs, states = planned.memory, {}, 0
     assert planned.work.keys() == real.modules.keys()
     for part, module in real.modules.items():
@@ -127,7 +125,8 @@ def test_gradients_of_several_micro_batches_wait_for_the_last() -> None:
     config = shallow().net.config
     one, two = (
         distill_cost(
-            config, config, TrainSettings(images=8, batch=N * k, accumulate=k), LossSettings(adversarial=False)
+            Distillation(config, config, LossSettings(adversarial=False)),
+            TrainSettings(images=8, batch=N * k, accumulate=k),
         )
         for k in (1, 2)
     )
@@ -198,7 +197,7 @@ def test_feature_networks_from_outside_are_not_counted() -> None:
     config, settings = shallow().net.config, TrainSettings(images=8, batch=N)
 
     def planned(**losses: Any) -> Cost:
-        return distill_cost(config, config, settings, LossSettings(**losses), tokens=TOKENS)
+        return distill_cost(Distillation(config, config, LossSettings(**losses), tokens=TOKENS), settings)
 
     own, theirs = planned(), planned(discriminator="some/dino", distance="lpips")
     assert theirs.memory.peak < own.memory.peak

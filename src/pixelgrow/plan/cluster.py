@@ -10,17 +10,16 @@ from itertools import pairwise
 import torch
 
 from pixelgrow.errors import UserError
-from pixelgrow.growth import freeze, inherited
 from pixelgrow.models.config import NetConfig
 from pixelgrow.models.uvit import UViT
 from pixelgrow.plan.gpus import ROOM, Cluster
-from pixelgrow.plan.layout import Layout, Parts, Sizes, cheapest, sizes, what_would
-from pixelgrow.plan.network import Cost, parameters_of
-from pixelgrow.plan.recipe import Phase, cost_of, phases
+from pixelgrow.plan.layout import Layout, Parts, Sizes, cheapest, generator_sizes, sizes, what_would
+from pixelgrow.plan.network import Cost, freeze_below, parameters_of
+from pixelgrow.plan.recipe import Phase, cost_of, distillation_of, phases
 from pixelgrow.plan.shapes import networks
-from pixelgrow.recipe.stages import PairsStage, Recipe, makes_generator
+from pixelgrow.recipe.stages import GrowStage, PairsStage, Recipe, makes_generator
 from pixelgrow.training.optim import trainable
-from pixelgrow.training.settings import Checkpointing, TrainSettings
+from pixelgrow.training.settings import Checkpointing
 from pixelgrow.training.state import KEPT
 
 # Images/s that one core decodes and resizes (docs/benchmarks.md), by the side that is wanted.
@@ -82,20 +81,13 @@ def _placed(phase: Phase, recipe: Recipe, nets: dict[str, NetConfig], cluster: C
 
     @cache
     def measure(mode: Checkpointing) -> Sizes:
+        if makes_generator(stage):
+            return generator_sizes(distillation_of(phase, recipe, nets), settings, mode)
         return sizes(phase.config, settings, phase.frozen, recipe.text.max_tokens, mode)
 
-    if makes_generator(stage):
-        cost = cost_of(phase, recipe, nets, gpu=True)
-        layout = _replicated(cost, settings, cluster)
-        fault = (
-            f"it takes {_least(cost, settings) / ROOM / 2**30:.0f} GiB a GPU that has a whole generator; the plan does "
-            "not count sharded ones: try parallel.shard, or activation_checkpointing"
-        )
-    else:
-        layout = cheapest(cluster, settings.batch, measure)
-        fault = "" if layout else what_would(cluster, settings.batch, measure)
+    layout = cheapest(cluster, settings.batch, measure)
     if layout is None:
-        return replace(found, fault=fault)
+        return replace(found, fault=what_would(cluster, settings.batch, measure))
     speed = cluster.gpus * cluster.rate / layout.flops
     decoded = 0 if makes_generator(stage) else math.ceil(speed / decoded_per_second(found.resolution))
     return replace(found, layout=layout, images_per_second=speed, cores=decoded)
@@ -111,27 +103,6 @@ def _pairs(found: Placed, cost: Cost, stage: PairsStage, cluster: Cluster) -> Pl
         return replace(found, fault=f"it takes {peak / ROOM / 2**30:.0f} GiB a GPU: lower its batch of {stage.batch}")
     layout = Layout(workers, 1, 1, stage.batch, False, parts, cost.flops)
     return replace(found, layout=layout, images_per_second=workers * cluster.rate * TF32 / cost.flops)
-
-
-def _replicated(cost: Cost, settings: TrainSettings, cluster: Cluster) -> Layout | None:
-    """The largest micro-batch of a one-step generator that fits, in as many processes as there are GPUs."""
-    m = cost.memory
-    for each in range(settings.batch // cluster.gpus, 0, -1):
-        if settings.batch // cluster.gpus % each:
-            continue
-        images = m.activations * each // settings.micro_batch
-        buffers = m.gradients if cluster.gpus > 1 else 0
-        held = m.weights + m.optimizer + m.averages
-        peak = max(held + m.gradients + buffers, m.peak - m.activations + images)
-        if peak <= cluster.room:
-            parts = Parts(m.weights, m.gradients, m.optimizer, m.averages, images, 0, buffers, peak)
-            mode = settings.activation_checkpointing
-            return Layout(cluster.gpus, 1, settings.batch // each, each, mode, parts, cost.flops)
-    return None
-
-
-def _least(cost: Cost, settings: TrainSettings) -> float:
-    return cost.memory.peak - cost.memory.activations * (1 - 1 / settings.micro_batch)
 
 
 def decoded_per_second(side: int) -> float:
@@ -170,6 +141,6 @@ def _numbers(phase: Phase) -> tuple[int, int]:
     """Parameters of a phase's network, and of those that train."""
     with torch.device("meta"):
         net = UViT(phase.config)
-    if phase.frozen is not None:
-        freeze(net, inherited(net.state_dict(), phase.config, phase.frozen))
+    stage = phase.stage
+    freeze_below(net, phase.frozen, stage.base_blocks if isinstance(stage, GrowStage) else 0)
     return parameters_of(net), sum(p.numel() for p in trainable(net).values())

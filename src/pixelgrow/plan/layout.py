@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
-from pixelgrow.growth import freeze, inherited
 from pixelgrow.models.config import NetConfig
 from pixelgrow.models.uvit import UViT
+from pixelgrow.onestep.distill import GENERATOR
 from pixelgrow.plan.gpus import GPUS, NETWORK, ROOM, Cluster
-from pixelgrow.plan.network import parameters_of, whole_network
+from pixelgrow.plan.network import Measured, freeze_below, parameters_of, whole_network
+from pixelgrow.plan.onestep import Distillation
 from pixelgrow.training.optim import trainable
 from pixelgrow.training.settings import Checkpointing, TrainSettings
 
@@ -67,7 +68,7 @@ class Sizes:
     copied: of weights that autocast keeps copies of, in a replicated network. In a sharded one, block: of the largest
     block; reduced: of the largest that trains; root: of what is whole throughout a step, all but the blocks.
     width: bytes of a number in the forward pass. activations, transient: bytes for an image, kept and beside them;
-    flops: an image.
+    flops: an image. others: bytes of networks that every GPU has whole beside this one, with all that belongs to them.
     """
 
     weights: int
@@ -82,10 +83,11 @@ class Sizes:
     activations: float
     transient: float
     flops: float
+    others: int = 0
 
     def on(self, gpus: int, shard: int, micro_batch: int, several: bool) -> Parts:
         """Memory of one of `gpus`. several: each has more than one micro-batch in a step."""
-        held = (self.weights + self.optimizer + self.averages) // shard
+        held = (self.weights + self.optimizer + self.averages) // shard + self.others
         images = int(micro_batch * (self.activations + self.transient))
         if shard > 1:
             gradients = self.training // shard
@@ -99,8 +101,8 @@ class Sizes:
             during = images + compute + (gradients if several else 0)
             peak = held + max(during, gradients + buffers)
         return Parts(
-            self.weights // shard, gradients, self.optimizer // shard, self.averages // shard, images, compute, buffers,
-            peak,
+            self.weights // shard + self.others, gradients, self.optimizer // shard, self.averages // shard, images,
+            compute, buffers, peak,
         )  # fmt: skip
 
     def hidden(self, cluster: Cluster, shard: int, micro_batch: int) -> bool:
@@ -128,7 +130,7 @@ def sizes(
         weights=torch.bfloat16 if bf16 else torch.float32,
     )
     most = max(v for n, v in found.peaks.items() if n not in ("update", "backward first"))
-    block, reduced, root = _units(config, frozen)
+    block, reduced, root = _units(config, frozen, 0)
     passed = frozen is None or config.rungs[-1].attach == "core"  # gradients pass through what is frozen
     return Sizes(
         weights=found.weights,
@@ -146,12 +148,57 @@ def sizes(
     )
 
 
-def _units(config: NetConfig, frozen: NetConfig | None) -> tuple[int, int, int]:
+def generator_sizes(of: Distillation, settings: TrainSettings, mode: Checkpointing) -> Sizes:
+    """Measure a one-step generator that checkpoints activations by `mode`. Its teacher and discriminator are `others`.
+
+    The two update in turn: images take what they take at most in either. The discriminator's gradients, and their
+    sum's, are counted as if they were always there.
+    """
+    bf16 = settings.precision != "fp32"
+    weights = torch.bfloat16 if bf16 else torch.float32
+
+    def of_images(n: int) -> tuple[dict[str, Measured], int]:
+        changed = {"batch": n, "accumulate": 1, "activation_checkpointing": mode}
+        parts, _, teacher = of.measured(settings.model_copy(update=changed), bf16=bf16, gpu=True, weights=weights)
+        return parts, teacher
+
+    def kept(part: Measured) -> int:
+        return part.activations
+
+    def most(part: Measured) -> int:
+        return max(v for n, v in part.peaks.items() if n not in ("update", "backward first"))
+
+    few, teacher = of_images(IMAGES)
+    more, _ = of_images(2 * IMAGES)
+    each = {f: max(f(more[name]) - f(few[name]) for name in few) / IMAGES for f in (kept, most)}
+    # What does not grow with the images: copies of the other networks' weights, in the format of the forward pass.
+    copies = max(0, max(most(part) for part in few.values()) - int(IMAGES * each[most]))
+    generator = few[GENERATOR]
+    rest = [part for name, part in few.items() if name != GENERATOR]
+    held = sum(p.weights + p.optimizer + (len(settings.ema) + 2) * p.training for p in rest)
+    block, reduced, root = _units(of.config, of.frozen, of.free)
+    return Sizes(
+        weights=generator.weights,
+        training=generator.training,
+        optimizer=generator.optimizer,
+        averages=len(settings.ema) * generator.training,
+        copied=generator.weights if of.frozen is None else generator.training,
+        block=block,
+        reduced=reduced,
+        root=root,
+        width=2 if bf16 else 4,
+        activations=each[kept],
+        transient=max(0.0, each[most] - each[kept]),
+        flops=sum(part.forward + part.backward for part in few.values()) / IMAGES,
+        others=teacher + held + copies,
+    )
+
+
+def _units(config: NetConfig, frozen: NetConfig | None, free: int) -> tuple[int, int, int]:
     """Bytes in float32 of the largest block, of the largest that trains, and of all that is in no block."""
     with torch.device("meta"):
         net = UViT(config)
-    if frozen is not None:
-        freeze(net, inherited(net.state_dict(), config, frozen))
+    freeze_below(net, frozen, free)
     blocks = net.blocks
     every = [parameters_of(m) for m in blocks]
     trains = [sum(p.numel() for p in trainable(m).values()) for m in blocks]

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from pixelgrow.diffusion.denoiser import Denoiser, loss
-from pixelgrow.growth import freeze, inherited
+from pixelgrow.growth import freeze, inherited, last_blocks
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.config import CoreConfig, NetConfig
 from pixelgrow.models.core import Core
@@ -189,10 +189,9 @@ def whole_network(
     def of_depth(depth: int) -> tuple[Measured, int]:
         less = config.model_copy(update={"core": config.core.model_copy(update={"depth": depth})})
         with FakeTensorMode():
-            with _default(weights):
+            with default_dtype(weights):
                 denoiser = Denoiser(UViT(less))
-            if frozen is not None:
-                freeze(denoiser.net, inherited(denoiser.net.state_dict(), less, frozen))
+            freeze_below(denoiser.net, frozen)
             recompute_blocks(denoiser.net, settings.activation_checkpointing)
             work = loss_of(denoiser, settings.micro_batch, tokens)
             return measured(denoiser, settings, work, bf16=bf16, gpu=gpu), parameters_of(denoiser.net.core)
@@ -205,8 +204,15 @@ def whole_network(
     return found.with_blocks(depth - 2, other), core + (depth - 2) * (core_of_other - core)
 
 
+def freeze_below(net: UViT, below: NetConfig | None, free: int = 0) -> None:
+    """Freeze what a network has of the one that it grew from, except the last `free` residual blocks; None: nothing."""
+    if below is not None:
+        trains = last_blocks(below, free) if free else ()
+        freeze(net, [n for n in inherited(net.state_dict(), net.config, below) if not n.startswith(trains)])
+
+
 @contextmanager
-def _default(dtype: torch.dtype) -> Iterator[None]:
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
     """Within, tensors are made in `dtype`."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

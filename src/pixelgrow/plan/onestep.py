@@ -20,7 +20,6 @@ from pixelgrow.diffusion.denoiser import Denoiser, DiffusionConfig
 from pixelgrow.diffusion.generator import Generator
 from pixelgrow.diffusion.guidance import Guided
 from pixelgrow.diffusion.progressive import Floor, climb, floors_of, needed_floor, upscaling
-from pixelgrow.growth import freeze, inherited, last_blocks
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.config import CoreConfig, NetConfig
 from pixelgrow.models.layers import box_down
@@ -32,7 +31,19 @@ from pixelgrow.onestep.losses import GuidanceDistribution
 from pixelgrow.onestep.networks import networks_named
 from pixelgrow.onestep.pairs import Ode
 from pixelgrow.onestep.settings import LossSettings
-from pixelgrow.plan.network import Cost, Memory, blank_cond, bytes_of, measured, memory_of, spent
+from pixelgrow.plan.network import (
+    Cost,
+    Measured,
+    Memory,
+    blank_cond,
+    bytes_of,
+    default_dtype,
+    freeze_below,
+    measured,
+    memory_of,
+    parameters_of,
+    spent,
+)
 from pixelgrow.recipe.stages import PairsStage
 from pixelgrow.training.denoise import recompute_blocks
 from pixelgrow.training.settings import TrainSettings
@@ -108,44 +119,52 @@ def _levels(stage: PairsStage, steps: int, teacher: NetConfig, diffusion: Diffus
 # --- a generator ------------------------------------------------------------------------------------------------------
 
 
-def distill_cost(
-    config: NetConfig,
-    teacher: NetConfig,
-    settings: TrainSettings,
-    losses: LossSettings,
-    *,
-    distribution: GuidanceDistribution | None = None,
-    frozen: NetConfig | None = None,
-    free: int = 0,
-    tokens: int = 32,
-    bf16: bool = False,
-    gpu: bool = False,
-) -> Cost:
-    """The cost of training a generator of `config` with the pairs and the features of `teacher`.
+@dataclass(frozen=True)
+class Distillation:
+    """What trains a generator of `config` with the pairs and the features of `teacher`.
 
-    Parameters are the generator's. distribution: of the pairs' guidance weights. frozen: the generator that it grew
-    from, whose tensors do not train, except the last `free` residual blocks. Feature networks from outside are not
-    loaded and not counted.
+    distribution: of the pairs' guidance weights. frozen: the generator that it grew from, whose tensors do not train,
+    except the last `free` residual blocks. Feature networks from outside are not loaded and not counted.
     """
-    n = settings.micro_batch
-    with FakeTensorMode():
-        net, frozen_teacher = UViT(config), Denoiser(UViT(teacher))
-        if frozen is not None:
-            trains = last_blocks(frozen, free)
-            freeze(net, [name for name in inherited(net.state_dict(), config, frozen) if not name.startswith(trains)])
-        objective = _objective(
-            Generator(net), TeacherFeatures(frozen_teacher), losses, distribution, _Captions(config.core, tokens)
-        )
-        recompute_blocks(net, settings.activation_checkpointing)
-        batch = _batch(config, n, distribution)
-        parts = {
-            part: measured(module, settings, lambda part=part: objective.loss(batch, part).loss, bf16=bf16, gpu=gpu)  # type: ignore[misc]
-            for part, module in objective.modules.items()
-        }
+
+    config: NetConfig
+    teacher: NetConfig
+    losses: LossSettings
+    distribution: GuidanceDistribution | None = None
+    frozen: NetConfig | None = None
+    free: int = 0
+    tokens: int = 32
+
+    def measured(
+        self, settings: TrainSettings, *, bf16: bool, gpu: bool, weights: torch.dtype = torch.float32
+    ) -> tuple[dict[str, Measured], int, int]:
+        """Each network that trains, by name; parameters of the generator's core; bytes of the teacher.
+
+        weights: what the generator has its weights in while it is evaluated: a sharded one, bfloat16.
+        """
+        with FakeTensorMode():
+            with default_dtype(weights):
+                net = UViT(self.config)
+            teacher = Denoiser(UViT(self.teacher))
+            freeze_below(net, self.frozen, self.free)
+            text = _Captions(self.config.core, self.tokens)
+            objective = _objective(Generator(net), TeacherFeatures(teacher), self.losses, self.distribution, text)
+            recompute_blocks(net, settings.activation_checkpointing)
+            batch = _batch(self.config, settings.micro_batch, self.distribution)
+            parts = {
+                part: measured(module, settings, lambda part=part: objective.loss(batch, part).loss, bf16=bf16, gpu=gpu)  # type: ignore[misc]
+                for part, module in objective.modules.items()
+            }
+        return parts, parameters_of(net.core), bytes_of(teacher)
+
+
+def distill_cost(of: Distillation, settings: TrainSettings, *, bf16: bool = False, gpu: bool = False) -> Cost:
+    """The cost of training a generator. Parameters are the generator's."""
+    parts, core, teacher = of.measured(settings, bf16=bf16, gpu=gpu)
     return Cost(
-        parameters=parts[GENERATOR].parameters(bytes_of(net.core) // 4),
-        work={part: (p.forward + p.backward) / n for part, p in parts.items()},
-        memory=memory_of(list(parts.values()), settings, others=bytes_of(frozen_teacher)),
+        parameters=parts[GENERATOR].parameters(core),
+        work={part: (p.forward + p.backward) / settings.micro_batch for part, p in parts.items()},
+        memory=memory_of(list(parts.values()), settings, others=teacher),
     )
 
 

@@ -13,7 +13,7 @@ from pixelgrow.models.uvit import UViT
 from pixelgrow.onestep.networks import networks_named
 from pixelgrow.onestep.settings import LossSettings
 from pixelgrow.plan.network import Cost, network_cost
-from pixelgrow.plan.onestep import distill_cost, pairs_cost
+from pixelgrow.plan.onestep import Distillation, distill_cost, pairs_cost
 from pixelgrow.plan.shapes import diffusion_of, networks, parent_network
 from pixelgrow.precision import has_bf16
 from pixelgrow.recipe.read import Recipe, read_recipe
@@ -109,20 +109,23 @@ def cost_of(phase: Phase, recipe: Recipe, nets: dict[str, NetConfig], *, gpu: bo
     bf16 = settings.precision == "bf16" or (settings.precision == "auto" and gpu)
     if not makes_generator(stage):
         return network_cost(phase.config, settings, frozen=phase.frozen, tokens=tokens, bf16=bf16, gpu=gpu)
+    return distill_cost(distillation_of(phase, recipe, nets), settings, bf16=bf16, gpu=gpu)
+
+
+def distillation_of(phase: Phase, recipe: Recipe, nets: dict[str, NetConfig]) -> Distillation:
+    """What trains the generator of a phase."""
+    stage = phase.stage
     assert isinstance(stage, DistillStage | GrowStage)
     pairs = recipe.stage(str(stage.pairs))
     assert isinstance(pairs, PairsStage)
-    return distill_cost(
+    return Distillation(
         phase.config,
         parent_network(str(pairs.parent), nets),
-        settings,
         _losses(stage),
         distribution=pairs.distribution,
         frozen=phase.frozen,
         free=stage.base_blocks if isinstance(stage, GrowStage) else 0,
-        tokens=tokens,
-        bf16=bf16,
-        gpu=gpu,
+        tokens=recipe.text.max_tokens,
     )
 
 

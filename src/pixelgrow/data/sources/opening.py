@@ -18,7 +18,6 @@ from pixelgrow.data.sources.tars import TarShards
 from pixelgrow.errors import UserError
 
 Spec = Mapping[str, object]
-SCENE_KEYS = ("n", "captions", "seed", "split", "world")
 FRAME_KEYS = ("ground", "fit", "buckets")
 SHARD_KEYS = ("lanes", "window", "cache")
 KINDS = ("auto", "folder", "classes", "tar")
@@ -28,8 +27,8 @@ log = logging.getLogger(__name__)
 def open_source(spec: Spec | str) -> Source:
     """Open and index a source.
 
-    `spec`: a path, or a mapping: `{source: scenes, n, captions, seed, split, world}` for the built-in scenes, `{source:
-    path, kind: auto|folder|classes|tar, ground: colour, fit: crop|pad, buckets: true|false}` for files
+    `spec`: a path, or a mapping: `{source: scenes, n, captions, seed, split, world, objects}` for the built-in scenes,
+    `{source: path, kind: auto|folder|classes|tar, ground: colour, fit: crop|pad, buckets: true|false}` for files
     (`images.Frame`), with `lanes` and `window` for tar shards that are read in lanes (`Lanes`), and `cache` for those
     whose path is a URL. A `weight` beside them is left to `open_mixture`. Raises `UserError` for a missing folder, an
     empty set, captions in no known form.
@@ -40,9 +39,9 @@ def open_source(spec: Spec | str) -> Source:
     if not isinstance(where, (str, os.PathLike)):
         raise UserError(f"data: got {dict(settings)} without source:, expected a path or scenes")
     if where == "scenes":
-        _known(settings, SCENE_KEYS, "scenes")
-        from pixelgrow.data.scenes.source import Scenes
+        from pixelgrow.data.scenes.source import SETTINGS, Scenes
 
+        _known(settings, SETTINGS, "scenes")
         return Scenes(**settings)
     path = os.path.expanduser(os.fspath(where))
     _known(settings, ("kind", *FRAME_KEYS, *SHARD_KEYS), path)
