@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -55,6 +57,16 @@ def test_a_job_that_ends_is_not_put_back(job: dict[str, str], status: int) -> No
     (called,) = (line for line in calls(job).splitlines() if line.startswith("srun"))
     assert "--nnodes 2 --nproc-per-node 4 --rdzv-id 7" in called and "--rdzv-endpoint node3:29500" in called
     assert called.endswith("-m pixelgrow run huge --set data.source=a b")
+
+
+def test_the_documented_command_reaches_every_machine(job: dict[str, str]) -> None:
+    docs = (SCRIPT.parents[1] / "docs" / "scale.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^sbatch (?:.*\\\n)*.*$", docs, re.MULTILINE)
+    _, script, *words = shlex.split(command.replace("\\\n", " "))
+    assert script == f"examples/{SCRIPT.name}" and words[0] == "huge" and "--runs" in words
+    subprocess.run(["bash", str(SCRIPT), *words], env=job, check=True)
+    (called,) = (line for line in calls(job).splitlines() if line.startswith("srun"))
+    assert called.endswith("-m pixelgrow run " + " ".join(words))
 
 
 def test_a_job_whose_time_is_up_saves_and_goes_on(job: dict[str, str]) -> None:
