@@ -43,10 +43,11 @@ def test_a_fault_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
     from bench.distances import faults
 
-    good = {"none": [1.0], "blur": [2.0, 3.0, 4.0], "jpeg": [3.0, 4.0, 5.0], "noise": [4.0, 5.0, 6.0]}
+    good = {"none": [1.0], "blur": [2.0, 3.0, 4.0], "jpeg": [3.0, 4.0, 5.0], "noise": [5.5, 5.6, 6.0]}
     assert faults(good) == []
     assert faults(good | {"blur": [2.0, 2.0, 4.0]}) == ["blur does not rise"]
-    assert faults(good | {"jpeg": [3.0, 5.5, 5.7]}) == ["strength 2 is not in order"]
+    assert faults(good | {"blur": [2.0, 4.2, 4.3]}) == ["strength 2 is not in order"]
+    assert faults(good | {"noise": [4.5, 5.5, 6.5]}) == ["the strongest JPEG is not between blur and noise"]
     assert "blur does not rise" in faults(good | {"none": [2.5]})
 
 
