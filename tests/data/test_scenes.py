@@ -2,16 +2,23 @@
 
 import time
 from collections import Counter
-from random import Random
 
 import numpy as np
 import pytest
 
 from pixelgrow.data.scenes.captions import NUMBERS, Group, Spec, noun
 from pixelgrow.data.scenes.checker import accuracy
-from pixelgrow.data.scenes.layout import GAP, layout
+from pixelgrow.data.scenes.layout import GAP
 from pixelgrow.data.scenes.seeing import look
-from pixelgrow.data.scenes.source import SIMPLE_COLOURS, SIMPLE_GROUNDS, SIMPLE_SHAPES, SPLITS, Scenes, split_of
+from pixelgrow.data.scenes.source import (
+    FEW_SHAPES,
+    SIMPLE_COLOURS,
+    SIMPLE_GROUNDS,
+    SIMPLE_SHAPES,
+    SPLITS,
+    Scenes,
+    split_of,
+)
 from pixelgrow.data.scenes.vocabulary import BACKGROUNDS, COLOURS, PATTERNS, RELATIONS, SHAPES, contrasting, oklab
 from pixelgrow.errors import UserError
 
@@ -155,23 +162,22 @@ def test_the_simple_world_has_few_words_on_plain_grounds_and_is_legible() -> Non
     assert simple.fingerprint != Scenes(split="heldout").fingerprint
 
 
-@pytest.mark.parametrize("world", ["full", "simple"])
-def test_with_fewer_objects_at_most_all_are_larger(world: str) -> None:
-    few = [Scenes(world=world, objects=2).scene(i) for i in range(300)]
-    assert {tuple(g.count for g in s.spec.groups) for s in few} == {(1,), (2,), (1, 1)}
-    assert all(bool(s.spec.relation) == (len(s.spec.groups) == 2) for s in few)
-    objects = {n: Scenes(world=world, objects=n) for n in (2, 3, 5)}
-    assert len({s.fingerprint for s in objects.values()}) == 3
-    assert objects[5].fingerprint == Scenes(world=world).fingerprint  # no more than there were
+def test_the_world_of_few_has_two_large_objects_at_most_which_16_pixels_show() -> None:
+    few, simple = Scenes(world="few", split="heldout"), Scenes(world="simple", split="heldout")
+    scenes = [few.scene(i) for i in range(300)]
+    assert {tuple(g.count for g in s.spec.groups) for s in scenes} == {(1,), (2,), (1, 1)}
+    assert {g.shape for s in scenes for g in s.spec.groups} == set(FEW_SHAPES)
+    assert all(split_of(s.spec) == "heldout" and "large" not in s.caption for s in scenes)
+    views = [look(s.render(16, 16)) for s in scenes[:100]]
+    assert accuracy(views, [s.questions for s in scenes[:100]])["all"] >= 0.98
 
-    def inked(source: Scenes) -> float:  # squared radius, in the mean
-        areas = []
-        for i in range(100):
-            placed = layout(source.scene(i).spec, 1.0, 1.0, Random(i))
-            areas += [p.radius**2 for places in placed for p in places]
-        return float(np.mean(areas))
+    def largest(source: Scenes) -> float:  # share of the side that a circle or a square of one object takes
+        images = (source.scene(i) for i in range(300))
+        alone = [s.render(64, 64) for s in images if [g.count for g in s.spec.groups] == [1]]
+        return float(np.mean([(np.abs(x - x[0, 0].astype(float)).max(-1) > 60).any(0).mean() for x in alone]))
 
-    assert inked(objects[2]) > 1.05 * inked(objects[3])
+    assert largest(few) > 1.2 * largest(simple)
+    assert len({few.fingerprint, simple.fingerprint, Scenes(split="heldout").fingerprint}) == 3
 
 
 def test_colours_are_distinct() -> None:
@@ -197,7 +203,6 @@ def test_source_facts(scenes: Scenes) -> None:
         ({"captions": 0}, "captions=0"),
         ({"split": "test"}, "test"),
         ({"world": "flat"}, "flat"),
-        ({"objects": 1}, "objects=1"),
     ],
 )
 def test_user_errors(bad: dict[str, object], word: str) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from pixelgrow.data.images import PADDED, Fit, colour_of
-from pixelgrow.data.scenes.source import MAX_SCENES, MOST
+from pixelgrow.data.scenes.source import MAX_SCENES
 from pixelgrow.data.scenes.source import SETTINGS as SCENES
 from pixelgrow.data.sources.base import HELD_OUT_AT_MOST
 from pixelgrow.diffusion.sampling_spec import Spec
@@ -87,10 +87,10 @@ class LatentSpec(Spec):
 class DataSpec(Spec):
     """One source of images with captions or classes. A word alone is its `source`.
 
-    `source`: `scenes` (rendered, with `n`, `captions`, `seed`, `split`, `world`, `objects`), or the path of a folder or
-    of tar shards, or the URL of tar shards. `lanes`, `window`: tar shards are read in so many lanes, each of which
-    shuffles so many at a time; without them, as one shuffled whole, where they are on this machine. `cache`: GB of this
-    machine for shards from a URL.
+    `source`: `scenes` (rendered, with `n`, `captions`, `seed`, `split`, `world`), or the path of a folder or of tar
+    shards, or the URL of tar shards. `lanes`, `window`: tar shards are read in so many lanes, each of which shuffles so
+    many at a time; without them, as one shuffled whole, where they are on this machine. `cache`: GB of this machine for
+    shards from a URL.
     `kind`: what is at the path; `auto` looks. `ground`: the colour of transparent parts (white). `fit`: images that are
     not square are cropped, or padded with the ground. `buckets`: they are grouped by shape instead of cropped to
     squares (`data.buckets`). `weight`: share of the mixture; in proportion to the size if left out.
@@ -109,8 +109,7 @@ class DataSpec(Spec):
     captions: int | None = Field(None, ge=1)
     seed: int | None = None
     split: Literal["train", "heldout"] | None = None
-    world: Literal["full", "simple"] | None = None
-    objects: int | None = Field(None, ge=2, le=MOST)
+    world: Literal["full", "simple", "few"] | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -1,7 +1,7 @@
 """The built-in data: captioned vector scenes, rendered at any size, a pure function of (seed, split, index)."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from random import Random
 
@@ -33,17 +33,15 @@ SINGLES = tuple((n,) for n in range(1, MOST + 1) for _ in range(MOST + 1 - n))
 PAIRS = tuple((a, b) for a in range(1, MOST) for b in range(1, MOST + 1 - a) for _ in range((MOST + 1 - a - b) ** 2))
 MAX_SCENES = 100_000_000  # images of a source: a shuffled order takes 24 bytes each
 SPLITS = ("train", "heldout")
-WORLDS = ("full", "simple")
-SETTINGS = ("n", "captions", "seed", "split", "world", "objects")  # arguments of `Scenes`, as recipes have them
-# `simple`: what a few minutes of training learn to draw: a few clear words in one wording, plain grounds, and three
-# objects at most.
+WORLDS = ("full", "simple", "few")
+SETTINGS = ("n", "captions", "seed", "split", "world")  # arguments of `Scenes`, as recipes have them
+# `simple`: what a small model learns to draw: a few clear words in one wording, plain grounds, three objects at most.
+# `few`: what a few minutes of training learn: two objects at most, which are large, of shapes that 16 pixels can show.
 SIMPLE_GROUNDS = ("white", "gray", "black", "pink")
 SIMPLE_COLOURS = ("red", "yellow", "green", "blue", "white")
 SIMPLE_SHAPES = ("circle", "square", "triangle", "star")
-SIMPLE_SINGLES = ((1,), (1,), (2,), (3,))
-SIMPLE_PAIRS = ((1, 1), (1, 1), (1, 2), (2, 1))
+FEW_SHAPES = ("circle", "square", "triangle", "ring")
 Image = NDArray[np.uint8]
-Counts = tuple[tuple[int, ...], ...]
 
 
 def _rng(*keys: int | str) -> Random:
@@ -63,27 +61,22 @@ def _two_of(colours: tuple[str, ...], rng: Random) -> tuple[str, str]:
     return first, pick(rng, tuple(c for c in colours if c != first))
 
 
-def _counts(rng: Random, share: float, pairs: Counts, singles: Counts, objects: int) -> tuple[int, ...]:
-    """How many objects each group has, `objects` in all at most: two groups in a `share` of the scenes."""
-    two = rng.random() < share
-    return pick(rng, tuple(c for c in (pairs if two else singles) if sum(c) <= objects))
-
-
-def _draw_spec(rng: Random, objects: int) -> Spec:
+def _draw_spec(rng: Random) -> Spec:
     background, pattern = "white", "plain"
     if rng.random() < 0.78:
         background = pick(rng, tuple(BACKGROUNDS))
         if rng.random() < 0.4:
             pattern = pick(rng, PATTERNS[1:])
     colours = contrasting(background)
-    counts = _counts(rng, 0.6, PAIRS, SINGLES, objects)
+    two = rng.random() < 0.6
+    counts = pick(rng, PAIRS if two else SINGLES)
     used = _two_of(colours, rng)
     sized = rng.random() < 0.3 and sum(counts) <= 3
     groups = tuple(
         Group(n, c, pick(rng, SHAPES), pick(rng, ("small", "large")) if sized else "")
         for n, c in zip(counts, used[: len(counts)], strict=True)
     )
-    return Spec(groups, pick(rng, RELATIONS) if len(groups) == 2 else "", background, pattern)
+    return Spec(groups, pick(rng, RELATIONS) if two else "", background, pattern)
 
 
 class _Plainest(Random):
@@ -93,23 +86,44 @@ class _Plainest(Random):
         return 0.5
 
 
-def _draw_simple(rng: Random, objects: int) -> Spec:
-    background = pick(rng, SIMPLE_GROUNDS)
-    colours = tuple(c for c in SIMPLE_COLOURS if c in contrasting(background))
-    counts = _counts(rng, 0.5, SIMPLE_PAIRS, SIMPLE_SINGLES, objects)
-    used = _two_of(colours, rng)[: len(counts)]
-    groups = tuple(Group(n, c, pick(rng, SIMPLE_SHAPES)) for n, c in zip(counts, used, strict=True))
-    return Spec(groups, pick(rng, RELATIONS) if len(groups) == 2 else "", background, "plain")
+@dataclass(frozen=True)
+class _Plain:
+    """A world of few words in one wording, on plain grounds. Sizes are not said."""
+
+    shapes: tuple[str, ...]
+    singles: tuple[tuple[int, ...], ...]
+    pairs: tuple[tuple[int, ...], ...]
+    size: str = ""
+
+    def draw(self, rng: Random) -> Spec:
+        background = pick(rng, SIMPLE_GROUNDS)
+        colours = tuple(c for c in SIMPLE_COLOURS if c in contrasting(background))
+        two = rng.random() < 0.5
+        counts = pick(rng, self.pairs if two else self.singles)
+        used = _two_of(colours, rng)[: len(counts)]
+        groups = tuple(Group(n, c, pick(rng, self.shapes), self.size) for n, c in zip(counts, used, strict=True))
+        return Spec(groups, pick(rng, RELATIONS) if two else "", background, "plain")
+
+    def caption(self, spec: Spec) -> str:
+        groups = tuple(replace(g, size="") for g in spec.groups)
+        return text.caption(replace(spec, groups=groups), _Plainest())
+
+
+PLAIN = {
+    "simple": _Plain(SIMPLE_SHAPES, ((1,), (1,), (2,), (3,)), ((1, 1), (1, 1), (1, 2), (2, 1))),
+    "few": _Plain(FEW_SHAPES, ((1,), (2,)), ((1, 1),), "large"),
+}
 
 
 @lru_cache(maxsize=200_000)
-def _spec(world: str, objects: int, seed: int, split: str, c: int) -> tuple[Spec, str]:
-    draw = _draw_spec if world == "full" else _draw_simple
+def _spec(world: str, seed: int, split: str, c: int) -> tuple[Spec, str]:
+    plain = PLAIN.get(world)
+    draw = plain.draw if plain else _draw_spec
     rng = _rng("scene", VERSION, seed, split, c)
-    spec = draw(rng, objects)
+    spec = draw(rng)
     while split_of(spec) != split:
-        spec = draw(rng, objects)
-    return spec, text.caption(spec, rng if world == "full" else _Plainest())
+        spec = draw(rng)
+    return spec, plain.caption(spec) if plain else text.caption(spec, rng)
 
 
 def _backdrop(spec: Spec, h: int, w: int, rng: Random) -> NDArray[np.float32]:
@@ -190,22 +204,15 @@ class Scenes:
     """A source of `n` images under `captions` distinct captions (sample i has caption i % captions).
 
     The content and its caption depend on (seed, split, i % captions); positions, sizes, rotation and shades on
-    (seed, split, i). No composition of the "heldout" split is in "train", for any seed. `world`: `full`, or `simple`,
-    with fewer words and objects on plain grounds. `objects`: the most in an image, so that all are larger where they
-    are fewer.
+    (seed, split, i). No composition of the "heldout" split is in "train", for any seed. `world`: `full`; `simple`, with
+    fewer words and objects on plain grounds; or `few`, with two large objects at most.
     """
 
     name = "scenes"
     mirror = False  # captions say "left of"
 
     def __init__(
-        self,
-        n: int = 1_000_000,
-        captions: int = 50_000,
-        seed: int = 0,
-        split: str = "train",
-        world: str = "full",
-        objects: int = MOST,
+        self, n: int = 1_000_000, captions: int = 50_000, seed: int = 0, split: str = "train", world: str = "full"
     ) -> None:
         if not 1 <= n <= MAX_SCENES or captions < 1:
             raise UserError(
@@ -216,12 +223,8 @@ class Scenes:
             raise UserError(f"scenes: got split={split!r}, expected one of {', '.join(SPLITS)}; correct the recipe")
         if world not in WORLDS:
             raise UserError(f"scenes: got world={world!r}, expected one of {', '.join(WORLDS)}; correct the recipe")
-        if not 2 <= objects <= MOST:  # with one there would be no relation, and hardly a composition to keep
-            raise UserError(f"scenes: got objects={objects}, expected from 2 to {MOST}; correct the recipe")
-        self.n, self.captions, self.seed, self.split = n, captions, seed, split
-        self.world, self.objects = world, objects
+        self.n, self.captions, self.seed, self.split, self.world = n, captions, seed, split, world
         told = f"{VERSION} {n} {captions} {seed} {split}" + ("" if world == "full" else f" {world}")
-        told += "" if objects == MOST else f" {objects}"
         self.fingerprint = hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
 
     def __len__(self) -> int:
@@ -231,7 +234,7 @@ class Scenes:
         """Sample i, 0 <= i < len(self)."""
         if not 0 <= i < self.n:
             raise IndexError(i)
-        spec, words = _spec(self.world, self.objects, self.seed, self.split, i % self.captions)
+        spec, words = _spec(self.world, self.seed, self.split, i % self.captions)
         return Scene(words, spec, (self.seed, self.split, i))
 
     @property

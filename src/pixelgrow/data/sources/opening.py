@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 def open_source(spec: Spec | str) -> Source:
     """Open and index a source.
 
-    `spec`: a path, or a mapping: `{source: scenes, n, captions, seed, split, world, objects}` for the built-in scenes,
-    `{source: path, kind: auto|folder|classes|tar, ground: colour, fit: crop|pad, buckets: true|false}` for files
+    `spec`: a path, or a mapping: `{source: scenes, n, captions, seed, split, world}` for the built-in scenes, `{source:
+    path, kind: auto|folder|classes|tar, ground: colour, fit: crop|pad, buckets: true|false}` for files
     (`images.Frame`), with `lanes` and `window` for tar shards that are read in lanes (`Lanes`), and `cache` for those
     whose path is a URL. A `weight` beside them is left to `open_mixture`. Raises `UserError` for a missing folder, an
     empty set, captions in no known form.
