@@ -6,8 +6,8 @@ Of scenes at 64 px, and of crops of scikit-image's photographs at 64 px, two dis
 one half to the other, as it is and distorted in three ways at three strengths each: blurred (Gaussian, of so many
 pixels), compressed as JPEG (quality), and with Gaussian noise (standard deviation of 8-bit values).
 
-The claims, and the exit status: the distance rises with every strength, and undistorted < blurred < JPEG < noise, at
-each strength and between them: JPEG at quality 10, its strongest, lies above every blur and below every noise.
+The claims, and the exit status: the distance rises with every strength; at each, undistorted < blurred < JPEG < noise;
+and the strongest JPEG, of quality 10, is above every blur and below every noise. The strengths were chosen so.
 
 Then precision and recall of the photographs' second half against the first, by the same features: as it is, of half of
 the pictures alone (deleted classes), and where the first half are a quarter of the images, each four times

@@ -17,7 +17,7 @@ from pixelgrow.plan.layout import Layout, Parts, Sizes, cheapest, generator_size
 from pixelgrow.plan.network import Cost, freeze_below, parameters_of
 from pixelgrow.plan.recipe import Phase, cost_of, distillation_of, phases
 from pixelgrow.plan.shapes import networks
-from pixelgrow.recipe.stages import GrowStage, PairsStage, Recipe, makes_generator
+from pixelgrow.recipe.stages import PairsStage, Recipe, makes_generator
 from pixelgrow.training.optim import trainable
 from pixelgrow.training.settings import Checkpointing
 from pixelgrow.training.state import KEPT
@@ -126,10 +126,13 @@ def disks(recipe: Recipe) -> list[Disk]:
             kept = 2 * phase.config.space.channels * values * stage.n * (1 + stage.flip)
             found[phase.name] = Disk(phase.name, 0, kept)
             continue
-        weights, training = _numbers(phase)
         settings = stage.training()
+        weights, training = _numbers(phase)
         slots = 1 if settings.optimizer == "muon" else 2
         state = 4 * training * (1 + slots + len(settings.ema))
+        if makes_generator(stage):  # with its discriminator's
+            memory = cost_of(phase, recipe, nets, gpu=True).memory
+            state, training = memory.state, (memory.state - memory.optimizer - memory.averages) // 4
         copies = phase.images // settings.snapshot_every if settings.snapshot_every else 0
         kept = 4 * weights + copies * 2 * training * len(settings.ema)
         before = found.get(phase.name, Disk(phase.name, 0, 0))  # an earlier phase of the stage
@@ -141,6 +144,5 @@ def _numbers(phase: Phase) -> tuple[int, int]:
     """Parameters of a phase's network, and of those that train."""
     with torch.device("meta"):
         net = UViT(phase.config)
-    stage = phase.stage
-    freeze_below(net, phase.frozen, stage.base_blocks if isinstance(stage, GrowStage) else 0)
+    freeze_below(net, phase.frozen)
     return parameters_of(net), sum(p.numel() for p in trainable(net).values())

@@ -16,12 +16,13 @@ from pixelgrow.models.uvit import UViT
 from pixelgrow.onestep.distill import GENERATOR
 from pixelgrow.plan.gpus import GPUS, NETWORK, ROOM, Cluster
 from pixelgrow.plan.network import Measured, freeze_below, parameters_of, whole_network
-from pixelgrow.plan.onestep import Distillation
+from pixelgrow.plan.onestep import Distillation, Measuring
 from pixelgrow.training.optim import trainable
 from pixelgrow.training.settings import Checkpointing, TrainSettings
 
 MODES: tuple[Checkpointing, ...] = (False, "selective", True)  # from the least work to the least memory
 IMAGES = 2  # of the micro-batch that is measured
+MANY = 32  # and of a second one, of a generator: what grows with the images is told from what does not
 OVERLAP = 0.5  # of the work on a micro-batch; communication that takes less is taken to be free
 MOST = 4096  # GPUs that are looked at if fewer do not do
 
@@ -68,7 +69,11 @@ class Sizes:
     copied: of weights that autocast keeps copies of, in a replicated network. In a sharded one, block: of the largest
     block; reduced: of the largest that trains; root: of what is whole throughout a step, all but the blocks.
     width: bytes of a number in the forward pass. activations, transient: bytes for an image, kept and beside them;
-    flops: an image. others: bytes of networks that every GPU has whole beside this one, with all that belongs to them.
+    flops: an image. update: bytes that the optimizer's step makes beside the gradients.
+
+    Of networks that every GPU has whole beside this one: others: bytes that stay; beside: that a step makes, whatever
+    the number of images. fetches: how often a sharded network's weights are put together in a micro-batch; hiding:
+    FLOPs of an image meanwhile.
     """
 
     weights: int
@@ -83,23 +88,28 @@ class Sizes:
     activations: float
     transient: float
     flops: float
+    update: int
     others: int = 0
+    beside: int = 0
+    fetches: int = 2
+    hiding: float | None = None  # None: all
 
     def on(self, gpus: int, shard: int, micro_batch: int, several: bool) -> Parts:
         """Memory of one of `gpus`. several: each has more than one micro-batch in a step."""
         held = (self.weights + self.optimizer + self.averages) // shard + self.others
         images = int(micro_batch * (self.activations + self.transient))
+        gradients = self.training // shard
         if shard > 1:
-            gradients = self.training // shard
             compute = int((2 * self.block + self.root) * self.width / 4)  # a block is used, the next one is fetched
             buffers = int(self.reduced * (self.width / 4 + 2))  # its gradients, then in float32: made, and on their way
-            looked_at = held + self.weights  # in the first process, a whole average
-            peak = max(held + gradients + images + compute + buffers, looked_at)
+            step = gradients + images + compute + buffers + self.beside
+            others = self.weights  # in the first process, a whole average is looked at
         else:
-            gradients, compute = self.training, self.copied * (4 - self.width) // 4
+            compute = self.copied * (4 - self.width) // 4
             buffers = self.training if gpus > 1 else 0  # all gradients in one piece
-            during = images + compute + (gradients if several else 0)
-            peak = held + max(during, gradients + buffers)
+            step = images + compute + self.beside + (gradients if several else 0)
+            others = gradients + buffers
+        peak = held + max(step, others, gradients + self.update // shard)
         return Parts(
             self.weights // shard + self.others, gradients, self.optimizer // shard, self.averages // shard, images,
             compute, buffers, peak,
@@ -109,9 +119,10 @@ class Sizes:
         """Whether the work on a micro-batch is long enough to fetch weights and to reduce gradients meanwhile."""
         if shard == 1:
             return True
-        moved = 2 * self.weights * self.width / 4 + self.training  # fetched forward and backward; summed in float32
+        moved = self.fetches * self.weights * self.width / 4 + self.training  # gradients are summed in float32
         link = cluster.gpu.link if shard <= cluster.node else NETWORK
-        return moved / link <= OVERLAP * micro_batch * self.flops / cluster.rate
+        hiding = self.flops if self.hiding is None else self.hiding
+        return moved / link <= OVERLAP * micro_batch * hiding / cluster.rate
 
 
 def sizes(
@@ -129,7 +140,6 @@ def sizes(
         gpu=True,
         weights=torch.bfloat16 if bf16 else torch.float32,
     )
-    most = max(v for n, v in found.peaks.items() if n not in ("update", "backward first"))
     block, reduced, root = _units(config, frozen, 0)
     passed = frozen is None or config.rungs[-1].attach == "core"  # gradients pass through what is frozen
     return Sizes(
@@ -143,39 +153,38 @@ def sizes(
         root=root,
         width=2 if bf16 else 4,
         activations=found.activations / IMAGES,
-        transient=max(0, most - found.activations) / IMAGES,
+        transient=max(0, _most(found) - found.activations) / IMAGES,
         flops=(found.forward + found.backward) / IMAGES,
+        update=found.peaks["update"] - found.training,
     )
 
 
-def generator_sizes(of: Distillation, settings: TrainSettings, mode: Checkpointing) -> Sizes:
-    """Measure a one-step generator that checkpoints activations by `mode`. Its teacher and discriminator are `others`.
+def _most(part: Measured) -> int:
+    """Bytes that a micro-batch makes at most, without most of the gradients, which layouts count."""
+    return max(v for phase, v in part.peaks.items() if phase not in ("update", "backward first", "backward between"))
 
-    The two update in turn: images take what they take at most in either. The discriminator's gradients, and their
-    sum's, are counted as if they were always there.
+
+def generator_sizes(of: Distillation, settings: TrainSettings, mode: Checkpointing) -> Sizes:
+    """Measure a one-step generator that checkpoints activations by `mode`. Its teacher and discriminator are whole.
+
+    The networks update in turn, and images take what they take at most in either. The gradients of the discriminator,
+    and their sum, are counted in both.
     """
     bf16 = settings.precision != "fp32"
-    weights = torch.bfloat16 if bf16 else torch.float32
 
-    def of_images(n: int) -> tuple[dict[str, Measured], int]:
+    def of_images(n: int) -> Measuring:
         changed = {"batch": n, "accumulate": 1, "activation_checkpointing": mode}
-        parts, _, teacher = of.measured(settings.model_copy(update=changed), bf16=bf16, gpu=True, weights=weights)
-        return parts, teacher
+        weights = torch.bfloat16 if bf16 else torch.float32
+        return of.measured(settings.model_copy(update=changed), bf16=bf16, gpu=True, weights=weights)
 
-    def kept(part: Measured) -> int:
-        return part.activations
-
-    def most(part: Measured) -> int:
-        return max(v for n, v in part.peaks.items() if n not in ("update", "backward first"))
-
-    few, teacher = of_images(IMAGES)
-    more, _ = of_images(2 * IMAGES)
-    each = {f: max(f(more[name]) - f(few[name]) for name in few) / IMAGES for f in (kept, most)}
-    # What does not grow with the images: copies of the other networks' weights, in the format of the forward pass.
-    copies = max(0, max(most(part) for part in few.values()) - int(IMAGES * each[most]))
-    generator = few[GENERATOR]
-    rest = [part for name, part in few.items() if name != GENERATOR]
-    held = sum(p.weights + p.optimizer + (len(settings.ema) + 2) * p.training for p in rest)
+    few, many = of_images(IMAGES), of_images(MANY)
+    generator = few.parts[GENERATOR]
+    rest = [part for name, part in few.parts.items() if name != GENERATOR]
+    kept, most = (
+        [max(map(of_part, one.parts.values())) for one in (few, many)]
+        for of_part in (lambda part: part.activations, _most)
+    )
+    kept_each, most_each = ((two[1] - two[0]) / (MANY - IMAGES) for two in (kept, most))
     block, reduced, root = _units(of.config, of.frozen, of.free)
     return Sizes(
         weights=generator.weights,
@@ -187,10 +196,14 @@ def generator_sizes(of: Distillation, settings: TrainSettings, mode: Checkpointi
         reduced=reduced,
         root=root,
         width=2 if bf16 else 4,
-        activations=each[kept],
-        transient=max(0.0, each[most] - each[kept]),
-        flops=sum(part.forward + part.backward for part in few.values()) / IMAGES,
-        others=teacher + held + copies,
+        activations=kept_each,
+        transient=max(0.0, most_each - kept_each),
+        flops=sum(part.forward + part.backward for part in few.parts.values()) / IMAGES,
+        update=generator.peaks["update"] - generator.training,
+        others=few.teacher + sum(p.weights + p.optimizer + len(settings.ema) * p.training for p in rest),
+        beside=max(0, int(most[0] - IMAGES * most_each)) + sum(2 * p.training for p in rest),
+        fetches=2 + len(rest),  # a discriminator's update evaluates the generator, too
+        hiding=few.alone / IMAGES,
     )
 
 
@@ -241,17 +254,19 @@ def what_would(cluster: Cluster, batch: int, measure: Callable[[Checkpointing], 
     """What a network needs that no layout fits: in words, after "does not fit: "."""
     found = measure(True)
 
-    def least(gpus: int) -> Parts:
-        return found.on(gpus, gpus, 1, several=gpus < batch)
+    def least(gpus: int) -> tuple[int, str]:
+        ways = {gpus: "sharded over all of them", 1: "whole on each"}
+        return min((found.on(gpus, shard, 1, several=gpus < batch).peak, how) for shard, how in ways.items())
 
-    needs = (least(cluster.gpus).peak + cluster.taken) / ROOM
+    peak, how = least(cluster.gpus)
+    needs = (peak + cluster.taken) / ROOM
     text = (
-        f"it takes {needs / 2**30:.0f} GiB of {cluster.gpu.memory / 2**30:.0f} GiB a GPU, sharded over all of them, "
-        "with full checkpointing and one image at a time"
+        f"it takes {needs / 2**30:.0f} GiB of {cluster.gpu.memory / 2**30:.0f} GiB a GPU, {how}, with full "
+        "checkpointing and one image at a time"
     )
     more = cluster.gpus * 2
     while more <= MOST and batch % more == 0:
-        if least(more).peak <= cluster.room:
+        if least(more)[0] <= cluster.room:
             return f"{text}; {more} GPUs would do"
         more *= 2
     larger = next((name for name, gpu in GPUS.items() if gpu.memory >= needs), None)

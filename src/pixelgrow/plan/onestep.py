@@ -120,6 +120,20 @@ def _levels(stage: PairsStage, steps: int, teacher: NetConfig, diffusion: Diffus
 
 
 @dataclass(frozen=True)
+class Measuring:
+    """What a micro-batch of a one-step generator's training takes.
+
+    parts: each network that trains, by name. core: parameters of the generator's. teacher: bytes. alone: FLOPs of the
+    generator, forward and backward, for one image from each latent of the pairs.
+    """
+
+    parts: dict[str, Measured]
+    core: int
+    teacher: int
+    alone: int
+
+
+@dataclass(frozen=True)
 class Distillation:
     """What trains a generator of `config` with the pairs and the features of `teacher`.
 
@@ -137,8 +151,8 @@ class Distillation:
 
     def measured(
         self, settings: TrainSettings, *, bf16: bool, gpu: bool, weights: torch.dtype = torch.float32
-    ) -> tuple[dict[str, Measured], int, int]:
-        """Each network that trains, by name; parameters of the generator's core; bytes of the teacher.
+    ) -> Measuring:
+        """A micro-batch of these settings.
 
         weights: what the generator has its weights in while it is evaluated: a sharded one, bfloat16.
         """
@@ -148,23 +162,26 @@ class Distillation:
             teacher = Denoiser(UViT(self.teacher))
             freeze_below(net, self.frozen, self.free)
             text = _Captions(self.config.core, self.tokens)
-            objective = _objective(Generator(net), TeacherFeatures(teacher), self.losses, self.distribution, text)
+            generator = Generator(net)
+            objective = _objective(generator, TeacherFeatures(teacher), self.losses, self.distribution, text)
             recompute_blocks(net, settings.activation_checkpointing)
             batch = _batch(self.config, settings.micro_batch, self.distribution)
             parts = {
                 part: measured(module, settings, lambda part=part: objective.loss(batch, part).loss, bf16=bf16, gpu=gpu)  # type: ignore[misc]
                 for part, module in objective.modules.items()
             }
-        return parts, parameters_of(net.core), bytes_of(teacher)
+            alone = spent(lambda: generator(batch.latent, text.cond(batch.text), batch.guidance).sum(), bf16=bf16)
+        return Measuring(parts, parameters_of(net.core), bytes_of(teacher), alone.forward + alone.backward)
 
 
 def distill_cost(of: Distillation, settings: TrainSettings, *, bf16: bool = False, gpu: bool = False) -> Cost:
     """The cost of training a generator. Parameters are the generator's."""
-    parts, core, teacher = of.measured(settings, bf16=bf16, gpu=gpu)
+    found = of.measured(settings, bf16=bf16, gpu=gpu)
+    parts = found.parts
     return Cost(
-        parameters=parts[GENERATOR].parameters(core),
+        parameters=parts[GENERATOR].parameters(found.core),
         work={part: (p.forward + p.backward) / settings.micro_batch for part, p in parts.items()},
-        memory=memory_of(list(parts.values()), settings, others=teacher),
+        memory=memory_of(list(parts.values()), settings, others=found.teacher),
     )
 
 
