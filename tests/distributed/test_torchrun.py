@@ -38,7 +38,7 @@ SMALLER = {  # of the documented words: eight GPUs become one process or two, th
     "/data/": "",
 }
 SAID = {  # by what does not train
-    "evaluate tiny": "all of a caption",
+    "evaluate tiny": "network evaluations an image: 3;",
     "--gpu h100": "shard 8 x 8",
     "--gpu a100-40": "GPUs like a100 would do",
     "bench.resume": "exact resume: 1 of 1",
