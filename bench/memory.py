@@ -30,7 +30,7 @@ from pixelgrow.data.loader import Batch
 from pixelgrow.growth import grown_config
 from pixelgrow.models.config import NetConfig
 from pixelgrow.models.sizes import shallow_uvit
-from pixelgrow.plan.network import network_cost
+from pixelgrow.plan.network import SCRATCH, network_cost
 from pixelgrow.training import monitor
 from pixelgrow.training.denoise import DenoiseObjective
 from pixelgrow.training.loop import Training
@@ -140,10 +140,11 @@ def in_own_process(name: str, how: str) -> int:
 
 def table(results: Sequence[dict[str, Any]]) -> str:
     """Results as Markdown, in MiB."""
-    lines = ["| case | planned | tensors | planned / tensors | process |", "|---|---:|---:|---:|---:|"]
+    heads = ("case", "planned", "tensors", "planned / tensors", "process", "planned with scratch space / process")
+    lines = [f"| {' | '.join(heads)} |", "|---|---:|---:|---:|---:|---:|"]
     lines += [
         f"| {r['case']} | {r['planned'] / 2**20:.0f} | {r['tensors'] / 2**20:.0f} | {r['planned'] / r['tensors']:.3f} "
-        f"| {r['process'] / 2**20:.0f} |"
+        f"| {r['process'] / 2**20:.0f} | {(r['planned'] + SCRATCH) / r['process']:.3f} |"
         for r in results
     ]
     return "\n".join(lines)

@@ -107,6 +107,8 @@ def _data(spec: DataSpec) -> str:
 
 def plan_tables(plans: Sequence[StagePlan], rate: float, how: str) -> RenderableType:
     """Stages, sizes, images and cost; then memory by use. `rate`: FLOP/s achieved; `how`: where it comes from."""
+    from pixelgrow.plan.network import SCRATCH
+
     work = table_of("stage", "pixels", "images", "micro-batch", "core", "levels", "training", "FLOP/image", "time")
     for p in plans:
         sizes = [count(p.cost.parameters[k]) for k in ("core", "levels", "training")]
@@ -124,6 +126,7 @@ def plan_tables(plans: Sequence[StagePlan], rate: float, how: str) -> Renderable
     note = f"FLOP/image: {sums}. Time at {count(rate)}FLOP/s, {how}; one device."
     if any(list(p.cost.work) == ["forward"] for p in plans):
         note += " Pairs are made in float32 (TF32 on a GPU), which is slower than that."
+    note += f" A process on a CPU takes some {size_of(SCRATCH)} beside its tensors."
     if most := max((p.cost.memory.state for p in plans), default=0):
         note += f" While a state is written, its copy takes up to {size_of(most)} of CPU memory beside a step."
     return Group(work, Text(), memory, Text(), Text(note, style="dim"))
