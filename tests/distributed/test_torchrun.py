@@ -14,6 +14,8 @@ import pytest
 from PIL import Image
 
 from data.test_sources import an_image, write_tar
+from pixelgrow.recipe.read import load_recipe
+from pixelgrow.recipe.stages import ModelStage
 from servers import serving
 
 ROOT = Path(__file__).parents[2]
@@ -24,8 +26,9 @@ text: {classes: 2}
 data: {source: images}
 stages:
   - train: {name: core, size: tiny, resolution: 16, images: 8, batch: 8, sample_every: 0, snapshot_every: 0}
-"""
-LAST = {"photos": (1, "core"), "smoke-vermeer": (3, "tuned"), "huge": (3, "tuned")}  # stages, and the last of them
+  - grow: {name: grown, to: 32, core: finetune, images: 8, batch: 8, sample_every: 0, snapshot_every: 0}
+"""  # the stages of the built-in `photos`
+LAST = {"photos": (2, "grown"), "smoke-vermeer": (3, "tuned"), "huge": (3, "tuned")}  # stages, and the last of them
 SMALLER = {  # of the documented words: eight GPUs become one process or two, thousands of images ten
     "-n 2000": "-n 10 --steps 2",
     "torchrun --nproc-per-node 8": "torchrun --nproc-per-node 2",
@@ -96,7 +99,7 @@ def test_a_documented_command_works(command: str, tmp_path: Path) -> None:
     for number in range(16):
         path = tmp_path / "images" / "ab"[number % 2] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (16, 16), (16 * number, 0, 0)).save(path)
+        Image.new("RGB", (32, 32), (16 * number, 0, 0)).save(path)
     (tmp_path / "photos.yaml").write_text(RECIPE)
     for name in ("shards", "aesthetic"):
         shards(tmp_path / name)
@@ -136,5 +139,7 @@ def test_a_documented_command_works(command: str, tmp_path: Path) -> None:
 
 def test_the_document_has_commands_for_one_machine_and_for_several() -> None:
     found = "\n".join(commands())
+    trained = [stage.name for stage in load_recipe("photos").stages if isinstance(stage, ModelStage)]
+    assert trained == re.findall(r"name: (\w+),", RECIPE)
     parts = ("--nnodes", "evaluate", "run huge", "https://", "bench.resume", "bench.gpu", "a100-40")
     assert all(part in found for part in parts)

@@ -95,7 +95,8 @@ def _held_out(spec: HeldoutSpec, images: str) -> str:
     if spec.source:
         return f"{_data(spec)}{images and f' ({images})'}"
     share = f"{100 * spec.fraction:g}% of the data"
-    return images or f"{share}, 16 to {spec.at_most:,} images of each source and at most half of it"
+    several = f"16 to {spec.at_most:,}" if spec.at_most > 16 else f"{spec.at_most}"
+    return images or f"{share}, {several} images of each source and at most half of it"
 
 
 def _data(spec: DataSpec) -> str:
