@@ -82,6 +82,8 @@ stages:
     assert "more: data elsewhere (not there yet)" in dry.out and "more: sees" not in dry.out
     plan = run_cli("plan", recipe, "--rate", "1e9", cwd=tmp_path)
     assert "held out: 2% of the data, 16 to 10,000 images of each source and at most half of it" in plan.out
+    few = run_cli("plan", recipe, "--rate", "1e9", "--set", "heldout.at_most=2", cwd=tmp_path)
+    assert "held out: 2% of the data, 2 images of each source and at most half of it" in few.out
     mistaken = run_cli("run", recipe, "--dry-run", "--rate", "1e9", "--set", "text={encoder: minilm}", cwd=tmp_path)
     assert (mistaken.code, "set has class folders, not captions" in mistaken.err) == (2, True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["recipe.yaml", "set"]

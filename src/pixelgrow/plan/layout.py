@@ -103,13 +103,13 @@ class Sizes:
             compute = int((2 * self.block + self.root) * self.width / 4)  # a block is used, the next one is fetched
             buffers = int(self.reduced * (self.width / 4 + 2))  # its gradients, then in float32: made, and on their way
             step = gradients + images + compute + buffers + self.beside
-            others = self.weights  # in the first process, a whole average is looked at
+            after = self.weights  # in the first process, a whole average is looked at
         else:
             compute = self.copied * (4 - self.width) // 4
             buffers = self.training if gpus > 1 else 0  # all gradients in one piece
             step = images + compute + self.beside + (gradients if several else 0)
-            others = gradients + buffers
-        peak = held + max(step, others, gradients + self.update // shard)
+            after = gradients + buffers
+        peak = held + max(step, after, gradients + self.update // shard)
         return Parts(
             self.weights // shard + self.others, gradients, self.optimizer // shard, self.averages // shard, images,
             compute, buffers, peak,

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from pixelgrow.data.images import PADDED, Fit, colour_of
-from pixelgrow.data.scenes.source import MAX_SCENES
+from pixelgrow.data.scenes.source import MAX_SCENES, World
 from pixelgrow.data.scenes.source import SETTINGS as SCENES
 from pixelgrow.data.sources.base import HELD_OUT_AT_MOST
 from pixelgrow.diffusion.sampling_spec import Spec
@@ -109,7 +109,7 @@ class DataSpec(Spec):
     captions: int | None = Field(None, ge=1)
     seed: int | None = None
     split: Literal["train", "heldout"] | None = None
-    world: Literal["full", "simple", "few"] | None = None
+    world: World | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -4,6 +4,7 @@ import hashlib
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from random import Random
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +34,8 @@ SINGLES = tuple((n,) for n in range(1, MOST + 1) for _ in range(MOST + 1 - n))
 PAIRS = tuple((a, b) for a in range(1, MOST) for b in range(1, MOST + 1 - a) for _ in range((MOST + 1 - a - b) ** 2))
 MAX_SCENES = 100_000_000  # images of a source: a shuffled order takes 24 bytes each
 SPLITS = ("train", "heldout")
-WORLDS = ("full", "simple", "few")
+World = Literal["full", "simple", "few"]
+WORLDS = get_args(World)
 SETTINGS = ("n", "captions", "seed", "split", "world")  # arguments of `Scenes`, as recipes have them
 # `simple`: what a small model learns to draw: a few clear words in one wording, plain grounds, three objects at most.
 # `few`: what a few minutes of training learn: two objects at most, which are large, of shapes that 16 pixels can show.
