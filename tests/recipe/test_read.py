@@ -249,7 +249,7 @@ def test_words_stay_words(tmp_path: Path) -> None:
 
 
 def test_a_name_that_is_nowhere() -> None:
-    with pytest.raises(UserError, match="neither a file nor one of cc12m, demo, huge, photos, smoke"):
+    with pytest.raises(UserError, match="neither a file nor one of cc12m, demo, emoji, huge, photos, smoke"):
         load_recipe("dmo")
 
 

@@ -10,7 +10,7 @@ import typer
 edit = typer.Typer(rich_markup_mode=None)
 
 Checkpoint = Annotated[
-    str, typer.Argument(help="A checkpoint's or stage's folder, a built-in model (tiny, tiny-onestep), or a hub name.")
+    str, typer.Argument(help="A checkpoint's or stage's folder, a built-in model (tiny, emoji, ...), or a hub name.")
 ]
 Image = Annotated[Path, typer.Argument(help="A JPEG, PNG or WebP file.")]
 Prompt = Annotated[str, typer.Option("--prompt", help="What the image shows; a class for a model of classes.")]

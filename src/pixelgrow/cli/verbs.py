@@ -25,7 +25,7 @@ app.command()(evaluate)
 app.command()(compare)
 
 Checkpoint = Annotated[
-    str, typer.Argument(help="A checkpoint's or stage's folder, a built-in model (tiny, tiny-onestep), or a hub name.")
+    str, typer.Argument(help="A checkpoint's or stage's folder, a built-in model (tiny, emoji, ...), or a hub name.")
 ]
 Recipe = Annotated[str, typer.Argument(help="A recipe file, or a built-in recipe (demo, smoke, photos, tiny, ...).")]
 Set = Annotated[
