@@ -237,6 +237,24 @@ def test_where_many_large_images_differ() -> None:
     assert where[:7, 0, 34:62, 34:62].all() and not where[:, :, 70:].any() and not where[7].any()
 
 
+@pytest.mark.parametrize("edit", ["transfer", "interpolate"])
+def test_a_model_that_samples_with_fresh_noise_inverts_without_it(edit: str) -> None:
+    stochastic, other = multi_step(sampler="ddpm"), multi_step(sampler="dpm++2m")
+
+    def edited(model: Model, **settings: Any) -> list[np.ndarray]:
+        if edit == "transfer":
+            made = pixelgrow.edit.transfer(model, pixel_noise(), "1", "2", **settings)
+        else:
+            made = pixelgrow.edit.interpolate(
+                model, ["1", "2"], images=[pixel_noise(), pixel_noise()], frames=2, **settings
+            )
+        return [np.asarray(image) for image in made]
+
+    for one, two in zip(edited(stochastic), edited(other), strict=True):
+        assert (one == two).all()
+    mistake("noise cannot be undone", edited, stochastic, sampler="ddpm")
+
+
 def test_transfer_between_equal_prompts_gives_the_image_back() -> None:
     model, x = multi_step(guidance=2.0, steps=6), pixel_noise()
     assert np.array_equal(np.asarray(pixelgrow.edit.transfer(model, x, "1", "1")[0]), x)

@@ -192,7 +192,7 @@ def transfer(
         return to_pil(torch.where(_differing([now - was]), now, x))
     _no_teacher(teacher)
     strength = STRENGTH if strength is None else strength
-    path = EditPath(model, settings, progress, strength=strength, passes=2, more=min(strength, REFINED))
+    path = EditPath(model, settings, progress, strength=strength, passes=2, more=min(strength, REFINED), inverts=True)
     states = path.invert(path.denoise(old, guidance=1.0), x)
     by_target, by_source = path.denoise(new), path.denoise(old)
     low, high = (sigma * model.denoiser.noise_scale * model.denoiser.config.sigma_data for sigma in OBJECTS)
@@ -287,7 +287,7 @@ def interpolate(
         path = EditPath(model, settings, progress, passes=len(parts))
         z = path.sigmas[0].item() * prior(size)
     else:
-        path = EditPath(model, {"guidance": 1.0} | given_of(settings), progress, passes=1 + len(parts))
+        path = EditPath(model, {"guidance": 1.0} | given_of(settings), progress, passes=1 + len(parts), inverts=True)
         z = path.invert(path.denoise(cond), x)[0]
     made = []
     for t in parts:

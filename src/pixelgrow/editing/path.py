@@ -22,6 +22,7 @@ from pixelgrow.onestep.latents import FitSettings
 
 Progress = Callable[[int, int], None]
 CALM = 2.0  # guidance where details are decided; more would fray edges and add grain
+REVERSIBLE = "dpm++2m"
 FIT = tuple(field.name for field in dataclasses.fields(FitSettings))  # settings of a one-step generator's edits
 
 
@@ -31,6 +32,8 @@ class EditPath:
     strength: the part of the grid, in (0, 1], that `sigmas` goes through, up to noise level 0.
     more: the part that the second pass, `again`, goes through.
     passes: how often `sigmas` is gone through, to count steps for `progress`.
+    inverts: whether images are inverted. Where the checkpoint's own sampler is ddpm, whose noise cannot be undone,
+    `REVERSIBLE` then takes its place, unless `settings` name a sampler.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class EditPath:
         strength: float = 1.0,
         passes: int = 1,
         more: float = 0.0,
+        inverts: bool = False,
     ) -> None:
         if named := [name for name in given_of(settings) if name in FIT]:
             raise UserError(
@@ -58,6 +62,8 @@ class EditPath:
         sigmas = grid_of(grid, self.steps, model.denoiser)
         self.sigmas, self.last = (sigmas[round((1 - share) * (len(sigmas) - 2)) :] for share in (strength, more))
         self.sampler: str = chosen.pop("sampler")
+        if inverts and self.sampler == "ddpm" and settings.get("sampler") is None:
+            self.sampler = REVERSIBLE
         self.model, self.guiding, self.progress = model, chosen, progress
         self.done, self.total = 0, passes * (len(self.sigmas) - 1) + (len(self.last) - 1 if more else 0)
 
