@@ -27,6 +27,7 @@ BENCHES = {
     "distances": "does the Frechet distance by EfficientNet-Lite0 order real, blurred, JPEG, noisy images (5 minutes)",
     "exact": "exact growth against plain preserve on equal images, and what progressive sampling saves",
     "search": "the best of 16 previews by the checker: what it gains over one sample, what it costs (20 minutes)",
+    "emoji": "does a model of emoji draw what captions name: retrieval, distance (10 minutes; needs pictures)",
     "ablation": "the papers' comparisons at equal compute, three seeds (about three hours on two cores)",
     "growth": "six ways to a 64 px model at equal training compute, three seeds (about 50 minutes on two cores)",
 }

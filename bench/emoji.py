@@ -1,6 +1,7 @@
 """Does a model of emoji draw what its captions name? Retrieval among real pictures, distance, sharpness, seams.
 
-    python -m bench.emoji MODEL FOLDER [--number 500] [--sheet sheet.png]     # FOLDER: made by examples/emoji.py
+    python -m bench.emoji [MODEL] [FOLDER] [--number 500] [--sheet sheet.png]     # `emoji`, and `emoji` as made by
+                                                                                # examples/emoji.py; ten minutes
 
 All pictures are on white, with the model's own settings of sampling, and compared by features of EfficientNet-Lite0.
 Real pictures that are larger than the model's are averaged down to its resolution.
@@ -150,8 +151,8 @@ def patches(model: Model | OneStepModel) -> list[int]:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("model", nargs="?", default="emoji")
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("emoji"))
     parser.add_argument("--number", type=int, default=500)
     parser.add_argument("--against", metavar="MODEL", help="held-out pairs alone, of both models")
     parser.add_argument("--seed", type=int, default=0, help="chooses the concepts")
@@ -159,6 +160,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--named", type=int, default=50)
     parser.add_argument("--output", type=Path, help="results as JSON")
     args = parser.parse_args(argv)
+    if not (args.folder / "test" / "metadata.jsonl").exists():
+        print(f"no pictures in {args.folder}, nothing is measured: docs/real-pictures.md says how to get them")
+        return
     model, extractor = pixelgrow.load(args.model), load_extractor(EXTRACTOR)
     side = model.resolution
     train, test = pictures(args.folder / "train"), pictures(args.folder / "test")
