@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from bench.distances import to_tensor
 from PIL import Image
 from torch import Tensor
 
@@ -41,7 +41,7 @@ from pixelgrow.evaluation.alignment.intervals import Share, over_prompts
 from pixelgrow.evaluation.alignment.retrieval import Retrieval, retrieval
 from pixelgrow.evaluation.features import Extractor, load_extractor
 from pixelgrow.evaluation.measures import EXTRACTOR
-from pixelgrow.evaluation.metrics import frechet
+from pixelgrow.evaluation.metrics import frechet, interval
 from pixelgrow.evaluation.statistics import Moments
 from pixelgrow.model import Model, OneStepModel
 from pixelgrow.pictures import grid
@@ -78,8 +78,8 @@ def pictures(folder: Path) -> list[Picture]:
 
 
 def features(extractor: Extractor, images: Sequence[np.ndarray]) -> Tensor:
-    """(N, width) of images uint8 (h, w, 3), whose sizes may differ."""
-    return torch.cat([extractor(torch.from_numpy(i.transpose(2, 0, 1).copy())[None]).features for i in images])
+    """(N, width) of images uint8 (h, w, 3) of one size."""
+    return extractor(to_tensor(np.stack(images))).features
 
 
 def drawn(model: Model | OneStepModel, wanted: Sequence[Picture]) -> list[np.ndarray]:
@@ -108,7 +108,7 @@ def seams(images: Sequence[np.ndarray], patches: Sequence[int]) -> float:
     """The largest of the ratios at the patches' sides."""
     found = Seams(patches)
     for image in images:
-        found.add(torch.from_numpy(image.transpose(2, 0, 1).copy())[None] / 127.5 - 1)
+        found.add(to_tensor(image[None]) / 127.5 - 1)
     return max(found.ratios().values())
 
 
@@ -135,18 +135,6 @@ def hits(found: dict[str, Retrieval], top: str) -> list[float]:
 
 def percent(share: Share) -> str:
     return f"{100 * share.mean:.1f}% [{100 * share.low:.1f}, {100 * share.high:.1f}]"
-
-
-def difference(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
-    """Mean of paired differences a - b, and half the width of its 95% interval."""
-    d = np.subtract(a, b)
-    return float(d.mean()), float(1.96 * d.std(ddof=1) / len(d) ** 0.5)
-
-
-def patches(model: Model | OneStepModel) -> list[int]:
-    """Sides of the patches of a model's network that are larger than a pixel."""
-    net = model.generator.net if isinstance(model, OneStepModel) else model.denoiser.net
-    return [side for side in net.config.patches if side > 1]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -178,8 +166,8 @@ def main(argv: list[str] | None = None) -> None:
         other = pixelgrow.load(args.against)
         theirs = held_out(extractor, drawn(other, test), test, train, side, args.number)
         results[f"of {args.against}"] = percent(over_prompts(hits(theirs, "top-5")))
-        mean, half = difference(hits(pairs, "top-5"), hits(theirs, "top-5"))
-        results["held-out top-5, difference"] = f"{100 * mean:+.1f} +- {100 * half:.1f} points"
+        more = interval((100 * np.subtract(hits(pairs, "top-5"), hits(theirs, "top-5"))).tolist())
+        results["held-out top-5, more"] = f"{more.mean:+.1f} points [{more.low:+.1f}, {more.high:+.1f}]"
     else:
         shown = [p for p in train if p.style == SHOWN]
         wanted, others = shown[: args.number], shown[args.number : 2 * args.number]
@@ -194,7 +182,8 @@ def main(argv: list[str] | None = None) -> None:
         results["FD"] = round(frechet(halves[1], halves[0]), 2)
         results["FD of the real halves"] = round(frechet(halves[2], halves[0]), 2)
         results["top octave over real"] = round(top_octave(images) / top_octave(real), 3)
-        results["seams"], results["seams of the real"] = (round(seams(i, patches(model)), 3) for i in (images, real))
+        patches = [side for side in model.network.net.config.patches if side > 1]
+        results["seams"], results["seams of the real"] = (round(seams(i, patches), 3) for i in (images, real))
         if args.sheet:
             first = images[: args.named]
             grid(first, COLUMNS, len(first), numbered=True).save(args.sheet)
