@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from pixelgrow import rng
 from pixelgrow.data.buckets import Shapes, square
 from pixelgrow.data.loader import Batch
-from pixelgrow.diffusion import denoiser as diffusion
 from pixelgrow.diffusion.denoiser import Denoiser, DiffusionConfig, NoiseSchedule, coefficients, column
+from pixelgrow.diffusion.loss import weight
 from pixelgrow.diffusion.sampling import sample
 from pixelgrow.evaluation.images import Made, eight_bit
 from pixelgrow.evaluation.judges import SceneJudge
@@ -98,7 +98,7 @@ class EnlargerObjective:
         small = small + column(level) * rng.normal(small.shape[1:], seed, "augment", batch.index)
         eps = rng.normal(x0.shape[1:], seed, "noise", batch.index)
         found = self.model(x0 + column(sigma) * eps, sigma, self.text.cond(batch.text), small, level)
-        weights = diffusion.weight(self.settings.weighting, sigma, DIFFUSION.sigma_data)
+        weights = weight(self.settings.weighting, sigma, DIFFUSION.sigma_data)
         losses = weights * (found.float() - x0).square().mean((1, 2, 3))
         return Terms(losses.mean(), {}, sigma, losses.detach())
 

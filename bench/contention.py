@@ -32,7 +32,7 @@ def steps(seconds: float, batch: int = 16) -> float:
     from bench.sampling_overhead import conditions
     from bench.untrained import TOKENS, denoiser
 
-    from pixelgrow.diffusion.denoiser import loss
+    from pixelgrow.diffusion.loss import loss
     from pixelgrow.models.sizes import shallow_uvit
     from pixelgrow.training import cpu
 

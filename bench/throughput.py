@@ -40,8 +40,8 @@ from torch import Tensor
 from bench import untrained
 from pixelgrow import precision
 from pixelgrow.data.loader import Batch
-from pixelgrow.diffusion import denoiser as diffusion
 from pixelgrow.diffusion.denoiser import Denoiser
+from pixelgrow.diffusion.loss import loss, weight
 from pixelgrow.diffusion.sampling import sample
 from pixelgrow.growth import grown_config
 from pixelgrow.models.cond import Cond
@@ -167,12 +167,12 @@ def sampling(denoiser: Denoiser, under: Conditions) -> Callable[[], object]:
 def forward_backward(denoiser: Denoiser, x0: Tensor, cond: Cond, under: Conditions) -> Callable[[], object]:
     """The loss of a batch x0 (B, 3, H, W) whose noise is drawn already, and its gradients."""
     eps, sigma = torch.randn_like(x0), torch.rand(len(x0), device=x0.device) + 0.1
-    weights = diffusion.weight("edm", sigma, denoiser.config.sigma_data, denoiser.first_scale)
+    weights = weight("edm", sigma, *denoiser.preconditioned)
 
     def step() -> None:
         with torch.autocast(x0.device.type, dtype=torch.bfloat16, enabled=under.dtype == "bf16"):
-            loss = diffusion.loss(denoiser, x0, sigma, eps, cond, weights).mean()
-        loss.backward()
+            value = loss(denoiser, x0, sigma, eps, cond, weights).mean()
+        value.backward()
         denoiser.zero_grad(set_to_none=True)
 
     return step

@@ -9,20 +9,17 @@ import pytest
 import torch
 
 from pixelgrow.diffusion.denoiser import (
-    MAX_WEIGHT,
     Denoiser,
     DiffusionConfig,
     NoiseConfig,
     NoiseSchedule,
     Prediction,
-    Weighting,
     coefficients,
     column,
-    loss,
-    weight,
 )
+from pixelgrow.diffusion.loss import MAX_WEIGHT, Weighting, loss, weight
 from pixelgrow.errors import UserError
-from pixelgrow.growth import Init, grow_network, grown_config
+from pixelgrow.growth import Init, freeze, grow_network, grown_config
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.config import CoreConfig
 from pixelgrow.models.layers import box_down, up_nearest
@@ -105,9 +102,39 @@ def test_weights_see_the_sigma_of_the_first_preconditioning(init: Init | None) -
         d = Denoiser(UViT(grown_config(d.net.config, 64, init)))
     sigma = torch.tensor([0.1, 0.4, 1.0, 30.0])
     _, c_out, _ = coefficients("edm", seen_by_first_rung(d, sigma), 0.5)
-    w = weight("edm", sigma, 0.5, d.first_scale)
+    w = weight("edm", sigma, *d.preconditioned)
     torch.testing.assert_close(w * c_out**2, torch.ones(4), rtol=1e-3, atol=0)
-    assert d.first_scale == (4 if init == "preserve" else 1)  # preserve: as before the growth, at sigma / 4
+    assert d.preconditioned == (0.5, 4 if init == "preserve" else 1)  # preserve: as before the growth, at sigma / 4
+
+
+@pytest.mark.parametrize(
+    ("frozen", "exact", "expected"),
+    [
+        (["core"], True, (0.5, 4)),  # the first rung's level is trained
+        (["core", "16"], True, (0.2, 2)),
+        (["core", "16", "32"], True, (0.1, 1)),
+        (["core", "16"], False, (0.5, 4)),  # F also changes the averaged image
+    ],
+)
+def test_weights_are_of_the_lowest_exact_rung_that_is_trained(
+    frozen: list[str], exact: bool, expected: tuple[float, float]
+) -> None:
+    """A 16 px core with rungs of 32 and 64 px whose details have deviations of 0.2 and 0.1."""
+    config = shallow_uvit("nano", 16, core=CORE)
+    for side, std in ((32, 0.2), (64, 0.1)):
+        config = grown_config(config, side, "preserve", detail_std=std, exact=exact)
+    d = Denoiser(UViT(config))
+    freeze(d.net, [name for name, _ in d.net.named_parameters() if set(name.split(".")[:2]) & set(frozen)])
+    assert d.preconditioned == expected
+
+
+def test_a_rung_trained_alone_learns_equally_from_all_noise() -> None:
+    """w c_out^2 = 1 with the c_out of its details, whose deviation is 0.2."""
+    _, d = grown(exact=True)
+    freeze(d.net, [name for name, _ in d.net.named_parameters() if "32" not in name.split(".")])
+    sigma = torch.tensor([0.05, 0.2, 1.0, 4.0])
+    _, c_out, _ = coefficients("edm", sigma, 0.2)
+    torch.testing.assert_close(weight("edm", sigma, *d.preconditioned) * c_out**2, torch.ones(4), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("prediction", get_args(Prediction))

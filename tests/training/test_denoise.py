@@ -14,7 +14,7 @@ import torch
 from pixelgrow import rng
 from pixelgrow.data.loader import Batch
 from pixelgrow.diffusion.denoiser import Denoiser, coefficients
-from pixelgrow.growth import Init, freeze, grow, grown_config
+from pixelgrow.growth import Init, freeze, grow, grow_network, grown_config
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.config import CoreConfig
 from pixelgrow.models.layers import box_down, up_nearest
@@ -220,6 +220,24 @@ def test_the_edm_loss_is_the_error_of_the_network_itself(init: Init | None) -> N
         c_out_k = c_out[:, None, None, None]
         detail = (batch.image - up_nearest(x0, k)) / c_out_k
         want = want + detail.square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(terms.losses, want, rtol=1e-4, atol=1e-6)
+
+
+def test_a_rung_that_is_trained_alone_is_weighted_by_its_own_preconditioning() -> None:
+    """Before the first step it adds nothing, and the error of the image from below over the details' c_out is left."""
+    below = core()
+    config = grown_config(below.net.config, 16, "preserve", detail_std=0.2, until=math.inf)
+    net, report = grow_network(below.net, config, "preserve")
+    denoiser = Denoiser(net)
+    freeze(net, report.loaded)
+    batch = next(stream(16, 8)(0))
+    terms = DenoiseObjective(denoiser, Labels(), TrainSettings(images=8, batch=8, cond_dropout=0), seed=0).loss(batch)
+    assert terms.sigma is not None and terms.losses is not None
+    eps = rng.normal(batch.image.shape[1:], 0, "noise", batch.index)
+    x = batch.image + terms.sigma[:, None, None, None] * eps
+    low = below(box_down(x, 2), terms.sigma / 2, Labels().cond(batch.text))
+    _, c_out, _ = coefficients("edm", terms.sigma, 0.2)
+    want = (batch.image - up_nearest(low, 2)).square().mean((1, 2, 3)) / c_out**2
     torch.testing.assert_close(terms.losses, want, rtol=1e-4, atol=1e-6)
 
 

@@ -1,8 +1,8 @@
-"""The denoiser D(x, sigma, cond) -> x0, its preconditioning, the distribution of sigma in training, and the loss.
+"""The denoiser D(x, sigma, cond) -> x0, its preconditioning, and the distribution of sigma in training.
 
 Convention at every boundary: x_sigma = x0 + sigma * eps (variance exploding), sigma in units of the data range [-1, 1].
-VP and cosine processes differ only in the distribution of sigma, the weighting and the preconditioning (EDM, Karras et
-al., arXiv 2206.00364, Table 1).
+VP and cosine processes differ only in the distribution of sigma, the weight of the loss and the preconditioning (EDM,
+Karras et al., arXiv 2206.00364, Table 1).
 """
 
 from __future__ import annotations
@@ -25,9 +25,6 @@ from pixelgrow.models.layers import box_down, details, up_nearest
 from pixelgrow.models.uvit import UViT
 
 Prediction = Literal["edm", "v", "x"]
-Weighting = Literal["edm", "v", "eps", "sigmoid"]
-SIGMOID_BIAS = -3.0  # ours
-MAX_WEIGHT = 1e4  # ours: bounds the loss weight at low noise, where 1/sigma^2 grows without limit
 
 
 class DiffusionConfig(Frozen):
@@ -132,12 +129,6 @@ class Denoiser(nn.Module):
         return self.resolution / self.net.config.core_resolution
 
     @property
-    def first_scale(self) -> float:
-        """sigma at this resolution over sigma at the first rung: 1 for a network grown with `random`, the growth so far
-        for one grown with `preserve`."""
-        return self.resolution / self.net.config.rungs[0].resolution
-
-    @property
     def sigma_min(self) -> float:
         return self.config.sigma_min * self.noise_scale
 
@@ -208,11 +199,30 @@ class Denoiser(nn.Module):
         return sigma <= self.gate(rung)
 
     @property
+    def trained_rungs(self) -> list[RungConfig]:
+        """The rungs in use with trainable tensors, innermost first; the core's are the first rung's."""
+        own = [{str(level.resolution) for level in rung.levels} for rung in self.rung_configs]
+        sides = {name.split(".")[1] for name, p in self.net.named_parameters() if p.requires_grad}
+        of_core = bool(sides.difference(*own))
+        return [r for i, r in enumerate(self.rung_configs) if sides & own[i] or (of_core and i == 0)]
+
+    @property
     def trained_until(self) -> float:
         """Sigma in core units above which no trainable tensor has an effect."""
-        gates = {str(lv.resolution): r.until or math.inf for r in self.rung_configs for lv in r.levels}
-        names = [name.split(".")[1] for name, p in self.net.named_parameters() if p.requires_grad]
-        return max((gates.get(side, math.inf) for side in names), default=math.inf)
+        return max((rung.until or math.inf for rung in self.trained_rungs), default=math.inf)
+
+    @property
+    def preconditioned(self) -> tuple[float, float]:
+        """The preconditioning that weights of the loss refer to: a deviation, and sigma here over the sigma it takes.
+
+        It is that of the first rung or, if only exact rungs are trained, of the lowest of these, which predicts details
+        of deviation `detail_std`; the error of the image from below is then a constant.
+        """
+        first, *_ = self.rung_configs
+        lowest = next(iter(self.trained_rungs), first)
+        if lowest.exact:
+            return lowest.detail_std, self.resolution / lowest.resolution
+        return self.config.sigma_data, self.resolution / first.resolution
 
     def gate(self, rung: RungConfig) -> float:
         """Sigma at this resolution up to which a rung is open."""
@@ -326,69 +336,3 @@ class NoiseSchedule:
             below = self.sigma(torch.tensor([middle], dtype=torch.float64)).item() < sigma
             low, high = (middle, high) if below else (low, middle)
         return low
-
-
-def weight(
-    kind: Weighting,
-    sigma: Tensor,
-    sigma_data: float,
-    scale: float = 1.0,
-    *,
-    bias: float = SIGMOID_BIAS,
-    density: Tensor | None = None,
-) -> Tensor:
-    """Weight of the squared error of x0, (B,) float32; bounded by MAX_WEIGHT towards sigma = 0.
-
-    `edm`: (sigma^2 + sigma_data^2) / (sigma sigma_data)^2. `v`: 1 + 1/sigma^2. `eps`: 1/sigma^2.
-    `sigmoid`: sigmoid(bias - log-SNR) / density / sigma^2, where log-SNR = -2 ln sigma.
-
-    The first three give the loss that they are named after, averaged over the training distribution of sigma.
-    `sigmoid` (Kingma & Gao, arXiv 2303.00848; used by SiD2, arXiv 2410.19324) defines the loss as an integral,
-
-        integral of sigmoid(bias - lambda) |eps - eps_hat|^2 d lambda        with lambda = log-SNR,
-
-    whatever the training distribution of sigma: a sample counts 1 / `density` (B,), `NoiseSchedule.density`, as in
-    importance sampling. |eps - eps_hat|^2 is |x0 - x0_hat|^2 / sigma^2. A sample whose sigma is clamped to a limit has
-    infinite density and weighs nothing: the integral ends there.
-
-    All take sigma / scale, where `scale` is `Denoiser.first_scale`: the sigma that the first rung's preconditioning
-    takes, so `edm` is 1/c_out^2 of the first rung in every network. A `random`-grown network is one rung, at the
-    resolution of the image. In a `preserve`-grown one the first rung is the lowest, and the weight stays what it was
-    before the growth: the image from below has D_low's error at sigma/k, and goes on with D_low's objective when it is
-    trained too. The new rung's own w c_out^2 is then not constant: it falls from k^2 at low noise to
-    (detail_std / sigma_data)^2 at high noise, where details cannot be told from the noise.
-    """
-    s2 = (sigma.float() / scale) ** 2
-    match kind:
-        case "edm":
-            w = 1 / s2 + 1 / sigma_data**2
-        case "v":
-            w = 1 + 1 / s2
-        case "eps":
-            w = 1 / s2
-        case "sigmoid":
-            assert density is not None
-            w = torch.sigmoid(bias + torch.log(s2)) / (s2 * density.to(s2))
-    return w.clamp(max=MAX_WEIGHT)
-
-
-def loss(
-    denoiser: nn.Module,
-    x0: Tensor,
-    sigma: Tensor,
-    eps: Tensor,
-    cond: Cond,
-    weights: Tensor,
-    multiscale: int = 0,
-) -> Tensor:
-    """Weighted squared error of the denoised image, (B,): mean over pixels, times `weights` (B,).
-
-    `multiscale` > 0 adds the errors of that many successively halved images, each weighted like the full one (simple
-    diffusion, arXiv 2301.11093, section 3.4; the weights are ours).
-    """
-    error = denoiser(x0 + column(sigma) * eps, sigma, cond).float() - x0
-    total = error.square().mean(dim=(1, 2, 3))
-    for _ in range(multiscale):
-        error = box_down(error, 2)
-        total = total + error.square().mean(dim=(1, 2, 3))
-    return weights * total / (1 + multiscale)

@@ -20,7 +20,8 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from pixelgrow.diffusion.denoiser import Denoiser, loss
+from pixelgrow.diffusion.denoiser import Denoiser
+from pixelgrow.diffusion.loss import loss
 from pixelgrow.growth import freeze, inherited, last_blocks
 from pixelgrow.models.cond import Cond
 from pixelgrow.models.config import CoreConfig, NetConfig

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from pixelgrow import rng
-from pixelgrow.diffusion import denoiser as diffusion
 from pixelgrow.diffusion.denoiser import Denoiser, NoiseSchedule
 from pixelgrow.diffusion.heldout import Images, denoising_error
+from pixelgrow.diffusion.loss import SIGMOID_BIAS, loss, weight
 from pixelgrow.models.cond import Cond, to_device
 from pixelgrow.models.uvit import UViT
 from pixelgrow.pictures import to_float
@@ -47,6 +47,7 @@ class DenoiseObjective:
         self.rates: Mapping[str, float] = {"denoiser": 1.0}
         self.denoiser, self.text, self.settings, self.seed = denoiser, text, settings, seed
         self.schedule = NoiseSchedule(settings.noise, denoiser, denoiser.trained_until)
+        self.preconditioned = denoiser.preconditioned
         self.device = next(denoiser.parameters()).device
         # simple diffusion, arXiv 2301.11093, section 3.4: down to 32 px
         self.halvings = max(0, (denoiser.resolution // 32).bit_length() - 1) if settings.multiscale else 0
@@ -66,15 +67,14 @@ class DenoiseObjective:
         eps = rng.normal(x0.shape[1:], seed, "noise", batch.index, device)
         cond = (self.text.cond(batch.text) if batch.cond is None else batch.cond).to(device)
         cond = cond.dropped(to_device(rng.uniform(seed, "dropout", batch.index) < s.cond_dropout, device))
-        weights = diffusion.weight(
+        weights = weight(
             s.weighting,
             sigma,
-            self.denoiser.config.sigma_data,
-            self.denoiser.first_scale,
-            bias=diffusion.SIGMOID_BIAS if s.weighting_bias is None else s.weighting_bias,
+            *self.preconditioned,
+            bias=SIGMOID_BIAS if s.weighting_bias is None else s.weighting_bias,
             density=density,
         )
-        losses = diffusion.loss(self.denoiser, x0, sigma, eps, cond, weights, self.halvings)  # (B,)
+        losses = loss(self.denoiser, x0, sigma, eps, cond, weights, self.halvings)  # (B,)
         logs: dict[str, Tensor | float] = {}
         for name, rows in zip(("loss_low", "loss_middle", "loss_high"), by_third, strict=True):
             if len(rows):

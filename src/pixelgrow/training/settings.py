@@ -6,7 +6,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from pixelgrow.diffusion.denoiser import NoiseConfig, Weighting
+from pixelgrow.diffusion.denoiser import NoiseConfig
+from pixelgrow.diffusion.loss import Weighting
 from pixelgrow.precision import Precision
 
 MAX_EMA_LENGTH = 12**-0.5  # of a plain average over the whole run (gamma = 0; EDM2, arXiv 2312.02696, section 3.1)
@@ -47,7 +48,7 @@ class TrainSettings(BaseModel):
         cond_dropout      probability that an image's condition is replaced by the null condition, which classifier-free
                           guidance needs [0.1]
         noise             distribution of the noise level; see `NoiseConfig` [lognormal, mean -1.2, std 1.2]
-        weighting         weight of the squared error by noise level: edm, v, eps, sigmoid; see `denoiser.weight` [edm]
+        weighting         weight of the squared error by noise level: edm, v, eps, sigmoid; see `loss.weight` [edm]
         weighting_bias    bias of `weighting: sigmoid` [-3]
         multiscale        average in the error of the image at 1/2, 1/4, ... of the resolution, down to 32 px (simple
                           diffusion, arXiv 2301.11093, section 3.4; weights ours) [false]
