@@ -16,6 +16,10 @@ Real pictures that are larger than the model's are averaged down to its resoluti
 - Power in the top octave of the spectrum (above half the highest frequency), generated over real.
 - Seams: see `training.monitor.Seams`; the largest.
 
+`--upscale 32` measures the rungs without the core's mistakes: the same concepts' real pictures, averaged down to 32 px
+and upscaled by the model, beside bicubic ones. Root mean square of the pixels' error in 8-bit values, mean squared
+distance of features, top octave.
+
 `--sheet` draws so many (`--named`) of the generated pictures without captions, to be named by people, and writes the
 captions to a text file beside it. No claim, no exit status: a model decides what is enough.
 """
@@ -37,6 +41,7 @@ from PIL import Image
 from torch import Tensor
 
 import pixelgrow
+from pixelgrow.editing import upscale
 from pixelgrow.evaluation.alignment.intervals import Share, over_prompts
 from pixelgrow.evaluation.alignment.retrieval import Retrieval, retrieval
 from pixelgrow.evaluation.features import Extractor, load_extractor
@@ -137,12 +142,83 @@ def percent(share: Share) -> str:
     return f"{100 * share.mean:.1f}% [{100 * share.low:.1f}, {100 * share.high:.1f}]"
 
 
+def of_pairs(
+    model: Model | OneStepModel, extractor: Extractor, test: Sequence[Picture], train: Sequence[Picture], number: int
+) -> dict[str, Retrieval]:
+    """`held_out` of a model's pictures of the pairs' captions."""
+    return held_out(extractor, drawn(model, test), test, train, model.resolution, number)
+
+
+def shares(pairs: dict[str, Retrieval]) -> dict[str, str]:
+    """Of all pairs and by style, how many are the nearest and among the five nearest."""
+    results = {}
+    for top in ("top-1", "top-5"):
+        results[f"held-out {top}"] = percent(over_prompts(hits(pairs, top)))
+        for style, of_style in pairs.items():
+            results[f"held-out {top}, {style}"] = percent(of_style.summary().scores[top])
+    return results
+
+
+def compared(pairs: dict[str, Retrieval], theirs: dict[str, Retrieval]) -> dict[str, str]:
+    """Another model's pairs among the five nearest, and how many more are so of this one."""
+    more = interval((100 * np.subtract(hits(pairs, "top-5"), hits(theirs, "top-5"))).tolist())
+    return {
+        "held-out top-5, against": percent(over_prompts(hits(theirs, "top-5"))),
+        "held-out top-5, more": f"{more.mean:+.1f} points [{more.low:+.1f}, {more.high:+.1f}]",
+    }
+
+
+def of_captions(
+    model: Model | OneStepModel, extractor: Extractor, wanted: Sequence[Picture], others: Sequence[Picture]
+) -> tuple[list[np.ndarray], dict[str, Any]]:
+    """A picture of each training caption, and what is measured of them."""
+    side = model.resolution
+    images, real = drawn(model, wanted), [p.image(side) for p in wanted]
+    of_images, of_real = features(extractor, images), features(extractor, real)
+    found = retrieval(of_images, of_real, [p.concept for p in wanted]).summary()
+    results: dict[str, Any] = {f"training {top}": percent(share) for top, share in found.scores.items()}
+    halves = []
+    for some in (features(extractor, [p.image(side) for p in others]), of_images, of_real):
+        halves.append(Moments(extractor.width))
+        halves[-1].add(some)
+    results["FD"] = round(frechet(halves[1], halves[0]), 2)
+    results["FD of the real halves"] = round(frechet(halves[2], halves[0]), 2)
+    results["top octave over real"] = round(top_octave(images) / top_octave(real), 3)
+    patches = [side for side in model.network.net.config.patches if side > 1]
+    results["seams"], results["seams of the real"] = (round(seams(i, patches), 3) for i in (images, real))
+    return images, results
+
+
+def upscaled(
+    model: Model, extractor: Extractor, wanted: Sequence[Picture], side: int
+) -> tuple[list[np.ndarray], dict[str, Any]]:
+    """Real pictures averaged down to `side` and upscaled by the model, and how near they are, beside bicubic ones."""
+    small, real = [p.image(side) for p in wanted], [p.image(model.resolution) for p in wanted]
+    images = []
+    for at in range(0, len(wanted), BATCH):
+        texts = [p.text for p in wanted[at : at + BATCH]]
+        images += [np.asarray(image) for image in upscale(model, small[at : at + BATCH], texts)]
+        print(f"\r{len(images)} of {len(wanted)} pictures", end="", file=sys.stderr, flush=True)
+    size = (model.resolution, model.resolution)
+    bicubic = [np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC)) for image in small]
+    results, of_real = {}, features(extractor, real)
+    for name, some in (("upscaled", images), ("bicubic", bicubic)):
+        error = np.mean([(np.subtract(a, b, dtype=float)) ** 2 for a, b in zip(some, real, strict=True)]) ** 0.5
+        results[f"{name}: error"] = round(float(error), 2)
+        results[f"{name}: distance of features"] = round(
+            (features(extractor, some) - of_real).square().sum(1).mean().item(), 2
+        )
+        results[f"{name}: top octave over real"] = round(top_octave(some) / top_octave(real), 3)
+    return images, results
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="emoji")
     parser.add_argument("folder", nargs="?", type=Path, default=Path("emoji"))
     parser.add_argument("--number", type=int, default=500)
     parser.add_argument("--against", metavar="MODEL", help="held-out pairs alone, of both models")
+    parser.add_argument("--upscale", type=int, metavar="SIDE", help="rungs alone: real pictures of this side, upscaled")
     parser.add_argument("--seed", type=int, default=0, help="chooses the concepts")
     parser.add_argument("--sheet", type=Path)
     parser.add_argument("--named", type=int, default=50)
@@ -152,43 +228,28 @@ def main(argv: list[str] | None = None) -> None:
         print(f"no pictures in {args.folder}, nothing is measured: docs/real-pictures.md says how to get them")
         return
     model, extractor = pixelgrow.load(args.model), load_extractor(EXTRACTOR)
-    side = model.resolution
     train, test = pictures(args.folder / "train"), pictures(args.folder / "test")
     random.Random(args.seed).shuffle(train)
-    results: dict[str, Any] = {"model": args.model, "resolution": side}
-
-    pairs = held_out(extractor, drawn(model, test), test, train, side, args.number)
-    for top in ("top-1", "top-5"):
-        results[f"held-out {top}"] = percent(over_prompts(hits(pairs, top)))
-        for style, of_style in pairs.items():
-            results[f"held-out {top}, {style}"] = percent(of_style.summary().scores[top])
-    if args.against:
-        other = pixelgrow.load(args.against)
-        theirs = held_out(extractor, drawn(other, test), test, train, side, args.number)
-        results[f"of {args.against}"] = percent(over_prompts(hits(theirs, "top-5")))
-        more = interval((100 * np.subtract(hits(pairs, "top-5"), hits(theirs, "top-5"))).tolist())
-        results["held-out top-5, more"] = f"{more.mean:+.1f} points [{more.low:+.1f}, {more.high:+.1f}]"
+    shown = [p for p in train if p.style == SHOWN]
+    wanted, others = shown[: args.number], shown[args.number : 2 * args.number]
+    results: dict[str, Any] = {"model": args.model, "resolution": model.resolution}
+    sheet: list[np.ndarray] = []
+    if args.upscale:
+        sheet, found = upscaled(model, extractor, wanted, args.upscale)
     else:
-        shown = [p for p in train if p.style == SHOWN]
-        wanted, others = shown[: args.number], shown[args.number : 2 * args.number]
-        images, real = drawn(model, wanted), [p.image(side) for p in wanted]
-        of_images, of_real = features(extractor, images), features(extractor, real)
-        found = retrieval(of_images, of_real, [p.concept for p in wanted]).summary()
-        results |= {f"training {top}": percent(share) for top, share in found.scores.items()}
-        halves = []
-        for some in (features(extractor, [p.image(side) for p in others]), of_images, of_real):
-            halves.append(Moments(extractor.width))
-            halves[-1].add(some)
-        results["FD"] = round(frechet(halves[1], halves[0]), 2)
-        results["FD of the real halves"] = round(frechet(halves[2], halves[0]), 2)
-        results["top octave over real"] = round(top_octave(images) / top_octave(real), 3)
-        patches = [side for side in model.network.net.config.patches if side > 1]
-        results["seams"], results["seams of the real"] = (round(seams(i, patches), 3) for i in (images, real))
-        if args.sheet:
-            first = images[: args.named]
-            grid(first, COLUMNS, len(first), numbered=True).save(args.sheet)
-            names = "".join(f"{i}: {p.text}\n" for i, p in enumerate(wanted[: args.named]))
-            args.sheet.with_suffix(".txt").write_text(names, encoding="utf-8")
+        pairs = of_pairs(model, extractor, test, train, args.number)
+        found = shares(pairs)
+        if args.against:
+            found |= compared(pairs, of_pairs(pixelgrow.load(args.against), extractor, test, train, args.number))
+        else:
+            sheet, more = of_captions(model, extractor, wanted, others)
+            found |= more
+    results |= found
+    if args.sheet:
+        first = sheet[: args.named]
+        grid(first, COLUMNS, len(first), numbered=True).save(args.sheet)
+        names = "".join(f"{i}: {p.text}\n" for i, p in enumerate(wanted[: args.named]))
+        args.sheet.with_suffix(".txt").write_text(names, encoding="utf-8")
     print(file=sys.stderr)
     print("\n".join(f"{name:<32}{value}" for name, value in results.items()))
     if args.output:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -87,3 +88,19 @@ def test_seams_are_the_worst_of_the_patches() -> None:
     assert seams([blocks], [2, 4]) == seams([blocks], [4])
     noise = np.random.default_rng(1).integers(0, 255, (64, 64, 3)).astype(np.uint8)
     assert seams([noise], [2, 4]) == pytest.approx(1, abs=0.1)
+
+
+def test_upscaled_pictures_are_compared_with_the_real_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import bench.emoji as bench
+
+    def lighter(_: object, images: list[np.ndarray], texts: list[str]) -> list[np.ndarray]:
+        assert len(images) == len(texts) and images[0].shape == (8, 8, 3)
+        return [image.repeat(2, 0).repeat(2, 1) + 3 for image in images]
+
+    monkeypatch.setattr(bench, "upscale", lighter)
+    monkeypatch.setattr(bench, "top_octave", len)  # these pictures have none
+    wanted = bench.pictures(folder_of(tmp_path / "train", "fluent", 16))
+    images, found = bench.upscaled(SimpleNamespace(resolution=16), Colour(), wanted, 8)
+    assert len(images) == len(wanted)
+    assert found["upscaled: error"] == pytest.approx(3) and found["bicubic: error"] == 0
+    assert found["upscaled: distance of features"] == pytest.approx(27) and found["bicubic: distance of features"] == 0
