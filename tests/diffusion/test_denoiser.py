@@ -181,9 +181,9 @@ def spread_out(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_a_rung_adds_to_the_image_from_below(exact: bool) -> None:
-    """D(x, s) = up(D_low(box_down(x), s/k)) + gain c_skip P x + c_out F with P = 1 - up(box_down(.)), P F in an exact
-    rung, and EDM's coefficients of data whose deviation is that of the details; F sees the noisy image and the one from
-    below at unit variance."""
+    """D(x, s) = up(D_low(box_down(x), s/k)) + gain c_skip P x + c_out F with P = 1 - up(box_down(.)), P of both in an
+    exact rung, a gain for each pixel, and EDM's coefficients of data whose deviation is that of the details; F sees the
+    noisy image and the one from below at unit variance."""
     low, high = grown(exact)
     x, sigma, c = torch.randn(3, 3, 32, 48), torch.tensor([0.05, 0.5, 7.0]), cond(3)
     s, std = sigma[:, None, None, None], 0.2
@@ -192,9 +192,9 @@ def test_a_rung_adds_to_the_image_from_below(exact: bool) -> None:
     seen = torch.cat([x / (s**2 + 0.5**2).sqrt(), up / 0.5], 1)
     out = high.net.rung(high.net.config.rungs[1], seen, below.ctx, below.features)
     c_skip, c_out = std**2 / (s**2 + std**2), s * std / (s**2 + std**2).sqrt()
-    assert out.gain is not None and out.gain.abs().min() > 0
-    f = out.image - spread_out(out.image) if exact else out.image
-    want = up + out.gain * c_skip * (x - spread_out(x)) + c_out * f
+    assert out.gain is not None and out.gain.shape == (3, 1, 32, 48) and out.gain[0].std() > 0.01
+    added = out.gain * c_skip * (x - spread_out(x)) + c_out * out.image
+    want = up + (added - spread_out(added) if exact else added)
     torch.testing.assert_close(high(x, sigma, c), want, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(high.base(x, sigma, c), up)
     with pytest.raises(UserError, match="no base path"):

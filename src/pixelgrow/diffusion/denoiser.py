@@ -83,9 +83,12 @@ class Denoiser(nn.Module):
         D_high(x, sigma) = up(D_low(box_down(x), sigma/k)) + gain * c_skip * (x - up(box_down(x))) + c_out * F
 
     (ours). Averaging k x k pixels of x + sigma*eps gives box_down(x) + (sigma/k)*eps', so D_low receives sigma/k. F and
-    the gain start at zero, hence box_down(D_high(x, sigma)) == D_low(box_down(x), sigma/k) before the first step. An
-    `exact` rung adds P F instead of F, with P = 1 - up(box_down(.)), and the identity holds for all weights. Above its
-    gate `until` an exact rung adds nothing: D_high is up(D_low), and without gradients the rung is not evaluated.
+    the gain start at zero, hence box_down(D_high(x, sigma)) == D_low(box_down(x), sigma/k) before the first step. The
+    network gives the gain for each pixel (`pixel_gain`): where an image is flat, the noise of the details is removed
+    by a gain of 0, and F need not reproduce it.
+
+    An `exact` rung adds P of these two terms, with P = 1 - up(box_down(.)), and the identity holds for all weights.
+    Above its gate `until` an exact rung adds nothing: D_high is up(D_low), and without gradients it is not evaluated.
 
     `height`: use only this many rungs, innermost first; all of them if None (see `lower`).
     """
@@ -248,7 +251,8 @@ class Denoiser(nn.Module):
         f = out.image.to(x.dtype)
         if open_ is not None:
             c_skip, c_out = column(open_) * c_skip, column(open_) * c_out
-        image = image + (out.gain * c_skip) * detail + c_out * (details(f, k) if rung.exact else f)
+        passed, added = (out.gain * c_skip) * detail, c_out * f
+        image = image + details(passed + added, k) if rung.exact else (image + passed) + added
         return RungImage(image, out.features, ctx)
 
 

@@ -78,7 +78,8 @@ class RungConfig(Frozen):
     [-1, 1]; measured when the rung is grown. It scales the output of a `base` or `image` rung.
     `exact`, of `base` and `image` rungs: the rung adds only details, P F with P = 1 - up(down(.)), and the average of
     its image is the image from below for all weights (ours; docs/exact-growth.md). `until`, of exact `base` rungs: the
-    gate, a sigma in core units; above it the rung adds nothing and is not evaluated.
+    gate, a sigma in core units; above it the rung adds nothing and is not evaluated. `pixel_gain`, of `base` rungs:
+    whether the share of the noisy details that passes is a number for each pixel (ours) or one for the image.
     """
 
     levels: tuple[LevelConfig, ...] = Field(min_length=1)
@@ -87,6 +88,7 @@ class RungConfig(Frozen):
     detail_std: float = 0.1
     exact: bool = False
     until: float | None = Field(None, gt=0)
+    pixel_gain: bool = False
 
     @property
     def resolution(self) -> int:

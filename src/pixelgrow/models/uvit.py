@@ -23,8 +23,8 @@ from pixelgrow.models.level import DecoderHalf, EncoderHalf, Entry, Exit
 @dataclass(frozen=True)
 class RungOutput:
     """`image` (B, 3, H, W): the network output F at the rung's resolution, not yet scaled by c_out; `features`
-    (B, C, h, w): the map before the exit, for the next rung; `gain` (B, 1, 1, 1): the share of the noisy details that
-    passes (`base` rungs; else None)."""
+    (B, C, h, w): the map before the exit, for the next rung; `gain` (B, 1, 1 or H, 1 or W): the share of the noisy
+    details that passes (`base` rungs; else None)."""
 
     image: Tensor
     features: Tensor
@@ -50,7 +50,7 @@ class UViT(nn.Module):
             base = rung.attach == "base"
             top = rung.levels[-1]
             key = str(rung.resolution)
-            self.exit[key] = Exit(top.channels, rung.patch, d, config.space.channels)
+            self.exit[key] = Exit(top.channels, rung.patch, d, config.space.channels + rung.pixel_gain)
             if rung.decodes:
                 for i, level in enumerate(rung.levels):
                     below = rung.levels[i - 1].channels if i else features
@@ -100,7 +100,12 @@ class UViT(nn.Module):
         for level in rung.levels:
             h = self.decoder[str(level.resolution)](h, skips.pop(), ctx.vec)
         gain = self.gain[key](ctx.vec)[:, :, None, None] if key in self.gain else None
-        return RungOutput(self.exit[key](h, ctx.vec), h, gain)
+        image = self.exit[key](h, ctx.vec)
+        if rung.pixel_gain:
+            assert gain is not None
+            image, of_pixels = image[:, :-1], image[:, -1:]
+            gain = gain + of_pixels
+        return RungOutput(image, h, gain)
 
     def encode(self, rung: RungConfig, x: Tensor, ctx: Context) -> tuple[Tensor, list[Tensor]]:
         """A rung's entry and encoder halves: preconditioned input -> the map for the next part down, and the skips,
