@@ -124,7 +124,8 @@ def test_a_slow_machine_trains_for_fewer_images_then_in_fewer_stages(planned: li
 
 
 def test_what_takes_too_much_memory_has_smaller_micro_batches(planned: list[str]) -> None:
-    made = suggest(Wanted(100, (32, 64, 128), 16, TEXT), Machine(2, 12 * 10**9, 1e15))
+    made = suggest(Wanted(100, (32, 64, 128), 16, TEXT), Machine(2, 4 * 10**9, 1e15))
+    assert [of(made, name)["batch"] for name in ("core", "grown64", "grown128")] == [16, 4, 4]
     assert [of(made, name).get("accumulate") for name in ("core", "grown64", "grown128")] == [None, None, 2]
     assert suggest(Wanted(100, (32,), 16, TEXT), Machine(2, 1, 1e15)).stages[0]["train"]["accumulate"] == 16
 

@@ -95,15 +95,17 @@ def suggest(wanted: Wanted, machine: Machine) -> Suggestion:
         smallest = scale == SCALES[-1]
         sides = wanted.sides if smallest or wanted.sides[:2] != CORES else wanted.sides[1:]
         batch = scale.batch if machine.gpu else CPU_BATCH
-        costs = _costs(_stages(wanted, scale, batch, sides), wanted, machine)
-        if not smallest and not all(_fits(cost, batch, machine) for cost in costs.values()):
+        stages = _stages(wanted, scale, batch, sides)
+        costs = _costs(stages, wanted, machine)
+        batches = _each(stages, "batch")
+        if not smallest and not all(_fits(cost, batches[name], machine) for name, cost in costs.items()):
             continue
         for count in range(len(sides), 0 if smallest else len(sides) - 1, -1):
             beyond = tuple(side for side in wanted.sides if side > sides[count - 1])
             share = 1.0
             for _ in range(2 if smallest else 1):  # as long as it should be, then as long as there is time
                 stages = _stages(wanted, scale, batch, sides[:count], share)
-                seconds = {name: n * costs[name].flops / machine.rate for name, n in _images(stages).items()}
+                seconds = {name: n * costs[name].flops / machine.rate for name, n in _each(stages, "images").items()}
                 made = Suggestion(_in_memory(stages, costs, machine), seconds, beyond)
                 took = sum(seconds.values())
                 if took <= PATIENCE:
@@ -116,7 +118,8 @@ def _stages(wanted: Wanted, scale: Scale, batch: int, sides: tuple[int, ...], sh
     """A core, a growth for each doubling, and an evaluation.
 
     The core sees 10,000 sqrt(images) images, times `share`; the first growth an eighth of that, each further one half
-    as many: its rung is local, and four times as dear. Noise levels scale with the resolution (arXiv 2301.11093). A
+    as many: its rung is local, and four times as dear. A growth has a quarter of the core's batch: steps are what
+    rungs lack (docs/benchmarks.md). Noise levels scale with the resolution (arXiv 2301.11093). A
     rung meets the lowest level of the whole model once in a hundred images: what it does not meet, it lets pass
     (docs/benchmarks.md).
     """
@@ -131,7 +134,8 @@ def _stages(wanted: Wanted, scale: Scale, batch: int, sides: tuple[int, ...], sh
     for number, side in enumerate(rungs):
         mean = -0.6 - number * math.log(2)
         noise = {"mean": round(mean, 2), "std": round((mean - math.log(lowest)) / 2.33, 2)}
-        grow = {"name": f"grown{side}", "to": side, "images": _rounded(count / 8 / 2**number, SHORTEST_RUNG), **shared}
+        length = {"images": _rounded(count / 8 / 2**number, SHORTEST_RUNG), "batch": max(1, batch // 4)}
+        grow = {"name": f"grown{side}", "to": side, **shared, **length}
         stages.append({"grow": grow | {"noise": noise, "sampling": {"guidance": 3}}})
     return [*stages, {"evaluate": {"name": "eval", "prompts": min(PROMPTS, wanted.held)}}]
 
@@ -142,9 +146,9 @@ def _rounded(images: float, least: int) -> int:
     return max(least, int(images // unit) * unit)
 
 
-def _images(stages: Stages) -> dict[str, int]:
-    """The number of images of each stage that trains."""
-    return {body["name"]: body["images"] for stage in stages for body in stage.values() if "images" in body}
+def _each(stages: Stages, what: str) -> dict[str, int]:
+    """A setting of each stage that trains."""
+    return {body["name"]: body[what] for stage in stages for body in stage.values() if "images" in body}
 
 
 def _costs(stages: Stages, wanted: Wanted, machine: Machine) -> dict[str, Cost]:
