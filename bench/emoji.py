@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from bench.distances import to_tensor
 from PIL import Image
 from torch import Tensor
@@ -83,8 +84,8 @@ def pictures(folder: Path) -> list[Picture]:
 
 
 def features(extractor: Extractor, images: Sequence[np.ndarray]) -> Tensor:
-    """(N, width) of images uint8 (h, w, 3) of one size."""
-    return extractor(to_tensor(np.stack(images))).features
+    """(N, width) of images uint8 (h, w, 3), which may differ in size."""
+    return torch.cat([extractor(to_tensor(image[None])).features for image in images])
 
 
 def drawn(model: Model | OneStepModel, wanted: Sequence[Picture]) -> list[np.ndarray]:

@@ -53,7 +53,7 @@ def tiny() -> Model:
     [
         ("tiny", ["train", "train", "grow", "cast"]),
         ("tiny-onestep", ["train", "train", "distill", "grow", "cast"]),
-        ("emoji", ["train", "grow", "grow", "grow", "cast"]),
+        ("emoji", ["train", "train", "train", "grow", "grow", "grow", "cast"]),
     ],
 )
 def test_what_ships_says_how_it_was_made(name: str, verbs: list[str]) -> None:

@@ -70,6 +70,13 @@ def test_held_out_pairs_are_found_among_pictures_of_their_style(tmp_path: Path) 
     assert hits(wrong, "top-1") == [0.0, 0.0, 0.0]
 
 
+def test_features_are_of_pictures_of_any_size() -> None:
+    from bench.emoji import features
+
+    images = [np.full((side, side, 3), side, np.uint8) for side in (64, 72)]
+    assert features(Colour(), images).tolist() == [[64] * 3, [72] * 3]
+
+
 def test_the_top_octave_sees_fine_structure_alone() -> None:
     from bench.emoji import top_octave
 
