@@ -164,9 +164,10 @@ def grown_config(
         attach = "image" if init == "preserve" else "features"
     exact = exact and init == "preserve"
     until = None if generator or around else _gate(config, sides[0], exact, until)
-    rung = RungConfig(levels=kept + new, patch=patch, attach=attach, detail_std=detail_std, exact=exact, until=until)
-    if rung.attach == "base":
-        rung = rung.model_copy(update={"pixel_gain": True})
+    rung = RungConfig(
+        levels=kept + new, patch=patch, attach=attach, detail_std=detail_std, exact=exact, until=until,
+        pixel_gain=attach == "base",
+    )  # fmt: skip
     return config.model_copy(update={"rungs": (rung,) if around else (*config.rungs, rung)}).checked()
 
 
